@@ -1,0 +1,1 @@
+"""Model surgery on torch.fx graphs: widen, deepen, slim, export and measure, exactly."""

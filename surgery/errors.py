@@ -1,0 +1,38 @@
+"""The errors this package raises: each says what was wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SurgeryError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class UsageError(SurgeryError, ValueError):
+    """The caller asked for something that cannot be: a wrong name, rate, shape or folder. The CLI exits with 2."""
+
+
+class TraceError(SurgeryError):
+    """The model could not be turned into a graph."""
+
+
+class EditError(SurgeryError):
+    """An edit cannot be made exactly, so it was not made."""
+
+
+class VerificationError(SurgeryError):
+    """Two modules that should agree do not. The CLI exits with 1."""
+
+
+class ExportError(SurgeryError):
+    """A model could not be exported, or its export does not match it."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
+    """A `UsageError` for ``name``, which is no known ``kind``, listing the closest known names."""
+    options = sorted(set(known))
+    close = difflib.get_close_matches(name, options, n=4, cutoff=0.5) or [o for o in options if name and name in o][:4]
+    hint = f"; did you mean {', '.join(map(repr, close))}?" if close else f" ({len(options)} are known)"
+    return UsageError(f"unknown {kind} {name!r}{hint}")
