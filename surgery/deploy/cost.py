@@ -1,0 +1,98 @@
+"""What a module costs on paper: multiply-accumulates, parameters and bytes, counted without running it."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from surgery.deploy.inputs import Args, Kwargs, refusing_bad_inputs, resolve
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one sample costs.
+
+    ``macs`` are multiply-accumulates of one forward pass of one sample, in eval mode; ``params`` is the number of
+    parameters; ``bytes`` is what parameters and buffers occupy in memory.
+    """
+
+    macs: int
+    params: int
+    bytes: int
+
+    def to_dict(self) -> dict[str, int]:
+        """The three figures, as plain JSON data."""
+        return asdict(self)
+
+
+def cost(module: nn.Module, example_inputs: Any = None, *, kwargs: Mapping[str, Any] | None = None) -> Cost:
+    """Count what ``module`` costs, without running it and without touching it.
+
+    A MAC is one multiplication and one addition: half of what `torch.utils.flop_counter` calls FLOPs. Convolutions,
+    linear layers, matrix products and attention are counted, at one sample (axis 0 of the inputs is cut to length 1)
+    and in eval mode; biases, norms, activations and pooling are not, as in the papers and in torchvision's own figures.
+    A tensor that is used twice, or that shares its memory with another, is counted once in ``params`` and ``bytes``.
+
+    ``example_inputs`` is a tensor or a tuple of positional inputs, ``kwargs`` the named ones; a traced module needs
+    neither.
+
+    Raises `UsageError` where the inputs do not fit, where an untraced module comes without inputs, or where the shapes
+    inside depend on the values of the input, so that they cannot be known without running it.
+    """
+    args, named = resolve(module, example_inputs, kwargs, batch_size=1)
+    return Cost(
+        macs=_macs(module, args, named),
+        params=sum(count for count, _ in _footprints(module.parameters())),
+        bytes=sum(count * size for count, size in _footprints([*module.parameters(), *module.buffers()])),
+    )
+
+
+def _macs(module: nn.Module, args: Args, kwargs: Kwargs) -> int:
+    fake_mode = FakeTensorMode()
+    with FakeCopyMode(fake_mode):  # a copy without weights: nothing is allocated, and the original stays as it is
+        fake = copy.deepcopy(module).eval()
+    fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, fake_mode.from_tensor, (args, kwargs))
+    counter = FlopCounterMode(display=False)
+    with (
+        refusing_bad_inputs(args, kwargs),
+        _countable_attention(),
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+        fake_mode,
+        counter,
+    ):
+        fake(*fake_args, **fake_kwargs)
+    return int(counter.get_total_flops()) // 2
+
+
+@contextmanager
+def _countable_attention() -> Iterator[None]:
+    """Attention as its matrix products: the fused inference kernel of `nn.MultiheadAttention` has no FLOP formula."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _footprints(tensors: Iterable[torch.Tensor]) -> Iterator[tuple[int, int]]:
+    """Elements and bytes per element of each storage behind ``tensors``: never more than the storage holds."""
+    used: defaultdict[tuple[int, int], int] = defaultdict(int)
+    held: dict[tuple[int, int], int] = {}
+    for tensor in {id(tensor): tensor for tensor in tensors}.values():
+        storage, size = tensor.untyped_storage(), tensor.element_size()
+        used[storage._cdata, size] += tensor.numel()
+        held[storage._cdata, size] = storage.nbytes() // size
+    for (storage_id, size), count in used.items():
+        yield min(count, held[storage_id, size]), size

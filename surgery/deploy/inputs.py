@@ -1,0 +1,92 @@
+"""The inputs a module is measured on: the caller's own, or those a traced module remembers, at a chosen batch size.
+
+The batch size of a set of inputs is the length of axis 0 of its first tensor; every tensor of that length along axis 0
+is taken to run along the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from surgery.errors import SurgeryError, UsageError
+from surgery.graph import tracing
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+def resolve(
+    module: nn.Module,
+    example_inputs: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    batch_size: int | None = None,
+) -> tuple[Args, Kwargs]:
+    """The positional and named inputs to call ``module`` with, at ``batch_size`` where one is given.
+
+    ``example_inputs`` is a tensor or a tuple of positional inputs. Where neither it nor ``kwargs`` is given, the inputs
+    are random ones of the shapes ``module`` was traced with.
+
+    Raises `UsageError` where there is nothing to go by, or no batch axis to resize.
+    """
+    if example_inputs is None and kwargs is None:
+        return tracing.example_inputs(module, batch_size=batch_size)
+    given = () if example_inputs is None else example_inputs
+    args: Args = tuple(given) if isinstance(given, tuple | list) else (given,)
+    named = dict(kwargs or {})
+    return (args, named) if batch_size is None else with_batch(args, named, batch_size)
+
+
+def batch_of(args: Args, kwargs: Kwargs) -> int | None:
+    """The batch size of these inputs: the length of axis 0 of their first tensor; None if they have none."""
+    first = next(iter(tensors((args, kwargs))), None)
+    return None if first is None or first.ndim == 0 else first.shape[0]
+
+
+def with_batch(args: Args, kwargs: Kwargs, size: int) -> tuple[Args, Kwargs]:
+    """These inputs with ``size`` samples: the samples given, and beyond those, copies of them.
+
+    A copy is rolled along its last axis, so that it differs from its original and yet holds values of the same kind
+    (token numbers stay token numbers). A graph that mixes up samples cannot then pass for one that does not.
+    """
+    batch = batch_of(args, kwargs)
+    if not batch:
+        raise UsageError("the example inputs have no batch axis: their first tensor has no axis 0, or an empty one")
+
+    def resize(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.ndim == 0 or tensor.shape[0] != batch:
+            return tensor
+        rows = [tensor[i % batch] for i in range(size)]
+        return torch.stack([row.roll(i // batch, -1) if row.ndim else row for i, row in enumerate(rows)])
+
+    resized: tuple[Args, Kwargs] = pytree.tree_map_only(torch.Tensor, resize, (args, kwargs))
+    return resized
+
+
+def tensors(tree: Any) -> list[torch.Tensor]:
+    """The tensors among the leaves of a nest of tuples, lists and dicts, in order."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+@contextmanager
+def refusing_bad_inputs(args: Args, kwargs: Kwargs) -> Iterator[None]:
+    """Turn what a module raises on inputs it cannot take into a one-line `UsageError` that gives their shapes."""
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors((args, kwargs))) or "no tensor"
+        raise UsageError(f"the module cannot be run on these inputs ({shapes}): {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
