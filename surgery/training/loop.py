@@ -84,7 +84,7 @@ def train(
     data: Data,
     *,
     epochs: int,
-    lr: float = 0.05,
+    lr: float = 0.02,
     batch_size: int = 64,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
@@ -101,8 +101,9 @@ def train(
 
     Stochastic gradient descent with Nesterov momentum. ``lr`` is the peak learning rate: ``one-cycle`` warms up to it
     over the first quarter of the steps and anneals to zero, ``cosine`` begins at it (`SCHEDULES`). Weight decay spares
-    biases and norms. ``loss_fn`` is `classification_loss` unless given. The order of the images and all other randomness
-    come from ``seed``; the global random state is left as it was. ``progress`` is called after each step.
+    biases and norms. ``loss_fn`` is `classification_loss` unless given. The order of the images and all
+    other randomness come from ``seed``; the global random state is left as it was. ``progress`` is called after each
+    step.
 
     Raises `UsageError` where there is nothing to train on, or a setting is out of range; `FloatingPointError` where the
     loss stops being a number.
