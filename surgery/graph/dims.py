@@ -1,0 +1,326 @@
+"""Dimension groups: the axes that must change together, and the channels in them that can be chosen one by one.
+
+Positions that the op rules tied are one *unit* (a channel; a head; a channel of every conv group). Units are numbered
+through the model, group after group, and an axis is the sequence of the units that its positions hold.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import nn
+
+from surgery.errors import UsageError, unknown_name
+from surgery.graph.labels import Ids
+from surgery.graph.propagate import Books, ParamAxis, propagate
+from surgery.graph.tracing import TracedModule, example_inputs, info
+
+
+def dimension_groups(module: nn.Module) -> list[DimensionGroup]:
+    """The dimension groups of a traced module, in the order of the forward pass.
+
+    Every axis of every parameter that holds channels is in some group; groups that cannot be edited are listed too,
+    with the reason. Pure: the module is not changed, and the result is remembered until the module is gone.
+    """
+    return list(dimensions(module).groups)
+
+
+@dataclass(frozen=True)
+class Member:
+    """An axis of a parameter (or buffer) in a group."""
+
+    name: str
+    """Qualified name, as in the state dict."""
+    axis: int
+    role: str
+    """``producer`` (the layer writes the channels), ``consumer`` (it contracts over them) or ``per-channel``."""
+
+    @property
+    def layer(self) -> str:
+        """Qualified name of the layer; of the parameter itself where it stands alone in its container."""
+        return self.name.rpartition(".")[0] if self.name.rpartition(".")[2] in _LAYER_TENSORS else self.name
+
+    def __str__(self) -> str:
+        return f"{self.name}[{self.axis}]"
+
+
+_LAYER_TENSORS = {"weight", "bias", "running_mean", "running_var"}
+
+
+@dataclass(frozen=True, eq=False)
+class DimensionGroup:
+    """Axes that must change together.
+
+    Attributes:
+        name: the layer that first produces the channels.
+        size: positions of that layer's axis, as far as they are this group's.
+        units: how many things can be chosen independently; an index into the group is a list of units in
+            ``range(units)``. Equal to ``size`` unless channels go together: heads, channels per conv group.
+        members: every parameter axis that holds channels of the group.
+        editable: whether any unit may be dropped, copied or moved.
+        reason: why it is not editable, or why only in part; empty otherwise.
+    """
+
+    name: str
+    size: int
+    units: int
+    members: tuple[Member, ...]
+    editable: bool
+    reason: str
+    start: int = field(repr=False)
+    owner: Dimensions = field(repr=False)
+
+    @property
+    def frozen(self) -> NDArray[np.bool_]:
+        """For each unit, whether it must stay as it is."""
+        return self.owner.frozen[self.start : self.start + self.units]
+
+    @property
+    def classes(self) -> Ids:
+        """For each unit, a number that is equal for units with the same readers and writers.
+
+        A ``chunk`` gives the halves of a layer's output to different readers: two classes. Numbers rise from 0.
+        """
+        return np.cumsum(self.owner.fence[self.start : self.start + self.units]) - 1
+
+    @property
+    def mixed(self) -> tuple[str, ...]:
+        """Layers that normalise over the group, so that copies are exact only in equal numbers."""
+        return self._touched(self.owner.mixed)
+
+    @property
+    def single(self) -> tuple[str, ...]:
+        """Ops that contract the group with itself, so that no copies can be made."""
+        return self._touched(self.owner.single)
+
+    def permutation(self, seed: int = 0) -> list[int]:
+        """A random admissible permutation of ``range(units)``: any within a class, frozen units in their place."""
+        random = np.random.default_rng(seed)
+        index = np.arange(self.units)
+        for number in np.unique(self.classes):
+            places = np.flatnonzero((self.classes == number) & ~self.frozen)
+            index[places] = random.permutation(places)
+        return [int(i) for i in index]
+
+    def why(self, a: str | Member, b: str | Member) -> list[str]:
+        """The path of ops that ties two members, ``a`` and ``b`` included.
+
+        Members are given as in ``str(member)`` (``"fc.weight[1]"``), or by a parameter's or layer's name.
+        """
+        return self.owner.path(self._member(a), self._member(b))
+
+    def _member(self, which: str | Member) -> Member:
+        if isinstance(which, Member):
+            return which
+        for attribute in (str, lambda m: m.name, lambda m: m.layer):
+            found = [m for m in self.members if attribute(m) == which]
+            if found:
+                return found[0]
+        raise unknown_name(f"member of group {self.name!r}", which, map(str, self.members))
+
+    def _touched(self, axes: list[tuple[Ids, str]]) -> tuple[str, ...]:
+        inside = (lambda u: (u >= self.start) & (u < self.start + self.units))
+        return tuple(dict.fromkeys(what for units, what in axes if inside(units).any()))
+
+
+class Dimensions:
+    """What the analysis of one traced module found: its units, and the groups they fall into."""
+
+    def __init__(self, books: Books) -> None:
+        self.books = books
+        component = _components(books)
+        axes = list(books.axes.values())
+        for axis in axes:
+            if not axis.roles:
+                axis.roles.add("producer")
+        order, ranges, chosen = _number(component, axes)
+        self.unit_of: Ids = order[component]
+        self.count = int(order.max(initial=-1)) + 1
+        self.axis_units = {(a.name, a.axis): self.unit_of[a.ids] for a in axes}
+        self.frozen, self.unread = self._frozen(books)
+        self.mixed = [(self.unit_of[ids], what) for ids, what in books.mixed]
+        self.single = [(self.unit_of[ids], what) for ids, what in books.single]
+        self.fence = self._fences(axes, ranges)
+        self.groups = self._groups(books, axes, ranges, chosen)
+
+    def find(self, name: str) -> DimensionGroup:
+        """The group that a layer writes, by any of its producers' names or by a parameter's name."""
+        if name not in self._by_name:
+            raise unknown_name("layer", name, self._by_name)
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, DimensionGroup]:
+        names: dict[str, DimensionGroup] = {}
+        for roles in ({"producer"}, {"per-channel"}):
+            for group in self.groups:
+                for member in group.members:
+                    if member.role in roles:
+                        names.setdefault(member.layer, group)
+                        names.setdefault(member.name, group)
+                        names.setdefault(str(member), group)
+        return names
+
+    @cached_property
+    def graph(self) -> nx.Graph:
+        """Axes of parameters and activations, joined by the ops that tie them."""
+        graph = nx.Graph()
+        for a, b, op in self.books.edges:
+            graph.add_edge(a, b, op=op)
+        return graph
+
+    def path(self, a: Member, b: Member) -> list[str]:
+        """Ops on the shortest path between two parameter axes."""
+        ends = [("param", m.name, m.axis) for m in (a, b)]
+        try:
+            nodes = nx.shortest_path(self.graph, *ends)
+        except (nx.NetworkXNoPath, nx.NodeNotFound) as error:
+            raise UsageError(f"nothing ties {a} to {b}") from error
+        ops = [self.graph.edges[pair]["op"] for pair in zip(nodes, nodes[1:])]
+        return [str(a), *(op for k, op in enumerate(ops) if k == 0 or op != ops[k - 1]), str(b)]
+
+    def _frozen(self, books: Books) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Units that a rule froze, or that no layer contracts over; and the latter alone."""
+        frozen = np.zeros(self.count, dtype=bool)
+        for ids, _ in books.frozen:
+            frozen[self.unit_of[ids]] = True
+        read = np.zeros(self.count, dtype=bool)
+        for axis in books.axes.values():
+            if "consumer" in axis.roles:
+                read[self.axis_units[axis.name, axis.axis]] = True
+        return frozen | ~read, ~read & ~frozen
+
+    def _fences(self, axes: list[ParamAxis], ranges: list[tuple[int, int]]) -> NDArray[np.bool_]:
+        """Whether a unit differs from the one before it in the axes that hold it."""
+        sets = [self.axis_units[a.name, a.axis] for a in axes] + [self.unit_of[ids] for ids in self.books.cuts]
+        marks = np.random.default_rng(0).integers(1, 2**62, size=len(sets), dtype=np.uint64)
+        signature = np.zeros(self.count, dtype=np.uint64)
+        with np.errstate(over="ignore"):
+            for units, mark in zip(sets, marks):
+                np.add.at(signature, units, mark)
+        signature ^= self.frozen
+        fence = np.ones(self.count, dtype=bool)
+        fence[1:] = signature[1:] != signature[:-1]
+        fence[[start for start, _ in ranges]] = True
+        return fence
+
+    def _groups(
+        self, books: Books, axes: list[ParamAxis], ranges: list[tuple[int, int]], first: list[ParamAxis]
+    ) -> tuple[DimensionGroup, ...]:
+        group_of = np.full(self.count, -1, dtype=np.int64)
+        for k, (start, stop) in enumerate(ranges):
+            group_of[start:stop] = k
+        members: list[list[Member]] = [[] for _ in ranges]
+        for axis in axes:
+            member = Member(axis.name, axis.axis, _role(axis))
+            for k in np.unique(group_of[self.axis_units[axis.name, axis.axis]]):
+                members[k].append(member)
+        reasons: list[dict[str, None]] = [{} for _ in ranges]
+        for ids, reason in books.frozen:
+            for k in np.unique(group_of[self.unit_of[ids]]):
+                if k >= 0:
+                    reasons[k][reason] = None
+        groups: list[DimensionGroup] = []
+        for k, (start, stop) in enumerate(ranges):
+            if self.unread[start:stop].any():
+                reasons[k]["no layer contracts over it"] = None
+            held = self.axis_units[first[k].name, first[k].axis]
+            held = held[group_of[held] == k]
+            size = (stop - start) * len(held) // max(len(np.unique(held)), 1)
+            named = Member(first[k].name, first[k].axis, "")
+            name = f"input of {named.layer}" if first[k].roles == {"consumer"} else named.layer
+            if name in {g.name for g in groups}:
+                name = str(named)
+            editable = not self.frozen[start:stop].all()
+            reason = "; ".join(reasons[k])
+            groups.append(DimensionGroup(name, size, stop - start, tuple(members[k]), editable, reason, start, self))
+        return tuple(groups)
+
+
+def _role(axis: ParamAxis) -> str:
+    if {"producer", "consumer"} <= axis.roles:
+        return "both"
+    return next(r for r in ("producer", "consumer", "per-channel") if r in axis.roles)
+
+
+def dimensions(module: nn.Module) -> Dimensions:
+    """The analysis behind `dimension_groups`, computed once for each traced module and state of its graphs."""
+    if not isinstance(module, TracedModule):
+        info(module)  # raises for what was not traced
+    state = tuple(len(g.nodes) for g in module.graphs)
+    found = _CACHE.get(module)
+    if found is None or found[0] != state:
+        found = (state, Dimensions(propagate(module, *example_inputs(module, batch_size=None))))
+        _CACHE[module] = found
+    return found[1]
+
+
+_CACHE: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Dimensions]] = weakref.WeakKeyDictionary()
+
+
+def _components(books: Books) -> Ids:
+    """For each id the number of its connected component under the ties."""
+    if not books.ties:
+        return np.arange(books.count, dtype=np.int64)
+    a = np.concatenate([t[0] for t in books.ties])
+    b = np.concatenate([t[1] for t in books.ties])
+    graph = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(books.count, books.count))
+    return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
+
+
+def _number(
+    component: Ids, axes: list[ParamAxis]
+) -> tuple[Ids, list[tuple[int, int]], list[ParamAxis]]:
+    """Number the components so that each group is a range.
+
+    Axes that share a component are in one group, except through axes that are only read: a layer that reads a
+    concatenation does not tie its parts together.
+
+    Returns:
+        the new number of each component, the range of each group, and the axis that each group is named after.
+    """
+    total = int(component.max(initial=-1)) + 1
+    written = [a for a in axes if a.roles != {"consumer"}]
+    read = [a for a in axes if a.roles == {"consumer"}]
+    order = np.full(total, -1, dtype=np.int64)
+    ranges: list[tuple[int, int]] = []
+    first: list[ParamAxis] = []
+    count = 0
+    for pool in (written, read):
+        pool = [a for a in pool if (order[component[a.ids]] < 0).any()]
+        for axes_of_group in _sharing(component, pool, total):
+            axes_of_group.sort(key=lambda a: "producer" not in a.roles)
+            seen = np.concatenate([component[a.ids] for a in axes_of_group])
+            values, at = np.unique(seen, return_index=True)
+            values = values[np.argsort(at)]
+            values = values[order[values] < 0]
+            order[values] = np.arange(count, count + len(values))
+            ranges.append((count, count + len(values)))
+            first.append(axes_of_group[0])
+            count += len(values)
+    rest = np.flatnonzero(order < 0)
+    order[rest] = np.arange(count, count + len(rest))
+    return order, ranges, first
+
+
+def _sharing(component: Ids, pool: list[ParamAxis], total: int) -> list[list[ParamAxis]]:
+    """The axes in lists, so that axes of different lists share no component; in the order of the first of each."""
+    if not pool:
+        return []
+    row = np.repeat(np.arange(len(pool)), [a.ids.size for a in pool])
+    column = len(pool) + np.concatenate([component[a.ids] for a in pool])
+    size = len(pool) + total
+    graph = coo_array((np.ones(len(row), dtype=np.int8), (row, column)), shape=(size, size))
+    label = connected_components(graph, directed=False)[1][: len(pool)]
+    lists: dict[int, list[ParamAxis]] = {}
+    for axis, number in zip(pool, label):
+        lists.setdefault(int(number), []).append(axis)
+    return list(lists.values())

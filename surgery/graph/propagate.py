@@ -1,0 +1,294 @@
+"""Runs the op rules over a traced module and collects what they say.
+
+The graph is interpreted on meta tensors, so that shapes are known and nothing is computed, and beside each tensor its
+`Field`s are carried along. A rule ties channel ids together, freezes them, or marks the role of a parameter's axis;
+this module only keeps the books. `surgery.graph.dims` turns them into dimension groups.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from surgery.errors import TraceError
+from surgery.graph.labels import Field, Ids, Labelled
+from surgery.graph.oprules import Op, rule_for
+from surgery.graph.tracing import TracedModule
+
+ParamKey = tuple[str, int]
+NodeKey = tuple[str, str]
+"""Scope (path of the traced module and which of its graphs) and node name."""
+
+
+@dataclass
+class ParamAxis:
+    """An axis of a parameter or buffer: its positions' ids and what the ops that use it do with it."""
+
+    name: str
+    axis: int
+    ids: Ids
+    roles: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Books:
+    """Everything the rules said."""
+
+    count: int = 0
+    ties: list[tuple[Ids, Ids]] = field(default_factory=list)
+    frozen: list[tuple[Ids, str]] = field(default_factory=list)
+    mixed: list[tuple[Ids, str]] = field(default_factory=list)
+    """Axes that a normalisation computes statistics over: copies must come in equal numbers."""
+    single: list[tuple[Ids, str]] = field(default_factory=list)
+    """Axes that are contracted with one another: copies would count twice."""
+    cuts: list[Ids] = field(default_factory=list)
+    """Parts of axes that an op takes out."""
+    axes: dict[ParamKey, ParamAxis] = field(default_factory=dict)
+    edges: list[tuple[Any, Any, str]] = field(default_factory=list)
+    nodes: dict[NodeKey, Any] = field(default_factory=dict)
+    """For each node its output, with a `Labelled` for each tensor."""
+    graphs: dict[str, tuple[str, fx.Graph]] = field(default_factory=dict)
+    """For each scope the path of its module and the graph."""
+
+
+def propagate(module: TracedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Books:
+    """Interpret every graph of ``module`` on inputs of the given specifications (tensors of any device)."""
+    books = Books()
+    run = _Run(module, books)
+    inputs = pytree.tree_map(run.placeholder, (args, kwargs))
+    for training, graph in enumerate(module.graphs):
+        run.graph(module, "", "train" if training else "", graph, *inputs, top=True)
+    return books
+
+
+class _Run:
+    """One interpretation: meta twins of the module's tensors and leaves, and the books."""
+
+    def __init__(self, root: nn.Module, books: Books) -> None:
+        self.root = root
+        self.books = books
+        self.names: dict[int, str] = {}
+        for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+            self.names.setdefault(id(tensor), name)
+        self.metas: dict[int, torch.Tensor] = {}
+        self.twins: dict[int, nn.Module] = {}
+
+    # ---- interpretation
+
+    def graph(
+        self,
+        module: nn.Module,
+        path: str,
+        variant: str,
+        graph: fx.Graph,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        top: bool = False,
+    ) -> Any:
+        """Run one graph; the result is its output with `Labelled` leaves."""
+        scope = f"{path}:{variant}"
+        self.books.graphs[scope] = (path, graph)
+        env: dict[fx.Node, Any] = {}
+        inputs = iter(args)
+        output: Any = None
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                env[node] = self._bind(node, inputs, kwargs)
+            elif node.op == "output":
+                output = fx.map_arg(node.args[0], env.__getitem__)
+                if top:
+                    for leaf in _labelled(output):
+                        for f in leaf.fields:
+                            self.freeze(f.ids, "network output")
+                continue
+            else:
+                env[node] = self._step(module, path, scope, node, env)
+            key = (scope, node.name)
+            if key in self.books.nodes:  # a traced submodule that is called twice
+                self._tie_calls(self.books.nodes[key], env[node], node.name)
+            else:
+                self.books.nodes[key] = env[node]
+        return output
+
+    def _bind(self, node: fx.Node, inputs: Any, kwargs: dict[str, Any]) -> Any:
+        missing = object()
+        value = next(inputs, missing)
+        name = str(node.target)
+        if value is missing:
+            value = kwargs.get(name, node.args[0] if node.args else missing)
+        if value is missing:
+            raise TraceError(f"no example input for {name!r}")
+        return value
+
+    def _step(self, module: nn.Module, path: str, scope: str, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        args = fx.map_arg(node.args, env.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, env.__getitem__)
+        if node.op == "get_attr":
+            return self._attribute(module, path, str(node.target))
+        leaf: nn.Module | None = None
+        target: Any = node.target
+        if node.op == "call_module":
+            leaf = module.get_submodule(target)
+            target = f"{path}.{target}" if path else target
+            if isinstance(leaf, TracedModule):
+                results = [
+                    self.graph(leaf, target, "train" if training else "", graph, args, kwargs)
+                    for training, graph in enumerate(leaf.graphs)
+                ]
+                for other in results[1:]:
+                    self._tie_calls(results[0], other, node.name)
+                return results[0]
+        elif target is operator.getitem and not isinstance(args[0], Labelled):
+            return args[0][args[1]]
+        elif isinstance(target, type) and issubclass(target, (tuple, list, dict)):
+            return target(*args, **kwargs)
+        raw_args, raw_kwargs = pytree.tree_map(_value, (args, kwargs))
+        with torch.no_grad():
+            if leaf is not None:
+                raw = self._twin(leaf)(*raw_args, **raw_kwargs)
+            elif node.op == "call_method":
+                raw = getattr(raw_args[0], target)(*raw_args[1:], **raw_kwargs)
+            else:
+                raw = target(*raw_args, **raw_kwargs)
+        out = pytree.tree_map(lambda v: Labelled(v.to("meta")) if isinstance(v, torch.Tensor) else v, raw)
+        if not any(True for _ in _labelled(out)):
+            return out
+        op = Op(self, node, leaf, target if leaf is not None else "", (scope, node.name), out)
+        fields = rule_for(node, leaf).relate(op, *args, **kwargs)
+        return self._with_fields(op, out, fields)
+
+    def _with_fields(self, op: Op, out: Any, fields: Any) -> Any:
+        if isinstance(out, Labelled):
+            own = tuple(Field(f.dims, f.ids, op.key) for f in fields)
+            for f in fields:
+                self.edge(f.key, op.key, op.name)
+            for f in own:
+                expected = tuple(out.shape[d] for d in f.dims)
+                if f.ids.shape != expected:
+                    raise AssertionError(f"rule for {op.name} labels {expected} positions with {f.ids.shape} ids")
+            return Labelled(out.value, own)
+        if isinstance(out, dict):
+            return {k: self._with_fields(op, v, fields[k]) for k, v in out.items()}
+        parts = [self._with_fields(op, o, f) for o, f in zip(out, fields, strict=True)]
+        return type(out)(*parts) if hasattr(out, "_fields") else type(out)(parts)
+
+    def _tie_calls(self, first: Any, second: Any, why: str) -> None:
+        for a, b in zip(_labelled(first), _labelled(second), strict=False):
+            for f in a.fields:
+                other = next((g for g in b.fields if g.dims == f.dims and g.ids.shape == f.ids.shape), None)
+                if other is None:
+                    self.freeze(f.ids, f"{why} is called with different shapes")
+                else:
+                    self.tie(f, other, why)
+
+    # ---- tensors of the module
+
+    def placeholder(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        fields = []
+        for dim in range(1, value.ndim):
+            ids = self.fresh(value.shape[dim])
+            self.freeze(ids, "network input")
+            fields.append(Field((dim,), ids, ("input", "", dim)))
+        return Labelled(value.to("meta"), tuple(fields))
+
+    def _attribute(self, module: nn.Module, path: str, target: str) -> Any:
+        value = operator.attrgetter(target)(module)
+        return self.tensor(value) if isinstance(value, torch.Tensor) else value
+
+    def tensor(self, value: torch.Tensor | None, dims: Iterable[int] | None = None) -> Labelled | None:
+        """A parameter or buffer with its axes (all, or ``dims``) labelled; the same ids wherever it is used."""
+        if value is None:
+            return None
+        name = self.names.get(id(value))
+        if name is None:
+            return Labelled(self._meta(value), (), value)
+        fields = []
+        for dim in range(value.ndim) if dims is None else dims:
+            axis = self.books.axes.get((name, dim))
+            if axis is None:
+                axis = self.books.axes[name, dim] = ParamAxis(name, dim, self.fresh(value.shape[dim]))
+            fields.append(Field((dim,), axis.ids, ("param", name, dim)))
+        return Labelled(self._meta(value), tuple(fields), value)
+
+    def _meta(self, tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in self.metas:
+            self.metas[id(tensor)] = tensor.detach().to("meta")
+        return self.metas[id(tensor)]
+
+    def _twin(self, leaf: nn.Module) -> nn.Module:
+        """The leaf with meta tensors and in evaluation mode; shapes do not depend on the mode."""
+        if id(leaf) not in self.twins:
+            twin = copy.copy(leaf)
+            twin.__dict__ = dict(leaf.__dict__)
+            for part in ("_parameters", "_buffers"):
+                twin.__dict__[part] = {
+                    k: None if v is None else self._meta(v) for k, v in leaf.__dict__[part].items()
+                }
+            twin.__dict__["_modules"] = {
+                k: None if v is None else self._twin(v) for k, v in leaf.__dict__["_modules"].items()
+            }
+            twin.__dict__["training"] = False
+            self.twins[id(leaf)] = twin
+        return self.twins[id(leaf)]
+
+    # ---- the books
+
+    def fresh(self, size: int) -> Ids:
+        ids = np.arange(self.books.count, self.books.count + size, dtype=np.int64)
+        self.books.count += size
+        return ids
+
+    def tie(self, a: Field, b: Field, why: str) -> None:
+        self.tie_ids(a.ids, b.ids)
+        self.edge(a.key, b.key, why)
+
+    def tie_ids(self, a: Ids, b: Ids) -> None:
+        x, y = np.broadcast_arrays(a, b)
+        self.books.ties.append((x.ravel(), y.ravel()))
+
+    def freeze(self, ids: Ids, reason: str) -> None:
+        self.books.frozen.append((ids.ravel(), reason))
+
+    def edge(self, a: Any, b: Any, why: str) -> None:
+        if a is not None and b is not None and a != b:
+            self.books.edges.append((a, b, why))
+
+
+def _value(v: Any) -> Any:
+    return v.value if isinstance(v, Labelled) else v
+
+
+def _labelled(tree: Any) -> Iterable[Labelled]:
+    return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Labelled))
+
+
+
+class Silent:
+    """Stands in for a run where only a rule's output is wanted: what the rule says besides is not heard."""
+
+    def __init__(self) -> None:
+        self.books = Books()
+
+    def fresh(self, size: int) -> Ids:
+        return np.full(size, -1, dtype=np.int64)
+
+    def tensor(self, value: torch.Tensor | None, dims: Iterable[int] | None = None) -> Labelled | None:
+        return None if value is None else Labelled(value)
+
+    def tie(self, a: Field, b: Field, why: str) -> None: ...
+
+    def tie_ids(self, a: Ids, b: Ids) -> None: ...
+
+    def freeze(self, ids: Ids, reason: str) -> None: ...
+
+    def edge(self, a: Any, b: Any, why: str) -> None: ...

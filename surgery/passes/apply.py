@@ -1,0 +1,179 @@
+"""Recipe + module -> new module. The only place where tensors are touched.
+
+Each parameter axis is gathered once, straight into the result; the graph's constants and the layers' attributes follow
+by the rule table, and an op that moves data and can no longer express what is asked of it becomes a selection.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from surgery.errors import EditError, UsageError
+from surgery.graph.dims import DimensionGroup, Dimensions, dimensions
+from surgery.graph.tracing import TracedModule, info, with_info
+from surgery.passes.insert import insert_identity
+from surgery.passes.layout import Layout, Layouts
+from surgery.passes.recipe import InsertIdentity, Recipe, Reindex, Step
+from surgery.passes.rewire import rewire
+
+
+def apply(module: nn.Module, edit: Recipe | Step | Iterable[Step]) -> TracedModule:
+    """A new module with the steps done to it, in order. ``module`` is not changed and shares no storage with it.
+
+    Raises:
+        EditError: a step cannot be made exactly.
+        UsageError: a step names what is not there, or an index is out of range.
+    """
+    info(module)
+    steps: Sequence[Step] = edit.steps if isinstance(edit, Recipe) else _steps(edit)
+    result = module
+    for step in steps:
+        before = info(result).steps
+        result = _reindex(result, step) if isinstance(step, Reindex) else insert_identity(result, step)
+        with_info(result, steps=(*before, step))
+    if result is module:
+        result = copy.deepcopy(module)
+    assert isinstance(result, TracedModule)
+    return result
+
+
+def reindex(
+    module: nn.Module,
+    indices: Mapping[str, Sequence[int]],
+    shares: Mapping[str, Sequence[float]] | None = None,
+) -> TracedModule:
+    """Gather dimension groups by an index.
+
+    Args:
+        module: a traced module.
+        indices: for each group, named by any layer that produces it, the old unit for each new one. Dropping, copying
+            and moving units are all indices: ``[0, 1]`` keeps two, ``[0, 1, 1]`` copies the second.
+        shares: for a group with copies, the factor with which consumers weigh each new unit; by default even.
+
+    Raises:
+        UsageError: an unknown name, an index out of range or empty, shares that do not sum to 1 over each unit's copies.
+        EditError: a unit that must stay is dropped, or copies cannot be made exactly.
+    """
+    dims = dimensions(module)
+    by_group: dict[str, tuple[int, ...]] = {}
+    for name, index in indices.items():
+        group = dims.find(name)
+        if group.name in by_group:
+            raise UsageError(f"{name!r} addresses group {group.name!r}, which another name addresses too")
+        by_group[group.name] = tuple(int(i) for i in index)
+    named = {dims.find(name).name: tuple(float(v) for v in values) for name, values in (shares or {}).items()}
+    return apply(module, Reindex(by_group, named))
+
+
+def _steps(edit: Step | Iterable[Step]) -> Sequence[Step]:
+    return (edit,) if isinstance(edit, (Reindex, InsertIdentity)) else tuple(edit)
+
+
+def _reindex(module: nn.Module, step: Reindex) -> TracedModule:
+    assert isinstance(module, TracedModule)
+    dims = dimensions(module)
+    indices = {dims.find(name): index for name, index in step.indices.items()}
+    shares = {dims.find(name): values for name, values in step.shares.items()}
+    for group, index in indices.items():
+        _check(group, index, shares.get(group))
+    layouts = Layouts(dims, indices, shares)
+    _check_readers(dims, layouts)
+    result = copy.deepcopy(module, _gathered(module, dims, layouts))
+    rewire(module, result, dims, layouts)
+    return result
+
+
+def _check(group: DimensionGroup, index: Sequence[int], shares: Sequence[float] | None) -> None:
+    places = np.asarray(index, dtype=np.int64)
+    where = f"group {group.name!r} of {group.units} units"
+    if len(places) == 0:
+        raise UsageError(f"the index of {where} is empty")
+    if places.min() < 0 or places.max() >= group.units:
+        raise UsageError(f"the index of {where} has an entry outside 0..{group.units - 1}")
+    copies = np.bincount(places, minlength=group.units)
+    frozen = np.flatnonzero(group.frozen)
+    kept = places[group.frozen[places]]
+    if not np.array_equal(kept, frozen):
+        what = "cannot be edited" if not group.editable else f"must keep units {_some(frozen)} as they are"
+        raise EditError(f"{where} {what}: {group.reason}")
+    if copies.max() > 1:
+        if group.single:
+            raise EditError(f"{where} cannot hold copies: {'; '.join(group.single)}")
+        both = [str(m) for m in group.members if m.role == "both"]
+        if both:
+            raise EditError(f"{where} cannot hold copies: {', '.join(both)} is both written and read")
+        if group.mixed and len(np.unique(copies[copies > 0])) > 1:
+            raise EditError(
+                f"{where} is normalised over by {', '.join(group.mixed)}: every unit needs the same number of copies"
+            )
+    if shares is not None:
+        if len(shares) != len(places):
+            raise UsageError(f"{where}: {len(shares)} shares for {len(places)} units")
+        total = np.bincount(places, weights=np.asarray(shares), minlength=group.units)
+        if not np.allclose(total[copies > 0], 1.0, atol=1e-9):
+            raise UsageError(f"{where}: the shares of a unit's copies must sum to 1")
+
+
+def _check_readers(dims: Dimensions, layouts: Layouts) -> None:
+    """No layer may be left without an input or an output."""
+    for (name, axis), units in dims.axis_units.items():
+        layout = layouts.of(units)
+        if layout is not None and len(layout.old) == 0:
+            raise EditError(f"nothing would be left of axis {axis} of {name}")
+
+
+def _some(units: Any) -> str:
+    shown = ", ".join(map(str, units[:6]))
+    return f"{shown}, …" if len(units) > 6 else shown
+
+
+def _gathered(module: nn.Module, dims: Dimensions, layouts: Layouts) -> dict[int, Any]:
+    """A `deepcopy` memo that maps each changed tensor to its new version."""
+    memo: dict[int, Any] = {}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        axes: dict[int, Layout] = {}
+        read: list[int] = []
+        for axis in range(tensor.ndim):
+            units = dims.axis_units.get((name, axis))
+            layout = None if units is None else layouts.of(units)
+            if layout is not None:
+                axes[axis] = layout
+                if "consumer" in dims.books.axes[name, axis].roles:
+                    read.append(axis)
+        if axes:
+            memo[id(tensor)] = _like(tensor, _gather(tensor.detach(), axes, read, layouts))
+    return memo
+
+
+def _gather(tensor: torch.Tensor, axes: Mapping[int, Layout], read: Sequence[int], layouts: Layouts) -> torch.Tensor:
+    result = tensor
+    for axis in sorted(axes, key=lambda a: len(axes[a].old) / tensor.shape[a]):
+        old = axes[axis].old
+        if len(old) and old[-1] - old[0] + 1 == len(old) and bool((np.diff(old) == 1).all()):
+            result = result.narrow(axis, int(old[0]), len(old))
+        else:
+            result = result.index_select(axis, torch.from_numpy(old).to(tensor.device))
+    for axis in read:
+        share = layouts.share[axes[axis].unit]
+        if (share != 1.0).any():
+            factor = torch.from_numpy(share).to(tensor.device, tensor.dtype)
+            result = result * factor.view([-1 if a == axis else 1 for a in range(tensor.ndim)])
+    return result
+
+
+def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """``new`` with a storage of its own, as the kind of tensor that ``old`` is."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(old.ndim)
+    if channels_last and not old.is_contiguous() and old.is_contiguous(memory_format=channels_last):
+        new = new.clone(memory_format=channels_last)
+    elif new.untyped_storage().data_ptr() == old.untyped_storage().data_ptr():
+        new = new.clone(memory_format=torch.contiguous_format)
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(new, requires_grad=old.requires_grad)
+    return new

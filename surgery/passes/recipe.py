@@ -1,0 +1,130 @@
+"""What is done to a model, as data: frozen steps that can be printed, compared, stored as JSON and replayed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from torch import nn
+
+from surgery.errors import UsageError
+from surgery.graph.tracing import info
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Reindex:
+    """Gather dimension groups by an index: one primitive for slimming, pruning, widening and permuting.
+
+    Attributes:
+        indices: for each group, by name, the old unit that each new unit copies.
+        shares: for each group that is named, and each new unit, the factor of the layers that contract over it; the
+            factors of one old unit's copies sum to 1. By default copies share evenly (Net2WiderNet, section 3.1 of
+            Chen et al. 2016).
+    """
+
+    indices: Mapping[str, tuple[int, ...]]
+    shares: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class InsertIdentity:
+    """Insert new layers that compute the identity behind an existing one (Net2DeeperNet).
+
+    Attributes:
+        after: qualified name of the layer or container whose output the new layers read.
+        name: qualified name of the container of the new layers.
+        form: ``"layer"``: an identity layer, and the activation again where it is idempotent; ``"residual"``: a block
+            with a skip connection whose last layer is zero.
+        kernel: kernel size of the identity convolution, odd in each direction; empty for a linear layer.
+        norm: whether a BatchNorm follows the identity layer.
+        activation: class name in `torch.nn` of the activation, or empty.
+    """
+
+    after: str
+    name: str
+    form: str
+    kernel: tuple[int, ...]
+    norm: bool
+    activation: str
+
+
+Step = Reindex | InsertIdentity
+_STEPS: dict[str, type[Any]] = {cls.__name__: cls for cls in (Reindex, InsertIdentity)}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The edits made since `surgery.trace`, in order, and where the architecture came from."""
+
+    source: str | None
+    steps: tuple[Step, ...]
+
+    def to_json(self, indent: int | None = None) -> str:
+        """As JSON text; runs of an index are written ``"first:last+1"``."""
+        steps = [{"step": type(s).__name__, **_encode(asdict(s))} for s in self.steps]
+        return json.dumps({"schema": SCHEMA, "source": self.source, "steps": steps}, indent=indent)
+
+    @staticmethod
+    def from_json(text: str) -> Recipe:
+        """The inverse of `to_json`. Raises `UsageError` for text that is no recipe, or one of another schema."""
+        try:
+            data = json.loads(text)
+            if data["schema"] != SCHEMA:
+                raise UsageError(f"recipe has schema {data['schema']}, this version reads {SCHEMA}")
+            return Recipe(data["source"], tuple(_step(s) for s in data["steps"]))
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"not a recipe: {error!r}") from error
+
+
+def recipe(module: nn.Module) -> Recipe:
+    """What was done to a traced module since `surgery.trace`."""
+    known = info(module)
+    return Recipe(known.source, known.steps)
+
+
+def _step(data: dict[str, Any]) -> Step:
+    cls = _STEPS.get(data["step"])
+    if cls is None:
+        raise UsageError(f"unknown step {data['step']!r}")
+    values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+    if cls is Reindex:
+        indices = {name: tuple(_expand_runs(index)) for name, index in values["indices"].items()}
+        return Reindex(indices, {name: tuple(map(float, s)) for name, s in values.get("shares", {}).items()})
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # type: ignore[no-any-return]
+
+
+def _encode(values: dict[str, Any]) -> dict[str, Any]:
+    if "indices" in values:
+        values["indices"] = {name: _runs(index) for name, index in values["indices"].items()}
+        if not values["shares"]:
+            del values["shares"]
+    return values
+
+
+def _runs(index: Sequence[int]) -> list[int | str]:
+    """``[0, 1, 2, 3, 7]`` as ``["0:4", 7]``."""
+    result: list[int | str] = []
+    start = 0
+    for end in range(1, len(index) + 1):
+        if end < len(index) and index[end] == index[end - 1] + 1:
+            continue
+        result.append(f"{index[start]}:{index[end - 1] + 1}" if end - start > 2 else index[start])
+        if end - start == 2:
+            result.append(index[start + 1])
+        start = end
+    return result
+
+
+def _expand_runs(runs: Iterable[int | str]) -> Iterable[int]:
+    for run in runs:
+        if isinstance(run, str):
+            first, last = run.split(":")
+            yield from range(int(first), int(last))
+        else:
+            yield int(run)

@@ -1,0 +1,285 @@
+"""Makes the graphs of an edited module agree with its new tensors.
+
+For each node whose channels change: its constants follow by the rule table; then, for an op that only moves data, the
+movement is run on the new labels. Where it does not give the layout that the edit asks for (a ``chunk`` whose halves are
+no longer equal, a shuffle of channels that no longer form a rectangle), the node becomes a selection from the nearest
+value it can be selected from, and that it can be is checked on the old graph.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from surgery.errors import EditError
+from surgery.graph.dims import Dimensions
+from surgery.graph.labels import Field, Ids, Labelled
+from surgery.graph.oprules import Op, Rule, rule_for
+from surgery.graph.propagate import Silent
+from surgery.graph.rewrites import Site
+from surgery.graph.tracing import TracedModule
+from surgery.passes.layout import Layout, Layouts
+
+
+def rewire(old: TracedModule, new: TracedModule, dims: Dimensions, layouts: Layouts) -> None:
+    """Adapt every graph of ``new``, a copy of ``old`` whose tensors have been gathered already."""
+    for scope, (path, graph) in dims.books.graphs.items():
+        source, target = old.get_submodule(path), new.get_submodule(path)
+        assert isinstance(source, TracedModule)
+        assert isinstance(target, TracedModule)
+        copy = target.graphs[source.graphs.index(graph)]
+        _Rewiring(source, target, copy, scope, path, dims, layouts).run(graph)
+        target.recompile()
+
+
+@dataclass
+class _Rewiring:
+    """One graph: the old one that was analysed, and the copy that is being changed."""
+
+    source: TracedModule
+    target: TracedModule
+    copy: fx.Graph
+    scope: str
+    path: str
+    dims: Dimensions
+    layouts: Layouts
+
+    def run(self, graph: fx.Graph) -> None:
+        self.new = {node.name: node for node in self.copy.nodes}
+        self.stale: set[fx.Node] = set()  # nodes that cannot be as asked; what reads them selects from before them
+        replaced: list[fx.Node] = []
+        for node in graph.nodes:
+            if node.op in ("placeholder", "output", "get_attr"):
+                continue
+            out = self.record(node)
+            if not self.concerned(node, out):
+                continue
+            if self.takes_piece(node):
+                fits = node.args[0] not in self.stale
+            else:
+                fits = self.adapt(node, out)
+            if fits:
+                continue
+            if isinstance(out, Labelled) and all(len(f.dims) == 1 for f in out.fields):
+                self.select(node, out)
+                replaced.append(node)
+            else:
+                self.stale.add(node)
+        if replaced:
+            self.sweep()
+        self.copy.lint()
+
+    def record(self, node: fx.Node) -> Any:
+        return self.dims.books.nodes[self.scope, node.name]
+
+    def concerned(self, node: fx.Node, out: Any) -> bool:
+        if any(self.changes(leaf) for leaf in _labelled((out, [self.record(n) for n in node.all_input_nodes]))):
+            return True
+        if node.op != "call_module":
+            return False
+        prefix = f"{self.path}.{node.target}." if self.path else f"{node.target}."
+        return any(
+            name.startswith(prefix) and self.layouts.of(units) is not None
+            for (name, _), units in self.dims.axis_units.items()
+        )
+
+    def takes_piece(self, node: fx.Node) -> bool:
+        return node.target is operator.getitem and not isinstance(self.record(node.args[0]), Labelled)  # type: ignore[arg-type]
+
+    # ---- labels before and after
+
+    def layout(self, field: Field) -> Layout | None:
+        return self.layouts.of(self.dims.unit_of[field.ids])
+
+    def changes(self, value: Labelled) -> bool:
+        return any(self.layout(f) is not None for f in value.fields)
+
+    def rectangular(self, value: Labelled) -> bool:
+        return all((layout := self.layout(f)) is None or layout.shape is not None for f in value.fields)
+
+    def shape(self, value: Labelled) -> tuple[int, ...]:
+        shape = list(value.shape)
+        for f in value.fields:
+            layout = self.layout(f)
+            if layout is not None and layout.shape is not None:
+                for dim, size in zip(f.dims, layout.shape):
+                    shape[dim] = size
+        return tuple(shape)
+
+    def edited(self, value: Any) -> Any:
+        """The value as the edit asks for it: new shape, new units as ids."""
+        if not isinstance(value, Labelled):
+            return value
+        fields = []
+        for f in value.fields:
+            layout = self.layout(f)
+            if layout is None:
+                ids = self.layouts.renumbered(self.dims.unit_of[f.ids])
+            else:
+                ids = layout.units
+            fields.append(Field(f.dims, ids))
+        return Labelled(torch.empty(self.shape(value), device="meta"), tuple(fields), value.constant)
+
+    # ---- following the edit
+
+    def adapt(self, node: fx.Node, out: Any) -> bool:
+        """Let constants follow; whether the node then does what the edit asks of it."""
+        leaf = self.source.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(leaf, TracedModule):
+            return True
+        rule = rule_for(node, leaf)
+        outs = list(_labelled(out))
+        inputs = [self.record(a) if isinstance(a, fx.Node) else a for a in node.args]
+        if self.stale & set(node.all_input_nodes) or not all(self.rectangular(v) for v in _labelled((outs, inputs))):
+            if not rule.movement:
+                raise EditError(f"{_where(node)} cannot follow the edit: its channels would not fill a rectangle")
+            return False
+        if rule.rewrite is not None and outs:
+            changed = {d for f in outs[0].fields if self.layout(f) is not None for d in f.dims}
+            rule.rewrite(
+                Site(
+                    self.new[node.name],
+                    None if leaf is None else self.target.get_submodule(str(node.target)),
+                    tuple(self.shape(o) for o in outs),
+                    frozenset(changed),
+                    tuple(self.shape(v) if isinstance(v, Labelled) else None for v in inputs),
+                )
+            )
+        return not rule.movement or self.moves_as_asked(rule, node, leaf, out)
+
+    def moves_as_asked(self, rule: Rule, node: fx.Node, leaf: Any, out: Any) -> bool:
+        """Run the movement on the new labels and compare."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.record(n))
+        args, kwargs, asked = pytree.tree_map(self.edited, (args, kwargs, out))
+        op = Op(Silent(), node, leaf, "", ("", ""), asked)
+        try:
+            got = rule.relate(op, *args, **kwargs)
+        except (ValueError, IndexError):  # the new sizes do not fit the op
+            return False
+        if isinstance(asked, Labelled):
+            asked, got = [asked], [got]
+        for value, fields in zip(asked, got, strict=True):
+            ids = {f.dims: f.ids for f in fields}
+            for f in value.fields:
+                found = ids.get(f.dims)
+                if found is None or found.shape != f.ids.shape or ((found != f.ids) & (found >= 0)).any():
+                    return False
+        return True
+
+    # ---- selecting instead
+
+    def select(self, node: fx.Node, out: Labelled) -> None:
+        """Replace a node by positions selected from the nearest value before it that holds them."""
+        changed = [f for f in out.fields if self.layout(f) is not None]
+        if len(changed) != 1 or len(changed[0].dims) != 1:
+            raise EditError(f"{_where(node)} cannot follow the edit")
+        asked = changed[0]
+        dim = asked.dims[0]
+        chain = [node]
+        while True:
+            parent = chain[-1].args[0] if chain[-1].args else None
+            if not isinstance(parent, fx.Node):
+                raise EditError(f"{_where(node)} cannot follow the edit: it is not a selection of what it reads")
+            value = self.record(parent)
+            if isinstance(value, Labelled) and parent not in self.stale and value.ndim == out.ndim:
+                held = value.at(dim)
+                if held is not None and held.dims == asked.dims:
+                    places = self.selection(chain, value, dim)
+                    if places is not None:
+                        break
+            if self.takes_piece(chain[-1]) or self.is_movement(parent):
+                chain.append(parent)
+                continue
+            raise EditError(f"{_where(node)} cannot follow the edit: it is not a selection of what it reads")
+        index = self.positions(held, asked, places)
+        new, read = self.new[node.name], self.new[parent.name]
+        with self.copy.inserting_before(new):
+            if (np.diff(index) == 1).all():
+                selected = self.copy.call_function(torch.narrow, (read, dim, int(index[0]), len(index)))
+            else:
+                constant = self.copy.get_attr(self.constant(torch.from_numpy(index)))
+                selected = self.copy.call_function(torch.index_select, (read, dim, constant))
+        new.replace_all_uses_with(selected)
+        self.new[node.name] = selected
+
+    def is_movement(self, node: fx.Node) -> bool:
+        leaf = self.source.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return node.op.startswith("call") and rule_for(node, leaf).movement
+
+    def selection(self, chain: list[fx.Node], start: Labelled, dim: int) -> Ids | None:
+        """The positions along ``dim`` that the chain of ops selects from ``start``; None where it does anything else."""
+        first = chain[-1].args[0]
+        numbers = torch.arange(start.value.numel()).reshape(start.shape)
+        env: dict[fx.Node, Any] = {first: numbers}  # type: ignore[dict-item]
+        result: Any = numbers
+        for node in reversed(chain):
+            args, kwargs = fx.map_arg(
+                (node.args, node.kwargs), lambda n: env[n] if n in env else _plain(self.record(n))
+            )
+            if node.op == "call_module":
+                result = self.source.get_submodule(str(node.target))(*args, **kwargs)
+            elif node.op == "call_method":
+                result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                result = node.target(*args, **kwargs)  # type: ignore[operator]
+            env[node] = result
+        stride = int(np.prod(start.shape[dim + 1 :]))
+        along = result[tuple(slice(None) if d == dim else 0 for d in range(result.ndim))]
+        places = (along // stride) % start.shape[dim]
+        same = result.shape == numbers.index_select(dim, places).shape
+        if not same or not torch.equal(result, numbers.index_select(dim, places)):
+            return None
+        return np.asarray(places.numpy(), dtype=np.int64)
+
+    def positions(self, held: Field, asked: Field, places: Ids) -> Ids:
+        """For each position asked for, the position in the new layout of the axis that holds it."""
+        have, want = self.layout(held), self.layout(asked)
+        assert have is not None
+        assert want is not None
+        stride = len(self.layouts.source)
+        keys = have.old * stride + have.unit
+        order = np.argsort(keys)
+        wanted = places[want.old] * stride + want.unit
+        at = order[np.searchsorted(keys, wanted, sorter=order)]
+        assert np.array_equal(keys[at], wanted)
+        return at
+
+    def constant(self, value: torch.Tensor) -> str:
+        """Register positions with the module, outside its state dict."""
+        number = 0
+        while hasattr(self.target, f"_positions_{number}"):
+            number += 1
+        like = next((t for t in (*self.target.parameters(), *self.target.buffers())), value)
+        self.target.register_buffer(f"_positions_{number}", value.to(like.device), persistent=False)
+        return f"_positions_{number}"
+
+    def sweep(self) -> None:
+        """Erase what selections left without a reader."""
+        for node in reversed(self.copy.nodes):
+            if node.users or node.op not in ("call_function", "call_method", "get_attr", "call_module"):
+                continue
+            old = self.dims.books.nodes.get((self.scope, node.name))
+            number = old is not None and not any(True for _ in _labelled(old))
+            leaf = self.source.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if node.op == "get_attr" or number or rule_for(node, leaf).movement:
+                self.copy.erase_node(node)
+
+
+def _labelled(tree: Any) -> Iterable[Labelled]:
+    return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Labelled))
+
+
+def _plain(value: Any) -> Any:
+    return value.constant if isinstance(value, Labelled) and value.constant is not None else value
+
+
+def _where(node: fx.Node) -> str:
+    line = (node.stack_trace or "").strip().splitlines()
+    return f"{node.name} ({getattr(node.target, '__name__', node.target)}{', ' + line[-1].strip() if line else ''})"
