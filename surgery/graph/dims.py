@@ -92,6 +92,12 @@ class DimensionGroup:
         return np.cumsum(self.owner.fence[self.start : self.start + self.units]) - 1
 
     @property
+    def segments(self) -> Ids:
+        """For each unit, a number that is equal for units with the same writers: the parts of a concatenation that
+        is added to something have different ones. Coarser than `classes`."""
+        return np.cumsum(self.owner.seam[self.start : self.start + self.units]) - 1
+
+    @property
     def mixed(self) -> tuple[str, ...]:
         """Layers that normalise over the group, so that copies are exact only in equal numbers."""
         return self._touched(self.owner.mixed)
@@ -148,25 +154,30 @@ class Dimensions:
         self.frozen, self.unread = self._frozen(books)
         self.mixed = [(self.unit_of[ids], what) for ids, what in books.mixed]
         self.single = [(self.unit_of[ids], what) for ids, what in books.single]
-        self.fence = self._fences(axes, ranges)
+        cuts = [self.unit_of[ids] for ids in books.cuts]
+        held = [self.axis_units[a.name, a.axis] for a in axes]
+        written = [u for u, a in zip(held, axes) if "consumer" not in a.roles]
+        self.fence = self._differs([*held, *cuts], ranges)
+        self.seam = self._differs(written, ranges)
         self.groups = self._groups(books, axes, ranges, chosen)
 
     def find(self, name: str) -> DimensionGroup:
-        """The group that a layer writes, by any of its producers' names or by a parameter's name."""
-        if name not in self._by_name:
-            raise unknown_name("layer", name, self._by_name)
-        return self._by_name[name]
+        """The group of that name, or the one that a layer of that name writes."""
+        group = next((g for g in self.groups if g.name == name), None) or self.layers.get(name)
+        if group is None:
+            raise unknown_name("layer", name, [*self.layers, *(g.name for g in self.groups)])
+        return group
 
     @cached_property
-    def _by_name(self) -> dict[str, DimensionGroup]:
+    def layers(self) -> dict[str, DimensionGroup]:
+        """Groups by the names of the layers, parameters and parameter axes that write or carry them."""
         names: dict[str, DimensionGroup] = {}
-        for roles in ({"producer"}, {"per-channel"}):
+        for role in ("producer", "both", "per-channel"):
             for group in self.groups:
                 for member in group.members:
-                    if member.role in roles:
-                        names.setdefault(member.layer, group)
-                        names.setdefault(member.name, group)
-                        names.setdefault(str(member), group)
+                    if member.role == role:
+                        for name in (member.layer, member.name, str(member)):
+                            names.setdefault(name, group)
         return names
 
     @cached_property
@@ -198,19 +209,18 @@ class Dimensions:
                 read[self.axis_units[axis.name, axis.axis]] = True
         return frozen | ~read, ~read & ~frozen
 
-    def _fences(self, axes: list[ParamAxis], ranges: list[tuple[int, int]]) -> NDArray[np.bool_]:
-        """Whether a unit differs from the one before it in the axes that hold it."""
-        sets = [self.axis_units[a.name, a.axis] for a in axes] + [self.unit_of[ids] for ids in self.books.cuts]
+    def _differs(self, sets: list[Ids], ranges: list[tuple[int, int]]) -> NDArray[np.bool_]:
+        """For each unit, whether other ``sets`` hold it than hold the unit before it."""
         marks = np.random.default_rng(0).integers(1, 2**62, size=len(sets), dtype=np.uint64)
         signature = np.zeros(self.count, dtype=np.uint64)
         with np.errstate(over="ignore"):
             for units, mark in zip(sets, marks):
                 np.add.at(signature, units, mark)
         signature ^= self.frozen
-        fence = np.ones(self.count, dtype=bool)
-        fence[1:] = signature[1:] != signature[:-1]
-        fence[[start for start, _ in ranges]] = True
-        return fence
+        differs = np.ones(self.count, dtype=bool)
+        differs[1:] = signature[1:] != signature[:-1]
+        differs[[start for start, _ in ranges]] = True
+        return differs
 
     def _groups(
         self, books: Books, axes: list[ParamAxis], ranges: list[tuple[int, int]], first: list[ParamAxis]

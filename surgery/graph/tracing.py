@@ -236,6 +236,8 @@ def _trace_mode(
     except Exception as error:  # fx runs the model's own Python, which may raise anything
         raise TraceError(f"{type(root).__name__} cannot be traced: {error}{tracer.where()}") from error
     for node in reversed(graph.nodes):
+        stack = node.meta.pop("nn_module_stack", None) or {"": None}
+        node.meta["path"] = next(reversed(stack))  # the module whose forward made the node; its class is no longer needed
         if "training_flag_of" in node.meta and not node.users:
             graph.erase_node(node)
     return graph, tracer.branched
