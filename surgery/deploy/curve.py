@@ -1,0 +1,143 @@
+"""What a tradeoff run found, as data: one point for each model, and which of them are worth having."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from surgery.deploy.benchmark import BenchmarkResult, Ratio
+from surgery.deploy.environment import Environment
+from surgery.training.data import Normalisation
+from surgery.training.loop import History, Score
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model of the curve. Accuracy and latency are those of its ONNX file."""
+
+    rate: float
+    """Split rate at which it was carved."""
+    folder: str
+    """Where its checkpoint and its ONNX file are, relative to the run's folder."""
+    params: int
+    macs: int
+    """Multiply-accumulates of one image."""
+    score: Score
+    latency: BenchmarkResult
+    speedup: Ratio | None
+    """Latency of the largest model over this one's, with its interval; None for the largest itself."""
+    history: History | None
+    """How it was fine-tuned; None if it was not."""
+
+    def quantile_ms(self, q: float) -> float:
+        """Latency in ms that a fraction ``q`` of the timed queries did not exceed."""
+        return float(np.quantile(self.latency.samples_ms, q))
+
+    def to_row(self) -> dict[str, Any]:
+        """The point as one flat row, for tables; accuracies are fractions."""
+        low, high = self.score.interval()
+        return {
+            "split_rate": self.rate,
+            "folder": self.folder,
+            "params": self.params,
+            "macs": self.macs,
+            "onnx_bytes": self.latency.file_bytes,
+            "peak_memory_bytes": self.latency.peak_memory_bytes,
+            "correct": self.score.correct,
+            "tested": self.score.total,
+            "accuracy": self.score.accuracy,
+            "accuracy_low": low,
+            "accuracy_high": high,
+            **{f"p{p}_ms": self.quantile_ms(p / 100) for p in (10, 25, 50, 75, 90, 99)},
+            "throughput": self.latency.throughput,
+            "speedup": self.speedup.value if self.speedup else 1.0,
+            "speedup_low": self.speedup.low if self.speedup else 1.0,
+            "speedup_high": self.speedup.high if self.speedup else 1.0,
+        }
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run was asked to do; with the source and the data set it can be repeated."""
+
+    split_rates: tuple[float, ...]
+    epochs: int
+    finetune_epochs: int
+    lr: float
+    batch_size: int
+    weights: str | None
+    limit: int | None
+    threads: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """The data a run was trained and tested on; images are scaled to ``image_size`` pixels and normalised."""
+
+    source: str
+    train_images: int
+    test_images: int
+    classes: tuple[str, ...]
+    image_size: int
+    normalisation: Normalisation
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """A measured speed/accuracy curve; ``points`` are in order of falling split rate."""
+
+    source: str
+    data: DataSummary
+    settings: Settings
+    points: tuple[Point, ...]
+    history: History | None
+    """How the dense model was trained; None if it was not."""
+    environment: Environment
+    seconds: float
+    command: str
+
+    @property
+    def front(self) -> tuple[Point, ...]:
+        """The Pareto front, from fast to slow: the points that no other beats in median latency and accuracy both."""
+        found = pareto([(p.latency.p50_ms, p.score.accuracy) for p in self.points])
+        return tuple(sorted((self.points[i] for i in found), key=lambda p: p.latency.p50_ms))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat row for each point, with whether it is on the Pareto front."""
+        front = self.front
+        return [{**point.to_row(), "pareto": point in front} for point in self.points]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, raw latency samples included, as plain JSON data."""
+        points = [
+            {
+                **row,
+                "history": point.history.to_dict() if point.history else None,
+                "benchmark": point.latency.to_dict(),
+            }
+            for row, point in zip(self.rows(), self.points, strict=True)
+        ]
+        return {
+            "schema": 1,
+            "source": self.source,
+            "command": self.command,
+            "data": asdict(self.data),
+            "settings": asdict(self.settings),
+            "points": points,
+            "history": self.history.to_dict() if self.history else None,
+            "environment": self.environment.to_dict(),
+            "seconds": self.seconds,
+        }
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the (cost, value) points that no different one beats or equals in both."""
+
+    def dominated(cost: float, value: float) -> bool:
+        return any(c <= cost and v >= value and (c, v) != (cost, value) for c, v in points)
+
+    return [i for i, (cost, value) in enumerate(points) if not dominated(cost, value)]

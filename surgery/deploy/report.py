@@ -1,0 +1,162 @@
+"""A tradeoff run as files: a picture, two tables for machines, one page for people."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+from surgery.deploy.curve import Point, Tradeoff
+from surgery.deploy.plot import draw
+
+
+def write_report(result: Tradeoff, folder: Path) -> None:
+    """Write ``tradeoff.csv``, ``tradeoff.json``, ``tradeoff.png`` and ``report.md`` into ``folder``."""
+    rows = result.rows()
+    with (folder / "tradeoff.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "tradeoff.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+    draw(result, folder / "tradeoff.png")
+    (folder / "report.md").write_text(_markdown(result))
+
+
+def _markdown(result: Tradeoff) -> str:
+    return (
+        "\n\n".join(
+            [
+                f"# Speed and accuracy of {result.source.removeprefix('torchvision:')} on {result.data.source}",
+                _finding(result),
+                "![Accuracy over latency, one point for each split rate](tradeoff.png)",
+                _points_table(result),
+                _method(result),
+                "## Settings",
+                _settings_table(result),
+                "## Environment",
+                _environment_table(result),
+                "## Command",
+                f"```sh\n{result.command}\n```",
+            ]
+        )
+        + "\n"
+    )
+
+
+def _finding(result: Tradeoff) -> str:
+    """The curve's ends in a sentence."""
+    first, fastest = result.points[0], result.front[0]
+    said = (
+        f"At split rate {first.rate:g} the model classifies {first.score.accuracy:.1%} of the test images correctly, "
+    )
+    said += f"in {first.latency.p50_ms:.2f} ms an image."
+    if fastest is first:
+        return said + " None of the others is faster."
+    return said + (
+        f" At {fastest.rate:g} it is {fastest.score.accuracy:.1%} in {fastest.latency.p50_ms:.2f} ms: "
+        f"{_speedup(fastest)} times as fast, with {fastest.params / first.params:.1%} of the parameters."
+    )
+
+
+def _points_table(result: Tradeoff) -> str:
+    front = result.front
+    rows = [
+        [
+            f"{point.rate:g}{'' if point in front else ' (dominated)'}",
+            f"{point.score.accuracy:.2%}",
+            "{:.1%} – {:.1%}".format(*point.score.interval()),
+            f"{point.latency.p50_ms:.3f}",
+            f"{point.quantile_ms(0.25):.3f} – {point.quantile_ms(0.75):.3f}",
+            f"{point.latency.p99_ms:.3f}",
+            _speedup(point),
+            f"{point.params / 1e6:.3f} M",
+            f"{point.macs / 1e6:.1f} M",
+            "?" if point.latency.file_bytes is None else f"{point.latency.file_bytes / 2**20:.1f} MiB",
+            "?" if point.latency.peak_memory_bytes is None else f"{point.latency.peak_memory_bytes / 2**20:.1f} MiB",
+            f"[{point.folder}]({point.folder})",
+        ]
+        for point in result.points
+    ]
+    header = [
+        "split rate",
+        "accuracy",
+        "95% interval",
+        "p50 ms",
+        "p25 – p75 ms",
+        "p99 ms",
+        "speed-up",
+        "parameters",
+        "MACs",
+        "ONNX file",
+        "peak memory",
+        "files",
+    ]
+    return _table(header, rows)
+
+
+def _speedup(point: Point) -> str:
+    if point.speedup is None:
+        return "1"
+    return f"{point.speedup.value:.2f} ({point.speedup.low:.2f} – {point.speedup.high:.2f})"
+
+
+def _method(result: Tradeoff) -> str:
+    settings, data = result.settings, result.data
+    trained = f"trained for {settings.epochs} epochs" if settings.epochs else "taken as it was"
+    tuned = f"trained for {settings.finetune_epochs} more" if settings.finetune_epochs else "not trained further"
+    notes = sorted({f"At {p.rate:g}: {note}." for p in result.points for note in p.latency.notes})
+    how = (
+        f"The dense model was {trained} on {data.train_images} images of {data.image_size} x {data.image_size}. "
+        "At each split rate s, the first ceil(s n) channels of every layer were carved out of it (KELS), and the "
+        f"result was {tuned}; at 1 nothing is cut off. Accuracy is that of the ONNX file itself, in ONNX Runtime, on "
+        f"{data.test_images} test images that no training saw; its interval is Wilson's."
+    )
+    timing = (
+        f"Latency is that of the ONNX file, one image at a time, on the CPU with {settings.threads} threads. "
+        f"All models were timed in one run, {len(result.points[0].latency.samples_ms)} queries each, taking turns in "
+        "random order. Speed-up is the ratio of median latencies, with a 95% bootstrap interval. One MAC is one "
+        "multiplication and one addition; biases and norms are not counted. Peak memory is what a fresh process needs "
+        "beyond its libraries to load and run the file. A point is *dominated* if another is at least as fast and at "
+        "least as accurate."
+    )
+    return "\n\n".join(["## How it was measured", how, timing, *notes])
+
+
+def _settings_table(result: Tradeoff) -> str:
+    settings, data = result.settings, result.data
+    normalised = ", ".join(
+        f"{m:.4g} ± {s:.4g}" for m, s in zip(data.normalisation.mean, data.normalisation.std, strict=True)
+    )
+    images = f"{data.train_images} to train on, {data.test_images} to test on, {len(data.classes)} classes"
+    rows = {
+        "model": f"`{result.source}`",
+        "initial weights": settings.weights or f"random, seed {settings.seed}",
+        "data": f"{data.source}: {images}",
+        "images": f"RGB, {data.image_size} x {data.image_size}, normalised by {normalised}",
+        "dense training": f"{settings.epochs} epochs",
+        "fine-tuning": f"{settings.finetune_epochs} epochs",
+        "optimiser": f"SGD, Nesterov momentum 0.9, one-cycle, peak rate {settings.lr:g}, batch {settings.batch_size}",
+        "seed": str(settings.seed),
+        "time for the whole run": f"{result.seconds:.0f} s",
+    }
+    return _table(["setting", "value"], [[key, value] for key, value in rows.items()])
+
+
+def _environment_table(result: Tradeoff) -> str:
+    here = result.environment
+    rows = {
+        "date": here.date,
+        "system": here.system,
+        "CPU": f"{here.cpu}, {here.cpu_cores_usable} of {here.cpu_cores} cores usable",
+        "load before (1 min)": "unknown" if here.load_1min is None else f"{here.load_1min:.2f}",
+        "memory": f"{here.memory_bytes / 2**30:.1f} GiB",
+        "GPU": here.gpu or "none",
+        "Python": here.python,
+        **here.versions,
+    }
+    return _table(["what", "value"], [[key, value] for key, value in rows.items()])
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
