@@ -1,10 +1,49 @@
 """Model surgery on torch.fx graphs: widen, deepen, slim, export and measure, exactly."""
 
+from surgery.deploy.benchmark import benchmark
+from surgery.deploy.checkpoint import load, save
+from surgery.deploy.cost import cost
+from surgery.deploy.export import export_onnx
+from surgery.errors import EditError, ExportError, SurgeryError, TraceError, UsageError, VerificationError
 from surgery.graph.dims import DimensionGroup, Member, dimension_groups
 from surgery.graph.oprules import oprule
-from surgery.graph.tracing import trace
+from surgery.graph.tracing import example_inputs, trace
 from surgery.passes.apply import apply, reindex
+from surgery.passes.deepen import deepen
 from surgery.passes.recipe import InsertIdentity, Recipe, Reindex, recipe
 from surgery.passes.slim import masked, slim, split_masks
 from surgery.passes.verify import Verification, verify
 from surgery.passes.widen import widen
+
+__all__ = [
+    "DimensionGroup",
+    "EditError",
+    "ExportError",
+    "InsertIdentity",
+    "Member",
+    "Recipe",
+    "Reindex",
+    "SurgeryError",
+    "TraceError",
+    "UsageError",
+    "Verification",
+    "VerificationError",
+    "apply",
+    "benchmark",
+    "cost",
+    "deepen",
+    "dimension_groups",
+    "example_inputs",
+    "export_onnx",
+    "load",
+    "masked",
+    "oprule",
+    "recipe",
+    "reindex",
+    "save",
+    "slim",
+    "split_masks",
+    "trace",
+    "verify",
+    "widen",
+]

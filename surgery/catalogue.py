@@ -26,6 +26,10 @@ from surgery.errors import UsageError, unknown_name
 Value = int | float | bool | str
 
 
+class WeightsWarning(UserWarning):
+    """Published weights were taken over only in part."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One builder of torchvision.
@@ -209,6 +213,7 @@ def _with_weights(source: Source, entry: Entry, name: str) -> nn.Module:
     if skipped:
         warnings.warn(
             f"{source.name}: the published weights do not fit, and initial values stay, in: {', '.join(skipped)}",
+            WeightsWarning,
             stacklevel=3,
         )
     return module

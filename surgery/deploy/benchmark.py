@@ -179,6 +179,7 @@ def compare(
     rng = np.random.default_rng(seed)
     with ExitStack() as stack:
         stack.enter_context(_torch_threads(threads))
+        stack.enter_context(torch.random.fork_rng(devices=[] if device == "cpu" else None))
         runners = {
             name: stack.enter_context(
                 ready(runtime, Job(candidate, example_inputs, kwargs, batch_size, threads, device))

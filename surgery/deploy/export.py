@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import inspect
 import io
 import logging
 import os
@@ -26,9 +27,10 @@ from torch.export import Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from surgery.deploy.cost import cost
-from surgery.deploy.inputs import Args, Kwargs, batch_of, first_line, refusing_bad_inputs, resolve, tensors
+from surgery.deploy.inputs import Args, Kwargs, batch_of, refusing_bad_inputs, resolve, tensors
 from surgery.errors import ExportError, UsageError
 from surgery.graph import tracing
+from surgery.passes.recipe import recipe
 
 CHECKED_BATCHES = (1, 2, 3)
 _EXPORT_BATCH = 2
@@ -127,7 +129,7 @@ def _refuse_path(path: Path, force: bool) -> None:
 
 
 def _reference(model: nn.Module, args: Args, kwargs: Kwargs) -> Any:
-    with refusing_bad_inputs(args, kwargs), torch.no_grad():
+    with refusing_bad_inputs(args, kwargs), torch.no_grad(), torch.random.fork_rng(devices=[]):
         return model(*args, **kwargs)
 
 
@@ -151,7 +153,7 @@ def _convert(
             verbose=False,
             opset_version=opset,
             dynamic_shapes=shapes,
-            output_names=_output_names(outputs),
+            output_names=_output_names(model, outputs),
         )
     except torch.onnx.OnnxExporterError as error:
         fixed = " with an open batch; dynamic_batch=False fixes it" if dynamic_batch else ""
@@ -162,11 +164,21 @@ def _convert(
     return program
 
 
-def _output_names(outputs: Any) -> list[str]:
+def _output_names(model: nn.Module, outputs: Any) -> list[str]:
     """``output``, or the keys that lead to each output: ``{"out": a, "aux": (b, c)}`` gives out, aux_0 and aux_1."""
-    leaves, _ = pytree.tree_flatten_with_path(outputs)
-    names = [re.sub(r"\W+", "_", pytree.keystr(keys)).strip("_") for keys, _ in leaves]
-    return [name if name and not name[0].isdigit() else f"output_{name}".rstrip("_") for name in names]
+    taken = set(inspect.signature(model.forward).parameters)  # an output of an input's name would be that input
+    names = []
+    for keys, leaf in pytree.tree_flatten_with_path(outputs)[0]:
+        if leaf is None:
+            continue
+        name = re.sub(r"\W+", "_", pytree.keystr(keys)).strip("_")
+        if not name or name[0].isdigit():
+            name = f"output_{name}".rstrip("_")
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        names.append(name)
+    return names
 
 
 def _cause(error: BaseException) -> str:
@@ -182,8 +194,6 @@ def _provenance(module: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, str]
     facts = {"version": version("surgery"), "torch": torch.__version__}
     with contextlib.suppress(UsageError):  # a module that was not traced has neither
         source = tracing.info(module).source
-        from surgery.passes.recipe import recipe
-
         facts |= {"recipe_sha256": hashlib.sha256(recipe(module).to_json().encode()).hexdigest()}
         facts |= {} if source is None else {"source": source}
     with contextlib.suppress(UsageError):  # shapes that depend on values have no count
@@ -216,7 +226,7 @@ def _write(program: torch.onnx.ONNXProgram, path: Path) -> int:
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
-        raise ExportError(f"the exported model is not valid ONNX: {first_line(error)}") from error
+        raise ExportError(f"the exported model is not valid ONNX: {_cause(error)}") from error
     return int(program.model.opset_imports[""])
 
 
@@ -235,21 +245,21 @@ def _compare(
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors share no base of their own
-        raise ExportError(f"ONNX Runtime cannot load the exported model: {first_line(error)}") from error
+        raise ExportError(f"ONNX Runtime cannot load the exported model: {_cause(error)}") from error
     for batch in batches:
         args, kwargs = inputs_at(batch)
         try:
-            expected = [tensor.detach().numpy() for tensor in tensors(_reference(model, args, kwargs))]
+            expected = _arrays(_reference(model, args, kwargs))
         except UsageError as error:
             raise ExportError(
                 f"the module runs at the batch of its example inputs, but not at {batch}: {error}"
             ) from error
         names = [node.name for node in session.get_inputs()]
-        values = [tensor.detach().numpy() for tensor in tensors((args, kwargs))]
+        values = _arrays(tensors((args, kwargs)))
         try:
             found = session.run(None, dict(zip(names, values, strict=True)))
         except Exception as error:
-            raise ExportError(f"at batch {batch}, ONNX Runtime fails: {first_line(error)}") from error
+            raise ExportError(f"at batch {batch}, ONNX Runtime fails: {_cause(error)}") from error
         if [a.shape for a in found] != [b.shape for b in expected]:
             shapes = f"{[a.shape for a in found]} instead of {[b.shape for b in expected]}"
             raise ExportError(f"at batch {batch}, the exported model's outputs have the shapes {shapes}")
@@ -264,6 +274,14 @@ def _compare(
     return worst_abs, worst_rel
 
 
+def _arrays(tree: Any) -> list[Any]:
+    """The leaves as ONNX has them: tensors and numbers as arrays, and no None."""
+    leaves = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in pytree.tree_leaves(tree)]
+    if any(getattr(leaf, "dtype", None) is torch.bfloat16 for leaf in leaves):
+        raise ExportError("an export in bfloat16 cannot be checked, for numpy lacks it: export module.float()")
+    return [np.asarray(leaf) for leaf in leaves if leaf is not None]
+
+
 def _error(found: Any, expected: Any) -> tuple[float, float]:
     """max|a - b| and max|a - b| / max|b|."""
     if expected.size == 0 or np.array_equal(found, expected):
@@ -276,7 +294,7 @@ def _error(found: Any, expected: Any) -> tuple[float, float]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what the exporter prints, logs and warns of: what matters of it is raised.
+    """Without what the exporter prints, logs and warns of (what matters is raised), and without drawing random numbers.
 
     Standard error is left alone, for a progress bar may be drawn there meanwhile; the exporter's own messages reach it
     through ``logging`` and ``warnings`` only.
@@ -284,7 +302,11 @@ def _quietly() -> Iterator[None]:
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            torch.random.fork_rng(devices=[]),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

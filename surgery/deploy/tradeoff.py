@@ -162,7 +162,7 @@ def _dense(source: str | nn.Module, data: Data, *, weights: str | None, trust: b
     else:
         dense = copy.deepcopy(source) if isinstance(source, tracing.TracedModule) else trace(source, images)
     _refuse_misfit(dense, images, data)
-    return dense
+    return dense.eval()
 
 
 def _refuse_misfit(dense: nn.Module, images: Tensor, data: Data) -> None:

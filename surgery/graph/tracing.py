@@ -104,6 +104,7 @@ class TracedModule(fx.GraphModule):
             cls = type(self)
             eval_forward = cls.forward
             train_forward = type(fx.GraphModule(self, train_graph)).forward
+            train_graph.owning_module = self
 
             def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 return (train_forward if self.training else eval_forward)(self, *args, **kwargs)

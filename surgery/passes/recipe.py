@@ -42,6 +42,8 @@ class InsertIdentity:
         kernel: kernel size of the identity convolution, odd in each direction; empty for a linear layer.
         norm: whether a BatchNorm follows the identity layer.
         activation: class name in `torch.nn` of the activation, or empty.
+        channels: number of channels of the value read.
+        seed: of the random weights of a residual block's first layer.
     """
 
     after: str
@@ -50,6 +52,8 @@ class InsertIdentity:
     kernel: tuple[int, ...]
     norm: bool
     activation: str
+    channels: int
+    seed: int = 0
 
 
 Step = Reindex | InsertIdentity

@@ -1,0 +1,69 @@
+"""The command line: thin verbs over the public API.
+
+Each verb takes a torchvision name, a folder that `surgery.save` wrote, or ``package.module:factory`` with ``--trust``.
+What it has to say goes to stdout, as a table or, with ``--json``, as one JSON object; everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import typer
+from typer.main import get_command
+
+from surgery.catalogue import WeightsWarning
+from surgery.cli import measure, operate, show
+from surgery.errors import EditError, SurgeryError, TraceError, UsageError
+
+_ParserError = typer.BadParameter.__bases__[0]
+"""What typer raises for arguments it cannot parse: it names only this subclass of it publicly."""
+
+_REFUSED = (UsageError, EditError, TraceError)
+
+app = typer.Typer(
+    name="surgery",
+    help="Widen, deepen and slim neural networks exactly; export them, measure them, choose among them.",
+    epilog="Example: surgery tradeoff resnet18 --dataset mnist5k --split-rates 1.0,0.5,0.25 --out runs/demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+for verbs in (show, operate, measure):
+    verbs.register(app)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    0: done. 1: it did not work out, as when a verification failed. 2: what was asked for cannot be; nothing was done.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if os.getcwd() not in sys.path:  # so that a factory in the current folder is found, as python -m finds it
+        sys.path.append(os.getcwd())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", WeightsWarning)
+        warnings.showwarning = lambda message, *_, **__: _say("warning", message)
+        try:
+            code = get_command(app)(arguments, prog_name="surgery", standalone_mode=False, obj=arguments)
+        except _ParserError as error:
+            return _fail(error.format_message(), 2)  # type: ignore[attr-defined]
+        except _REFUSED as error:
+            return _fail(error, 2)
+        except (SurgeryError, FloatingPointError, OSError) as error:
+            return _fail(error, 1)
+    return code or 0
+
+
+def _fail(message: object, code: int) -> int:
+    _say("error", message)
+    return code
+
+
+def _say(kind: str, message: object) -> None:
+    """One line on stderr, however many the message has."""
+    print(f"{kind}: {' '.join(str(message).split())}", file=sys.stderr)

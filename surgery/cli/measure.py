@@ -1,0 +1,217 @@
+"""Verbs that export and measure: export, bench, tradeoff."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import nn
+
+from surgery.cli.options import (
+    AsJson,
+    Force,
+    InputShape,
+    Model,
+    Seed,
+    Trust,
+    Weights,
+    is_saved,
+    numbers,
+    open_model,
+    refuse_if_taken,
+)
+from surgery.cli.output import Bars, emit, mebibytes, millions, table
+from surgery.deploy.benchmark import Comparison, compare
+from surgery.deploy.checkpoint import load
+from surgery.deploy.curve import Tradeoff
+from surgery.deploy.export import export_onnx
+from surgery.deploy.outputs import refuse_folder
+from surgery.deploy.tradeoff import MARKER
+from surgery.deploy.tradeoff import tradeoff as run_tradeoff
+from surgery.errors import UsageError
+
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one query. [default: all usable cores]")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs of this file to ``app``."""
+    app.command(epilog="Example: surgery export slim/ --out slim.onnx")(export)
+    app.command(epilog="Example: surgery bench resnet18 slim/ slim.onnx --batch-size 8")(bench)
+    app.command(
+        epilog="Example: surgery tradeoff resnet18 --dataset mnist5k --split-rates 1.0,0.75,0.5,0.25 --out runs/demo"
+    )(tradeoff)
+
+
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The ONNX file to write.")],
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set. [default: torch's]")] = None,
+    input_shape: InputShape = None,
+    weights: Weights = "none",
+    seed: Seed = 0,
+    trust: Trust = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Export a model to ONNX, checked against torch in ONNX Runtime before the file appears."""
+    refuse_if_taken(out, force)
+    module = open_model(model, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
+    done = export_onnx(module, out, opset=opset, force=force)
+    batches = ", ".join(map(str, done.batches))
+    emit(
+        done.to_dict(),
+        as_json,
+        note=f"{out}: {mebibytes(done.bytes)}, opset {done.opset}; relative difference to torch "
+        f"{done.max_rel:.1e} at batch {batches}",
+    )
+
+
+def bench(
+    candidates: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Models, as elsewhere, or ONNX files; at least one.")
+    ],
+    runtime: Annotated[str, typer.Option(help="onnxruntime or torch.")] = "onnxruntime",
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples of one query.")] = 1,
+    threads: Threads = None,
+    min_runs: Annotated[int, typer.Option(min=1, help="Queries of each model, at the least.")] = 100,
+    min_seconds: Annotated[float, typer.Option(min=0, help="Seconds spent on each model, at the least.")] = 1.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    input_shape: InputShape = None,
+    weights: Weights = "none",
+    seed: Seed = 0,
+    trust: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure latency, throughput, memory and size; several models take turns and are compared with the first."""
+    if len(set(candidates)) < len(candidates):
+        raise UsageError("a model is given more than once")
+    opened: Mapping[str, Any] = {
+        name: _file(name) or open_model(name, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
+        for name in candidates
+    }
+    measured = compare(
+        opened,
+        runtime=runtime,
+        batch_size=batch_size,
+        threads=threads,
+        min_runs=min_runs,
+        min_seconds=min_seconds,
+        device=device,
+        seed=seed,
+    )
+    notes = [f"{name}: {note}" for name, result in measured.results.items() for note in result.notes]
+    emit(measured.to_dict(), as_json, _comparison_table(measured), note="\n".join(notes))
+
+
+def _file(name: str) -> Path | None:
+    """The ONNX file that ``name`` is, if it is one."""
+    path = Path(name)
+    if path.suffix != ".onnx":
+        return None
+    if not path.is_file():
+        raise UsageError(f"there is no file {name}")
+    return path
+
+
+def _comparison_table(measured: Comparison) -> Any:
+    header = ["model", "p50 ms", "p90 ms", "p99 ms", "samples/s", "relative", "memory", "file", "parameters", "MACs"]
+    rows = []
+    for name, result in measured.results.items():
+        ratio = measured.ratios.get(name)
+        rows.append(
+            [
+                name,
+                *(f"{value:.3f}" for value in (result.p50_ms, result.p90_ms, result.p99_ms)),
+                f"{result.throughput:,.1f}",
+                f"{ratio.value:.3f} ({ratio.low:.3f}-{ratio.high:.3f})" if ratio else "1",
+                mebibytes(result.peak_memory_bytes),
+                mebibytes(result.file_bytes),
+                millions(result.params),
+                millions(result.macs),
+            ]
+        )
+    first = next(iter(measured.results.values()))
+    return table(f"{first.runtime} on {first.device}, batch {first.batch_size}, {first.threads} threads", header, rows)
+
+
+def tradeoff(
+    context: typer.Context,
+    model: Model,
+    dataset: Annotated[str, typer.Option(metavar="DATA", help="mnist5k, digits, torchvision:NAME or imagefolder:DIR.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
+    split_rates: Annotated[str, typer.Option(metavar="RATES", help="Split rates in (0, 1].")] = "1.0,0.75,0.5,0.25",
+    epochs: Annotated[int, typer.Option(min=0, help="Passes over the data for the dense model; 0: take it as is.")] = 5,
+    finetune_epochs: Annotated[int, typer.Option(min=0, help="Passes over the data for each carved model.")] = 3,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.02,
+    batch_size: Annotated[int, typer.Option(min=2, help="Images of one training step.")] = 64,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Side in pixels. [default: the data's own]")] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where torchvision's data sets are kept.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Use so many training and test images at most.")] = None,
+    threads: Threads = None,
+    weights: Weights = "none",
+    seed: Seed = 0,
+    trust: Trust = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model, slim it at each split rate, export and measure each: the speed/accuracy curve.
+
+    Writes tradeoff.png, tradeoff.csv, tradeoff.json, report.md, and a folder with the checkpoint and the ONNX file of
+    each model.
+    """
+    rates = numbers("--split-rates", split_rates)
+    refuse_folder(out, marker=MARKER, force=force)
+    source: str | nn.Module = load(model, trust=trust) if is_saved(model) else model
+    with Bars() as bars:
+        result = run_tradeoff(
+            source,
+            dataset=dataset,
+            split_rates=rates,
+            out=out,
+            epochs=epochs,
+            finetune_epochs=finetune_epochs,
+            lr=lr,
+            batch_size=batch_size,
+            image_size=image_size,
+            weights=weights,
+            data_root=data_root,
+            limit=limit,
+            threads=threads,
+            seed=seed,
+            trust=trust,
+            force=force,
+            command=shlex.join(["surgery", *context.obj]),
+            progress=bars,
+        )
+    emit(
+        {**result.to_dict(), "out": str(out)},
+        as_json,
+        _curve_table(result),
+        note=f"{result.seconds:.0f} s; written to {out}: tradeoff.png, tradeoff.csv, tradeoff.json, report.md and "
+        f"{', '.join(point.folder for point in result.points)}",
+    )
+
+
+def _curve_table(result: Tradeoff) -> Any:
+    header = ["split rate", "accuracy", "p50 ms", "p90 ms", "speed-up", "parameters", "MACs", "ONNX file", "Pareto"]
+    rows = [
+        [
+            f"{point.rate:g}",
+            f"{point.score.accuracy:.1%}",
+            f"{point.latency.p50_ms:.3f}",
+            f"{point.latency.p90_ms:.3f}",
+            f"{point.speedup.value:.2f}" if point.speedup else "1",
+            millions(point.params),
+            millions(point.macs),
+            mebibytes(point.latency.file_bytes),
+            "yes" if point in result.front else "",
+        ]
+        for point in result.points
+    ]
+    name = result.source.removeprefix("torchvision:")
+    return table(f"{name} on {result.data.source}, measured on its ONNX files", header, rows)

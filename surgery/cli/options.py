@@ -1,0 +1,113 @@
+"""Options that several verbs share, and the models they name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import torch
+import typer
+
+from surgery import catalogue
+from surgery.deploy.checkpoint import RECIPE, load
+from surgery.errors import UsageError
+from surgery.graph.tracing import TracedModule, trace
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A torchvision name, with builder keywords if you like (resnet18?num_classes=10), a saved folder, or "
+        "package.module:factory with --trust.",
+    ),
+]
+InputShape = Annotated[
+    str | None,
+    typer.Option(metavar="N,C,H,W", help="Shape of the example input. [default: 2 images of the model's own size]"),
+]
+Weights = Annotated[str, typer.Option(metavar="NAME", help="torchvision's weights: none, DEFAULT or one by name.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random, initial weights included.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Allow package.module:factory to be imported and called.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what --out names, if it was made by this command.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
+
+T = TypeVar("T")
+
+
+def open_model(
+    source: str,
+    *,
+    input_shape: str | None = None,
+    weights: str = "none",
+    seed: int = 0,
+    trust: bool = False,
+) -> TracedModule:
+    """The traced module that ``source`` names, in evaluation mode."""
+    if is_saved(source):
+        if input_shape is not None:
+            raise UsageError(f"{source} remembers its input shape: --input-shape is for a model that is built anew")
+        return load(source, trust=trust).eval()
+    images = parse_shape(input_shape) if input_shape is not None else catalogue.example_inputs(source)
+    module = catalogue.build(source, weights=weights, trust=trust, seed=seed).eval()
+    return trace(module, images, source=catalogue.canonical(source, weights=weights))
+
+
+def is_saved(source: str) -> bool:
+    """Whether ``source`` is a folder that `surgery.save` wrote; a path that is none is a `UsageError`."""
+    path = Path(source)
+    if path.is_dir():
+        if not (path / RECIPE).is_file():
+            raise UsageError(f"{source} is not a saved model: it has no {RECIPE}")
+        return True
+    if len(path.parts) > 1 or source.endswith(("/", "\\")):
+        raise UsageError(f"there is no saved model at {source}")
+    return False
+
+
+def parse_shape(text: str) -> torch.Tensor:
+    """``"2,3,64,64"`` as random images of that shape, the same at every call."""
+    try:
+        shape = [int(part) for part in text.replace("x", ",").split(",")]
+    except ValueError:
+        shape = []
+    if len(shape) < 2 or min(shape) < 1:
+        raise UsageError(f"input shape {text!r} is not of the form N,C,H,W, as in 2,3,64,64")
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def per_layer(
+    option: str, items: Sequence[str], whole: Callable[[str], T], part: Callable[[str], T]
+) -> T | dict[str, T]:
+    """``["0.5"]`` as one value for the whole model, ``["layer3=0.5", "fc=0.25"]`` as one for each name."""
+    try:
+        if len(items) == 1 and "=" not in items[0]:
+            return whole(items[0])
+        pairs = [item.rpartition("=") for item in items]
+        if all(name for name, _, _ in pairs):
+            return {name: part(value) for name, _, value in pairs}
+    except ValueError:
+        pass
+    raise UsageError(f"{option} {' '.join(items)!r}: give one value, or LAYER=VALUE as often as you like")
+
+
+def int_or_float(text: str) -> int | float:
+    """A whole number as int, any other number as float."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """``"1.0,0.5"`` as a list of numbers."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text!r} is not a list of numbers, as in 1.0,0.5,0.25") from None
+
+
+def refuse_if_taken(path: Path, force: bool) -> None:
+    """Raise `UsageError` for a file that exists, unless ``force``; before any work is done for it."""
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists: choose another file, or replace it with --force")

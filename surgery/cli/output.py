@@ -1,0 +1,90 @@
+"""What verbs print: tables for people, JSON for programs, bars for the patient."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+def emit(result: Any, as_json: bool, *tables: Table, note: str = "") -> None:
+    """Print ``result`` as JSON, or the tables and the note that say the same to people."""
+    if as_json:
+        print(json.dumps(result))
+        return
+    console = Console()
+    for table in tables:
+        console.print(table)
+    if note:
+        console.print(note, highlight=False, soft_wrap=True)
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1) -> Table:
+    """A table whose first ``left`` columns are text, and whose others are figures."""
+    result = Table(title=title or None, title_justify="left", title_style="bold")
+    for number, name in enumerate(header):
+        result.add_column(name, justify="left" if number < left else "right", overflow="fold")
+    for row in rows:
+        result.add_row(*(str(cell) for cell in row))
+    return result
+
+
+def millions(count: int | None) -> str:
+    """A count in millions; ``?`` where it is not known."""
+    return "?" if count is None else f"{count / 1e6:,.2f} M"
+
+
+def mebibytes(count: int | None) -> str:
+    """A number of bytes in MiB; ``?`` where it is not known."""
+    return "?" if count is None else f"{count / 2**20:,.1f} MiB"
+
+
+class Bars:
+    """A `surgery.training.loop.Progress` that draws: one bar for the whole run, one for the stage it is in.
+
+    Nothing is drawn before there is progress, so that a run that is refused leaves its one line alone. Where stderr is
+    no terminal, each stage is one line.
+    """
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("time left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            speed_estimate_period=90,
+            disable=not self._console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._current = ""
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        if task not in self._tasks:
+            self._begin(task)
+        self._progress.update(self._tasks[task], completed=done, total=total)
+        if task != "all" and done == total:
+            self._progress.update(self._tasks[task], visible=False)
+
+    def _begin(self, task: str) -> None:
+        self._progress.start()
+        if task != "all" and not self._console.is_terminal:
+            self._console.print(f"{task} …", highlight=False)
+        label = "whole run" if task == "all" else task
+        self._tasks[task] = self._progress.add_task(f"{label:<28}", total=None)

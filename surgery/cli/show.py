@@ -1,0 +1,145 @@
+"""Verbs that look and change nothing: models, inspect, verify."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Annotated, Any
+
+import torch
+import typer
+from torchvision.models import get_model_weights
+
+from surgery import catalogue
+from surgery.cli.options import AsJson, InputShape, Model, Seed, Trust, Weights, open_model
+from surgery.cli.output import emit, mebibytes, millions, table
+from surgery.deploy.cost import cost
+from surgery.errors import unknown_name
+from surgery.graph.dims import DimensionGroup, dimension_groups
+from surgery.graph.tracing import example_inputs, info
+from surgery.passes.recipe import recipe
+from surgery.passes.verify import verify as verify_modules
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs of this file to ``app``."""
+    app.command(epilog="Example: surgery models 'resnet*'")(models)
+    app.command(epilog="Example: surgery inspect resnet50 --group layer3.0.conv1")(inspect)
+    app.command(epilog="Example: surgery verify resnet18 wide/")(verify)
+
+
+def models(
+    pattern: Annotated[str, typer.Argument(metavar="[PATTERN]", help="A glob over names, such as 'vgg*'.")] = "*",
+    as_json: AsJson = False,
+) -> None:
+    """List the models known by name, with what torchvision publishes of them."""
+    entries = [entry for entry in catalogue.CATALOGUE.values() if fnmatchcase(entry.name, pattern)]
+    if not entries:
+        raise unknown_name("model", pattern, catalogue.CATALOGUE)
+    rows = [_published(entry) for entry in entries]
+    cells = [
+        [r["name"], r["family"], r["input_size"][-1], millions(r["params"]), f"{r['gmacs']:.2f} G", f"{r['top1']:.1f}%"]
+        for r in rows
+    ]
+    header = ["name", "family", "pixels", "parameters", "MACs", "ImageNet top-1"]
+    emit(rows, as_json, table(f"{len(rows)} models", header, cells, left=2))
+
+
+def _published(entry: catalogue.Entry) -> dict[str, Any]:
+    meta = get_model_weights(entry.name)["DEFAULT"].meta
+    return {
+        "name": entry.name,
+        "family": entry.family,
+        "input_size": list(entry.input_size),
+        "params": meta["num_params"],
+        "gmacs": meta["_ops"],
+        "top1": meta["_metrics"]["ImageNet-1K"]["acc@1"],
+        "notes": entry.notes,
+    }
+
+
+def inspect(
+    model: Model,
+    group: Annotated[str | None, typer.Option(metavar="LAYER", help="Show one group, member by member.")] = None,
+    input_shape: InputShape = None,
+    weights: Weights = "none",
+    seed: Seed = 0,
+    trust: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model costs and which of its axes must change together."""
+    traced = open_model(model, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
+    figures = cost(traced)
+    groups = dimension_groups(traced)
+    result = {
+        "source": info(traced).source,
+        **figures.to_dict(),
+        "steps": len(recipe(traced).steps),
+        "groups": [_group(g) for g in groups],
+    }
+    if group is not None:
+        _show_members(_find(groups, group), as_json)
+        return
+    rows = [[g.name, g.size, g.units, len(g.members), "yes" if g.editable else "no", g.reason] for g in groups]
+    editable = sum(g.editable for g in groups)
+    emit(
+        result,
+        as_json,
+        table("", ["group", "size", "units", "members", "editable", "why not, or why only in part"], rows),
+        note=f"{millions(figures.params)} parameters, {millions(figures.macs)} MACs an input, "
+        f"{mebibytes(figures.bytes)}; {editable} of {len(groups)} groups editable",
+    )
+
+
+def _group(group: DimensionGroup) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "size": group.size,
+        "units": group.units,
+        "editable": group.editable,
+        "reason": group.reason,
+        "members": [{"name": m.name, "axis": m.axis, "role": m.role} for m in group.members],
+    }
+
+
+def _find(groups: list[DimensionGroup], layer: str) -> DimensionGroup:
+    """The group named after ``layer``, or else the one it produces for."""
+    named = {m.layer: g for g in groups for m in g.members if m.role == "producer"} | {g.name: g for g in groups}
+    if layer not in named:
+        raise unknown_name("group", layer, named)
+    return named[layer]
+
+
+def _show_members(group: DimensionGroup, as_json: bool) -> None:
+    rows = [[m.name, m.axis, m.role] for m in group.members]
+    title = f"{group.name}: {group.size} channels, {group.units} units"
+    emit(_group(group), as_json, table(title, ["member", "axis", "role"], rows), note=group.reason)
+
+
+def verify(
+    model: Model,
+    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="What MODEL is compared with.")],
+    dtype: Annotated[str, typer.Option(help="float64 tells rounding from errors; float32 is faster.")] = "float64",
+    input_shape: InputShape = None,
+    weights: Weights = "none",
+    seed: Seed = 0,
+    trust: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check that two models compute the same; exit with 1 if they do not."""
+    precisions = {"float64": torch.float64, "float32": torch.float32}
+    if dtype not in precisions:
+        raise unknown_name("dtype", dtype, precisions)
+    first = open_model(model, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
+    second = open_model(reference, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
+    args, kwargs = example_inputs(first)
+    check = verify_modules(first, second, args, kwargs=kwargs, dtype=precisions[dtype])
+    rows = [[check.dtype, f"{check.max_abs:.2e}", f"{check.max_rel:.2e}", f"{check.tolerance:.0e}"]]
+    said = "the same" if check.ok else "different"
+    emit(
+        check.to_dict(),
+        as_json,
+        table("", ["in", "largest difference", "relative", "allowed"], rows),
+        note=f"{model} and {reference} are {said}",
+    )
+    if not check.ok:
+        check.raise_if_different()

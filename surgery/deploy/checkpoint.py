@@ -1,0 +1,171 @@
+"""Saving and loading: a recipe as text and the weights as plain tensors.
+
+A directory holds ``recipe.json`` (where the architecture comes from, the inputs it was traced with, what was done to
+it) and ``weights.safetensors``. Nothing in it is code, and nothing of it is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from surgery import catalogue
+from surgery.errors import SurgeryError, UsageError
+from surgery.graph.tracing import TensorSpec, TracedModule, info, trace
+from surgery.passes.apply import apply
+from surgery.passes.recipe import Recipe, recipe
+
+RECIPE, WEIGHTS = "recipe.json", "weights.safetensors"
+
+
+def save(module: nn.Module, directory: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Write a traced module to a directory, all of it or nothing.
+
+    Args:
+        module: a traced module, operated on or not.
+        directory: created with its parents; must not exist, or be empty.
+        force: replace what is there.
+
+    Raises:
+        UsageError: the module was not traced, or the directory has something in it.
+    """
+    known = info(module)
+    target = Path(directory)
+    if target.exists() and not force and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"{target} exists; pass force to replace it")
+    modes = [n for n, m in module.named_modules() if m.training != module.training]
+    content = {
+        **json.loads(recipe(module).to_json()),
+        "inputs": {"args": _encode(known.args), "kwargs": _encode(known.kwargs)},
+        "training": module.training,
+        "modes_other_than_training": modes,
+        "frozen": [n for n, p in module.named_parameters() if not p.requires_grad],
+        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as name:
+        draft = Path(name) / "saved"
+        draft.mkdir()
+        save_file(_tensors(module), draft / WEIGHTS)
+        (draft / RECIPE).write_text(json.dumps(content, indent=1) + "\n")
+        if target.is_dir():
+            shutil.rmtree(target)
+        elif target.exists():
+            target.unlink()
+        draft.rename(target)
+    return target
+
+
+def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, trust: bool = False) -> TracedModule:
+    """Rebuild what `save` wrote: the architecture from its source, the edits from the recipe, then the weights.
+
+    Args:
+        directory: where `save` wrote it.
+        model: the architecture as it was before `surgery.trace`, for a class of one's own. Its weights do not matter.
+        trust: allow a source of the form ``package.module:factory`` to be imported and called.
+
+    Raises:
+        UsageError: no saved model there, or an architecture that cannot be rebuilt without ``model``.
+        SurgeryError: weights that do not fit the rebuilt architecture; names them.
+    """
+    source = Path(directory)
+    content = _read_recipe(source)
+    steps = Recipe.from_json(json.dumps(content))
+    with torch.random.fork_rng():
+        if model is None:
+            if steps.source is None:
+                raise UsageError(f"{source} does not say where its architecture comes from: pass model=")
+            model = catalogue.build(steps.source, trust=trust)
+        args, kwargs = (_decode(content["inputs"][k]) for k in ("args", "kwargs"))
+        traced = trace(model, args, kwargs=kwargs, source=steps.source)
+        module = apply(traced, steps)
+    _load_weights(module, source / WEIGHTS)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name not in content["frozen"])
+    module.train(content["training"])
+    for name in content["modes_other_than_training"]:
+        module.get_submodule(name).training = not content["training"]
+    return module
+
+
+def _read_recipe(directory: Path) -> dict[str, Any]:
+    path = directory / RECIPE
+    if not path.is_file():
+        raise UsageError(f"{directory} is not a saved model: it has no {RECIPE}")
+    try:
+        content = json.loads(path.read_text())
+        if not {"inputs", "training", "modes_other_than_training", "frozen"} <= set(content):
+            raise UsageError(f"{path} is not complete")
+    except ValueError as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    assert isinstance(content, dict)
+    return content
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict, each shared tensor once, under its first name."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            result[name] = tensor.detach().cpu().contiguous().clone()
+    return result
+
+
+def _load_weights(module: nn.Module, path: Path) -> None:
+    wanted = {}
+    seen: set[int] = set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            wanted[name] = tensor
+    try:
+        with safe_open(path, framework="pt") as stored:
+            names = set(stored.keys())
+            if names != set(wanted):
+                missing, extra = sorted(set(wanted) - names), sorted(names - set(wanted))
+                raise SurgeryError(f"{path} does not fit its recipe: missing {missing[:4]}, unexpected {extra[:4]}")
+            for name, tensor in wanted.items():
+                value = stored.get_tensor(name)
+                if value.shape != tensor.shape:
+                    raise SurgeryError(f"{path}: {name} is {tuple(value.shape)}, the model has {tuple(tensor.shape)}")
+                tensor.data = value
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, TensorSpec):
+        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(v) for v in value]}
+    if isinstance(value, dict):
+        return {"dict": {k: _encode(v) for k, v in value.items()}}
+    if isinstance(value, list):
+        return [_encode(v) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise UsageError(f"an input of type {type(value).__name__} cannot be saved")
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return torch.zeros(value["tensor"], dtype=getattr(torch, value["dtype"]))
+    if "tuple" in value:
+        return tuple(_decode(v) for v in value["tuple"])
+    return {k: _decode(v) for k, v in value["dict"].items()}
