@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import cast
 
 import typer
 from typer.main import get_command
@@ -18,7 +19,7 @@ from surgery.catalogue import WeightsWarning
 from surgery.cli import measure, operate, show
 from surgery.errors import EditError, SurgeryError, TraceError, UsageError
 
-_ParserError = typer.BadParameter.__bases__[0]
+_ParserError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
 """What typer raises for arguments it cannot parse: it names only this subclass of it publicly."""
 
 _REFUSED = (UsageError, EditError, TraceError)
@@ -27,7 +28,6 @@ app = typer.Typer(
     name="surgery",
     help="Widen, deepen and slim neural networks exactly; export them, measure them, choose among them.",
     epilog="Example: surgery tradeoff resnet18 --dataset mnist5k --split-rates 1.0,0.5,0.25 --out runs/demo",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done. 1: it did not work out, as when a verification failed. 2: what was asked for cannot be; nothing was done.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if os.getcwd() not in sys.path:  # so that a factory in the current folder is found, as python -m finds it
         sys.path.append(os.getcwd())
     with warnings.catch_warnings():
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             code = get_command(app)(arguments, prog_name="surgery", standalone_mode=False, obj=arguments)
         except _ParserError as error:
-            return _fail(error.format_message(), 2)  # type: ignore[attr-defined]
+            return _fail(error.format_message(), 2)
         except _REFUSED as error:
             return _fail(error, 2)
         except (SurgeryError, FloatingPointError, OSError) as error:

@@ -33,7 +33,7 @@ from surgery.deploy.tradeoff import MARKER
 from surgery.deploy.tradeoff import tradeoff as run_tradeoff
 from surgery.errors import UsageError
 
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one query. [default: all usable cores]")]
+Threads = Annotated[int | None, typer.Option(help="Threads of one query. [default: all usable cores]")]
 
 
 def register(app: typer.Typer) -> None:
@@ -74,10 +74,10 @@ def bench(
         list[str], typer.Argument(metavar="MODEL...", help="Models, as elsewhere, or ONNX files; at least one.")
     ],
     runtime: Annotated[str, typer.Option(help="onnxruntime or torch.")] = "onnxruntime",
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples of one query.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Samples of one query.")] = 1,
     threads: Threads = None,
-    min_runs: Annotated[int, typer.Option(min=1, help="Queries of each model, at the least.")] = 100,
-    min_seconds: Annotated[float, typer.Option(min=0, help="Seconds spent on each model, at the least.")] = 1.0,
+    min_runs: Annotated[int, typer.Option(help="Queries of each model, at the least.")] = 100,
+    min_seconds: Annotated[float, typer.Option(help="Seconds spent on each model, at the least.")] = 1.0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     input_shape: InputShape = None,
     weights: Weights = "none",
@@ -143,15 +143,15 @@ def tradeoff(
     dataset: Annotated[str, typer.Option(metavar="DATA", help="mnist5k, digits, torchvision:NAME or imagefolder:DIR.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
     split_rates: Annotated[str, typer.Option(metavar="RATES", help="Split rates in (0, 1].")] = "1.0,0.75,0.5,0.25",
-    epochs: Annotated[int, typer.Option(min=0, help="Passes over the data for the dense model; 0: take it as is.")] = 5,
-    finetune_epochs: Annotated[int, typer.Option(min=0, help="Passes over the data for each carved model.")] = 3,
+    epochs: Annotated[int, typer.Option(help="Passes over the data for the dense model; 0: take it as is.")] = 5,
+    finetune_epochs: Annotated[int, typer.Option(help="Passes over the data for each carved model.")] = 3,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.02,
-    batch_size: Annotated[int, typer.Option(min=2, help="Images of one training step.")] = 64,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Side in pixels. [default: the data's own]")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images of one training step.")] = 64,
+    image_size: Annotated[int | None, typer.Option(help="Side in pixels. [default: the data's own]")] = None,
     data_root: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where torchvision's data sets are kept.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=2, help="Use so many training and test images at most.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use so many training and test images at most.")] = None,
     threads: Threads = None,
     weights: Weights = "none",
     seed: Seed = 0,

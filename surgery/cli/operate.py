@@ -9,6 +9,7 @@ import torch
 import typer
 
 from surgery.cli.options import (
+    ROUNDING,
     AsJson,
     Force,
     InputShape,
@@ -17,6 +18,7 @@ from surgery.cli.options import (
     Trust,
     Weights,
     int_or_float,
+    one_or_per_layer,
     open_model,
     per_layer,
 )
@@ -33,7 +35,7 @@ from surgery.passes.widen import widen as widen_module
 
 Out = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write: recipe.json and weights.safetensors.")]
 Check = Annotated[bool, typer.Option("--verify/--no-verify", help="Run both models and compare them before writing.")]
-RoundTo = Annotated[int, typer.Option(min=1, help="Round numbers of channels up to a multiple of this.")]
+RoundTo = Annotated[int, typer.Option(help="Round numbers of channels up to a multiple of this.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -65,7 +67,7 @@ def widen(
 ) -> None:
     """Make a model wider without changing what it computes (Net2Net)."""
     refuse_folder(out, marker=RECIPE, force=force)
-    wish = per_layer("--width", width, float, int_or_float)
+    wish = one_or_per_layer("--width", width, float, int_or_float)
     before = open_model(model, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
     after = widen_module(before, wish, seed=seed, round_to=round_to)
     _finish(before, after, out, verified=_compare(after, before) if check else None, as_json=as_json)
@@ -88,7 +90,7 @@ def deepen(
 ) -> None:
     """Make a model deeper without changing what it computes (Net2Net)."""
     refuse_folder(out, marker=RECIPE, force=force)
-    places = per_layer("--at", [item if "=" in item else f"{item}=1" for item in at], int, int)
+    places = per_layer("--at", [item if "=" in item else f"{item}=1" for item in at], int)
     before = open_model(model, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
     after = deepen_module(before, places, seed=seed)
     _finish(before, after, out, verified=_compare(after, before) if check else None, as_json=as_json)
@@ -118,7 +120,7 @@ def slim(
     It is compared with the dense model whose other channels are switched off.
     """
     refuse_folder(out, marker=RECIPE, force=force)
-    wish = per_layer("--rate", rate, float, float)
+    wish = one_or_per_layer("--rate", rate, float, float)
     before = open_model(model, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
     after = slim_module(before, wish, round_to=round_to)
     verified = None
@@ -129,7 +131,8 @@ def slim(
 
 def _compare(after: TracedModule, expected: TracedModule) -> Verification:
     args, kwargs = example_inputs(after)
-    return verify(after, expected, args, kwargs=kwargs, dtype=torch.float64).raise_if_different()
+    check = verify(after, expected, args, kwargs=kwargs, dtype=torch.float64, tolerance=ROUNDING)
+    return check.raise_if_different()
 
 
 def _finish(

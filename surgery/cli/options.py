@@ -32,6 +32,9 @@ Trust = Annotated[bool, typer.Option("--trust", help="Allow package.module:facto
 Force = Annotated[bool, typer.Option("--force", help="Replace what --out names, if it was made by this command.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
 
+ROUNDING = 1e-5
+"""Relative difference allowed, in float64, between models whose float32 weights may differ by their rounding."""
+
 T = TypeVar("T")
 
 
@@ -76,19 +79,30 @@ def parse_shape(text: str) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def per_layer(
+def one_or_per_layer(
     option: str, items: Sequence[str], whole: Callable[[str], T], part: Callable[[str], T]
 ) -> T | dict[str, T]:
     """``["0.5"]`` as one value for the whole model, ``["layer3=0.5", "fc=0.25"]`` as one for each name."""
+    if len(items) > 1 or "=" in items[0]:
+        return per_layer(option, items, part)
     try:
-        if len(items) == 1 and "=" not in items[0]:
-            return whole(items[0])
-        pairs = [item.rpartition("=") for item in items]
-        if all(name for name, _, _ in pairs):
-            return {name: part(value) for name, _, value in pairs}
+        return whole(items[0])
     except ValueError:
-        pass
-    raise UsageError(f"{option} {' '.join(items)!r}: give one value, or LAYER=VALUE as often as you like")
+        raise UsageError(f"{option} {items[0]!r} is neither a number nor of the form LAYER=NUMBER") from None
+
+
+def per_layer(option: str, items: Sequence[str], part: Callable[[str], T]) -> dict[str, T]:
+    """``["layer3=2", "fc=1"]`` as a value for each name."""
+    values = {}
+    for item in items:
+        name, _, text = item.rpartition("=")
+        try:
+            values[name] = part(text)
+        except ValueError:
+            name = ""
+        if not name:
+            raise UsageError(f"{option} {item!r} is not of the form LAYER=NUMBER")
+    return values
 
 
 def int_or_float(text: str) -> int | float:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -17,18 +19,19 @@ def emit(result: Any, as_json: bool, *tables: Table, note: str = "") -> None:
     if as_json:
         print(json.dumps(result))
         return
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     for table in tables:
         console.print(table)
     if note:
         console.print(note, highlight=False, soft_wrap=True)
 
 
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1) -> Table:
-    """A table whose first ``left`` columns are text, and whose others are figures."""
-    result = Table(title=title or None, title_justify="left", title_style="bold")
-    for number, name in enumerate(header):
-        result.add_column(name, justify="left" if number < left else "right", overflow="fold")
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]], *, text: Sequence[str] = ()) -> Table:
+    """A table whose first column, and those named in ``text``, are set left, and whose figures are set right."""
+    result = Table(title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for name in header:
+        left = name in (header[0], *text)
+        result.add_column(name, justify="left" if left else "right", no_wrap=name == header[0])
     for row in rows:
         result.add_row(*(str(cell) for cell in row))
     return result

@@ -10,7 +10,7 @@ import typer
 from torchvision.models import get_model_weights
 
 from surgery import catalogue
-from surgery.cli.options import AsJson, InputShape, Model, Seed, Trust, Weights, open_model
+from surgery.cli.options import ROUNDING, AsJson, InputShape, Model, Seed, Trust, Weights, open_model
 from surgery.cli.output import emit, mebibytes, millions, table
 from surgery.deploy.cost import cost
 from surgery.errors import unknown_name
@@ -41,7 +41,7 @@ def models(
         for r in rows
     ]
     header = ["name", "family", "pixels", "parameters", "MACs", "ImageNet top-1"]
-    emit(rows, as_json, table(f"{len(rows)} models", header, cells, left=2))
+    emit({"models": rows}, as_json, table(f"{len(rows)} models", header, cells, text=["family"]))
 
 
 def _published(entry: catalogue.Entry) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def inspect(
     emit(
         result,
         as_json,
-        table("", ["group", "size", "units", "members", "editable", "why not, or why only in part"], rows),
+        table("", ["group", "size", "units", "members", "editable", "reason"], rows, text=["editable", "reason"]),
         note=f"{millions(figures.params)} parameters, {millions(figures.macs)} MACs an input, "
         f"{mebibytes(figures.bytes)}; {editable} of {len(groups)} groups editable",
     )
@@ -112,13 +112,13 @@ def _find(groups: list[DimensionGroup], layer: str) -> DimensionGroup:
 def _show_members(group: DimensionGroup, as_json: bool) -> None:
     rows = [[m.name, m.axis, m.role] for m in group.members]
     title = f"{group.name}: {group.size} channels, {group.units} units"
-    emit(_group(group), as_json, table(title, ["member", "axis", "role"], rows), note=group.reason)
+    emit(_group(group), as_json, table(title, ["member", "axis", "role"], rows, text=["role"]), note=group.reason)
 
 
 def verify(
     model: Model,
     reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="What MODEL is compared with.")],
-    dtype: Annotated[str, typer.Option(help="float64 tells rounding from errors; float32 is faster.")] = "float64",
+    tolerance: Annotated[float, typer.Option(help="Largest relative difference that passes, in float64.")] = ROUNDING,
     input_shape: InputShape = None,
     weights: Weights = "none",
     seed: Seed = 0,
@@ -126,13 +126,10 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check that two models compute the same; exit with 1 if they do not."""
-    precisions = {"float64": torch.float64, "float32": torch.float32}
-    if dtype not in precisions:
-        raise unknown_name("dtype", dtype, precisions)
     first = open_model(model, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
     second = open_model(reference, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
     args, kwargs = example_inputs(first)
-    check = verify_modules(first, second, args, kwargs=kwargs, dtype=precisions[dtype])
+    check = verify_modules(first, second, args, kwargs=kwargs, dtype=torch.float64, tolerance=tolerance)
     rows = [[check.dtype, f"{check.max_abs:.2e}", f"{check.max_rel:.2e}", f"{check.tolerance:.0e}"]]
     said = "the same" if check.ok else "different"
     emit(
