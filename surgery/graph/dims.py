@@ -7,6 +7,7 @@ through the model, group after group, and an axis is the sequence of the units t
 from __future__ import annotations
 
 import weakref
+import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -108,12 +109,16 @@ class DimensionGroup:
         return self._touched(self.owner.single)
 
     def permutation(self, seed: int = 0) -> list[int]:
-        """A random admissible permutation of ``range(units)``: any within a class, frozen units in their place."""
-        random = np.random.default_rng(seed)
+        """A random admissible permutation of ``range(units)``: any within a class, frozen units in their place.
+
+        It moves something wherever something can be moved.
+        """
+        random = np.random.default_rng([seed, zlib.crc32(self.name.encode())])
         index = np.arange(self.units)
         for number in np.unique(self.classes):
             places = np.flatnonzero((self.classes == number) & ~self.frozen)
-            index[places] = random.permutation(places)
+            order = random.permutation(places)
+            index[places] = np.roll(places, 1) if np.array_equal(order, places) else order
         return [int(i) for i in index]
 
     def why(self, a: str | Member, b: str | Member) -> list[str]:

@@ -35,10 +35,13 @@ def apply(module: nn.Module, edit: Recipe | Step | Iterable[Step]) -> TracedModu
     result = module
     for step in steps:
         before = info(result).steps
-        result = _reindex(result, step) if isinstance(step, Reindex) else insert_identity(result, step)
+        if isinstance(step, Reindex):
+            result = _reindex(result, step)
+        else:
+            result = copy.deepcopy(module) if result is module else result
+            insert_identity(result, step)
         with_info(result, steps=(*before, step))
-    if result is module:
-        result = copy.deepcopy(module)
+    result = copy.deepcopy(module) if result is module else result
     assert isinstance(result, TracedModule)
     return result
 

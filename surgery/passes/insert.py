@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -32,14 +31,13 @@ _EPS = 2.0**-17
 _BATCH_NORMS: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
-def insert_identity(module: nn.Module, step: InsertIdentity) -> TracedModule:
-    """A copy of ``module`` with the layers of ``step`` inserted, in every graph that computes what they read."""
-    result = copy.deepcopy(module)
-    assert isinstance(result, TracedModule)
-    sites = list(output_sites(result, step.after))
-    block = _block(step, _like(result))
+def insert_identity(module: nn.Module, step: InsertIdentity) -> None:
+    """Insert the layers of ``step`` into ``module``, in every graph that computes what they read."""
+    assert isinstance(module, TracedModule)
+    sites = list(output_sites(module, step.after))
+    block = _block(step, _like(module))
     parent, _, child = step.name.rpartition(".")
-    container = result.get_submodule(parent)
+    container = module.get_submodule(parent)
     if hasattr(container, child):
         raise EditError(f"{step.name!r} is taken")
     container.add_module(child, block)
@@ -47,7 +45,6 @@ def insert_identity(module: nn.Module, step: InsertIdentity) -> TracedModule:
     for site in sites:
         _insert(site, step, block)
         site.owner.recompile()
-    return result
 
 
 class Site:

@@ -206,6 +206,7 @@ class _Rewiring:
             else:
                 constant = self.copy.get_attr(self.constant(torch.from_numpy(index)))
                 selected = self.copy.call_function(torch.index_select, (read, dim, constant))
+        selected.meta["path"] = new.meta.get("path", "")
         new.replace_all_uses_with(selected)
         self.new[node.name] = selected
 

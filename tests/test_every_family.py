@@ -1,0 +1,125 @@
+"""Every operation on one model of every family: float64, random weights, random norm statistics."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import FAMILIES
+
+import surgery
+
+EXACT = 1e-10
+
+# Places at the ends of stages; a test below fails if a name stops existing.
+STAGES = {
+    "alexnet": ["features.0", "features.6", "classifier.1"],
+    "vgg11_bn": ["features.0", "features.11", "classifier.0"],
+    "resnet18": ["layer1", "layer2", "layer3", "layer4"],
+    "resnext50_32x4d": ["layer1", "layer4"],
+    "squeezenet1_1": ["features.3", "features.12"],
+    "densenet121": ["features.denseblock1", "features.transition2", "features.denseblock4"],
+    "googlenet": ["inception3b", "inception4e", "inception5b", "aux1.conv"],
+    "inception_v3": ["Mixed_5d", "Mixed_6e", "Mixed_7c", "AuxLogits.conv0"],
+    "mobilenet_v2": ["features.1", "features.6", "features.18"],
+    "mobilenet_v3_small": ["features.1", "features.8", "features.12"],
+    "mnasnet0_5": ["layers.8", "layers.13"],
+    "efficientnet_b0": ["features.1", "features.4", "features.8"],
+    "regnet_y_400mf": ["trunk_output.block1", "trunk_output.block4"],
+    "shufflenet_v2_x0_5": ["stage2", "stage3", "stage4", "conv5"],
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("train", [False, True])
+def test_a_traced_model_computes_what_the_model_computes_in_both_modes(model_of, traced_of, name, train):
+    model, x = model_of(name)
+    assert surgery.verify(traced_of(name)[0], model, x, train=train).max_rel <= EXACT
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_permuting_every_group_changes_nothing(traced_of, name):
+    traced, x = traced_of(name)
+    groups = [g for g in surgery.dimension_groups(traced) if g.editable]
+    index = {g.name: g.permutation(seed=1) for g in groups}
+    assert all(sorted(i) == list(range(g.units)) for g, i in zip(groups, index.values(), strict=True))
+    assert all(i != sorted(i) for i in index.values())
+    assert surgery.verify(surgery.reindex(traced, index), traced, x).max_rel <= EXACT
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_only_the_networks_ends_are_left_alone(traced_of, name):
+    left = [g for g in surgery.dimension_groups(traced_of(name)[0]) if g.reason]
+    assert {g.reason for g in left} == {"network input", "network output"}
+    assert not any(g.editable for g in left)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("factor", [1.5, 2.0])
+def test_widening_changes_nothing(traced_of, name, factor):
+    traced, x = traced_of(name)
+    wide = surgery.widen(traced, factor, seed=3)
+    assert sum(p.numel() for p in wide.parameters()) > factor * sum(p.numel() for p in traced.parameters())
+    assert surgery.verify(wide, traced, x).max_rel <= EXACT
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_deepening_each_stage_changes_nothing(traced_of, name):
+    traced, x = traced_of(name)
+    deep = surgery.deepen(traced, STAGES[name])
+    assert sum(1 for _ in deep.modules()) >= sum(1 for _ in traced.modules()) + 2 * len(STAGES[name])
+    assert surgery.verify(deep, traced, x).max_rel <= EXACT
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_slim_network_is_the_dense_one_without_its_reset_hypothesis(traced_of, name):
+    traced, x = traced_of(name)
+    masked = surgery.masked(traced, surgery.split_masks(traced, 0.5))
+    slim = surgery.slim(traced, 0.5)
+    assert surgery.verify(slim, masked, x).max_rel <= EXACT
+    assert not surgery.verify(slim, traced, x).ok  # the dense network is another function
+
+
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v3_small"])
+def test_operated_networks_can_be_operated_on_again(traced_of, name):
+    traced, x = traced_of(name)
+    grown = surgery.deepen(surgery.widen(traced, 1.5), STAGES[name])
+    again = surgery.widen(grown, 1.3, seed=5)
+    assert surgery.verify(again, traced, x).max_rel <= EXACT
+    masks = surgery.split_masks(again, 0.4)
+    slim = surgery.slim(again, 0.4)
+    assert surgery.verify(slim, surgery.masked(again, masks), x).max_rel <= EXACT
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_auxiliary_heads_shrink_and_grow_with_the_body(traced_of, name):
+    traced, x = traced_of(name)
+    traced = copy.deepcopy(traced)
+    for module in traced.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # its random numbers depend on the width
+    aux = next(g for g in surgery.dimension_groups(traced) if g.name.lower().startswith("aux") and g.editable)
+    assert surgery.verify(surgery.widen(traced, 1.5), traced, x, train=True).max_rel <= 1e-9
+    slim = surgery.slim(traced, 0.5)
+    assert slim.get_parameter(aux.members[0].name).shape[0] == -(-aux.size // 2)
+    masked = surgery.masked(traced, surgery.split_masks(traced, 0.5))
+    assert surgery.verify(slim, masked, x, train=True).max_rel <= 1e-9
+    outputs = slim.train()(x)
+    assert len(outputs) > 1
+    sum(o.sum() for o in outputs).backward()
+    assert all(p.grad is not None for p in slim.parameters())
+
+
+def test_every_parameter_keeps_its_name_dtype_and_flag(traced_of):
+    traced, _ = traced_of("resnet18")
+    traced.get_parameter("conv1.weight").requires_grad_(False)
+    try:
+        for result in (surgery.slim(traced, 0.5), surgery.widen(traced, 1.5), surgery.deepen(traced, ["layer1"])):
+            ours = dict(result.named_parameters())
+            for name, parameter in traced.named_parameters():
+                assert ours[name].dtype == torch.float64
+                assert ours[name].requires_grad == parameter.requires_grad
+                assert ours[name].untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr()
+    finally:
+        traced.get_parameter("conv1.weight").requires_grad_(True)
