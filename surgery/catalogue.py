@@ -102,7 +102,7 @@ def example_inputs(source: str, batch_size: int = 2, image_size: int | None = No
     elif entry is not None:
         shape = entry.input_size
     else:
-        raise UsageError(f"the input size of {source!r} is not known: pass image_size (--image-size) or example inputs")
+        raise UsageError(f"the input size of {source!r} is not known: pass image_size (--input-shape)")
     return torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))
 
 

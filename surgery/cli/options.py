@@ -51,8 +51,8 @@ def open_model(
         if input_shape is not None:
             raise UsageError(f"{source} remembers its input shape: --input-shape is for a model that is built anew")
         return load(source, trust=trust).eval()
-    images = parse_shape(input_shape) if input_shape is not None else catalogue.example_inputs(source)
     module = catalogue.build(source, weights=weights, trust=trust, seed=seed).eval()
+    images = parse_shape(input_shape) if input_shape is not None else catalogue.example_inputs(source)
     return trace(module, images, source=catalogue.canonical(source, weights=weights))
 
 

@@ -111,7 +111,7 @@ def train(
     _check_settings(data, epochs, lr, batch_size, schedule)
     loss_fn = loss_fn or classification_loss(label_smoothing)
     device = _device(model)
-    loader = _loader(data.train, batch_size, workers, torch.Generator().manual_seed(seed))
+    loader = _loader(data.train, batch_size, workers, shuffle=True, seed=seed)
     total = epochs * len(loader)
     optimizer = torch.optim.SGD(_parameter_groups(model, weight_decay), lr=lr, momentum=momentum, nesterov=momentum > 0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: SCHEDULES[schedule](step / total))
@@ -170,7 +170,7 @@ def evaluate(
     ``predict`` is a module, which is run in evaluation mode and left in the mode it was in, or any function, such as a
     session of another runtime.
     """
-    loader = _loader(images, batch_size, workers, None)
+    loader = _loader(images, batch_size, workers, shuffle=False)
     device = _device(predict)
     correct = total = 0
     with _mode(predict, training=False), torch.inference_mode():
@@ -202,16 +202,18 @@ def _device(model: object) -> torch.device:
 
 
 def _loader(
-    images: Images, batch_size: int, workers: int, shuffled_by: torch.Generator | None
+    images: Images, batch_size: int, workers: int, *, shuffle: bool, seed: int = 0
 ) -> DataLoader[tuple[Tensor, Any]]:
-    """A shuffling loader drops the last, smaller batch, whose batch statistics would be noisier than the others'."""
-    count = len(cast(Any, images))
+    """A shuffling loader drops the last, smaller batch, whose batch statistics would be noisier than the others'.
+
+    It has a generator in any case: without one, even a loader that does not shuffle draws from the global state.
+    """
     return DataLoader(
         images,
-        batch_size=min(batch_size, count),
-        shuffle=shuffled_by is not None,
-        drop_last=shuffled_by is not None,
-        generator=shuffled_by,
+        batch_size=min(batch_size, len(cast(Any, images))),
+        shuffle=shuffle,
+        drop_last=shuffle,
+        generator=torch.Generator().manual_seed(seed),
         num_workers=workers,
         persistent_workers=workers > 0,
     )
