@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def measure(name: str) -> dict[str, Any]:
         if not error <= bound:
             row["failures"].append(label)
 
-    traced = timed("trace", lambda: surgery.trace(model, x, source=f"torchvision:{name}"))
+    traced = timed("trace", partial(surgery.trace, model, x, source=f"torchvision:{name}"))
     check("trace_eval", surgery.verify(traced, model, x).max_rel)
     check("trace_train", surgery.verify(traced, model, x, train=True).max_rel)
     del model
@@ -96,7 +97,9 @@ def measure(name: str) -> dict[str, Any]:
     row["editable"] = sum(g.editable for g in groups)
     row["left_alone"] = {g.name: g.reason for g in groups if g.reason}
 
-    permuted = timed("permute", lambda: surgery.reindex(traced, {g.name: g.permutation(1) for g in groups if g.editable}))
+    permuted = timed(
+        "permute", lambda: surgery.reindex(traced, {g.name: g.permutation(1) for g in groups if g.editable})
+    )
     check("permute_error", surgery.verify(permuted, traced, x).max_rel)
     del permuted
     slim = timed("slim", lambda: surgery.slim(traced, 0.5))
@@ -212,7 +215,15 @@ def _macs(module: nn.Module, x: torch.Tensor) -> float:
     return counter.get_total_flops() / 2
 
 
-_ERRORS = ("trace_eval", "trace_train", "permute_error", "slim_error", "widen_1.5_error", "widen_2_error", "deepen_error")
+_ERRORS = (
+    "trace_eval",
+    "trace_train",
+    "permute_error",
+    "slim_error",
+    "widen_1.5_error",
+    "widen_2_error",
+    "deepen_error",
+)
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -229,11 +240,11 @@ def _markdown(summary: dict[str, Any]) -> str:
     head = (
         "# Coverage\n\n"
         f"`{summary['command'].strip()}`, {summary['date']}, torch {summary['torch']}, torchvision "
-        f"{summary['torchvision']}, {summary['device']}, {summary['minutes']} minutes. Errors are relative, in float64; "
-        "a cost is a fraction of the dense model's, the ideal in brackets. Groups that are left alone are the network's "
-        "input and outputs unless a row below the table says otherwise.\n\n"
-        "| model | groups (editable) | trace eval / train | permute | slim 0.5 | widen 1.5 | widen 2.0 | deepen (places) | "
-        "MACs at 0.5 | parameters at 2.0 | trace + groups, s |\n" + "|---" * 11 + "|\n"
+        f"{summary['torchvision']}, {summary['device']}, {summary['minutes']} minutes. Errors are relative, in "
+        "float64; a cost is a fraction of the dense model's, the ideal in brackets. Groups that are left alone are the "
+        "network's input and outputs unless a line below the table says otherwise.\n\n"
+        "| model | groups (editable) | trace eval / train | permute | slim 0.5 | widen 1.5 | widen 2.0 "
+        "| deepen (places) | MACs at 0.5 | parameters at 2.0 | trace + groups, s |\n" + "|---" * 11 + "|\n"
     )
     rows = ""
     for r in summary["models"]:

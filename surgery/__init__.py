@@ -6,7 +6,7 @@ from surgery.deploy.cost import cost
 from surgery.deploy.export import export_onnx
 from surgery.errors import EditError, ExportError, SurgeryError, TraceError, UsageError, VerificationError
 from surgery.graph.dims import DimensionGroup, Member, dimension_groups
-from surgery.graph.oprules import oprule
+from surgery.graph.ops import oprule
 from surgery.graph.tracing import example_inputs, trace
 from surgery.passes.apply import apply, reindex
 from surgery.passes.deepen import deepen

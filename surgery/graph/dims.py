@@ -6,6 +6,7 @@ through the model, group after group, and an axis is the sequence of the units t
 
 from __future__ import annotations
 
+import itertools
 import weakref
 import zlib
 from dataclasses import dataclass, field
@@ -131,15 +132,15 @@ class DimensionGroup:
     def _member(self, which: str | Member) -> Member:
         if isinstance(which, Member):
             return which
-        for attribute in (str, lambda m: m.name, lambda m: m.layer):
-            found = [m for m in self.members if attribute(m) == which]
-            if found:
-                return found[0]
+        for named in ({str(m): m for m in reversed(self.members)}, {m.name: m for m in reversed(self.members)},
+                      {m.layer: m for m in reversed(self.members)}):  # fmt: skip
+            if which in named:
+                return named[which]
         raise unknown_name(f"member of group {self.name!r}", which, map(str, self.members))
 
     def _touched(self, axes: list[tuple[Ids, str]]) -> tuple[str, ...]:
-        inside = (lambda u: (u >= self.start) & (u < self.start + self.units))
-        return tuple(dict.fromkeys(what for units, what in axes if inside(units).any()))
+        stop = self.start + self.units
+        return tuple(dict.fromkeys(what for units, what in axes if ((units >= self.start) & (units < stop)).any()))
 
 
 class Dimensions:
@@ -161,7 +162,7 @@ class Dimensions:
         self.single = [(self.unit_of[ids], what) for ids, what in books.single]
         cuts = [self.unit_of[ids] for ids in books.cuts]
         held = [self.axis_units[a.name, a.axis] for a in axes]
-        written = [u for u, a in zip(held, axes) if "consumer" not in a.roles]
+        written = [u for u, a in zip(held, axes, strict=False) if "consumer" not in a.roles]
         self.fence = self._differs([*held, *cuts], ranges)
         self.seam = self._differs(written, ranges)
         self.groups = self._groups(books, axes, ranges, chosen)
@@ -200,7 +201,7 @@ class Dimensions:
             nodes = nx.shortest_path(self.graph, *ends)
         except (nx.NetworkXNoPath, nx.NodeNotFound) as error:
             raise UsageError(f"nothing ties {a} to {b}") from error
-        ops = [self.graph.edges[pair]["op"] for pair in zip(nodes, nodes[1:])]
+        ops = [self.graph.edges[pair]["op"] for pair in itertools.pairwise(nodes)]
         return [str(a), *(op for k, op in enumerate(ops) if k == 0 or op != ops[k - 1]), str(b)]
 
     def _frozen(self, books: Books) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -219,7 +220,7 @@ class Dimensions:
         marks = np.random.default_rng(0).integers(1, 2**62, size=len(sets), dtype=np.uint64)
         signature = np.zeros(self.count, dtype=np.uint64)
         with np.errstate(over="ignore"):
-            for units, mark in zip(sets, marks):
+            for units, mark in zip(sets, marks, strict=False):
                 np.add.at(signature, units, mark)
         signature ^= self.frozen
         differs = np.ones(self.count, dtype=bool)
@@ -268,8 +269,8 @@ def _role(axis: ParamAxis) -> str:
 
 def dimensions(module: nn.Module) -> Dimensions:
     """The analysis behind `dimension_groups`, computed once for each traced module and state of its graphs."""
-    if not isinstance(module, TracedModule):
-        info(module)  # raises for what was not traced
+    info(module)
+    assert isinstance(module, TracedModule)
     state = tuple(len(g.nodes) for g in module.graphs)
     found = _CACHE.get(module)
     if found is None or found[0] != state:
@@ -291,9 +292,7 @@ def _components(books: Books) -> Ids:
     return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
 
 
-def _number(
-    component: Ids, axes: list[ParamAxis]
-) -> tuple[Ids, list[tuple[int, int]], list[ParamAxis]]:
+def _number(component: Ids, axes: list[ParamAxis]) -> tuple[Ids, list[tuple[int, int]], list[ParamAxis]]:
     """Number the components so that each group is a range.
 
     Axes that share a component are in one group, except through axes that are only read: a layer that reads a
@@ -336,6 +335,6 @@ def _sharing(component: Ids, pool: list[ParamAxis], total: int) -> list[list[Par
     graph = coo_array((np.ones(len(row), dtype=np.int8), (row, column)), shape=(size, size))
     label = connected_components(graph, directed=False)[1][: len(pool)]
     lists: dict[int, list[ParamAxis]] = {}
-    for axis, number in zip(pool, label):
+    for axis, number in zip(pool, label, strict=False):
         lists.setdefault(int(number), []).append(axis)
     return list(lists.values())

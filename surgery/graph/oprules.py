@@ -1,10 +1,7 @@
-"""One table: for each op, how its axes relate and how its arguments follow an edit.
+"""The rule table: one row for each op.
 
-A rule is a function that takes the op and the op's own arguments, and returns the `Field`s of its output. On the way it
-may tie channels together (`Op.tie`), freeze them (`Op.freeze`), or say what becomes of a parameter's axis
-(`Op.produces`, `Op.consumes`, `Op.per_channel`). An op without a rule freezes every axis that reaches it.
-
-Add an op of your own with the same decorator that fills the table::
+Each row says how the axes of the op's tensors relate and, with ``rewrite``, how its constants or its layer's attributes
+follow an edit. `surgery.graph.ops` explains the words. Add a row for an op of your own with the same decorator::
 
     @surgery.oprule(my_package.scale_shift)
     def _scale_shift(op, x, scale, shift):
@@ -14,221 +11,17 @@ Add an op of your own with the same decorator that fills the table::
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import fx, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from surgery.graph import rewrites
 from surgery.graph.labels import Field, Fields, Labelled, moved, permuted, reshaped, sliced
-
-if TYPE_CHECKING:
-    from surgery.graph.propagate import _Run
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A row of the table."""
-
-    relate: Callable[..., Any]
-    rewrite: Callable[[rewrites.Site], None] | None = None
-    """Adapts the node's constants, or the layer's attributes, to an edit."""
-    movement: bool = False
-    """The op only moves data: its output can be had from its input by selecting positions."""
-
-
-_FUNCTIONS: dict[Any, Rule] = {}
-_METHODS: dict[str, Rule] = {}
-_MODULES: dict[type[nn.Module], Rule] = {}
-
-
-def oprule(
-    *targets: Any, rewrite: Callable[[rewrites.Site], None] | None = None, movement: bool = False
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as the rule of ``targets``: functions, method names and module classes."""
-
-    def register(relate: Callable[..., Any]) -> Callable[..., Any]:
-        rule = Rule(relate, rewrite, movement)
-        for target in targets:
-            if isinstance(target, str):
-                _METHODS[target] = rule
-            elif isinstance(target, type) and issubclass(target, nn.Module):
-                _MODULES[target] = rule
-            else:
-                _FUNCTIONS[target] = rule
-        return relate
-
-    return register
-
-
-def rule_for(node: fx.Node, leaf: nn.Module | None) -> Rule:
-    """The rule of a node; `UNKNOWN` where there is none."""
-    if leaf is not None:
-        return _module_rule(leaf) or UNKNOWN
-    table: dict[Any, Rule] = _METHODS if node.op == "call_method" else _FUNCTIONS  # type: ignore[assignment]
-    try:
-        return table.get(node.target, UNKNOWN)
-    except TypeError:  # an unhashable callable
-        return UNKNOWN
-
-
-def has_module_rule(module: nn.Module) -> bool:
-    """Whether a layer's class, or the class whose ``forward`` it inherits, has a rule."""
-    return _module_rule(module) is not None
-
-
-def _module_rule(module: nn.Module) -> Rule | None:
-    for cls in type(module).__mro__:
-        rule = _MODULES.get(cls)
-        if rule is not None:
-            return rule if type(module).forward is cls.forward else None
-    return None
-
-
-class Op:
-    """One op in a graph, as a rule sees it: its output's shape, and the words to say how its axes relate."""
-
-    def __init__(
-        self, run: _Run, node: fx.Node, module: nn.Module | None, path: str, key: tuple[str, str], out: Any
-    ) -> None:
-        self.run = run
-        self.node = node
-        self.module: Any = module
-        self.path = path
-        self.key = ("node", *key)
-        self.out = out
-        self.name = path or getattr(node.target, "__name__", str(node.target))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the output, or of its first tensor."""
-        first: Labelled = next(leaf for leaf in pytree.tree_leaves(self.out) if isinstance(leaf, Labelled))
-        return first.shape
-
-    def param(self, name: str, dims: int = 2) -> Labelled | None:
-        """A parameter or buffer of the layer, its first ``dims`` axes labelled (those after two are kernels)."""
-        value: torch.Tensor | None = getattr(self.module, name, None)
-        return None if value is None else self.run.tensor(value, range(min(value.ndim, dims)))
-
-    def cut(self, f: Field) -> None:
-        """``f`` is a part of an axis: its channels are not moved into or out of it."""
-        self.run.books.cuts.append(f.ids.ravel())
-
-    def tie(self, a: Field | None, b: Field | None) -> None:
-        """Position for position, ``a`` and ``b`` hold the same channel."""
-        if a is None or b is None:
-            self.freeze(a if b is None else b, f"{self.name} relates it to an axis that holds no channels")
-        elif a.ids.shape != b.ids.shape:
-            for f in (a, b):
-                self.freeze(f, f"{self.name} relates it to an axis of another size")
-        else:
-            self.run.tie(a, b, self.name)
-
-    def together(self, ids: Any) -> None:
-        """Along the first axis of ``ids``, channels are chosen together: row by row the same units."""
-        self.run.tie_ids(ids[:1], ids)
-
-    def freeze(self, f: Field | None, reason: str) -> None:
-        if f is not None:
-            self.run.freeze(f.ids, reason)
-
-    def produces(self, f: Field | None) -> None:
-        self._role(f, "producer")
-
-    def consumes(self, f: Field | None) -> None:
-        self._role(f, "consumer")
-
-    def per_channel(self, f: Field | None) -> None:
-        self._role(f, "per-channel")
-
-    def _role(self, f: Field | None, role: str) -> None:
-        if f is None:
-            return
-        if f.key is not None and f.key[0] == "param":
-            self.run.books.axes[f.key[1], f.key[2]].roles.add(role)
-        elif role == "consumer":
-            self.run.books.single.append((f.ids.ravel(), f"{self.name} contracts a computed weight"))
-
-    def elementwise(self, *operands: Any) -> Fields:
-        """Output fields of an op that works position by position, with broadcasting."""
-        shape = self.shape
-        tensors = [t for t in operands if isinstance(t, Labelled)]
-        result: list[Field] = []
-        for tensor in tensors:
-            shift = len(shape) - tensor.ndim
-            for f in tensor.fields:
-                f = moved(f, tuple(d + shift for d in f.dims))
-                if any(f.ids.shape[k] != shape[d] for k, d in enumerate(f.dims)):
-                    self.freeze(f, f"{self.name} broadcasts it")
-                else:
-                    self._meet(result, f)
-        for f in result:
-            for tensor in tensors:
-                shift = len(shape) - tensor.ndim
-                if any(
-                    d >= shift and tensor.shape[d - shift] > 1 and tensor.at(d - shift) is None for d in f.dims
-                ):
-                    self.freeze(f, f"{self.name} combines it with an axis that holds no channels")
-        return tuple(result)
-
-    def _meet(self, result: list[Field], f: Field) -> None:
-        for k, g in enumerate(result):
-            common = set(f.dims) & set(g.dims)
-            if not common:
-                continue
-            if f.dims == g.dims:
-                self.tie(f, g)
-                for side in (f, g):
-                    if side.key is not None and side.key[0] == "param":
-                        self.per_channel(side)
-                return
-            fine, coarse = (f, g) if len(f.dims) > len(g.dims) else (g, f)
-            if set(coarse.dims) <= set(fine.dims):
-                self.run.tie_ids(_spread(coarse, fine), fine.ids)
-                result[k] = fine
-            else:
-                self.freeze(f, f"{self.name} mixes its factors")
-                self.freeze(g, f"{self.name} mixes its factors")
-            return
-        result.append(f)
-
-    def keep(self, x: Labelled, dims: Any = (), reason: str = "") -> Fields:
-        """Fields of ``x`` whose dims are unchanged; those that touch ``dims`` are frozen and dropped."""
-        touched = {d % max(x.ndim, 1) for d in dims}
-        for f in x.fields:
-            if touched & set(f.dims):
-                self.freeze(f, reason or f"{self.name} works along it")
-        return tuple(f for f in x.fields if not touched & set(f.dims))
-
-    def unlabelled(self) -> Any:
-        """No fields for any output."""
-        return pytree.tree_map(lambda _: (), self.out)
-
-    def lose(self, fields: list[Field], reason: str) -> None:
-        for f in fields:
-            self.freeze(f, reason)
-
-
-def _spread(coarse: Field, fine: Field) -> Any:
-    shape = [coarse.ids.shape[coarse.dims.index(d)] if d in coarse.dims else 1 for d in fine.dims]
-    return np.broadcast_to(coarse.ids.reshape(shape), fine.ids.shape)
-
-
-def _unknown(op: Op, *args: Any, **kwargs: Any) -> Any:
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, Labelled):
-            for f in leaf.fields:
-                op.freeze(f, f"{op.name} has no rule")
-    return op.unlabelled()
-
-
-UNKNOWN = Rule(_unknown)
+from surgery.graph.ops import Op, oprule, unknown
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers with weights
@@ -325,19 +118,19 @@ def _with(fields: Fields, f: Field | None, shape: tuple[int, ...], dim: int) -> 
 
 
 @oprule(nn.Linear, rewrite=rewrites.linear)
-def _linear_module(op: Op, input: Labelled) -> Fields:  # noqa: A002 - the layer's own argument name
+def _linear_module(op: Op, input: Labelled) -> Fields:
     weight = op.param("weight")
     assert weight is not None
     return _linear(op, input, weight, op.param("bias"))
 
 
 @oprule(F.linear)
-def _linear_function(op: Op, input: Labelled, weight: Labelled, bias: Labelled | None = None) -> Fields:  # noqa: A002
+def _linear_function(op: Op, input: Labelled, weight: Labelled, bias: Labelled | None = None) -> Fields:
     return _linear(op, input, weight, bias)
 
 
 @oprule(nn.Conv1d, nn.Conv2d, nn.Conv3d, rewrite=rewrites.conv)
-def _conv_module(op: Op, input: Labelled) -> Fields:  # noqa: A002
+def _conv_module(op: Op, input: Labelled) -> Fields:
     depthwise = op.module.groups > 1 and op.module.groups == op.module.in_channels
     weight = op.param("weight", dims=1 if depthwise else 2)
     assert weight is not None
@@ -345,7 +138,7 @@ def _conv_module(op: Op, input: Labelled) -> Fields:  # noqa: A002
 
 
 @oprule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, rewrite=rewrites.conv_transpose)
-def _conv_transpose_module(op: Op, input: Labelled, output_size: Any = None) -> Fields:  # noqa: A002
+def _conv_transpose_module(op: Op, input: Labelled, output_size: Any = None) -> Fields:
     weight = op.param("weight")
     assert weight is not None
     return _conv(op, input, weight, op.param("bias"), op.module.groups, True, weight.ndim - 2)
@@ -354,7 +147,7 @@ def _conv_transpose_module(op: Op, input: Labelled, output_size: Any = None) -> 
 @oprule(F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, rewrite=rewrites.conv_function)
 def _conv_function(
     op: Op,
-    input: Labelled,  # noqa: A002
+    input: Labelled,
     weight: Labelled,
     bias: Labelled | None = None,
     stride: Any = 1,
@@ -366,20 +159,20 @@ def _conv_function(
 
 
 @oprule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, rewrite=rewrites.batch_norm)
-def _batch_norm_module(op: Op, input: Labelled) -> Fields:  # noqa: A002
+def _batch_norm_module(op: Op, input: Labelled) -> Fields:
     _per_channel(op, input, 1, *map(op.param, ("weight", "bias", "running_mean", "running_var")))
     return input.fields
 
 
 @oprule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, rewrite=rewrites.batch_norm)
-def _instance_norm_module(op: Op, input: Labelled) -> Fields:  # noqa: A002
+def _instance_norm_module(op: Op, input: Labelled) -> Fields:
     return _batch_norm_module(op, input)  # type: ignore[no-any-return]
 
 
 @oprule(F.batch_norm)
 def _batch_norm_function(
     op: Op,
-    input: Labelled,  # noqa: A002
+    input: Labelled,
     running_mean: Labelled | None,
     running_var: Labelled | None,
     weight: Labelled | None = None,
@@ -392,7 +185,7 @@ def _batch_norm_function(
 
 
 @oprule(nn.PReLU, rewrite=rewrites.prelu)
-def _prelu_module(op: Op, input: Labelled) -> Fields:  # noqa: A002
+def _prelu_module(op: Op, input: Labelled) -> Fields:
     weight = op.param("weight")
     if weight is not None and weight.shape[0] > 1:
         _per_channel(op, input, 1, weight)
@@ -400,7 +193,7 @@ def _prelu_module(op: Op, input: Labelled) -> Fields:  # noqa: A002
 
 
 @oprule(nn.Embedding, rewrite=rewrites.embedding)
-def _embedding_module(op: Op, input: Labelled) -> Fields:  # noqa: A002
+def _embedding_module(op: Op, input: Labelled) -> Fields:
     weight = op.param("weight")
     assert weight is not None
     op.freeze(weight.at(0), "vocabulary")
@@ -411,26 +204,33 @@ def _embedding_module(op: Op, input: Labelled) -> Fields:  # noqa: A002
 # ---------------------------------------------------------------------------------------------------------------------
 # Position by position
 
+
+def _named(namespace: Any, names: str) -> list[Any]:
+    return [getattr(namespace, name) for name in names.split()]
+
+
 _ELEMENTWISE_FUNCTIONS: list[Any] = [
-    *(getattr(operator, n) for n in "add sub mul truediv floordiv pow neg mod iadd isub imul itruediv".split()),
-    *(getattr(operator, n) for n in "lt le gt ge eq ne and_ or_ invert".split()),
-    *(getattr(torch, n) for n in "add sub mul div true_divide pow neg abs exp log sqrt rsqrt square".split()),
-    *(getattr(torch, n) for n in "relu sigmoid tanh clamp erf where maximum minimum reciprocal sign lerp".split()),
-    *(getattr(torch, n) for n in "logical_and logical_or logical_not isnan isfinite sin cos addcmul addcdiv".split()),
-    *(getattr(F, n) for n in "relu relu6 elu celu selu leaky_relu gelu silu mish hardswish hardsigmoid".split()),
-    *(getattr(F, n) for n in "hardtanh sigmoid tanh softplus softsign logsigmoid tanhshrink threshold".split()),
-    *(getattr(F, n) for n in "dropout alpha_dropout dropout1d dropout2d dropout3d feature_alpha_dropout".split()),
+    *_named(operator, "add sub mul truediv floordiv pow neg mod iadd isub imul itruediv"),
+    *_named(operator, "lt le gt ge eq ne and_ or_ invert"),
+    *_named(torch, "add sub mul div true_divide pow neg abs exp log sqrt rsqrt square reciprocal sign sin cos erf"),
+    *_named(torch, "relu sigmoid tanh clamp where maximum minimum lerp addcmul addcdiv"),
+    *_named(torch, "logical_and logical_or logical_not isnan isfinite"),
+    *_named(F, "relu relu6 elu celu selu leaky_relu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh"),
+    *_named(F, "softplus softsign logsigmoid tanhshrink threshold"),
+    *_named(F, "dropout alpha_dropout dropout1d dropout2d dropout3d feature_alpha_dropout"),
     torchvision.ops.stochastic_depth,
 ]
 _ELEMENTWISE_METHODS = (
-    "add sub mul div pow neg abs exp log sqrt rsqrt square relu sigmoid tanh clamp erf add_ sub_ mul_ div_ relu_ "
-    "sigmoid_ clamp_ tanh_ float double half bfloat16 long int bool to type type_as masked_fill "
-    "masked_fill_ lt le gt ge eq ne where maximum minimum reciprocal sign requires_grad_ cpu cuda"
-).split()
+    *("add", "sub", "mul", "div", "pow", "neg", "abs", "exp", "log", "sqrt", "rsqrt", "square", "reciprocal", "sign"),
+    *("relu", "sigmoid", "tanh", "clamp", "erf", "where", "maximum", "minimum", "masked_fill"),
+    *("add_", "sub_", "mul_", "div_", "relu_", "sigmoid_", "tanh_", "clamp_", "masked_fill_"),
+    *("lt", "le", "gt", "ge", "eq", "ne", "requires_grad_"),
+    *("float", "double", "half", "bfloat16", "long", "int", "bool", "to", "type", "type_as", "cpu", "cuda"),
+)
 _ELEMENTWISE_MODULES: list[type[nn.Module]] = [
-    *(getattr(nn, n) for n in "ReLU ReLU6 ELU CELU SELU LeakyReLU RReLU GELU SiLU Mish Hardswish Hardsigmoid".split()),
-    *(getattr(nn, n) for n in "Hardtanh Sigmoid Tanh Softplus Softsign LogSigmoid Tanhshrink Threshold".split()),
-    *(getattr(nn, n) for n in "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout".split()),
+    *_named(nn, "ReLU ReLU6 ELU CELU SELU LeakyReLU RReLU GELU SiLU Mish Hardswish Hardsigmoid Hardtanh Sigmoid Tanh"),
+    *_named(nn, "Softplus Softsign LogSigmoid Tanhshrink Threshold"),
+    *_named(nn, "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout"),
     torchvision.ops.StochasticDepth,
 ]
 
@@ -448,7 +248,7 @@ def _elementwise(op: Op, *operands: Any, **named: Any) -> Fields:
     *(getattr(nn, f"{kind}Pool{n}d") for kind in ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax") for n in (1, 2, 3)),
     *(getattr(nn, f"{kind}Pad{n}d") for kind in ("Zero", "Constant", "Reflection", "Replication") for n in (1, 2, 3)),
 )
-def _spatial_module(op: Op, input: Labelled) -> Fields:  # noqa: A002
+def _spatial_module(op: Op, input: Labelled) -> Fields:
     rank = int(type(op.module).__mro__[0].__name__[-2]) if type(op.module).__name__[-2].isdigit() else input.ndim - 2
     return op.keep(input, range(input.ndim - rank, input.ndim))
 
@@ -460,12 +260,12 @@ def _spatial_module(op: Op, input: Labelled) -> Fields:  # noqa: A002
     F.grid_sample,
     nn.Upsample,
 )
-def _spatial_function(op: Op, input: Labelled, *rest: Any, **named: Any) -> Fields:  # noqa: A002
+def _spatial_function(op: Op, input: Labelled, *rest: Any, **named: Any) -> Fields:
     return op.keep(input, range(2, input.ndim))
 
 
 @oprule(F.pad)
-def _pad(op: Op, input: Labelled, pad: Any, *rest: Any, **named: Any) -> Fields:  # noqa: A002
+def _pad(op: Op, input: Labelled, pad: Any, *rest: Any, **named: Any) -> Fields:
     dims = [input.ndim - 1 - k // 2 for k in range(len(pad)) if pad[k] != 0]
     return op.keep(input, dims)
 
@@ -474,7 +274,7 @@ def _pad(op: Op, input: Labelled, pad: Any, *rest: Any, **named: Any) -> Fields:
     torch.mean, torch.sum, torch.amax, torch.amin, torch.var, torch.std, torch.norm, torch.any, torch.all, torch.prod,
     "mean", "sum", "amax", "amin", "var", "std", "norm", "any", "all", "prod",
 )  # fmt: skip
-def _reduce(op: Op, input: Labelled, dim: Any = None, keepdim: bool = False, **named: Any) -> Fields:  # noqa: A002
+def _reduce(op: Op, input: Labelled, dim: Any = None, keepdim: bool = False, **named: Any) -> Fields:
     dims = range(input.ndim) if dim is None else [dim] if isinstance(dim, int) else list(dim)
     gone = {d % max(input.ndim, 1) for d in dims}
     fields = op.keep(input, gone, f"{op.name} reduces it")
@@ -486,18 +286,18 @@ def _reduce(op: Op, input: Labelled, dim: Any = None, keepdim: bool = False, **n
 
 @oprule(F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, torch.cumsum, F.normalize,
         "softmax", "log_softmax", "cumsum")  # fmt: skip
-def _along(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:  # noqa: A002
+def _along(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:
     dim = named.get("dim", args[0] if args and isinstance(args[0], int) else None)
     return op.keep(input, range(input.ndim) if dim is None else [dim])
 
 
 @oprule(nn.Softmax, nn.LogSoftmax)
-def _along_module(op: Op, input: Labelled) -> Fields:  # noqa: A002
+def _along_module(op: Op, input: Labelled) -> Fields:
     return op.keep(input, range(input.ndim) if op.module.dim is None else [op.module.dim])
 
 
 @oprule(nn.LocalResponseNorm, F.local_response_norm)
-def _local_response_norm(op: Op, input: Labelled, *rest: Any, **named: Any) -> Fields:  # noqa: A002
+def _local_response_norm(op: Op, input: Labelled, *rest: Any, **named: Any) -> Fields:
     op.freeze(input.at(1), f"{op.name} mixes neighbouring channels")
     return input.fields
 
@@ -513,25 +313,25 @@ def _reshape(op: Op, x: Labelled) -> Fields:
 
 
 @oprule("contiguous", "clone", "detach", torch.clone, torch.detach, nn.Identity, movement=True)
-def _identity(op: Op, input: Labelled, **named: Any) -> Fields:  # noqa: A002
+def _identity(op: Op, input: Labelled, **named: Any) -> Fields:
     return input.fields
 
 
 @oprule(torch.flatten, "flatten", nn.Flatten, nn.Unflatten, torch.unflatten, "unflatten", torch.unsqueeze, "unsqueeze",
         torch.squeeze, "squeeze", movement=True)  # fmt: skip
-def _flatten(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:  # noqa: A002
+def _flatten(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:
     return _reshape(op, input)
 
 
 @oprule(torch.reshape, "reshape", "view", rewrite=rewrites.reshape, movement=True)
-def _view(op: Op, input: Labelled, *shape: Any, **named: Any) -> Fields:  # noqa: A002
+def _view(op: Op, input: Labelled, *shape: Any, **named: Any) -> Fields:
     if shape and isinstance(shape[0], torch.dtype):
-        return _unknown(op, input)  # type: ignore[no-any-return]
+        return unknown(op, input)  # type: ignore[no-any-return]
     return _reshape(op, input)
 
 
 @oprule(torch.permute, "permute", movement=True)
-def _permute(op: Op, input: Labelled, *dims: Any) -> Fields:  # noqa: A002
+def _permute(op: Op, input: Labelled, *dims: Any) -> Fields:
     order = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
     return permuted(input.fields, tuple(d % input.ndim for d in order))
 
@@ -542,15 +342,15 @@ def _permute_module(op: Op, x: Labelled) -> Fields:
 
 
 @oprule(torch.transpose, "transpose", torch.swapaxes, "swapaxes", movement=True)
-def _transpose(op: Op, input: Labelled, dim0: int, dim1: int) -> Fields:  # noqa: A002
+def _transpose(op: Op, input: Labelled, dim0: int, dim1: int) -> Fields:
     order = list(range(input.ndim))
     order[dim0], order[dim1] = order[dim1], order[dim0]
     return permuted(input.fields, tuple(order))
 
 
 @oprule("t", "mT", movement=True)
-def _t(op: Op, input: Labelled) -> Fields:  # noqa: A002
-    return _transpose(op, input, -1, -2) if input.ndim > 1 else input.fields  # type: ignore[no-any-return]
+def _t(op: Op, input: Labelled) -> Fields:
+    return _transpose(op, input, -1, -2) if input.ndim > 1 else input.fields
 
 
 @oprule(torch.cat, torch.concat, torch.concatenate, movement=True)
@@ -562,7 +362,7 @@ def _cat(op: Op, tensors: Any, dim: int = 0) -> Fields:
     for t in tensors:
         for f in t.fields:
             if dim not in f.dims:
-                op._meet(fields, f)
+                op.meet(fields, f)
             elif len(f.dims) > 1:
                 op.freeze(f, f"{op.name} joins one factor of it")
         f = t.at(dim)
@@ -613,7 +413,7 @@ def _pieces(op: Op, tensor: Labelled, how: Any = None, dim: int = 0, **named: An
 
 
 @oprule(torch.unbind, "unbind", movement=True)
-def _unbind(op: Op, input: Labelled, dim: int = 0) -> Any:  # noqa: A002
+def _unbind(op: Op, input: Labelled, dim: int = 0) -> Any:
     result = []
     for k in range(input.shape[dim]):
         index = tuple(k if d == dim % input.ndim else slice(None) for d in range(input.ndim))
@@ -624,10 +424,10 @@ def _unbind(op: Op, input: Labelled, dim: int = 0) -> Any:  # noqa: A002
 
 
 @oprule(operator.getitem, movement=True)
-def _getitem(op: Op, input: Labelled, index: Any) -> Fields:  # noqa: A002
+def _getitem(op: Op, input: Labelled, index: Any) -> Fields:
     index = index if isinstance(index, tuple) else (index,)
     if any(not (i is None or i is Ellipsis or isinstance(i, (int, slice))) for i in index):
-        return _unknown(op, input)  # type: ignore[no-any-return]
+        return unknown(op, input)  # type: ignore[no-any-return]
     fields, picked = sliced(input.fields, index, input.ndim)
     op.lose(picked, f"{op.name} picks positions of it")
     for f in fields:
@@ -636,7 +436,7 @@ def _getitem(op: Op, input: Labelled, index: Any) -> Fields:  # noqa: A002
 
 
 @oprule(torch.index_select, "index_select", movement=True)
-def _index_select(op: Op, input: Labelled, dim: int, index: Labelled) -> Fields:  # noqa: A002
+def _index_select(op: Op, input: Labelled, dim: int, index: Labelled) -> Fields:
     dim %= input.ndim
     f = input.at(dim)
     if f is None or index.constant is None or len(f.dims) > 1:
@@ -647,12 +447,12 @@ def _index_select(op: Op, input: Labelled, dim: int, index: Labelled) -> Fields:
 
 
 @oprule("expand", "expand_as", torch.broadcast_to, rewrite=rewrites.expand)
-def _expand(op: Op, input: Labelled, *sizes: Any, **named: Any) -> Fields:  # noqa: A002
+def _expand(op: Op, input: Labelled, *sizes: Any, **named: Any) -> Fields:
     return op.elementwise(input)
 
 
 @oprule(nn.ChannelShuffle, F.channel_shuffle, movement=True)
-def _channel_shuffle(op: Op, input: Labelled, groups: int | None = None) -> Fields:  # noqa: A002
+def _channel_shuffle(op: Op, input: Labelled, groups: int | None = None) -> Fields:
     groups = groups or op.module.groups
     f = input.at(1)
     if f is None or len(f.dims) > 1:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import TraceError
 from surgery.graph.labels import Field, Ids, Labelled
-from surgery.graph.oprules import Op, rule_for
+from surgery.graph.ops import Op, rule_for
 from surgery.graph.tracing import TracedModule
 
 ParamKey = tuple[str, int]
@@ -65,16 +65,46 @@ def propagate(module: TracedModule, args: tuple[Any, ...], kwargs: dict[str, Any
     run = _Run(module, books)
     inputs = pytree.tree_map(run.placeholder, (args, kwargs))
     for training, graph in enumerate(module.graphs):
-        run.graph(module, "", "train" if training else "", graph, *inputs, top=True)
+        run.graph(module, "", "train" if training else "", graph, inputs[0], inputs[1], top=True)
     return books
 
 
-class _Run:
+class Ledger:
+    """Where rules are heard: what they say goes into the books."""
+
+    def __init__(self, books: Books) -> None:
+        self.books = books
+
+    def tensor(self, value: torch.Tensor | None, dims: Iterable[int] | None = None) -> Labelled | None:
+        """A parameter or buffer, with as many of its axes labelled as this ledger knows."""
+        return None if value is None else Labelled(value)
+
+    def fresh(self, size: int) -> Ids:
+        ids = np.arange(self.books.count, self.books.count + size, dtype=np.int64)
+        self.books.count += size
+        return ids
+
+    def tie(self, a: Field, b: Field, why: str) -> None:
+        self.tie_ids(a.ids, b.ids)
+        self.edge(a.key, b.key, why)
+
+    def tie_ids(self, a: Ids, b: Ids) -> None:
+        x, y = np.broadcast_arrays(a, b)
+        self.books.ties.append((x.ravel(), y.ravel()))
+
+    def freeze(self, ids: Ids, reason: str) -> None:
+        self.books.frozen.append((ids.ravel(), reason))
+
+    def edge(self, a: Any, b: Any, why: str) -> None:
+        if a is not None and b is not None and a != b:
+            self.books.edges.append((a, b, why))
+
+
+class _Run(Ledger):
     """One interpretation: meta twins of the module's tensors and leaves, and the books."""
 
     def __init__(self, root: nn.Module, books: Books) -> None:
-        self.root = root
-        self.books = books
+        super().__init__(books)
         self.names: dict[int, str] = {}
         for name, tensor in (*root.named_parameters(), *root.named_buffers()):
             self.names.setdefault(id(tensor), name)
@@ -129,8 +159,8 @@ class _Run:
         return value
 
     def _step(self, module: nn.Module, path: str, scope: str, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        args = fx.map_arg(node.args, env.__getitem__)
-        kwargs = fx.map_arg(node.kwargs, env.__getitem__)
+        args: Any = fx.map_arg(node.args, env.__getitem__)
+        kwargs: Any = fx.map_arg(node.kwargs, env.__getitem__)
         if node.op == "get_attr":
             return self._attribute(module, path, str(node.target))
         leaf: nn.Module | None = None
@@ -231,37 +261,13 @@ class _Run:
             twin = copy.copy(leaf)
             twin.__dict__ = dict(leaf.__dict__)
             for part in ("_parameters", "_buffers"):
-                twin.__dict__[part] = {
-                    k: None if v is None else self._meta(v) for k, v in leaf.__dict__[part].items()
-                }
+                twin.__dict__[part] = {k: None if v is None else self._meta(v) for k, v in leaf.__dict__[part].items()}
             twin.__dict__["_modules"] = {
                 k: None if v is None else self._twin(v) for k, v in leaf.__dict__["_modules"].items()
             }
             twin.__dict__["training"] = False
             self.twins[id(leaf)] = twin
         return self.twins[id(leaf)]
-
-    # ---- the books
-
-    def fresh(self, size: int) -> Ids:
-        ids = np.arange(self.books.count, self.books.count + size, dtype=np.int64)
-        self.books.count += size
-        return ids
-
-    def tie(self, a: Field, b: Field, why: str) -> None:
-        self.tie_ids(a.ids, b.ids)
-        self.edge(a.key, b.key, why)
-
-    def tie_ids(self, a: Ids, b: Ids) -> None:
-        x, y = np.broadcast_arrays(a, b)
-        self.books.ties.append((x.ravel(), y.ravel()))
-
-    def freeze(self, ids: Ids, reason: str) -> None:
-        self.books.frozen.append((ids.ravel(), reason))
-
-    def edge(self, a: Any, b: Any, why: str) -> None:
-        if a is not None and b is not None and a != b:
-            self.books.edges.append((a, b, why))
 
 
 def _value(v: Any) -> Any:
@@ -272,23 +278,13 @@ def _labelled(tree: Any) -> Iterable[Labelled]:
     return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Labelled))
 
 
-
-class Silent:
+class Silent(Ledger):
     """Stands in for a run where only a rule's output is wanted: what the rule says besides is not heard."""
 
     def __init__(self) -> None:
-        self.books = Books()
+        super().__init__(Books())
 
     def fresh(self, size: int) -> Ids:
         return np.full(size, -1, dtype=np.int64)
 
-    def tensor(self, value: torch.Tensor | None, dims: Iterable[int] | None = None) -> Labelled | None:
-        return None if value is None else Labelled(value)
-
-    def tie(self, a: Field, b: Field, why: str) -> None: ...
-
     def tie_ids(self, a: Ids, b: Ids) -> None: ...
-
-    def freeze(self, ids: Ids, reason: str) -> None: ...
-
-    def edge(self, a: Any, b: Any, why: str) -> None: ...

@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from surgery.errors import TraceError, UsageError
-from surgery.graph.oprules import has_module_rule
+from surgery.graph.ops import has_module_rule
 
 _INFO = "surgery"
 
@@ -109,7 +109,7 @@ class TracedModule(fx.GraphModule):
             def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 return (train_forward if self.training else eval_forward)(self, *args, **kwargs)
 
-            cls.forward = forward  # type: ignore[method-assign]
+            cls.forward = forward
         return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
@@ -128,7 +128,9 @@ class TracedModule(fx.GraphModule):
 
     def __reduce__(self) -> Any:
         tree = nn.Module()
-        tree.__dict__.update({k: v for k, v in self.__dict__.items() if k.startswith("_") and k in nn.Module().__dict__})
+        tree.__dict__.update(
+            {k: v for k, v in self.__dict__.items() if k.startswith("_") and k in nn.Module().__dict__}
+        )
         tree.training = self.training
         return _unpickle, (tree, self.graph, self.train_graph, dict(self.meta))
 
@@ -143,7 +145,8 @@ def info(module: nn.Module) -> TraceInfo:
 
 def with_info(module: nn.Module, **changes: Any) -> None:
     """Replace fields of a traced module's `TraceInfo`."""
-    module.meta[_INFO] = replace(info(module), **changes)  # type: ignore[index,operator]
+    meta: dict[str, Any] = module.meta  # type: ignore[assignment]
+    meta[_INFO] = replace(info(module), **changes)
 
 
 def example_inputs(
@@ -197,9 +200,7 @@ def _concrete_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         raise UsageError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
     given = dict(bound.arguments)
     bound.apply_defaults()
-    variadic = {
-        p.name for p in bound.signature.parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    }
+    variadic = {p.name for p in bound.signature.parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     return {
         name: value
         for name, value in bound.arguments.items()
@@ -216,7 +217,7 @@ def _trace_copy(root: nn.Module, concrete: dict[str, Any]) -> TracedModule:
             graph, branches = _trace_mode(root, concrete, modal, training=False)
             train_graph = _trace_mode(root, concrete, modal, training=True)[0] if branches else None
             break
-        except _BranchesOnMode as found:
+        except _ModeBranchError as found:
             modal.add(found.path)
     tree = _module_tree(root, "", _leaves(root, graph, train_graph), modal)
     for g in (graph, train_graph):
@@ -225,26 +226,24 @@ def _trace_copy(root: nn.Module, concrete: dict[str, Any]) -> TracedModule:
     return TracedModule(tree, graph, train_graph)
 
 
-def _trace_mode(
-    root: nn.Module, concrete: dict[str, Any], modal: set[str], *, training: bool
-) -> tuple[fx.Graph, bool]:
+def _trace_mode(root: nn.Module, concrete: dict[str, Any], modal: set[str], *, training: bool) -> tuple[fx.Graph, bool]:
     tracer = _Tracer(modal, training)
     try:
         with _symbolic_modes(root, tracer):
             graph = tracer.trace(root, concrete)
-    except _BranchesOnMode:
+    except _ModeBranchError:
         raise
     except Exception as error:  # fx runs the model's own Python, which may raise anything
         raise TraceError(f"{type(root).__name__} cannot be traced: {error}{tracer.where()}") from error
     for node in reversed(graph.nodes):
         stack = node.meta.pop("nn_module_stack", None) or {"": None}
-        node.meta["path"] = next(reversed(stack))  # the module whose forward made the node; its class is no longer needed
+        node.meta["path"] = next(reversed(stack))  # the module whose forward made the node
         if "training_flag_of" in node.meta and not node.users:
             graph.erase_node(node)
     return graph, tracer.branched
 
 
-class _BranchesOnMode(Exception):
+class _ModeBranchError(Exception):
     """Python control flow read the training flag of the submodule at ``path``."""
 
     def __init__(self, path: str) -> None:
@@ -287,7 +286,7 @@ class _Tracer(fx.Tracer):
         if path is None:
             return super().to_bool(obj)
         if path:
-            raise _BranchesOnMode(path)
+            raise _ModeBranchError(path)
         self.branched = True
         return self.mode
 
@@ -338,9 +337,7 @@ def _module_tree(module: nn.Module, path: str, leaves: set[str], modal: set[str]
         tree.__dict__[part] = module.__dict__[part]
     tree.training = module.training
     tree.__dict__["_modules"] = {
-        name: child
-        if child is None
-        else _module_tree(child, f"{path}.{name}" if path else name, leaves, modal)
+        name: child if child is None else _module_tree(child, f"{path}.{name}" if path else name, leaves, modal)
         for name, child in module.__dict__["_modules"].items()
     }
     return tree

@@ -60,7 +60,7 @@ def reindex(
         shares: for a group with copies, the factor with which consumers weigh each new unit; by default even.
 
     Raises:
-        UsageError: an unknown name, an index out of range or empty, shares that do not sum to 1 over each unit's copies.
+        UsageError: an unknown name, an index out of range or empty, shares of a unit's copies that do not sum to 1.
         EditError: a unit that must stay is dropped, or copies cannot be made exactly.
     """
     dims = dimensions(module)

@@ -117,7 +117,7 @@ def _kernel(site: Site, after: str, value: Labelled, spatial: int) -> tuple[int,
     named = site.owner.get_submodule(after[len(site.path) + 1 :] if site.path else after)
     own = getattr(named, "kernel_size", None)
     sizes = own if isinstance(own, tuple) and len(own) == spatial else (3,) * spatial
-    return tuple(1 if size == 1 else k if k % 2 else 3 for k, size in zip(sizes, value.shape[2:]))
+    return tuple(1 if size == 1 else k if k % 2 else 3 for k, size in zip(sizes, value.shape[2:], strict=False))
 
 
 def _normalised(site: Site, after: str) -> bool:
@@ -129,7 +129,7 @@ def _normalised(site: Site, after: str) -> bool:
         return any(isinstance(m, norms) for m in named.modules())
     seen: fx.Node | None = site.node
     for _ in range(3):  # activation, normalisation, layer
-        if seen is None or seen.op == "call_module" and seen.target == local:
+        if seen is None or (seen.op == "call_module" and seen.target == local):
             return False
         if seen.op == "call_module" and isinstance(site.owner.get_submodule(str(seen.target)), norms):
             return True

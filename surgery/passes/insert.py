@@ -15,12 +15,12 @@ from surgery.graph.tracing import TracedModule
 from surgery.passes.recipe import InsertIdentity
 
 ACTIVATIONS: dict[object, str] = {
-    **{f: "ReLU" for f in (torch.relu, F.relu, "relu", "relu_")},
+    **dict.fromkeys((torch.relu, F.relu, "relu", "relu_"), "ReLU"),
     F.relu6: "ReLU6",
     **{getattr(F, name.lower()): name for name in ("GELU", "SiLU", "Mish", "Hardswish", "Hardsigmoid", "ELU", "SELU")},
     F.leaky_relu: "LeakyReLU",
-    **{f: "Sigmoid" for f in (torch.sigmoid, F.sigmoid, "sigmoid")},
-    **{f: "Tanh" for f in (torch.tanh, F.tanh, "tanh")},
+    **dict.fromkeys((torch.sigmoid, F.sigmoid, "sigmoid"), "Sigmoid"),
+    **dict.fromkeys((torch.tanh, F.tanh, "tanh"), "Tanh"),
 }
 """Functions and methods, by the layer of `torch.nn` that does the same."""
 _LAYERS = {*ACTIVATIONS.values(), "CELU", "Softplus", "Softsign", "RReLU", "Hardtanh"}
@@ -165,9 +165,10 @@ def _set_identity(layer: nn.Module) -> None:
         for name, parameter in layer.named_parameters():
             parameter.zero_()
             if name == "weight":
-                centre = tuple(k // 2 for k in parameter.shape[2:])
-                diagonal = torch.arange(parameter.shape[0])
-                parameter[(diagonal, diagonal, *centre)] = 1.0
+                centre = parameter.data
+                for size in reversed(parameter.shape[2:]):
+                    centre = centre[..., size // 2]
+                centre.fill_diagonal_(1.0)
 
 
 def _identity_norm(norm: nn.Module) -> nn.Module:

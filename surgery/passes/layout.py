@@ -75,7 +75,7 @@ class Layouts:
 
     def renumbered(self, units: Ids) -> Ids:
         """Units that do not change, by their new numbers."""
-        return self._by_source[self._begin[units]]
+        return np.asarray(self._by_source[self._begin[units]], dtype=np.int64)
 
     def _layout(self, units: Ids) -> Layout:
         flat = np.ascontiguousarray(units).ravel()

@@ -1,11 +1,11 @@
 """Makes the graphs of an edited module agree with its new tensors.
 
-For each node whose channels change: its constants follow by the rule table; then, for an op that only moves data, the
-movement is run on the new labels. Where it does not give the layout that the edit asks for (a ``chunk`` whose halves are
-no longer equal, a shuffle of channels that no longer form a rectangle), the node becomes a selection from the nearest
-value it can be selected from, and that it can be is checked on the old graph.
+For each node whose channels change, its constants follow by the rule table. Then, for an op that only moves data, the
+For each node whose channels change, its constants follow by the rule table. Then, for an op that only moves data,
+the movement is run on the new labels. Where it does not give the layout that the edit asks for (a ``chunk`` whose
+halves are no longer equal, a shuffle of channels that no longer form a rectangle), the node becomes a selection from
+the nearest value it can be selected from, and that it can be is checked on the old graph.
 """
-
 from __future__ import annotations
 
 import operator
@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from surgery.errors import EditError
 from surgery.graph.dims import Dimensions
 from surgery.graph.labels import Field, Ids, Labelled
-from surgery.graph.oprules import Op, Rule, rule_for
+from surgery.graph.ops import Op, Rule, rule_for
 from surgery.graph.propagate import Silent
 from surgery.graph.rewrites import Site
 from surgery.graph.tracing import TracedModule
@@ -61,10 +61,7 @@ class _Rewiring:
             out = self.record(node)
             if not self.concerned(node, out):
                 continue
-            if self.takes_piece(node):
-                fits = node.args[0] not in self.stale
-            else:
-                fits = self.adapt(node, out)
+            fits = node.args[0] not in self.stale if self.takes_piece(node) else self.adapt(node, out)
             if fits:
                 continue
             if isinstance(out, Labelled) and all(len(f.dims) == 1 for f in out.fields):
@@ -109,7 +106,7 @@ class _Rewiring:
         for f in value.fields:
             layout = self.layout(f)
             if layout is not None and layout.shape is not None:
-                for dim, size in zip(f.dims, layout.shape):
+                for dim, size in zip(f.dims, layout.shape, strict=False):
                     shape[dim] = size
         return tuple(shape)
 
@@ -120,10 +117,7 @@ class _Rewiring:
         fields = []
         for f in value.fields:
             layout = self.layout(f)
-            if layout is None:
-                ids = self.layouts.renumbered(self.dims.unit_of[f.ids])
-            else:
-                ids = layout.units
+            ids = self.layouts.renumbered(self.dims.unit_of[f.ids]) if layout is None else layout.units
             fields.append(Field(f.dims, ids))
         return Labelled(torch.empty(self.shape(value), device="meta"), tuple(fields), value.constant)
 
@@ -215,7 +209,7 @@ class _Rewiring:
         return node.op.startswith("call") and rule_for(node, leaf).movement
 
     def selection(self, chain: list[fx.Node], start: Labelled, dim: int) -> Ids | None:
-        """The positions along ``dim`` that the chain of ops selects from ``start``; None where it does anything else."""
+        """The positions along ``dim`` that the ops select from ``start``; None where they do anything else."""
         first = chain[-1].args[0]
         numbers = torch.arange(start.value.numel()).reshape(start.shape)
         env: dict[fx.Node, Any] = {first: numbers}  # type: ignore[dict-item]

@@ -122,7 +122,7 @@ def _prefixes(group: DimensionGroup, rate: float, round_to: int) -> np.ndarray[A
         count = math.ceil(round(rate * len(free), 9))
         count = min(len(free), math.ceil(count / step) * step)
         parts = [free[group.classes[free] == c] for c in np.unique(group.classes[free])]
-        for part, n in zip(parts, _shared_out(count, [len(p) for p in parts])):
+        for part, n in zip(parts, _shared_out(count, [len(p) for p in parts]), strict=False):
             keep[part[:n]] = True
     return keep
 

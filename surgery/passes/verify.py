@@ -76,11 +76,11 @@ def verify(
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     first, second = (_outputs(m, args, kwargs or {}, dtype, train, seed) for m in (a, b))
-    if len(first) != len(second) or any(x.shape != y.shape for x, y in zip(first, second)):
+    if len(first) != len(second) or any(x.shape != y.shape for x, y in zip(first, second, strict=False)):
         shapes = [[tuple(t.shape) for t in side] for side in (first, second)]
         raise UsageError(f"outputs have different shapes: {shapes[0]} and {shapes[1]}")
     max_abs = max_rel = 0.0
-    for x, y in zip(first, second):
+    for x, y in zip(first, second, strict=False):
         difference = _magnitude(x.double() - y.double())
         scale = _magnitude(y.double())
         max_abs = _larger(max_abs, difference)

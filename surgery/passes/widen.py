@@ -39,9 +39,7 @@ def widen(module: nn.Module, width: float | Mapping[str, Width], *, seed: int = 
     return apply(module, widen_plan(module, width, seed=seed, round_to=round_to))
 
 
-def widen_plan(
-    module: nn.Module, width: float | Mapping[str, Width], *, seed: int = 0, round_to: int = 1
-) -> Reindex:
+def widen_plan(module: nn.Module, width: float | Mapping[str, Width], *, seed: int = 0, round_to: int = 1) -> Reindex:
     """The step that `widen` takes."""
     if round_to < 1:
         raise UsageError(f"round_to must be at least 1, not {round_to}")
