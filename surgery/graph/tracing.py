@@ -132,7 +132,8 @@ class TracedModule(fx.GraphModule):
             {k: v for k, v in self.__dict__.items() if k.startswith("_") and k in nn.Module().__dict__}
         )
         tree.training = self.training
-        return _unpickle, (tree, self.graph, self.train_graph, dict(self.meta))
+        graphs = copy.deepcopy((self.graph, self.train_graph))  # without a way back to this module
+        return _unpickle, (tree, *graphs, dict(self.meta))
 
 
 def info(module: nn.Module) -> TraceInfo:
@@ -219,7 +220,7 @@ def _trace_copy(root: nn.Module, concrete: dict[str, Any]) -> TracedModule:
             break
         except _ModeBranchError as found:
             modal.add(found.path)
-    tree = _module_tree(root, "", _leaves(root, graph, train_graph), modal)
+    tree = _module_tree(root, "", _Kept(_leaves(root, graph, train_graph), modal, {}))
     for g in (graph, train_graph):
         if g is not None:
             g.owning_module = None
@@ -254,19 +255,33 @@ class _ModeBranchError(Exception):
 class _Tracer(fx.Tracer):
     """Leaves are layers that have a rule and modules of torch.nn; buffers and mode flags are read in the graph."""
 
-    proxy_buffer_attributes = True
-
     def __init__(self, modal: set[str], training: bool) -> None:
         super().__init__(param_shapes_constant=True)
         self.modal = modal
         self.mode = training
         self.branched = False
         self.stack: list[str] = []
+        self._buffers: dict[int, str] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.modal or has_module_rule(m):
             return True
         return type(m).forward.__module__.startswith("torch.nn.") and super().is_leaf_module(m, module_qualified_name)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Buffers become nodes, as parameters do: what is computed from them follows when they change."""
+        if isinstance(attr_val, torch.Tensor) and not isinstance(attr_val, nn.Parameter):
+            name = self.buffers().get(id(attr_val))
+            if name is not None:
+                if name not in parameter_proxy_cache:
+                    parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+                return parameter_proxy_cache[name]
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def buffers(self) -> dict[int, str]:
+        if not self._buffers:
+            self._buffers = {id(b): n for n, b in reversed(list(self.root.named_buffers()))}
+        return self._buffers
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.stack.append(self.path_of_module(m))
@@ -316,28 +331,43 @@ def _symbolic_modes(root: nn.Module, tracer: _Tracer) -> Iterator[None]:
             module.__dict__["training"] = flags[module]
 
 
-def _leaves(root: nn.Module, *graphs: fx.Graph | None) -> set[str]:
-    return {str(n.target) for graph in graphs if graph is not None for n in graph.nodes if n.op == "call_module"}
+@dataclass(frozen=True)
+class _Kept:
+    """What to keep of a traced model's module tree."""
+
+    leaves: set[int]
+    """Ids of the modules that the graphs call."""
+    modal: set[str]
+    """Paths of the leaves that are traced on their own."""
+    done: dict[int, nn.Module]
+    """Results by the id of the original: what is shared stays shared."""
 
 
-def _module_tree(module: nn.Module, path: str, leaves: set[str], modal: set[str]) -> nn.Module:
-    """The private copy as containers, leaves kept as they are: a container of the model's own class would carry a
-    ``forward`` that the graph has replaced."""
-    if path in modal and path in leaves:
-        return _trace_copy(module, {})
-    if path in leaves:
-        return module
-    keep = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) and type(module).__module__.startswith(
-        "torch.nn."
-    )
-    if not any(module.children()) and path and not list(module.parameters(recurse=False)):
-        keep = keep or type(module).__module__.startswith("torch.nn.")
-    tree = module if keep else nn.Module()
-    for part in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
-        tree.__dict__[part] = module.__dict__[part]
-    tree.training = module.training
-    tree.__dict__["_modules"] = {
-        name: child if child is None else _module_tree(child, f"{path}.{name}" if path else name, leaves, modal)
-        for name, child in module.__dict__["_modules"].items()
-    }
+def _leaves(root: nn.Module, *graphs: fx.Graph | None) -> set[int]:
+    nodes = (n for graph in graphs if graph is not None for n in graph.nodes if n.op == "call_module")
+    return {id(root.get_submodule(str(n.target))) for n in nodes}
+
+
+def _module_tree(module: nn.Module, path: str, kept: _Kept) -> nn.Module:
+    """The private copy as containers and leaves.
+
+    A container of the model's own class would carry a ``forward`` that the graph has replaced, so it becomes a plain
+    `nn.Module`; those of `torch.nn` stay, for they can be indexed.
+    """
+    if id(module) in kept.done:
+        return kept.done[id(module)]
+    if id(module) in kept.leaves:
+        tree = _trace_copy(module, {}) if path in kept.modal else module
+    else:
+        own = type(module).__module__.startswith("torch.nn.")
+        tree = module if own else nn.Module()
+        for part in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+            tree.__dict__[part] = module.__dict__[part]
+        tree.training = module.training
+    kept.done[id(module)] = tree
+    if id(module) not in kept.leaves:
+        tree.__dict__["_modules"] = {
+            name: None if child is None else _module_tree(child, f"{path}.{name}" if path else name, kept)
+            for name, child in module.__dict__["_modules"].items()
+        }
     return tree
