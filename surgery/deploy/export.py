@@ -12,22 +12,21 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import onnxruntime
 import torch
 from torch import nn
 from torch.export import Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from surgery.deploy.cost import cost
-from surgery.deploy.inputs import Args, Kwargs, batch_of, refusing_bad_inputs, resolve, tensors
+from surgery.deploy.inputs import Args, Kwargs, batch_of, resolve, squashed, tensors
+from surgery.deploy.parity import parity, reference
 from surgery.errors import ExportError, UsageError
 from surgery.graph import tracing
 from surgery.passes.recipe import recipe
@@ -103,7 +102,7 @@ def export_onnx(
         )
         return at
 
-    outputs = _reference(model, *inputs_at(None))
+    outputs = reference(model, *inputs_at(None))
     with _quietly():
         program = _convert(model, *inputs_at(_EXPORT_BATCH if dynamic_batch else None), outputs, opset, dynamic_batch)
         _annotate(program.model, {**_provenance(module, args, named), **(metadata or {})})
@@ -112,7 +111,7 @@ def export_onnx(
         draft_opset = _write(program, draft)
         del program  # a second copy of the weights
         batches: tuple[int | None, ...] = CHECKED_BATCHES if dynamic_batch else (batch_of(args, named),)
-        max_abs, max_rel = _compare(draft, model, inputs_at, batches, rtol) if verify else (None, None)
+        max_abs, max_rel = parity(draft, model, inputs_at, batches, rtol) if verify else (None, None)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
         for file in sorted(Path(folder).iterdir(), key=lambda file: file == draft):  # the graph last: it names the rest
             os.replace(file, path.parent / file.name)
@@ -126,11 +125,6 @@ def _refuse_path(path: Path, force: bool) -> None:
         raise UsageError(f"cannot write {path}: it is a folder")
     if path.exists() and not force:
         raise UsageError(f"{path} exists; pass force=True (--force) to replace it")
-
-
-def _reference(model: nn.Module, args: Args, kwargs: Kwargs) -> Any:
-    with refusing_bad_inputs(args, kwargs), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        return model(*args, **kwargs)
 
 
 def _convert(
@@ -157,7 +151,7 @@ def _convert(
         )
     except torch.onnx.OnnxExporterError as error:
         fixed = " with an open batch; dynamic_batch=False fixes it" if dynamic_batch else ""
-        raise ExportError(f"{type(model).__name__} cannot be exported{fixed}: {_cause(error)}") from error
+        raise ExportError(f"{type(model).__name__} cannot be exported{fixed}: {squashed(_innermost(error))}") from error
     assert program is not None  # it is None for the TorchScript exporter only
     if opset is not None and program.model.opset_imports[""] != opset:
         raise ExportError(f"opset {opset} cannot be had: the exporter made opset {program.model.opset_imports['']}")
@@ -181,12 +175,10 @@ def _output_names(model: nn.Module, outputs: Any) -> list[str]:
     return names
 
 
-def _cause(error: BaseException) -> str:
-    """What the innermost error says, in one line."""
+def _innermost(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else f"{text[:400]}…"
+    return error
 
 
 def _provenance(module: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, str]:
@@ -226,70 +218,8 @@ def _write(program: torch.onnx.ONNXProgram, path: Path) -> int:
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
-        raise ExportError(f"the exported model is not valid ONNX: {_cause(error)}") from error
+        raise ExportError(f"the exported model is not valid ONNX: {squashed(error)}") from error
     return int(program.model.opset_imports[""])
-
-
-def _compare(
-    path: Path,
-    model: nn.Module,
-    inputs_at: Callable[[int | None], tuple[Args, Kwargs]],
-    batches: Sequence[int | None],
-    rtol: float,
-) -> tuple[float, float]:
-    """The largest absolute and relative error over ``batches``; `ExportError` where one is more than ``rtol``."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # what fails is raised: nothing needs to be printed as well
-    worst_abs = worst_rel = 0.0
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors share no base of their own
-        raise ExportError(f"ONNX Runtime cannot load the exported model: {_cause(error)}") from error
-    for batch in batches:
-        args, kwargs = inputs_at(batch)
-        try:
-            expected = _arrays(_reference(model, args, kwargs))
-        except UsageError as error:
-            raise ExportError(
-                f"the module runs at the batch of its example inputs, but not at {batch}: {error}"
-            ) from error
-        names = [node.name for node in session.get_inputs()]
-        values = _arrays(tensors((args, kwargs)))
-        try:
-            found = session.run(None, dict(zip(names, values, strict=True)))
-        except Exception as error:
-            raise ExportError(f"at batch {batch}, ONNX Runtime fails: {_cause(error)}") from error
-        if [a.shape for a in found] != [b.shape for b in expected]:
-            shapes = f"{[a.shape for a in found]} instead of {[b.shape for b in expected]}"
-            raise ExportError(f"at batch {batch}, the exported model's outputs have the shapes {shapes}")
-        for name, a, b in zip((node.name for node in session.get_outputs()), found, expected, strict=True):
-            absolute, relative = _error(a, b)
-            if not relative <= rtol:  # also where it is not a number
-                raise ExportError(
-                    f"at batch {batch}, output {name!r} differs from torch by {relative:.2e} relative "
-                    f"({absolute:.2e} absolute); rtol is {rtol:.0e}"
-                )
-            worst_abs, worst_rel = max(worst_abs, absolute), max(worst_rel, relative)
-    return worst_abs, worst_rel
-
-
-def _arrays(tree: Any) -> list[Any]:
-    """The leaves as ONNX has them: tensors and numbers as arrays, and no None."""
-    leaves = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in pytree.tree_leaves(tree)]
-    if any(getattr(leaf, "dtype", None) is torch.bfloat16 for leaf in leaves):
-        raise ExportError("an export in bfloat16 cannot be checked, for numpy lacks it: export module.float()")
-    return [np.asarray(leaf) for leaf in leaves if leaf is not None]
-
-
-def _error(found: Any, expected: Any) -> tuple[float, float]:
-    """max|a - b| and max|a - b| / max|b|."""
-    if expected.size == 0 or np.array_equal(found, expected):
-        return 0.0, 0.0
-    a, b = found.astype(np.float64), expected.astype(np.float64)
-    absolute = float(np.abs(a - b).max())
-    scale = float(np.abs(b).max())
-    return absolute, absolute / scale if scale else float("inf")
 
 
 @contextlib.contextmanager

@@ -83,10 +83,10 @@ def refusing_bad_inputs(args: Args, kwargs: Kwargs) -> Iterator[None]:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors((args, kwargs))) or "no tensor"
-        raise UsageError(f"the module cannot be run on these inputs ({shapes}): {first_line(error)}") from error
+        raise UsageError(f"the module cannot be run on these inputs ({shapes}): {squashed(error)}") from error
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+def squashed(error: BaseException) -> str:
+    """An error's message in one line of at most 400 characters, or its type where it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else f"{text[:400]}…"

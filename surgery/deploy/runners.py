@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.deploy.cost import cost
 from surgery.deploy.export import export_onnx
-from surgery.deploy.inputs import Args, Kwargs, first_line, refusing_bad_inputs, resolve, tensors
+from surgery.deploy.inputs import Args, Kwargs, refusing_bad_inputs, resolve, squashed, tensors
 from surgery.deploy.memory import UnmeasuredError, peak_memory
 from surgery.errors import UsageError, unknown_name
 
@@ -118,7 +118,7 @@ def _pickled_peak(module: nn.Module, args: Args, kwargs: Kwargs, threads: int) -
             torch.save(module, model_file)
         except Exception as error:  # pickling runs code of the module's own classes, which may raise anything
             raise UnmeasuredError(
-                f"peak memory is measured in a fresh process, and the module cannot be sent there: {first_line(error)}"
+                f"peak memory is measured in a fresh process, and the module cannot be sent there: {squashed(error)}"
             ) from error
         torch.save((args, kwargs), inputs_file)
         return peak_memory("torch", model_file, inputs_file, threads)
@@ -146,7 +146,7 @@ def _onnxruntime(job: Job, stack: ExitStack) -> Runner:
     try:
         run()
     except Exception as error:  # ONNX Runtime's errors share no base of their own
-        raise UsageError(f"{path} cannot be run on inputs {_shapes(feed.values())}: {first_line(error)}") from error
+        raise UsageError(f"{path} cannot be run on inputs {_shapes(feed.values())}: {squashed(error)}") from error
 
     def memory() -> int:
         if job.device == "cuda":
@@ -165,7 +165,7 @@ def _load(path: Path) -> onnx.ModelProto:
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # protobuf's DecodeError, of whichever of its implementations is installed
-        raise UsageError(f"{path} is not an ONNX model: {first_line(error)}") from error
+        raise UsageError(f"{path} is not an ONNX model: {squashed(error)}") from error
 
 
 def _feed(model: onnx.ModelProto, job: Job) -> dict[str, Array]:
@@ -208,7 +208,7 @@ def _session(path: Path, job: Job) -> Any:
     try:
         session = onnxruntime.InferenceSession(path, options, providers=[provider])
     except Exception as error:  # ONNX Runtime's errors share no base of their own
-        raise UsageError(f"ONNX Runtime cannot load {path}: {first_line(error)}") from error
+        raise UsageError(f"ONNX Runtime cannot load {path}: {squashed(error)}") from error
     if session.get_providers()[0] != provider:
         raise UsageError(f"no {provider}: ONNX Runtime fell back to {session.get_providers()[0]}")
     return session

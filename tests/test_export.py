@@ -1,0 +1,292 @@
+import hashlib
+import json
+from collections import namedtuple
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from surgery.catalogue import CATALOGUE, build
+from surgery.deploy import export as export_file
+from surgery.deploy.export import export_onnx
+from surgery.errors import ExportError, UsageError
+from surgery.graph.tracing import trace
+from surgery.passes.recipe import recipe
+
+ONE_OF_EACH_FAMILY = {
+    "alexnet": 96,
+    "vgg11_bn": 32,
+    "resnet18": 64,
+    "resnext50_32x4d": 64,
+    "wide_resnet50_2": 64,
+    "squeezenet1_1": 64,
+    "densenet121": 64,
+    "googlenet?init_weights=false": 64,
+    "inception_v3?init_weights=false&aux_logits=false": 80,
+    "mobilenet_v2": 64,
+    "mobilenet_v3_small": 64,
+    "mnasnet0_5": 64,
+    "efficientnet_b0": 64,
+    "efficientnet_v2_s": 64,
+    "regnet_y_400mf": 64,
+    "shufflenet_v2_x0_5": 64,
+}
+
+
+def run(path, *values):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_inputs()]
+    return session.run(None, {name: value.numpy() for name, value in zip(names, values, strict=True)})
+
+
+def settled(model, x):
+    """The model in eval mode, its norms fitted to ``x`` so that activations neither vanish nor explode.
+
+    They divide by the root mean square and shift by a random tenth of it. Batch statistics would not do: in an
+    untrained network they blow up the little by which it tells samples apart, and float32 rounding with it.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def fit(norm, inputs):
+        norm.running_var = inputs[0].square().mean((0, 2, 3))
+        norm.running_mean = norm.running_var.sqrt() * torch.randn(norm.num_features, generator=generator) / 10
+
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(fit) for norm in norms]
+    with torch.no_grad():
+        model.eval()(x)
+    for hook in hooks:
+        hook.remove()
+    return model
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Hardswish(), nn.Flatten(), nn.Linear(8 * 16, 5))
+
+
+def images(batch, size, seed=0):
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def small_input(batch=2):
+    return images(batch, 6)
+
+
+def test_the_families_below_are_all_there_are():
+    exported = {CATALOGUE[source.partition("?")[0]].family for source in ONE_OF_EACH_FAMILY}
+    assert exported == {entry.family for entry in CATALOGUE.values()}
+
+
+@pytest.mark.parametrize(("source", "size"), ONE_OF_EACH_FAMILY.items())
+def test_the_onnx_file_computes_what_the_model_computes_at_batches_1_2_and_3(source, size, tmp_path):
+    model = settled(build(source, num_classes=10, seed=0), images(32, size, seed=9))
+    written = export_onnx(trace(model, images(1, size)), tmp_path / "model.onnx")
+    assert written.batches == (1, 2, 3)
+    for batch in (1, 2, 3):
+        x = images(batch, size, seed=batch)
+        with torch.no_grad():
+            expected = model(x).numpy()
+        (found,) = run(written.path, x)
+        assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_the_result_says_what_was_written_and_how_close_it_is(tmp_path):
+    written = export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input())
+    assert written.path == tmp_path / "small.onnx"
+    assert written.bytes == written.path.stat().st_size
+    assert written.opset == onnx.load(written.path).opset_import[0].version
+    assert 0 <= written.max_abs < 1e-5
+    assert 0 <= written.max_rel < 1e-5
+    assert json.loads(json.dumps(written.to_dict()))["batches"] == [1, 2, 3]
+    assert [file.name for file in tmp_path.iterdir()] == ["small.onnx"]
+
+
+def test_a_module_in_training_is_exported_in_eval_mode_and_stays_as_it_was(tmp_path):
+    model = small().train()
+    model[2].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    written = export_onnx(model, tmp_path / "small.onnx", example_inputs=small_input())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [module.training for module in model] == [True, True, False, True, True]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        expected = model.eval()(small_input(4)).numpy()
+    np.testing.assert_allclose(run(written.path, small_input(4))[0], expected, atol=1e-5)
+
+
+class Applies(nn.Module):
+    """A linear layer and whatever a test does with it."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self.linear(x), x)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda y, x: y * 2 if x.shape[0] == 1 else y, "at batch 1, output 'output' differs from torch by"),
+        (lambda y, x: y / int(x.shape[0]), "at batch 1, ONNX Runtime fails"),
+        (lambda y, x: y + torch.rand(3), "differs from torch by"),
+        (lambda y, x: y.view(4, 3), "with an open batch; dynamic_batch=False fixes it"),
+    ],
+    ids=["branches on the batch", "bakes the batch in", "is random", "takes one batch size only"],
+)
+def test_an_export_that_does_not_match_at_every_batch_is_an_error_and_leaves_no_file(function, message, tmp_path):
+    with pytest.raises(ExportError, match=message) as caught:
+        export_onnx(Applies(function), tmp_path / "model.onnx", example_inputs=torch.randn(4, 4))
+    assert "\n" not in str(caught.value)
+    assert "torch itself" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rtol_is_the_relative_error_that_passes(tmp_path):
+    with pytest.raises(ExportError, match="rtol is 1e-12"):
+        export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input(), rtol=1e-12)
+
+
+def test_a_difference_no_larger_than_torchs_own_rounding_is_said_to_be_that(tmp_path):
+    with pytest.raises(ExportError, match="off its own float64: more cannot be asked of this model; raise rtol"):
+        export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input(), rtol=1e-12)
+
+
+def test_without_verification_no_error_is_claimed(tmp_path):
+    written = export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input(), verify=False)
+    assert (written.max_abs, written.max_rel, written.batches) == (None, None, ())
+
+
+def test_a_fixed_batch_is_that_of_the_inputs_and_is_the_one_checked(tmp_path):
+    model = Applies(lambda y, x: y.view(4, 3))
+    written = export_onnx(model, tmp_path / "m.onnx", example_inputs=torch.randn(4, 4), dynamic_batch=False)
+    assert written.batches == (4,)
+    assert onnx.load(written.path).graph.input[0].type.tensor_type.shape.dim[0].dim_value == 4
+
+
+def test_the_open_axis_is_called_batch(tmp_path):
+    graph = onnx.load(export_onnx(small(), tmp_path / "s.onnx", example_inputs=small_input()).path).graph
+    for value in (graph.input[0], graph.output[0]):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+Pair = namedtuple("Pair", ["logits", "aux"])
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (lambda y, x: y, ["output"]),
+        (lambda y, x: (None, y, x * 2), ["output_1", "output_2"]),
+        (lambda y, x: {"out": y, "aux": [x * 2, x + 1]}, ["out", "aux_0", "aux_1"]),
+        (lambda y, x: Pair(y, x.sum(1)), ["logits", "aux"]),
+        (lambda y, x: {"x": x * 2, "a b": y, "a_b": y + 1}, ["x_", "a_b", "a_b_"]),
+    ],
+    ids=["tensor", "tuple", "dict", "namedtuple", "clashes"],
+)
+def test_outputs_are_named_after_the_keys_that_lead_to_them(function, names, tmp_path):
+    model = Applies(function)
+    written = export_onnx(model, tmp_path / "m.onnx", example_inputs=torch.randn(2, 4))
+    assert [value.name for value in onnx.load(written.path).graph.output] == names
+
+
+class TakesNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x, scale, shift=None, negate=False):
+        y = self.linear(x) * scale - shift
+        return -y if negate else y
+
+
+def test_named_inputs_arrive_whatever_their_order(tmp_path):
+    named = {"negate": True, "shift": torch.randn(2, 3), "scale": torch.randn(2, 1)}
+    model = TakesNames()
+    written = export_onnx(model, tmp_path / "m.onnx", example_inputs=torch.randn(2, 4), kwargs=named)
+    session = onnxruntime.InferenceSession(written.path, providers=["CPUExecutionProvider"])
+    x = torch.randn(2, 4)
+    found = session.run(None, {"x": x.numpy(), "shift": named["shift"].numpy(), "scale": named["scale"].numpy()})
+    np.testing.assert_allclose(found[0], model(x, **named).detach().numpy(), atol=1e-5)
+
+
+def test_integer_inputs_stay_integers(tmp_path):
+    model = nn.Sequential(nn.Embedding(7, 3), nn.Flatten())
+    written = export_onnx(model, tmp_path / "m.onnx", example_inputs=torch.randint(0, 7, (2, 5)))
+    assert written.max_abs == 0.0
+
+
+def test_the_file_says_where_it_comes_from_and_nothing_of_this_machine(tmp_path):
+    traced = trace(small(), small_input(), source="package.module:small")
+    written = export_onnx(traced, tmp_path / "small.onnx", metadata={"dataset": "digits"})
+    notes = {entry.key: entry.value for entry in onnx.load(written.path).metadata_props}
+    assert notes["surgery.source"] == "package.module:small"
+    assert notes["surgery.recipe_sha256"] == hashlib.sha256(recipe(traced).to_json().encode()).hexdigest()
+    assert notes["surgery.torch"] == torch.__version__
+    assert notes["surgery.macs"] == str(8 * 27 * 16 + 8 * 16 * 5)
+    assert notes["dataset"] == "digits"
+    assert b".py" not in written.path.read_bytes()
+
+
+def test_an_untraced_module_has_no_source_to_note(tmp_path):
+    written = export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input())
+    notes = {entry.key for entry in onnx.load(written.path).metadata_props}
+    assert notes == {"surgery.version", "surgery.torch", "surgery.macs", "surgery.params"}
+
+
+def test_nothing_is_printed(tmp_path, capfd, recwarn):
+    export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input())
+    assert capfd.readouterr() == ("", "")
+    assert not list(recwarn)
+
+
+def test_the_opset_asked_for_is_the_opset_written(tmp_path):
+    written = export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input(), opset=18)
+    assert written.opset == 18
+    assert onnx.load(written.path).opset_import[0].version == 18
+
+
+def test_an_opset_that_cannot_be_had_is_an_error(tmp_path):
+    with pytest.raises(ExportError, match="opset 11 cannot be had"):
+        export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input(), opset=11)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_too_large_for_one_file_go_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(export_file, "_INLINE_LIMIT", 1000)
+    written = export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input())
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["small.onnx", "small.onnx.data"]
+    assert written.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+    with torch.no_grad():
+        expected = small().eval()(small_input()).numpy()
+    np.testing.assert_allclose(run(written.path, small_input())[0], expected, atol=1e-5)
+
+
+def test_a_file_that_exists_is_replaced_only_by_force_and_only_by_a_good_one(tmp_path):
+    path = tmp_path / "small.onnx"
+    path.write_text("precious")
+    with pytest.raises(UsageError, match=r"small\.onnx exists; pass force=True"):
+        export_onnx(small(), path, example_inputs=small_input())
+    with pytest.raises(ExportError):
+        export_onnx(small(), path, example_inputs=small_input(), force=True, rtol=0.0)
+    assert path.read_text() == "precious"
+    export_onnx(small(), path, example_inputs=small_input(), force=True)
+    onnx.checker.check_model(path)
+
+
+def test_a_folder_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="there is no folder"):
+        export_onnx(small(), tmp_path / "missing" / "small.onnx", example_inputs=small_input())
+
+
+def test_inputs_of_a_wrong_shape_are_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"cannot be run on these inputs \(\(2, 5\)\)"):
+        export_onnx(nn.Linear(4, 3), tmp_path / "m.onnx", example_inputs=torch.randn(2, 5))
+    assert list(tmp_path.iterdir()) == []
