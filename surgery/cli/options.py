@@ -12,7 +12,7 @@ import typer
 from surgery import catalogue
 from surgery.deploy.checkpoint import RECIPE, load
 from surgery.errors import UsageError
-from surgery.graph.tracing import TracedModule, trace
+from surgery.graph.tracing import TracedModule, example_inputs, trace
 
 Model = Annotated[
     str,
@@ -54,6 +54,19 @@ def open_model(
     module = catalogue.build(source, weights=weights, trust=trust, seed=seed).eval()
     images = parse_shape(input_shape) if input_shape is not None else catalogue.example_inputs(source)
     return trace(module, images, source=catalogue.canonical(source, weights=weights))
+
+
+def open_pair(
+    first: str, second: str, *, input_shape: str | None, weights: str, seed: int, trust: bool
+) -> tuple[TracedModule, TracedModule]:
+    """Two models for the same inputs: those a saved one remembers, or else as `open_model` has them."""
+    if is_saved(second) and not is_saved(first):
+        opened = open_pair(second, first, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
+        return opened[1], opened[0]
+    one = open_model(first, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
+    (images, *_), _ = example_inputs(one)
+    shape = None if is_saved(second) else ",".join(map(str, images.shape))
+    return one, open_model(second, input_shape=shape, weights=weights, seed=seed, trust=trust)
 
 
 def is_saved(source: str) -> bool:

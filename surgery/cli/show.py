@@ -10,7 +10,7 @@ import typer
 from torchvision.models import get_model_weights
 
 from surgery import catalogue
-from surgery.cli.options import ROUNDING, AsJson, InputShape, Model, Seed, Trust, Weights, open_model
+from surgery.cli.options import ROUNDING, AsJson, InputShape, Model, Seed, Trust, Weights, open_model, open_pair
 from surgery.cli.output import emit, mebibytes, millions, table
 from surgery.deploy.cost import cost
 from surgery.errors import unknown_name
@@ -126,8 +126,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check that two models compute the same; exit with 1 if they do not."""
-    first = open_model(model, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
-    second = open_model(reference, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
+    first, second = open_pair(model, reference, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
     args, kwargs = example_inputs(first)
     check = verify_modules(first, second, args, kwargs=kwargs, dtype=torch.float64, tolerance=tolerance)
     rows = [[check.dtype, f"{check.max_abs:.2e}", f"{check.max_rel:.2e}", f"{check.tolerance:.0e}"]]

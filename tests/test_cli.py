@@ -1,0 +1,311 @@
+"""The command line: what it prints where, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from urllib.error import URLError
+
+import pytest
+import torch
+
+import surgery
+from surgery.cli import main
+
+VERBS = ["models", "inspect", "widen", "deepen", "slim", "export", "bench", "tradeoff", "verify"]
+SMALL = "squeezenet1_1?num_classes=10"
+PIXELS = ["--input-shape", "2,3,32,32"]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Each command runs in a folder of its own, in which a factory of the user's can be imported."""
+    code = """
+        from torch import nn
+
+        def tiny():
+            return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+                                 nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 10))
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    sys.modules.pop("cli_factory", None)
+    (tmp_path / "cli_factory.py").write_text(textwrap.dedent(code))
+    return tmp_path
+
+
+TINY = ["cli_factory:tiny", "--trust"]
+TINY_PIXELS = ["--input-shape", "2,3,8,8"]
+
+
+@pytest.fixture
+def run(capfd):
+    """Run a command: its exit code, stdout and stderr."""
+
+    def call(*arguments):
+        capfd.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return (code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_has_help_with_an_example(run, verb):
+    code, out, err = run(verb, "--help")
+    assert (code, err) == (0, "")
+    assert f"Example: surgery {verb}" in " ".join(out.split())
+
+
+def test_the_help_lists_every_verb_and_is_what_no_arguments_give(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(f" {verb} " in out for verb in VERBS)
+    assert run()[1] == out
+
+
+def test_models_are_listed_with_what_is_published_of_them(run):
+    code, out, _ = run("models", "resnet*")
+    assert code == 0
+    assert "resnet152" in out
+    assert "vgg11" not in out
+    listed = json.loads(run("models", "--json")[1])["models"]
+    assert len(listed) == 64
+    resnet = next(model for model in listed if model["name"] == "resnet18")
+    assert (resnet["params"], resnet["input_size"]) == (11_689_512, [3, 224, 224])
+
+
+def test_inspect_shows_groups_and_cost(run):
+    code, out, err = run("inspect", SMALL, *PIXELS)
+    assert (code, err) == (0, "")
+    assert "features.3.squeeze" in out
+    figures = json.loads(run("inspect", SMALL, *PIXELS, "--json")[1])
+    assert figures["source"] == "torchvision:squeezenet1_1?num_classes=10"
+    assert figures["params"] == sum(p.numel() for p in surgery.catalogue.build(SMALL).parameters())
+    assert figures["groups"][0]["editable"]
+
+
+def test_inspect_shows_the_members_of_one_group(run):
+    code, out, _ = run("inspect", *TINY, *TINY_PIXELS, "--group", "0")
+    assert code == 0
+    assert "5.weight" in out
+    assert "consumer" in out
+    members = json.loads(run("inspect", *TINY, *TINY_PIXELS, "--group", "0", "--json")[1])["members"]
+    assert {"name": "5.weight", "axis": 1, "role": "consumer"} in members
+
+
+@pytest.mark.parametrize(
+    ("arguments", "grows"),
+    [
+        (["widen", "--width", "1.5"], True),
+        (["widen", "--width", "0=12", "--round-to", "4"], True),
+        (["deepen", "--at", "0", "--at", "2=1"], True),
+        (["slim", "--rate", "0.5"], False),
+        (["slim", "--rate", "0=0.25"], False),
+    ],
+)
+def test_an_operation_writes_a_verified_model_that_loads(run, arguments, grows):
+    verb, *options = arguments
+    code, out, err = run(verb, *TINY, *TINY_PIXELS, *options, "--out", "made", "--json")
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    assert result["verification"]["ok"]
+    assert (result["after"]["params"] > result["before"]["params"]) is grows
+    loaded = surgery.load("made", trust=True)
+    assert sum(p.numel() for p in loaded.parameters()) == result["after"]["params"]
+    assert surgery.recipe(loaded).steps
+
+
+def test_an_operation_says_what_it_did(run):
+    code, out, err = run("slim", *TINY, *TINY_PIXELS, "--rate", "0.5", "--out", "made")
+    assert (code, err) == (0, "")
+    assert "before" in out
+    assert "verified in float64" in out
+    assert "saved to made" in out
+    assert "not verified" in run("slim", *TINY, *TINY_PIXELS, "--rate", "0.5", "--out", "raw", "--no-verify")[1]
+
+
+def test_a_saved_model_can_be_operated_on_again(run):
+    run("widen", *TINY, *TINY_PIXELS, "--width", "2.0", "--out", "wide")
+    code, _, _ = run("slim", "wide", "--trust", "--rate", "0.5", "--out", "slim")
+    assert code == 0
+    assert len(surgery.recipe(surgery.load("slim", trust=True)).steps) == 2
+
+
+def test_force_replaces_a_saved_model_but_no_other_folder(run, empty_folder):
+    slim = ["slim", *TINY, *TINY_PIXELS, "--out", "made"]
+    assert run(*slim, "--rate", "0.5")[0] == 0
+    assert run(*slim, "--rate", "0.25", "--force")[0] == 0
+    (empty_folder / "other").mkdir()
+    (empty_folder / "other" / "thesis.txt").write_text("years of work")
+    code, _, err = run("slim", *TINY, *TINY_PIXELS, "--rate", "0.5", "--out", "other", "--force")
+    assert (code, err) == (
+        2,
+        "error: other is not replaced: it holds no recipe.json, so it was not made by this command\n",
+    )
+
+
+def test_verify_ends_with_0_for_equal_models_and_1_for_different_ones(run):
+    run("widen", *TINY, *TINY_PIXELS, "--width", "2.0", "--out", "wide")
+    run("slim", *TINY, *TINY_PIXELS, "--rate", "0.5", "--out", "slim")
+    code, out, err = run("verify", "wide", "cli_factory:tiny", "--trust", "--json")
+    assert (code, err, json.loads(out)["ok"]) == (0, "", True)
+    assert run("verify", "cli_factory:tiny", "wide", "--trust")[0] == 0
+    code, out, err = run("verify", "slim", "wide", "--trust")
+    assert code == 1
+    assert "slim and wide are different" in out
+    assert err.startswith("error: outputs differ by ")
+    assert err.count("\n") == 1
+
+
+def test_export_writes_a_file_that_bench_can_measure(run):
+    code, out, err = run("export", *TINY, *TINY_PIXELS, "--out", "tiny.onnx", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["batches"] == [1, 2, 3]
+    code, out, err = run("bench", "tiny.onnx", "--min-runs", 5, "--min-seconds", 0, "--threads", 1, "--json")
+    assert (code, err) == (0, "")
+    result = json.loads(out)["results"]["tiny.onnx"]
+    assert len(result["samples_ms"]) >= 5
+    assert result["params"] == 8 * 27 + 8 + 16 + 1280 + 10
+    code, out, _ = run(
+        "bench", TINY[0], "--trust", *TINY_PIXELS, "--runtime", "torch", "--min-runs", 5, "--min-seconds", 0
+    )
+    assert code == 0
+    assert "torch on cpu, batch 1" in out
+
+
+def test_tradeoff_prints_a_table_and_keeps_the_exact_command(run, empty_folder):
+    options = ["--dataset", "digits", "--split-rates", "1.0,0.5", "--limit", "64", "--threads", "1"]
+    short = ["--epochs", "1", "--finetune-epochs", "1", "--out", "runs/demo"]
+    code, out, err = run("tradeoff", *TINY, *options, *short)
+    assert code == 0
+    assert "split rate" in out
+    assert "written to runs/demo" in out
+    assert "train dense …" in err
+    command = "surgery tradeoff cli_factory:tiny --trust --dataset digits --split-rates 1.0,0.5 --limit 64"
+    assert command in (empty_folder / "runs" / "demo" / "report.md").read_text()
+    # What it saved is a model like any other; it goes through the same command, as it is, and into the same folder.
+    code, out, _ = run(
+        "tradeoff", "runs/demo/rate-0.5", "--trust", *options, *short, "--epochs", "0", "--force", "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["settings"]["epochs"] == 0
+
+
+def no_network(*_, **__):
+    raise URLError("Name or service not known")
+
+
+OUT = ["--out", "made"]
+TRADEOFF = ["tradeoff", SMALL, "--dataset", "digits", "--out", "made"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["slim", "resnet19", "--rate", "0.5", *OUT], "unknown model 'resnet19'; did you mean 'resnet18',"),
+        (["inspect", "runs/nothing"], "there is no saved model at runs/nothing\n"),
+        (["inspect", "cli_factory:tiny"], "'cli_factory:tiny' would import and run code: pass trust=True (--trust)"),
+        (["inspect", "resnet18?colour=red"], "model 'resnet18' cannot be built with colour=red: "),
+        (
+            ["inspect", SMALL, *PIXELS, "--group", "features.3.squeez"],
+            "unknown group 'features.3.squeez'; did you mean ",
+        ),
+        (["slim", SMALL, *PIXELS, "--rate", "featurs=0.5", *OUT], "unknown layer 'featurs'; did you mean 'features'"),
+        (["widen", SMALL, *PIXELS, "--width", "clasifier.1=2.0", *OUT], "unknown layer 'clasifier.1'; did you mean "),
+        (["deepen", SMALL, *PIXELS, "--at", "fc=1", *OUT], "unknown layer 'fc'"),
+        (["slim", SMALL, *PIXELS, "--rate", "1.5", *OUT], "split rate must be in (0, 1], not 1.5\n"),
+        (["slim", SMALL, *PIXELS, "--rate", "0", *OUT], "split rate must be in (0, 1], not 0.0\n"),
+        (["slim", SMALL, *PIXELS, "--rate", "half", *OUT], "--rate 'half' is neither a number nor of the form LAYER="),
+        (["slim", SMALL, *PIXELS, "--rate", "a=0.5", "--rate", "0.5", *OUT], "--rate '0.5' is not of the form LAYER="),
+        (
+            ["inspect", SMALL, "--input-shape", "2,1,32,32"],
+            "the module cannot be run on these inputs ((1, 1, 32, 32)): ",
+        ),
+        (
+            ["inspect", SMALL, "--input-shape", "wide"],
+            "input shape 'wide' is not of the form N,C,H,W, as in 2,3,64,64\n",
+        ),
+        (
+            ["export", SMALL, *PIXELS, "--out", "no/such/file.onnx"],
+            "cannot write no/such/file.onnx: there is no folder ",
+        ),
+        (
+            ["export", SMALL, "--weights", "DEFAULT", "--out", "a.onnx"],
+            "cannot fetch the weights of 'squeezenet1_1' from ",
+        ),
+        (["export", SMALL, "--weights", "BEST", "--out", "a.onnx"], "unknown weights of 'squeezenet1_1' 'BEST'"),
+        (["bench", "nothing.onnx"], "there is no file nothing.onnx\n"),
+        (["bench", SMALL, "--runtime", "onxruntime"], "unknown runtime 'onxruntime'; did you mean 'onnxruntime'?\n"),
+        (["bench", SMALL, SMALL], "a model is given more than once\n"),
+        ([*TRADEOFF, "--dataset", "digit"], "unknown data set 'digit'; did you mean 'digits'?\n"),
+        ([*TRADEOFF, "--dataset", "torchvision:CIFAR10"], "data set 'torchvision:CIFAR10' needs a folder to keep its "),
+        (
+            [*TRADEOFF, "--dataset", "torchvision:CIFAR10", "--data-root", "data"],
+            "data set 'torchvision:CIFAR10' is not in data and cannot be fetched (Name or service not known): ",
+        ),
+        ([*TRADEOFF, "--split-rates", "1.0,1.5"], "split rate 1.5 is outside (0, 1]\n"),
+        ([*TRADEOFF, "--split-rates", "all"], "--split-rates 'all' is not a list of numbers, as in 1.0,0.5,0.25\n"),
+        (
+            [*TRADEOFF, "--image-size", "4"],
+            "the model cannot be run on 4 x 4 images, try another size (--image-size): ",
+        ),
+        ([*TRADEOFF, "--epochs", "-1"], "epochs is -1: it must be at least 0\n"),
+        ([*TRADEOFF, "--weights", "DEFAULT"], "cannot fetch the weights of 'squeezenet1_1' from "),
+        (["slim", SMALL, "--rate", "0.5"], "Missing option '--out'"),
+        (["slim", SMALL, "--rte", "0.5", *OUT], "No such option: --rte"),
+        (["slm"], "No such command 'slm'"),
+        (["bench", SMALL, "--batch-size", "many"], "Invalid value for '--batch-size': "),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2_and_writes_nothing(
+    run, empty_folder, monkeypatch, arguments, message
+):
+    monkeypatch.setenv("TORCH_HOME", str(empty_folder.parent / f"{empty_folder.name}-hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", no_network)
+    code, out, err = run(*arguments)
+    assert err.startswith(f"error: {message}")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert [path.name for path in empty_folder.iterdir()] == ["cli_factory.py"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["slim", SMALL, "--rate", "0.5", "--out", "taken"],
+        ["widen", SMALL, "--width", "1.5", "--out", "taken"],
+        ["deepen", SMALL, "--at", "features", "--out", "taken"],
+        ["tradeoff", SMALL, "--dataset", "digits", "--out", "taken"],
+        ["export", SMALL, "--out", "taken"],
+    ],
+)
+def test_a_place_that_is_taken_is_refused_without_force(run, empty_folder, arguments):
+    (empty_folder / "taken").mkdir()
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: taken exists: ")
+    assert err.count("\n") == 1
+    assert "--force" in err
+
+
+def test_weights_taken_over_in_part_are_a_warning_on_stderr(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    state = surgery.catalogue.build("squeezenet1_1").state_dict()
+    torch.save(state, tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth")
+    code, out, err = run("inspect", SMALL, *PIXELS, "--weights", "DEFAULT", "--json")
+    assert code == 0
+    assert json.loads(out)["groups"]
+    assert err.startswith("warning: squeezenet1_1: the published weights do not fit, and initial values stay, in: ")
+    assert err.count("\n") == 1
+
+
+def test_the_installed_command_exits_with_the_code():
+    script = "import sys; from surgery.cli import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", script, "inspect", "resnet19"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: unknown model 'resnet19'")
