@@ -34,10 +34,11 @@ class WeightsWarning(UserWarning):
 class Entry:
     """One builder of torchvision.
 
-    ``input_size`` is the image size (channels, height, width) of the published weights. ``minimum`` is the smallest
-    square image, in pixels, that the model can be trained on with its default keywords. ``smallest`` is the smallest
-    that is good for tests: its deepest feature map is at least 2 x 2, for with a batch of two and 1 x 1 maps the batch
-    statistics of a training pass are so ill-conditioned that float64 rounding alone moves a deep model's outputs.
+    ``input_size`` is the image size (channels, height, width) that the published weights are evaluated at. ``minimum``
+    is the smallest square image, in pixels, that the model can be trained on with its default keywords. ``smallest`` is
+    the smallest that is good for tests: its deepest feature map is at least 2 x 2, for with a batch of two and 1 x 1
+    maps the batch statistics of a training pass are so ill-conditioned that float64 rounding alone moves a deep model's
+    outputs.
     """
 
     name: str
@@ -290,8 +291,9 @@ def _rows() -> Iterator[Entry]:
         yield Entry(f"efficientnet_v2_{letter}", "EfficientNet v2", (3, size, size))
     for name in names("x_400mf x_800mf x_1_6gf x_3_2gf x_8gf x_16gf x_32gf"):
         yield Entry(f"regnet_{name}", "RegNet")
-    for name in names("y_400mf y_800mf y_1_6gf y_3_2gf y_8gf y_16gf y_32gf y_128gf"):
+    for name in names("y_400mf y_800mf y_1_6gf y_3_2gf y_8gf y_16gf y_32gf"):
         yield Entry(f"regnet_{name}", "RegNet")
+    yield Entry("regnet_y_128gf", "RegNet", (3, 384, 384))
     for name in names("x0_5 x1_0 x1_5 x2_0"):
         yield Entry(f"shufflenet_v2_{name}", "ShuffleNet v2")
 

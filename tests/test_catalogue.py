@@ -9,7 +9,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
-from torchvision.models import get_model, get_model_builder, squeezenet1_1
+from torchvision.models import get_model, get_model_builder, get_model_weights, squeezenet1_1
 
 from surgery import catalogue
 from surgery.errors import UsageError
@@ -41,6 +41,11 @@ def test_each_family_is_complete():
         "RegNet": 15,
         "ShuffleNet v2": 4,
     }
+
+
+def test_the_input_size_is_that_of_the_published_weights():
+    for entry in catalogue.CATALOGUE.values():
+        assert entry.input_size == (3, *2 * get_model_weights(entry.name)["DEFAULT"].transforms().crop_size), entry.name
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from surgery.cli.options import (
     open_model,
     refuse_if_taken,
 )
-from surgery.cli.output import Bars, emit, mebibytes, millions, table
+from surgery.cli.output import Bars, emit, table
 from surgery.deploy.benchmark import Comparison, compare
 from surgery.deploy.checkpoint import load
 from surgery.deploy.curve import Tradeoff
@@ -31,6 +31,7 @@ from surgery.deploy.export import export_onnx
 from surgery.deploy.outputs import refuse_folder
 from surgery.deploy.tradeoff import MARKER
 from surgery.deploy.tradeoff import tradeoff as run_tradeoff
+from surgery.deploy.units import mebibytes, quantity
 from surgery.errors import UsageError
 
 Threads = Annotated[int | None, typer.Option(help="Threads of one query. [default: all usable cores]")]
@@ -129,8 +130,8 @@ def _comparison_table(measured: Comparison) -> Any:
                 f"{ratio.value:.3f} ({ratio.low:.3f}-{ratio.high:.3f})" if ratio else "1",
                 mebibytes(result.peak_memory_bytes),
                 mebibytes(result.file_bytes),
-                millions(result.params),
-                millions(result.macs),
+                quantity(result.params),
+                quantity(result.macs),
             ]
         )
     first = next(iter(measured.results.values()))
@@ -206,8 +207,8 @@ def _curve_table(result: Tradeoff) -> Any:
             f"{point.latency.p50_ms:.3f}",
             f"{point.latency.p90_ms:.3f}",
             f"{point.speedup.value:.2f}" if point.speedup else "1",
-            millions(point.params),
-            millions(point.macs),
+            quantity(point.params),
+            quantity(point.macs),
             mebibytes(point.latency.file_bytes),
             "yes" if point in result.front else "",
         ]

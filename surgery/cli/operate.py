@@ -22,10 +22,11 @@ from surgery.cli.options import (
     open_model,
     per_layer,
 )
-from surgery.cli.output import emit, mebibytes, millions, table
+from surgery.cli.output import emit, table
 from surgery.deploy.checkpoint import RECIPE, save
 from surgery.deploy.cost import cost
 from surgery.deploy.outputs import refuse_folder
+from surgery.deploy.units import mebibytes, quantity
 from surgery.graph.tracing import TracedModule, example_inputs
 from surgery.passes.deepen import deepen as deepen_module
 from surgery.passes.slim import masked, split_masks
@@ -141,7 +142,7 @@ def _finish(
     """Save what was made and say what it costs."""
     figures = {"before": cost(before), "after": cost(after)}
     save(after, out, force=True)  # what was there has been looked at before
-    rows = [[name, millions(c.params), millions(c.macs), mebibytes(c.bytes)] for name, c in figures.items()]
+    rows = [[name, quantity(c.params), quantity(c.macs), mebibytes(c.bytes)] for name, c in figures.items()]
     equal = f"verified in {verified.dtype}: relative difference {verified.max_rel:.1e}" if verified else "not verified"
     emit(
         {

@@ -37,16 +37,6 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]], *
     return result
 
 
-def millions(count: int | None) -> str:
-    """A count in millions; ``?`` where it is not known."""
-    return "?" if count is None else f"{count / 1e6:,.2f} M"
-
-
-def mebibytes(count: int | None) -> str:
-    """A number of bytes in MiB; ``?`` where it is not known."""
-    return "?" if count is None else f"{count / 2**20:,.1f} MiB"
-
-
 class Bars:
     """A `surgery.training.loop.Progress` that draws: one bar for the whole run, one for the stage it is in.
 

@@ -11,8 +11,9 @@ from torchvision.models import get_model_weights
 
 from surgery import catalogue
 from surgery.cli.options import ROUNDING, AsJson, InputShape, Model, Seed, Trust, Weights, open_model, open_pair
-from surgery.cli.output import emit, mebibytes, millions, table
+from surgery.cli.output import emit, table
 from surgery.deploy.cost import cost
+from surgery.deploy.units import mebibytes, quantity
 from surgery.errors import unknown_name
 from surgery.graph.dims import DimensionGroup, dimension_groups
 from surgery.graph.tracing import example_inputs, info
@@ -37,7 +38,14 @@ def models(
         raise unknown_name("model", pattern, catalogue.CATALOGUE)
     rows = [_published(entry) for entry in entries]
     cells = [
-        [r["name"], r["family"], r["input_size"][-1], millions(r["params"]), f"{r['gmacs']:.2f} G", f"{r['top1']:.1f}%"]
+        [
+            r["name"],
+            r["family"],
+            r["input_size"][-1],
+            quantity(r["params"]),
+            quantity(1e9 * r["gmacs"]),
+            f"{r['top1']:.1f}%",
+        ]
         for r in rows
     ]
     header = ["name", "family", "pixels", "parameters", "MACs", "ImageNet top-1"]
@@ -85,7 +93,7 @@ def inspect(
         result,
         as_json,
         table("", ["group", "size", "units", "members", "editable", "reason"], rows, text=["editable", "reason"]),
-        note=f"{millions(figures.params)} parameters, {millions(figures.macs)} MACs an input, "
+        note=f"{quantity(figures.params)} parameters, {quantity(figures.macs)} MACs an input, "
         f"{mebibytes(figures.bytes)}; {editable} of {len(groups)} groups editable",
     )
 

@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import Bbox
 
 from surgery.deploy.curve import Point, Tradeoff
+from surgery.deploy.units import mebibytes, quantity
 
 _FRONT, _DOMINATED, _INK, _FAINT = "#0b6e99", "#b4b4b4", "#222222", "#8a8a8a"
 
@@ -111,9 +112,9 @@ def _table(axes: Axes, result: Tradeoff) -> None:
             f"{p.score.accuracy:.1%}",
             f"{p.latency.p50_ms:.2f} ms",
             "1" if p.speedup is None else f"{p.speedup.value:.2f}",
-            f"{p.params / 1e6:.2f} M",
-            f"{p.macs / 1e6:.1f} M",
-            "?" if p.latency.file_bytes is None else f"{p.latency.file_bytes / 2**20:.1f} MiB",
+            quantity(p.params),
+            quantity(p.macs),
+            mebibytes(p.latency.file_bytes),
         ]
         for p in result.points
     ]

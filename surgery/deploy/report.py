@@ -8,6 +8,7 @@ from pathlib import Path
 
 from surgery.deploy.curve import Point, Tradeoff
 from surgery.deploy.plot import draw
+from surgery.deploy.units import mebibytes, quantity
 
 
 def write_report(result: Tradeoff, folder: Path) -> None:
@@ -69,10 +70,10 @@ def _points_table(result: Tradeoff) -> str:
             f"{point.quantile_ms(0.25):.3f} – {point.quantile_ms(0.75):.3f}",
             f"{point.latency.p99_ms:.3f}",
             _speedup(point),
-            f"{point.params / 1e6:.3f} M",
-            f"{point.macs / 1e6:.1f} M",
-            "?" if point.latency.file_bytes is None else f"{point.latency.file_bytes / 2**20:.1f} MiB",
-            "?" if point.latency.peak_memory_bytes is None else f"{point.latency.peak_memory_bytes / 2**20:.1f} MiB",
+            quantity(point.params),
+            quantity(point.macs),
+            mebibytes(point.latency.file_bytes),
+            mebibytes(point.latency.peak_memory_bytes),
             f"[{point.folder}]({point.folder})",
         ]
         for point in result.points

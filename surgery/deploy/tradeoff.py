@@ -92,7 +92,7 @@ def tradeoff(
         finetune_epochs=finetune_epochs,
         lr=lr,
         batch_size=batch_size,
-        weights=weights,
+        weights=catalogue.parse(source, weights=weights).weights if isinstance(source, str) else "as given",
         limit=limit,
         threads=threads or usable_cores(),
         seed=seed,

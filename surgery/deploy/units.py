@@ -1,0 +1,20 @@
+"""Figures as people read them."""
+
+from __future__ import annotations
+
+
+def quantity(count: float | None) -> str:
+    """A count to three or more digits, in thousands, millions or billions; ``?`` where it is not known."""
+    if count is None:
+        return "?"
+    for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if count >= unit:
+            return f"{count / unit:.2f}{name}"
+    return f"{count:g}"
+
+
+def mebibytes(count: float | None) -> str:
+    """A number of bytes in MiB; ``?`` where it is not known."""
+    if count is None:
+        return "?"
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**20:.3f} MiB"
