@@ -91,13 +91,13 @@ class DimensionGroup:
 
         A ``chunk`` gives the halves of a layer's output to different readers: two classes. Numbers rise from 0.
         """
-        return np.cumsum(self.owner.fence[self.start : self.start + self.units]) - 1
+        return _numbered(self.owner.access[self.start : self.start + self.units])
 
     @property
     def segments(self) -> Ids:
         """For each unit, a number that is equal for units with the same writers: the parts of a concatenation that
         is added to something have different ones. Coarser than `classes`."""
-        return np.cumsum(self.owner.seam[self.start : self.start + self.units]) - 1
+        return _numbered(self.owner.writers[self.start : self.start + self.units])
 
     @property
     def mixed(self) -> tuple[str, ...]:
@@ -157,15 +157,28 @@ class Dimensions:
         self.unit_of: Ids = order[component]
         self.count = int(order.max(initial=-1)) + 1
         self.axis_units = {(a.name, a.axis): self.unit_of[a.ids] for a in axes}
-        self.frozen, self.unread = self._frozen(books)
+        frozen = [*books.frozen, *((left[self.unit_of[left] == self.unit_of[right]], what)
+                                   for left, right, _, what in books.rows)]  # fmt: skip
+        self.frozen, self.unread = self._frozen(books, frozen)
         self.mixed = [(self.unit_of[ids], what) for ids, what in books.mixed]
         self.single = [(self.unit_of[ids], what) for ids, what in books.single]
+        for a in axes:
+            if "consumer" in a.roles and (len(a.roles) > 1 or (a.name, a.axis) in books.values):
+                self.single.append((self.unit_of[a.ids], f"{a.name} is contracted over and used in another way"))
         cuts = [self.unit_of[ids] for ids in books.cuts]
         held = [self.axis_units[a.name, a.axis] for a in axes]
-        written = [u for u, a in zip(held, axes, strict=False) if "consumer" not in a.roles]
-        self.fence = self._differs([*held, *cuts], ranges)
-        self.seam = self._differs(written, ranges)
-        self.groups = self._groups(books, axes, ranges, chosen)
+        written = [u for u, a in zip(held, axes, strict=True) if "producer" in a.roles]
+        self.writers = self._signature(written)
+        self.access = self._signature([*held, *cuts])
+        self.fence = self._differs(ranges)
+        crossed = [(self._crossed(*row), what) for *row, what in books.rows]
+        if any(len(ids) for ids, _ in crossed):
+            frozen += crossed
+            self.frozen, self.unread = self._frozen(books, frozen)
+            self.writers = self._signature(written)
+            self.access = self._signature([*held, *cuts])
+            self.fence = self._differs(ranges)
+        self.groups = self._groups(books, axes, ranges, chosen, frozen)
 
     def find(self, name: str) -> DimensionGroup:
         """The group of that name, or the one that a layer of that name writes."""
@@ -204,10 +217,18 @@ class Dimensions:
         ops = [self.graph.edges[pair]["op"] for pair in itertools.pairwise(nodes)]
         return [str(a), *(op for k, op in enumerate(ops) if k == 0 or op != ops[k - 1]), str(b)]
 
-    def _frozen(self, books: Books) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    def _crossed(self, left: Ids, right: Ids, first: Ids) -> Ids:
+        """Of the last channels of rows, those that the first of the row behind them continues although rows are alike:
+        a run of units would pass from one row to the next."""
+        unit, behind, own = (self.unit_of[ids] for ids in (left, right, first))
+        return left[(behind == unit + 1) & (behind == own) & ~self.fence[behind]]
+
+    def _frozen(
+        self, books: Books, reasons: list[tuple[Ids, str]]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Units that a rule froze, or that no layer contracts over; and the latter alone."""
         frozen = np.zeros(self.count, dtype=bool)
-        for ids, _ in books.frozen:
+        for ids, _ in reasons:
             frozen[self.unit_of[ids]] = True
         read = np.zeros(self.count, dtype=bool)
         for axis in books.axes.values():
@@ -215,21 +236,30 @@ class Dimensions:
                 read[self.axis_units[axis.name, axis.axis]] = True
         return frozen | ~read, ~read & ~frozen
 
-    def _differs(self, sets: list[Ids], ranges: list[tuple[int, int]]) -> NDArray[np.bool_]:
-        """For each unit, whether other ``sets`` hold it than hold the unit before it."""
+    def _signature(self, sets: list[Ids]) -> NDArray[np.uint64]:
+        """For each unit, a number that stands for which of ``sets`` hold it and whether it is frozen."""
         marks = np.random.default_rng(0).integers(1, 2**62, size=len(sets), dtype=np.uint64)
         signature = np.zeros(self.count, dtype=np.uint64)
         with np.errstate(over="ignore"):
-            for units, mark in zip(sets, marks, strict=False):
+            for units, mark in zip(sets, marks, strict=True):
                 np.add.at(signature, units, mark)
         signature ^= self.frozen
+        return signature
+
+    def _differs(self, ranges: list[tuple[int, int]]) -> NDArray[np.bool_]:
+        """For each unit, whether other axes hold it than hold the unit before it."""
         differs = np.ones(self.count, dtype=bool)
-        differs[1:] = signature[1:] != signature[:-1]
+        differs[1:] = self.access[1:] != self.access[:-1]
         differs[[start for start, _ in ranges]] = True
         return differs
 
     def _groups(
-        self, books: Books, axes: list[ParamAxis], ranges: list[tuple[int, int]], first: list[ParamAxis]
+        self,
+        books: Books,
+        axes: list[ParamAxis],
+        ranges: list[tuple[int, int]],
+        first: list[ParamAxis],
+        frozen: list[tuple[Ids, str]],
     ) -> tuple[DimensionGroup, ...]:
         group_of = np.full(self.count, -1, dtype=np.int64)
         for k, (start, stop) in enumerate(ranges):
@@ -240,7 +270,7 @@ class Dimensions:
             for k in np.unique(group_of[self.axis_units[axis.name, axis.axis]]):
                 members[k].append(member)
         reasons: list[dict[str, None]] = [{} for _ in ranges]
-        for ids, reason in books.frozen:
+        for ids, reason in frozen:
             for k in np.unique(group_of[self.unit_of[ids]]):
                 if k >= 0:
                     reasons[k][reason] = None
@@ -259,6 +289,12 @@ class Dimensions:
             reason = "; ".join(reasons[k])
             groups.append(DimensionGroup(name, size, stop - start, tuple(members[k]), editable, reason, start, self))
         return tuple(groups)
+
+
+def _numbered(signature: NDArray[np.uint64]) -> Ids:
+    """Numbers from 0 in the order of first appearance."""
+    _, first, inverse = np.unique(signature, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse]
 
 
 def _role(axis: ParamAxis) -> str:
@@ -295,23 +331,23 @@ def _components(books: Books) -> Ids:
 def _number(component: Ids, axes: list[ParamAxis]) -> tuple[Ids, list[tuple[int, int]], list[ParamAxis]]:
     """Number the components so that each group is a range.
 
-    Axes that share a component are in one group, except through axes that are only read: a layer that reads a
-    concatenation does not tie its parts together.
+    Axes that are written and share a component are in one group. A layer that normalises or reads a concatenation does
+    not tie its parts together.
 
     Returns:
         the new number of each component, the range of each group, and the axis that each group is named after.
     """
     total = int(component.max(initial=-1)) + 1
-    written = [a for a in axes if a.roles != {"consumer"}]
+    written = [a for a in axes if "producer" in a.roles]
+    carried = [a for a in axes if "producer" not in a.roles and a.roles != {"consumer"}]
     read = [a for a in axes if a.roles == {"consumer"}]
     order = np.full(total, -1, dtype=np.int64)
     ranges: list[tuple[int, int]] = []
     first: list[ParamAxis] = []
     count = 0
-    for pool in (written, read):
+    for pool in (written, carried, read):
         pool = [a for a in pool if (order[component[a.ids]] < 0).any()]
         for axes_of_group in _sharing(component, pool, total):
-            axes_of_group.sort(key=lambda a: "producer" not in a.roles)
             seen = np.concatenate([component[a.ids] for a in axes_of_group])
             values, at = np.unique(seen, return_index=True)
             values = values[np.argsort(at)]

@@ -1,11 +1,11 @@
 """Makes the graphs of an edited module agree with its new tensors.
 
-For each node whose channels change, its constants follow by the rule table. Then, for an op that only moves data, the
 For each node whose channels change, its constants follow by the rule table. Then, for an op that only moves data,
 the movement is run on the new labels. Where it does not give the layout that the edit asks for (a ``chunk`` whose
 halves are no longer equal, a shuffle of channels that no longer form a rectangle), the node becomes a selection from
 the nearest value it can be selected from, and that it can be is checked on the old graph.
 """
+
 from __future__ import annotations
 
 import operator
