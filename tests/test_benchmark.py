@@ -326,6 +326,19 @@ def test_a_model_against_itself_has_a_ratio_interval_that_contains_1(machine):
     assert sum(ratio.low <= 1 <= ratio.high for ratio in ratios) >= 18
 
 
+def test_the_interval_is_wider_where_disturbances_last(machine):
+    noise = np.random.default_rng(6)
+    walk = np.zeros(400)
+    for index in range(1, len(walk)):
+        walk[index] = 0.9 * walk[index - 1] + noise.normal()
+    lasting, fleeting = (
+        machine.compare({"a": lambda n: 10.0, "b": lambda n, t=iter(times): 10.0 + next(t) / 10}, min_runs=400)
+        for times in (walk, noise.permutation(walk))
+    )
+    width = [found.ratios["b"].high - found.ratios["b"].low for found in (lasting, fleeting)]
+    assert width[0] > 1.5 * width[1]
+
+
 def test_an_interval_of_more_confidence_is_wider(machine):
     noise = np.random.default_rng(5)
     latencies = {"a": lambda n: 1 + noise.exponential(), "b": lambda n: 1 + noise.exponential()}

@@ -1,5 +1,7 @@
 import hashlib
 import json
+import logging
+import warnings
 from collections import namedtuple
 
 import numpy as np
@@ -233,6 +235,7 @@ def test_the_file_says_where_it_comes_from_and_nothing_of_this_machine(tmp_path)
     assert notes["surgery.macs"] == str(8 * 27 * 16 + 8 * 16 * 5)
     assert notes["dataset"] == "digits"
     assert b".py" not in written.path.read_bytes()
+    assert not onnx.load(written.path).graph.metadata_props
 
 
 def test_an_untraced_module_has_no_source_to_note(tmp_path):
@@ -241,10 +244,21 @@ def test_an_untraced_module_has_no_source_to_note(tmp_path):
     assert notes == {"surgery.version", "surgery.torch", "surgery.macs", "surgery.params"}
 
 
-def test_nothing_is_printed(tmp_path, capfd, recwarn):
+def test_what_the_exporter_prints_logs_and_warns_of_stays_inside(tmp_path, monkeypatch, capfd, caplog, recwarn):
+    exporter = torch.onnx.export
+
+    def chatty(*args, **options):
+        print("chatter")
+        warnings.warn("chatter", stacklevel=1)
+        logging.getLogger("torch.onnx").error("chatter")
+        return exporter(*args, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", chatty)
     export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input())
     assert capfd.readouterr() == ("", "")
     assert not list(recwarn)
+    assert "chatter" not in caplog.text
+    assert logging.root.manager.disable == logging.NOTSET
 
 
 def test_the_opset_asked_for_is_the_opset_written(tmp_path):

@@ -224,7 +224,7 @@ def _write(program: torch.onnx.ONNXProgram, path: Path) -> int:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what the exporter prints, logs and warns of (what matters is raised), and without drawing random numbers.
+    """Without what the exporter prints, logs and warns of: what matters of it is raised.
 
     Standard error is left alone, for a progress bar may be drawn there meanwhile; the exporter's own messages reach it
     through ``logging`` and ``warnings`` only.
@@ -232,11 +232,7 @@ def _quietly() -> Iterator[None]:
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            torch.random.fork_rng(devices=[]),
-        ):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -65,7 +65,8 @@ def with_batch(args: Args, kwargs: Kwargs, size: int) -> tuple[Args, Kwargs]:
         rows = [tensor[i % batch] for i in range(size)]
         return torch.stack([row.roll(i // batch, -1) if row.ndim else row for i, row in enumerate(rows)])
 
-    resized: tuple[Args, Kwargs] = pytree.tree_map_only(torch.Tensor, resize, (args, kwargs))
+    once = {id(tensor): resize(tensor) for tensor in tensors((args, kwargs))}  # one tensor given twice stays one
+    resized: tuple[Args, Kwargs] = pytree.tree_map_only(torch.Tensor, lambda tensor: once[id(tensor)], (args, kwargs))
     return resized
 
 

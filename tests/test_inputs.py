@@ -1,0 +1,37 @@
+import torch
+
+from surgery.deploy.inputs import batch_of, with_batch
+
+
+def test_samples_beyond_those_given_hold_the_same_values_and_yet_differ():
+    tokens = torch.tensor([[3, 1, 4], [1, 5, 9]])
+    (grown,), _ = with_batch((tokens,), {}, 5)
+    assert torch.equal(grown[:2], tokens)
+    assert grown[2:].tolist() == [[4, 3, 1], [9, 1, 5], [1, 4, 3]]
+
+
+def test_fewer_samples_are_the_first_ones():
+    x = torch.randn(4, 2)
+    assert torch.equal(with_batch((x,), {}, 1)[0][0], x[:1])
+
+
+def test_only_tensors_that_run_along_the_batch_are_resized():
+    x, table, scale = torch.randn(2, 3), torch.randn(5, 3), torch.tensor(2.0)
+    (_, same_table, same_scale, flag), named = with_batch((x, table, scale, True), {"mask": torch.ones(2, 7)}, 3)
+    assert same_table is table
+    assert same_scale is scale
+    assert flag is True
+    assert named["mask"].shape == (3, 7)
+
+
+def test_a_tensor_that_is_given_twice_stays_one():
+    x = torch.randn(2, 3)
+    (query, key), named = with_batch((x, x), {"value": x}, 4)
+    assert query is key is named["value"]
+
+
+def test_the_batch_size_is_the_length_of_axis_0_of_the_first_tensor():
+    assert batch_of((True, torch.randn(6, 2)), {"y": torch.randn(3)}) == 6
+    assert batch_of((), {"y": torch.randn(3)}) == 3
+    assert batch_of((torch.tensor(1.0),), {}) is None
+    assert batch_of((), {}) is None
