@@ -73,9 +73,9 @@ class BenchmarkResult:
 class Ratio:
     """Median latency of one candidate over that of the baseline: below 1 it is faster.
 
-    ``low`` and ``high`` bound it with ``confidence`` as far as it varies from round to round; where 1 lies between them,
-    no difference was shown. They do not cover what stays the same all through a run, such as where a model's weights
-    came to lie in memory: two sessions of one file were seen to differ by 1 to 2% that way.
+    ``low`` and ``high`` bound it with ``confidence`` as far as it varies from round to round; where 1 lies between
+    them, no difference was shown. They do not cover what stays the same all through a run, such as where a model's
+    weights came to lie in memory: two sessions of one file were seen to differ by 1 to 2% that way.
     """
 
     value: float
