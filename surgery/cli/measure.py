@@ -214,5 +214,4 @@ def _curve_table(result: Tradeoff) -> Any:
         ]
         for point in result.points
     ]
-    name = result.source.removeprefix("torchvision:")
-    return table(f"{name} on {result.data.source}, measured on its ONNX files", header, rows)
+    return table(f"{result.name} on {result.data.source}, measured on its ONNX files", header, rows)

@@ -101,6 +101,11 @@ class Tradeoff:
     command: str
 
     @property
+    def name(self) -> str:
+        """The model's name without what its source says beside it."""
+        return self.source.removeprefix("torchvision:").partition("?")[0]
+
+    @property
     def front(self) -> tuple[Point, ...]:
         """The Pareto front, from fast to slow: the points that no other beats in median latency and accuracy both."""
         found = pareto([(p.latency.p50_ms, p.score.accuracy) for p in self.points])

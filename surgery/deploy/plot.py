@@ -78,8 +78,9 @@ def _point(axes: Axes, point: Point, *, on_front: bool) -> None:
 
 def _frame(axes: Axes, result: Tradeoff) -> None:
     settings, data = result.settings, result.data
-    name = result.source.removeprefix("torchvision:").partition("?")[0]
-    axes.set_title(f"{name} on {data.source}: accuracy over latency, by split rate", loc="left", fontsize=14, pad=24)
+    axes.set_title(
+        f"{result.name} on {data.source}: accuracy over latency, by split rate", loc="left", fontsize=14, pad=24
+    )
     axes.text(
         0,
         1.025,

@@ -27,7 +27,7 @@ def _markdown(result: Tradeoff) -> str:
     return (
         "\n\n".join(
             [
-                f"# Speed and accuracy of {result.source.removeprefix('torchvision:')} on {result.data.source}",
+                f"# Speed and accuracy of {result.name} on {result.data.source}",
                 _finding(result),
                 "![Accuracy over latency, one point for each split rate](tradeoff.png)",
                 _points_table(result),
@@ -105,7 +105,7 @@ def _method(result: Tradeoff) -> str:
     settings, data = result.settings, result.data
     trained = f"trained for {settings.epochs} epochs" if settings.epochs else "taken as it was"
     tuned = f"trained for {settings.finetune_epochs} more" if settings.finetune_epochs else "not trained further"
-    notes = sorted({f"At {p.rate:g}: {note}." for p in result.points for note in p.latency.notes})
+    notes = [f"- At {p.rate:g}: {note}." for p in result.points for note in p.latency.notes]
     how = (
         f"The dense model was {trained} on {data.train_images} images of {data.image_size} x {data.image_size}. "
         "At each split rate s, the first ceil(s n) channels of every layer were carved out of it (KELS), and the "
@@ -120,7 +120,7 @@ def _method(result: Tradeoff) -> str:
         "beyond its libraries to load and run the file. A point is *dominated* if another is at least as fast and at "
         "least as accurate."
     )
-    return "\n\n".join(["## How it was measured", how, timing, *notes])
+    return "\n\n".join(["## How it was measured", how, timing, *(["\n".join(notes)] if notes else [])])
 
 
 def _settings_table(result: Tradeoff) -> str:

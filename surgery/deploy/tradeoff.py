@@ -34,6 +34,9 @@ ONNX_FILE = "model.onnx"
 MARKER = "tradeoff.json"
 """The file by which a folder is known as a result of `tradeoff`."""
 
+_MEASURED_SECONDS = 2.0
+"""Spent on timing each model, at the least."""
+
 
 def tradeoff(
     source: str | nn.Module,
@@ -105,7 +108,7 @@ def tradeoff(
         candidates = [_candidate(dense, rate, data, settings, stages, folder) for rate in settings.split_rates]
         with stages.stage("measure"):
             files = {c.folder: folder / c.folder / ONNX_FILE for c in candidates}
-            comparison = compare(files, threads=settings.threads, seed=seed)
+            comparison = compare(files, threads=settings.threads, min_seconds=_MEASURED_SECONDS, seed=seed)
         result = Tradeoff(
             source=tracing.info(dense).source or type(source).__name__,
             data=_summary(data),
@@ -203,13 +206,16 @@ class _Stages:
 
 
 def _stage_weights(dense: nn.Module, data: Data, settings: Settings) -> dict[str, float]:
-    """A guess, in seconds, at how long each stage takes: only their proportions matter."""
+    """A guess, in seconds, at how long each stage takes: only their proportions matter.
+
+    It carves every rate once, so that one that cannot be carved is refused before the training and not after it.
+    """
     macs_per_second, export, measurement = 3e10, 10.0, 5.0
-    forward_and_backward = 3 * cost(dense).macs * data.counts[0] / macs_per_second
-    weights = {"train dense": settings.epochs * forward_and_backward}
+    epoch_of_one_mac = 3 * data.counts[0] / macs_per_second  # a forward pass, and a backward pass of twice its cost
+    weights = {"train dense": settings.epochs * cost(dense).macs * epoch_of_one_mac}
     for rate in settings.split_rates:
-        # Both the inputs and the outputs of most layers are cut, so MACs go with the square of the rate.
-        weights[f"{_name(rate)}: fine-tune"] = settings.finetune_epochs * forward_and_backward * rate**2
+        macs = cost(slim(dense, rate)).macs
+        weights[f"{_name(rate)}: fine-tune"] = settings.finetune_epochs * macs * epoch_of_one_mac
         weights[f"{_name(rate)}: export and score"] = export
     return {**weights, "measure": measurement * len(settings.split_rates)}
 
