@@ -152,7 +152,7 @@ class Dimensions:
         axes = list(books.axes.values())
         for axis in axes:
             if not axis.roles:
-                axis.roles.add("producer")
+                axis.roles.add("per-channel" if (axis.name, axis.axis) in books.values else "producer")
         order, ranges, chosen = _number(component, axes)
         self.unit_of: Ids = order[component]
         self.count = int(order.max(initial=-1)) + 1
@@ -221,11 +221,9 @@ class Dimensions:
         """Of the last channels of rows, those that the first of the row behind them continues although rows are alike:
         a run of units would pass from one row to the next."""
         unit, behind, own = (self.unit_of[ids] for ids in (left, right, first))
-        return left[(behind == unit + 1) & (behind == own) & ~self.fence[behind]]
+        return np.asarray(left[(behind == unit + 1) & (behind == own) & ~self.fence[behind]], dtype=np.int64)
 
-    def _frozen(
-        self, books: Books, reasons: list[tuple[Ids, str]]
-    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    def _frozen(self, books: Books, reasons: list[tuple[Ids, str]]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Units that a rule froze, or that no layer contracts over; and the latter alone."""
         frozen = np.zeros(self.count, dtype=bool)
         for ids, _ in reasons:
@@ -294,7 +292,7 @@ class Dimensions:
 def _numbered(signature: NDArray[np.uint64]) -> Ids:
     """Numbers from 0 in the order of first appearance."""
     _, first, inverse = np.unique(signature, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[inverse]
+    return np.asarray(np.argsort(np.argsort(first))[inverse], dtype=np.int64)
 
 
 def _role(axis: ParamAxis) -> str:

@@ -6,6 +6,7 @@ position. The functions here run an op's data movement on those ids; they know n
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 Shape = tuple[int, ...]
+Pairing = tuple[Shape, Shape]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +70,17 @@ def permuted(fields: Fields, order: tuple[int, ...]) -> Fields:
     return tuple(moved(f, tuple(place[d] for d in f.dims)) for f in fields)
 
 
-def reshaped(fields: Fields, old: Shape, new: Shape) -> tuple[Fields, list[Field]]:
-    """Fields after a row-major reshape, and the fields that cannot be followed because two of them merge."""
-    blocks = _reshape_blocks(old, new)
+def reshaped(
+    fields: Fields, old: Shape, new: Shape, *, pairing: Pairing | None = None, whole: bool = False, places: bool = False
+) -> tuple[Fields, list[Field]]:
+    """Fields after a row-major reshape, and the fields that cannot be followed because two of them merge.
+
+    Args:
+        pairing: shapes to tell from which dims become which, where sizes of 1 leave that open.
+        whole: keep the dims along which a field's ids do not vary.
+        places: number the positions of the other dims that a field is merged with, so that all ids stay different.
+    """
+    blocks = _reshape_blocks(*(pairing or (old, new)))
     result: list[Field] = []
     lost: list[Field] = []
     for f in fields:
@@ -78,13 +88,17 @@ def reshaped(fields: Fields, old: Shape, new: Shape) -> tuple[Fields, list[Field
         ins = [d for b in touched for d in b[0]]
         outs = [d for b in touched for d in b[1]]
         merged = [g for g in fields if g is not f and set(g.dims) & set(ins)]
-        if any(_varies_inside(b, g) for g in merged for b in touched):
+        if any(_varies_inside(b, g) for g in merged for b in touched) or (merged and f.ids.size == 1):
             lost.append(f)
             continue
         spread = np.ones(len(ins), dtype=np.int64)
         spread[[ins.index(d) for d in f.dims]] = f.ids.shape
         full = np.broadcast_to(f.ids.reshape(tuple(spread)), tuple(old[d] for d in ins))
-        result.append(_drop_constant_dims(full.reshape(tuple(new[d] for d in outs)), tuple(outs), f))
+        if places:
+            others = tuple(1 if d in f.dims else old[d] for d in ins)
+            full = full * math.prod(others) + np.arange(math.prod(others)).reshape(others)
+        full = full.reshape(tuple(new[d] for d in outs))
+        result.append(Field(tuple(outs), full, f.key) if whole else _drop_constant_dims(full, tuple(outs), f))
     return tuple(result), lost
 
 

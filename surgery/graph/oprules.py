@@ -20,25 +20,23 @@ import torchvision
 from torch import nn
 
 from surgery.graph import rewrites
-from surgery.graph.labels import Field, Fields, Labelled, moved, permuted, reshaped, sliced
+from surgery.graph.labels import Field, Fields, Labelled, moved
 from surgery.graph.ops import Op, oprule, unknown
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers with weights
 
 
-def _linear(op: Op, x: Labelled, weight: Labelled, bias: Labelled | None = None) -> Fields:
-    read, rows, columns = x.at(-1), weight.at(0), weight.at(1)
-    if read is not None and len(read.dims) > 1:
-        op.freeze(read, f"{op.name} contracts one factor of it")
-        read = None
+def _linear(op: Op, x: Labelled, rows: Field | None, columns: Field | None, bias: Labelled | None = None) -> Fields:
+    """``rows`` of the weight are written, its ``columns`` are contracted with the last axis of ``x``."""
+    read, rest = op.axis(x, -1)
     op.consumes(columns)
     op.tie(read, columns)
     op.produces(rows)
     if bias is not None:
         op.produces(bias.at(0))
         op.tie(rows, bias.at(0))
-    return _with(op.keep(x, [-1]) if read is None else _without(x.fields, read), rows, op.shape, -1)
+    return _with(rest, rows, op.shape, -1)
 
 
 def _conv(
@@ -52,24 +50,23 @@ def _conv(
 ) -> Fields:
     dim = x.ndim - spatial - 1
     outs, ins = (weight.at(1), weight.at(0)) if transposed else (weight.at(0), weight.at(1))
-    read = x.at(dim)
+    read, _ = op.axis(x, dim)
     for k in range(2, weight.ndim):
         op.freeze(weight.at(k), "kernel size")
-    if read is None or outs is None or len(read.dims) > 1:
-        for f in (read, outs, ins):
-            op.freeze(f, f"{op.name} reads an axis that holds no channels")
-        if outs is None:
-            return ()
-    elif groups == 1:
+    rest = tuple(f for f in op.keep(x, range(dim + 1, x.ndim)) if dim not in f.dims)
+    if groups == 1:
         op.consumes(ins)
         op.tie(read, ins)
         op.produces(outs)
+    elif read is None or outs is None:
+        for f in (read, outs, ins):
+            op.freeze(f, f"{op.name} has groups of an axis that holds no channels")
     else:
         outs = _grouped_conv(op, read, outs, ins, groups, transposed)
-    if bias is not None and outs is not None:
+    if bias is not None:
         op.produces(bias.at(0))
         op.tie(outs, bias.at(0))
-    return _with(op.keep(x, range(dim, x.ndim)) if read is None else _batch_fields(x, dim), outs, op.shape, dim)
+    return _with(rest, outs, op.shape, dim)
 
 
 def _grouped_conv(op: Op, read: Field, outs: Field, ins: Field | None, groups: int, transposed: bool) -> Field:
@@ -84,7 +81,10 @@ def _grouped_conv(op: Op, read: Field, outs: Field, ins: Field | None, groups: i
         op.per_channel(outs)
         op.run.tie(outs, Field(outs.dims, np.repeat(read.ids, outs.ids.size // groups), read.key), op.name)
         return outs
-    assert ins is not None
+    if ins is None:
+        op.freeze(read, f"{op.name} contracts a computed weight")
+        op.freeze(outs, f"{op.name} contracts a computed weight")
+        return Field(outs.dims, np.tile(outs.ids, groups), outs.key) if transposed else outs
     op.together(channels)
     op.consumes(ins)
     op.produces(outs)
@@ -102,15 +102,7 @@ def _per_channel(op: Op, x: Labelled, dim: int, *vectors: Labelled | None) -> No
         if vector is not None:
             for f in vector.fields:
                 op.per_channel(f)
-                op.tie(x.at(dim), f)
-
-
-def _without(fields: Fields, f: Field) -> Fields:
-    return tuple(g for g in fields if g is not f)
-
-
-def _batch_fields(x: Labelled, dim: int) -> Fields:
-    return tuple(f for f in x.fields if max(f.dims) < dim)
+                op.tie(op.axis(x, dim)[0], f)
 
 
 def _with(fields: Fields, f: Field | None, shape: tuple[int, ...], dim: int) -> Fields:
@@ -121,12 +113,20 @@ def _with(fields: Fields, f: Field | None, shape: tuple[int, ...], dim: int) -> 
 def _linear_module(op: Op, input: Labelled) -> Fields:
     weight = op.param("weight")
     assert weight is not None
-    return _linear(op, input, weight, op.param("bias"))
+    return _linear(op, input, weight.at(0), weight.at(1), op.param("bias"))
 
 
 @oprule(F.linear)
 def _linear_function(op: Op, input: Labelled, weight: Labelled, bias: Labelled | None = None) -> Fields:
-    return _linear(op, input, weight, bias)
+    return _linear(op, input, weight.at(0), weight.at(1), bias)
+
+
+@oprule(torch.matmul, operator.matmul, torch.mm, "matmul", "mm")
+def _matmul(op: Op, input: Labelled, other: Labelled) -> Fields:
+    """A matrix on the right is the transposed weight of a linear layer; activations are not contracted."""
+    if other.ndim != 2 or not all(f.key is not None and f.key[0] == "param" for f in other.fields):
+        return unknown(op, input, other, why="has no rule for two activations")  # type: ignore[no-any-return]
+    return _linear(op, input, other.at(1), other.at(0))
 
 
 @oprule(nn.Conv1d, nn.Conv2d, nn.Conv3d, rewrite=rewrites.conv)
@@ -158,14 +158,31 @@ def _conv_function(
     return _conv(op, input, weight, bias, groups, False, weight.ndim - 2)
 
 
+@oprule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, rewrite=rewrites.conv_transpose_function)
+def _conv_transpose_function(
+    op: Op,
+    input: Labelled,
+    weight: Labelled,
+    bias: Labelled | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Fields:
+    return _conv(op, input, weight, bias, groups, True, weight.ndim - 2)
+
+
 @oprule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, rewrite=rewrites.batch_norm)
 def _batch_norm_module(op: Op, input: Labelled) -> Fields:
-    _per_channel(op, input, 1, *map(op.param, ("weight", "bias", "running_mean", "running_var")))
-    return input.fields
+    return _normalised(op, input, *map(op.param, ("weight", "bias", "running_mean", "running_var")))
 
 
 @oprule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, rewrite=rewrites.batch_norm)
 def _instance_norm_module(op: Op, input: Labelled) -> Fields:
+    dim = input.ndim - 1 - int(op.module._get_no_batch_dim() - 1)
+    if dim != 1:
+        return unknown(op, input, why="has no batch")  # type: ignore[no-any-return]
     return _batch_norm_module(op, input)  # type: ignore[no-any-return]
 
 
@@ -180,8 +197,13 @@ def _batch_norm_function(
     *rest: Any,
     **named: Any,
 ) -> Fields:
-    _per_channel(op, input, 1, running_mean, running_var, weight, bias)
-    return input.fields
+    return _normalised(op, input, running_mean, running_var, weight, bias)
+
+
+def _normalised(op: Op, input: Labelled, *vectors: Labelled | None) -> Fields:
+    """Statistics for each channel, over every other axis."""
+    _per_channel(op, input, 1, *vectors)
+    return op.keep(input, [d for d in range(input.ndim) if d != 1], f"{op.name} computes statistics over it")
 
 
 @oprule(nn.PReLU, rewrite=rewrites.prelu)
@@ -189,7 +211,13 @@ def _prelu_module(op: Op, input: Labelled) -> Fields:
     weight = op.param("weight")
     if weight is not None and weight.shape[0] > 1:
         _per_channel(op, input, 1, weight)
-    return input.fields
+    return op.elementwise(input)
+
+
+@oprule(F.prelu, torch.prelu)
+def _prelu_function(op: Op, input: Labelled, weight: Labelled) -> Fields:
+    _per_channel(op, input, 1, weight)
+    return op.elementwise(input)
 
 
 @oprule(nn.Embedding, rewrite=rewrites.embedding)
@@ -246,21 +274,24 @@ def _elementwise(op: Op, *operands: Any, **named: Any) -> Fields:
 
 @oprule(
     *(getattr(nn, f"{kind}Pool{n}d") for kind in ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax") for n in (1, 2, 3)),
+    *(getattr(nn, f"LPPool{n}d") for n in (1, 2)),
     *(getattr(nn, f"{kind}Pad{n}d") for kind in ("Zero", "Constant", "Reflection", "Replication") for n in (1, 2, 3)),
-)
-def _spatial_module(op: Op, input: Labelled) -> Fields:
-    rank = int(type(op.module).__mro__[0].__name__[-2]) if type(op.module).__name__[-2].isdigit() else input.ndim - 2
-    return op.keep(input, range(input.ndim - rank, input.ndim))
-
-
-@oprule(
     *(getattr(F, f"{kind}_pool{n}d") for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)),
-    *(getattr(torch, f"adaptive_avg_pool{n}d") for n in (1,)),
-    F.interpolate,
-    F.grid_sample,
-    nn.Upsample,
+    *(getattr(F, f"lp_pool{n}d") for n in (1, 2)),
+    *(getattr(torch, f"max_pool{n}d") for n in (1, 2, 3)),
+    *(torch.avg_pool1d, torch.adaptive_avg_pool1d),
 )
-def _spatial_function(op: Op, input: Labelled, *rest: Any, **named: Any) -> Fields:
+def _spatial(op: Op, input: Labelled, *rest: Any, **named: Any) -> Any:
+    cls = next((c for c in type(op.module).__mro__ if c.__name__[-1:] == "d" and c.__name__[-2:-1].isdigit()), None)
+    rank = int((cls.__name__ if cls else op.node.target.__name__)[-2])  # type: ignore[union-attr]
+    return op.alike(op.keep(input, range(input.ndim - rank, input.ndim)))
+
+
+@oprule(F.interpolate, F.grid_sample, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
+def _resampled(op: Op, input: Labelled, *rest: Any, **named: Any) -> Fields:
+    for other in (*rest, *named.values()):
+        if isinstance(other, Labelled):
+            op.lose(list(other.fields), f"{op.name} reads positions from it")
     return op.keep(input, range(2, input.ndim))
 
 
@@ -271,29 +302,60 @@ def _pad(op: Op, input: Labelled, pad: Any, *rest: Any, **named: Any) -> Fields:
 
 
 @oprule(
-    torch.mean, torch.sum, torch.amax, torch.amin, torch.var, torch.std, torch.norm, torch.any, torch.all, torch.prod,
-    "mean", "sum", "amax", "amin", "var", "std", "norm", "any", "all", "prod",
+    torch.mean, torch.sum, torch.amax, torch.amin, torch.var, torch.std, torch.any, torch.all, torch.prod,
+    torch.max, torch.min, torch.logsumexp,
+    "mean", "sum", "amax", "amin", "var", "std", "any", "all", "prod", "max", "min", "logsumexp",
 )  # fmt: skip
-def _reduce(op: Op, input: Labelled, dim: Any = None, keepdim: bool = False, **named: Any) -> Fields:
-    dims = range(input.ndim) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+def _reduce(op: Op, input: Labelled, *args: Any, **named: Any) -> Any:
+    dim = named.get("dim", named.get("axis", args[0] if args else None))
+    if isinstance(dim, Labelled):  # the larger of two
+        return op.elementwise(input, dim)
+    if dim is None or isinstance(dim, bool):
+        dim = range(input.ndim)
+    return op.alike(_reduced(op, input, [dim] if isinstance(dim, int) else list(dim)))
+
+
+@oprule(torch.norm, "norm")
+def _norm(op: Op, input: Labelled, p: Any = None, dim: Any = None, *rest: Any, **named: Any) -> Fields:
+    return _reduced(op, input, range(input.ndim) if dim is None else [dim] if isinstance(dim, int) else list(dim))
+
+
+def _reduced(op: Op, input: Labelled, dims: Any) -> Fields:
     gone = {d % max(input.ndim, 1) for d in dims}
     fields = op.keep(input, gone, f"{op.name} reduces it")
-    if keepdim:
+    if len(op.shape) == input.ndim:
         return fields
     place = {d: k for k, d in enumerate(d for d in range(input.ndim) if d not in gone)}
     return tuple(moved(f, tuple(place[d] for d in f.dims)) for f in fields)
 
 
-@oprule(F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, torch.cumsum, F.normalize,
+@oprule(F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, torch.cumsum,
         "softmax", "log_softmax", "cumsum")  # fmt: skip
 def _along(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:
-    dim = named.get("dim", args[0] if args and isinstance(args[0], int) else None)
+    dim = named.get("dim", args[0] if args else None)
     return op.keep(input, range(input.ndim) if dim is None else [dim])
+
+
+@oprule(F.normalize)
+def _normalize(op: Op, input: Labelled, p: float = 2.0, dim: int = 1, **named: Any) -> Fields:
+    return op.keep(input, [dim])
 
 
 @oprule(nn.Softmax, nn.LogSoftmax)
 def _along_module(op: Op, input: Labelled) -> Fields:
     return op.keep(input, range(input.ndim) if op.module.dim is None else [op.module.dim])
+
+
+@oprule(F.glu, nn.GLU)
+def _glu(op: Op, input: Labelled, dim: int | None = None) -> Fields:
+    """The first half gated by the second: channels are chosen alike in both."""
+    dim = op.module.dim if op.module is not None else -1 if dim is None else dim
+    f, rest = op.axis(input, dim)
+    if f is None:
+        return rest
+    halves = f.ids.reshape(2, -1)
+    op.together(halves)
+    return (*rest, Field(f.dims, halves[0], f.key))
 
 
 @oprule(nn.LocalResponseNorm, F.local_response_norm)
@@ -303,169 +365,15 @@ def _local_response_norm(op: Op, input: Labelled, *rest: Any, **named: Any) -> F
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data movement
+# Tensors made of nothing but a shape
 
 
-def _reshape(op: Op, x: Labelled) -> Fields:
-    fields, lost = reshaped(x.fields, x.shape, op.shape)
-    op.lose(lost, f"{op.name} merges it with another axis")
-    return fields
-
-
-@oprule("contiguous", "clone", "detach", torch.clone, torch.detach, nn.Identity, movement=True)
-def _identity(op: Op, input: Labelled, **named: Any) -> Fields:
-    return input.fields
-
-
-@oprule(torch.flatten, "flatten", nn.Flatten, nn.Unflatten, torch.unflatten, "unflatten", torch.unsqueeze, "unsqueeze",
-        torch.squeeze, "squeeze", movement=True)  # fmt: skip
-def _flatten(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:
-    return _reshape(op, input)
-
-
-@oprule(torch.reshape, "reshape", "view", rewrite=rewrites.reshape, movement=True)
-def _view(op: Op, input: Labelled, *shape: Any, **named: Any) -> Fields:
-    if shape and isinstance(shape[0], torch.dtype):
-        return unknown(op, input)  # type: ignore[no-any-return]
-    return _reshape(op, input)
-
-
-@oprule(torch.permute, "permute", movement=True)
-def _permute(op: Op, input: Labelled, *dims: Any) -> Fields:
-    order = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
-    return permuted(input.fields, tuple(d % input.ndim for d in order))
-
-
-@oprule(torchvision.ops.Permute, movement=True)
-def _permute_module(op: Op, x: Labelled) -> Fields:
-    return permuted(x.fields, tuple(d % x.ndim for d in op.module.dims))
-
-
-@oprule(torch.transpose, "transpose", torch.swapaxes, "swapaxes", movement=True)
-def _transpose(op: Op, input: Labelled, dim0: int, dim1: int) -> Fields:
-    order = list(range(input.ndim))
-    order[dim0], order[dim1] = order[dim1], order[dim0]
-    return permuted(input.fields, tuple(order))
-
-
-@oprule("t", "mT", movement=True)
-def _t(op: Op, input: Labelled) -> Fields:
-    return _transpose(op, input, -1, -2) if input.ndim > 1 else input.fields
-
-
-@oprule(torch.cat, torch.concat, torch.concatenate, movement=True)
-def _cat(op: Op, tensors: Any, dim: int = 0) -> Fields:
-    rank = len(op.shape)
-    dim %= rank
-    fields: list[Field] = []
-    along: list[Any] = []
-    for t in tensors:
-        for f in t.fields:
-            if dim not in f.dims:
-                op.meet(fields, f)
-            elif len(f.dims) > 1:
-                op.freeze(f, f"{op.name} joins one factor of it")
-        f = t.at(dim)
-        if f is None or len(f.dims) > 1:
-            ids = op.run.fresh(t.shape[dim])
-            op.run.freeze(ids, f"{op.name} takes it from an axis that holds no channels")
-            f = Field((dim,), ids)
-        along.append(f)
-    if any(t.at(dim) is not None for t in tensors):
-        for f in along:
-            op.run.edge(f.key, op.key, op.name)
-        fields.append(Field((dim,), np.concatenate([f.ids for f in along])))
-    return tuple(fields)
-
-
-@oprule(torch.stack, movement=True)
-def _stack(op: Op, tensors: Any, dim: int = 0) -> Fields:
-    rank = len(op.shape)
-    dim %= rank
-    shared = tensors[0].fields
-    if any([f.dims for f in t.fields] != [f.dims for f in shared] for t in tensors):
-        for t in tensors:
-            op.lose(list(t.fields), f"{op.name} stacks it on an axis that holds no channels")
-        return ()
-    result = []
-    for k, f in enumerate(shared):
-        dims = tuple(d + (d >= dim) for d in f.dims)
-        at = sum(d < dim for d in dims)
-        ids = np.stack([t.fields[k].ids for t in tensors], axis=at)
-        result.append(Field((*dims[:at], dim, *dims[at:]), ids, f.key))
-    return tuple(result)
-
-
-@oprule(torch.chunk, "chunk", torch.split, "split", torch.tensor_split, "tensor_split", rewrite=rewrites.pieces,
-        movement=True)  # fmt: skip
-def _pieces(op: Op, tensor: Labelled, how: Any = None, dim: int = 0, **named: Any) -> Any:
-    dim %= tensor.ndim
-    result = []
-    start = 0
-    for piece in op.out:
-        stretch = slice(start, start + piece.shape[dim])
-        index = tuple(stretch if d == dim else slice(None) for d in range(tensor.ndim))
-        result.append(sliced(tensor.fields, index, tensor.ndim)[0])
-        start = stretch.stop
-        for f in result[-1]:
-            op.cut(f)
-    return result
-
-
-@oprule(torch.unbind, "unbind", movement=True)
-def _unbind(op: Op, input: Labelled, dim: int = 0) -> Any:
-    result = []
-    for k in range(input.shape[dim]):
-        index = tuple(k if d == dim % input.ndim else slice(None) for d in range(input.ndim))
-        fields, picked = sliced(input.fields, index, input.ndim)
-        op.lose(picked, f"{op.name} picks positions of it")
-        result.append(fields)
-    return result
-
-
-@oprule(operator.getitem, movement=True)
-def _getitem(op: Op, input: Labelled, index: Any) -> Fields:
-    index = index if isinstance(index, tuple) else (index,)
-    if any(not (i is None or i is Ellipsis or isinstance(i, (int, slice))) for i in index):
-        return unknown(op, input)  # type: ignore[no-any-return]
-    fields, picked = sliced(input.fields, index, input.ndim)
-    op.lose(picked, f"{op.name} picks positions of it")
-    for f in fields:
-        op.cut(f)
-    return fields
-
-
-@oprule(torch.index_select, "index_select", movement=True)
-def _index_select(op: Op, input: Labelled, dim: int, index: Labelled) -> Fields:
-    dim %= input.ndim
-    f = input.at(dim)
-    if f is None or index.constant is None or len(f.dims) > 1:
-        return op.keep(input, [dim])
-    for g in index.fields:
-        op.freeze(g, "positions")
-    return tuple(Field(g.dims, g.ids[index.constant.cpu().numpy()], g.key) if g is f else g for g in input.fields)
-
-
-@oprule("expand", "expand_as", torch.broadcast_to, rewrite=rewrites.expand)
-def _expand(op: Op, input: Labelled, *sizes: Any, **named: Any) -> Fields:
+@oprule(torch.zeros_like, torch.ones_like, torch.full_like)
+def _constant_like(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:
+    """The same number everywhere, whatever the channels."""
     return op.elementwise(input)
 
 
-@oprule(nn.ChannelShuffle, F.channel_shuffle, movement=True)
-def _channel_shuffle(op: Op, input: Labelled, groups: int | None = None) -> Fields:
-    groups = groups or op.module.groups
-    f = input.at(1)
-    if f is None or len(f.dims) > 1:
-        return op.keep(input, [1])
-    shuffled = Field(f.dims, np.ascontiguousarray(f.ids.reshape(groups, -1).T).ravel(), f.key)
-    return tuple(shuffled if g is f else g for g in input.fields)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ops that return no channels
-
-
-@oprule(torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.rand_like, torch.randn_like,
-        "new_zeros", "new_ones", "new_empty", "new_full")  # fmt: skip
+@oprule(torch.empty_like, torch.rand_like, torch.randn_like, "new_zeros", "new_ones", "new_empty", "new_full")
 def _fresh_tensor(op: Op, *args: Any, **named: Any) -> Fields:
     return ()

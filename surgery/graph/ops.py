@@ -78,8 +78,13 @@ def _module_rule(module: nn.Module) -> Rule | None:
     for cls in type(module).__mro__:
         rule = _MODULES.get(cls)
         if rule is not None:
-            return rule if getattr(type(module), "forward", None) is getattr(cls, "forward", None) else None
+            own = any(getattr(type(module), name, None) is not getattr(cls, name, None) for name in _COMPUTES)
+            return None if own or "forward" in module.__dict__ else rule
     return None
+
+
+_COMPUTES = ("forward", "_conv_forward")
+"""Methods of a layer that say what it computes: a subclass that has its own is another layer."""
 
 
 class Op:
@@ -95,6 +100,7 @@ class Op:
         self.key = ("node", *key)
         self.out = out
         self.name = path or getattr(node.target, "__name__", str(node.target))
+        self.claimed: set[tuple[str, int]] = set()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -111,6 +117,37 @@ class Op:
         """``f`` is a part of an axis: its channels are not moved into or out of it."""
         self.run.books.cuts.append(f.ids.ravel())
 
+    def axis(self, x: Labelled, dim: int) -> tuple[Field | None, Fields]:
+        """The channels along ``dim``, and the fields along other dims. Where ``dim`` is one factor of a field, the
+        channels are chosen alike along the other factors."""
+        f = x.at(dim)
+        rest = tuple(g for g in x.fields if g is not f)
+        if f is not None and len(f.dims) > 1:
+            f = self.across(f, set(f.dims) - {dim % x.ndim})
+        return f, rest
+
+    def across(self, f: Field, dims: Any) -> Field:
+        """``f`` without some of its dims, along which its channels are chosen alike."""
+        first = f.ids[tuple(slice(0, 1) if d in dims else slice(None) for d in f.dims)]
+        self.run.tie_ids(first, f.ids)
+        self.rows(f.ids.reshape(-1, f.ids.shape[-1]))
+        rest = tuple(d for d in f.dims if d not in dims)
+        return Field(rest, first.reshape([s for s, d in zip(f.ids.shape, f.dims, strict=True) if d in rest]), f.key)
+
+    def rows(self, ids: Any) -> None:
+        """The rows of ``ids``, which lie behind one another, stay rows: no channel is moved from one to the next."""
+        if len(ids) > 1:
+            what = f"{self.name} reads parts of it that cannot be told apart"
+            self.run.books.rows.append((ids[:-1, -1], ids[1:, 0], ids[:-1, 0], what))
+
+    def mixes(self, f: Field) -> None:
+        """Statistics are computed over ``f``."""
+        self.run.books.mixed.append((f.ids.ravel(), self.name))
+
+    def alike(self, fields: Fields) -> Any:
+        """The same fields for each output."""
+        return pytree.tree_map(lambda _: fields, self.out)
+
     def tie(self, a: Field | None, b: Field | None) -> None:
         """Position for position, ``a`` and ``b`` hold the same channel."""
         if a is None or b is None:
@@ -124,6 +161,7 @@ class Op:
     def together(self, ids: Any) -> None:
         """Along the first axis of ``ids``, channels are chosen together: row by row the same units."""
         self.run.tie_ids(ids[:1], ids)
+        self.rows(ids)
 
     def freeze(self, f: Field | None, reason: str) -> None:
         if f is not None:
@@ -143,6 +181,7 @@ class Op:
             return
         if f.key is not None and f.key[0] == "param":
             self.run.books.axes[f.key[1], f.key[2]].roles.add(role)
+            self.claimed.add((f.key[1], f.key[2]))
         elif role == "consumer":
             self.run.books.single.append((f.ids.ravel(), f"{self.name} contracts a computed weight"))
 
@@ -159,12 +198,18 @@ class Op:
                     self.freeze(f, f"{self.name} broadcasts it")
                 else:
                     self.meet(result, f)
-        for f in result:
-            for tensor in tensors:
-                shift = len(shape) - tensor.ndim
-                if any(d >= shift and tensor.shape[d - shift] > 1 and tensor.at(d - shift) is None for d in f.dims):
-                    self.freeze(f, f"{self.name} combines it with an axis that holds no channels")
-        return tuple(result)
+        return tuple(self.beside(f, tensors, len(shape)) for f in result)
+
+    def beside(self, f: Field, tensors: list[Labelled], rank: int) -> Field:
+        """``f`` in an op that needs it to be a grid, and its dims to be as long in all of ``tensors``."""
+        for tensor in tensors:
+            shift = rank - tensor.ndim
+            bare = {d for d in f.dims if d >= shift and tensor.shape[d - shift] > 1 and tensor.at(d - shift) is None}
+            if bare == set(f.dims):
+                self.freeze(f, f"{self.name} combines it with an axis that holds no channels")
+            elif bare:
+                f = self.across(f, bare)
+        return f if len(f.dims) == 1 else self.across(f, f.dims[:-1])
 
     def meet(self, result: list[Field], f: Field) -> None:
         for k, g in enumerate(result):
@@ -188,12 +233,16 @@ class Op:
         result.append(f)
 
     def keep(self, x: Labelled, dims: Any = (), reason: str = "") -> Fields:
-        """Fields of ``x`` whose dims are unchanged; those that touch ``dims`` are frozen and dropped."""
+        """Fields of ``x`` in an op that works along ``dims``: what lies along them is frozen and dropped; where they
+        are factors of a field, its channels are chosen alike along them."""
         touched = {d % max(x.ndim, 1) for d in dims}
+        result = []
         for f in x.fields:
-            if touched & set(f.dims):
+            if touched >= set(f.dims):
                 self.freeze(f, reason or f"{self.name} works along it")
-        return tuple(f for f in x.fields if not touched & set(f.dims))
+            else:
+                result.append(self.across(f, touched & set(f.dims)) if touched & set(f.dims) else f)
+        return tuple(result)
 
     def unlabelled(self) -> Any:
         """No fields for any output."""
@@ -209,11 +258,11 @@ def _spread(coarse: Field, fine: Field) -> Any:
     return np.broadcast_to(coarse.ids.reshape(shape), fine.ids.shape)
 
 
-def unknown(op: Op, *args: Any, **kwargs: Any) -> Any:
+def unknown(op: Op, *args: Any, why: str = "has no rule", **kwargs: Any) -> Any:
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Labelled):
             for f in leaf.fields:
-                op.freeze(f, f"{op.name} has no rule")
+                op.freeze(f, f"{op.name} {why}")
     return op.unlabelled()
 
 

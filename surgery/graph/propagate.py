@@ -7,7 +7,7 @@ this module only keeps the books. `surgery.graph.dims` turns them into dimension
 
 from __future__ import annotations
 
-import copy
+import inspect
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,8 +19,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from surgery.errors import TraceError
-from surgery.graph.labels import Field, Ids, Labelled
-from surgery.graph.ops import Op, rule_for
+from surgery.graph.labels import Field, Ids, Labelled, Pairing
+from surgery.graph.ops import Op, rule_for, unknown
 from surgery.graph.tracing import TracedModule
 
 ParamKey = tuple[str, int]
@@ -51,6 +51,10 @@ class Books:
     """Axes that are contracted with one another: copies would count twice."""
     cuts: list[Ids] = field(default_factory=list)
     """Parts of axes that an op takes out."""
+    rows: list[tuple[Ids, Ids, Ids, str]] = field(default_factory=list)
+    """Rows that must stay rows: the last of each, the first of the one behind it, and its own first."""
+    values: set[ParamKey] = field(default_factory=set)
+    """Parameter axes that are used other than in a role."""
     axes: dict[ParamKey, ParamAxis] = field(default_factory=dict)
     edges: list[tuple[Any, Any, str]] = field(default_factory=list)
     nodes: dict[NodeKey, Any] = field(default_factory=dict)
@@ -71,6 +75,10 @@ def propagate(module: TracedModule, args: tuple[Any, ...], kwargs: dict[str, Any
 
 class Ledger:
     """Where rules are heard: what they say goes into the books."""
+
+    whole = places = False
+    pairing: Pairing | None = None
+    """How reshapes label their results: see `surgery.graph.labels.reshaped`."""
 
     def __init__(self, books: Books) -> None:
         self.books = books
@@ -109,6 +117,8 @@ class _Run(Ledger):
         for name, tensor in (*root.named_parameters(), *root.named_buffers()):
             self.names.setdefault(id(tensor), name)
         self.metas: dict[int, torch.Tensor] = {}
+        self.views: dict[int, list[tuple[fx.Node, Labelled]]] = {}
+        """Values by the storage that they share."""
         self.twins: dict[int, nn.Module] = {}
 
     # ---- interpretation
@@ -132,6 +142,7 @@ class _Run(Ledger):
         for node in graph.nodes:
             if node.op == "placeholder":
                 env[node] = self._bind(node, inputs, kwargs)
+                kwargs = {k: v for k, v in kwargs.items() if k != node.target}
             elif node.op == "output":
                 output = fx.map_arg(node.args[0], env.__getitem__)
                 if top:
@@ -141,17 +152,21 @@ class _Run(Ledger):
                 continue
             else:
                 env[node] = self._step(module, path, scope, node, env)
+            for value in _labelled(env[node]):
+                self.views.setdefault(_storage(value), []).append((node, value))
             key = (scope, node.name)
             if key in self.books.nodes:  # a traced submodule that is called twice
-                self._tie_calls(self.books.nodes[key], env[node], node.name)
+                self._called_again(module, node, self.books.nodes[key], env)
             else:
                 self.books.nodes[key] = env[node]
         return output
 
     def _bind(self, node: fx.Node, inputs: Any, kwargs: dict[str, Any]) -> Any:
         missing = object()
-        value = next(inputs, missing)
         name = str(node.target)
+        if name.startswith("*"):
+            return kwargs if name.startswith("**") else tuple(inputs)
+        value = next(inputs, missing)
         if value is missing:
             value = kwargs.get(name, node.args[0] if node.args else missing)
         if value is missing:
@@ -181,6 +196,8 @@ class _Run(Ledger):
         elif isinstance(target, type) and issubclass(target, (tuple, list, dict)):
             return target(*args, **kwargs)
         raw_args, raw_kwargs = pytree.tree_map(_value, (args, kwargs))
+        tensors = list(_labelled((args, kwargs)))
+        versions = [a.value._version for a in tensors]
         with torch.no_grad():
             if leaf is not None:
                 raw = self._twin(leaf)(*raw_args, **raw_kwargs)
@@ -192,8 +209,33 @@ class _Run(Ledger):
         if not any(True for _ in _labelled(out)):
             return out
         op = Op(self, node, leaf, target if leaf is not None else "", (scope, node.name), out)
-        fields = rule_for(node, leaf).relate(op, *args, **kwargs)
+        fields = self._relate(op, rule_for(node, leaf).relate, args, kwargs)
+        for a, version in zip(tensors, versions, strict=True):
+            for f in a.fields:
+                if f.key is not None and f.key[0] == "param" and (f.key[1], f.key[2]) not in op.claimed:
+                    self.books.values.add((f.key[1], f.key[2]))
+            if a.value._version != version:
+                self._changed_in_place(node, a)
         return self._with_fields(op, out, fields)
+
+    def _relate(self, op: Op, relate: Any, args: Any, kwargs: Any) -> Any:
+        if op.module is not None and (op.module._forward_hooks or op.module._forward_pre_hooks):
+            return unknown(op, *args, why="has hooks", **kwargs)
+        try:
+            return relate(op, *args, **kwargs)
+        except TypeError:
+            try:
+                inspect.signature(relate).bind(op, *args, **kwargs)
+            except TypeError:
+                return unknown(op, *args, why="has no rule for these arguments", **kwargs)
+            raise
+
+    def _changed_in_place(self, node: fx.Node, value: Labelled) -> None:
+        """Freeze what is changed through a view and read elsewhere: an edit may turn the view into a copy."""
+        for other, seen in self.views[_storage(value)]:
+            if not _same_fields(seen, value) and any(user > node for user in other.users):
+                for f in (*value.fields, *seen.fields):
+                    self.freeze(f.ids, f"{node.name} changes it in place through a view")
 
     def _with_fields(self, op: Op, out: Any, fields: Any) -> Any:
         if isinstance(out, Labelled):
@@ -210,6 +252,19 @@ class _Run(Ledger):
         parts = [self._with_fields(op, o, f) for o, f in zip(out, fields, strict=True)]
         return type(out)(*parts) if hasattr(out, "_fields") else type(out)(parts)
 
+    def _called_again(self, module: nn.Module, node: fx.Node, first: Any, env: dict[fx.Node, Any]) -> None:
+        """What has to follow an edit can do so in one way only, for all calls."""
+        leaf = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not any(True for _ in _labelled(first)):
+            if first != env[node]:
+                for value in _labelled([env[n] for n in node.all_input_nodes]):
+                    for f in value.fields:
+                        self.freeze(f.ids, f"{node.name} is called with different shapes")
+            return
+        rule = rule_for(node, leaf)
+        if rule.rewrite is not None or rule.movement or isinstance(leaf, TracedModule):
+            self._tie_calls(first, env[node], node.name)
+
     def _tie_calls(self, first: Any, second: Any, why: str) -> None:
         for a, b in zip(_labelled(first), _labelled(second), strict=False):
             for f in a.fields:
@@ -218,6 +273,9 @@ class _Run(Ledger):
                     self.freeze(f.ids, f"{why} is called with different shapes")
                 else:
                     self.tie(f, other, why)
+            for g in b.fields:
+                if not any(g.dims == f.dims and g.ids.shape == f.ids.shape for f in a.fields):
+                    self.freeze(g.ids, f"{why} is called with different shapes")
 
     # ---- tensors of the module
 
@@ -233,7 +291,9 @@ class _Run(Ledger):
 
     def _attribute(self, module: nn.Module, path: str, target: str) -> Any:
         value = operator.attrgetter(target)(module)
-        return self.tensor(value) if isinstance(value, torch.Tensor) else value
+        if not isinstance(value, torch.Tensor):
+            return value
+        return self.tensor(value, [d for d, size in enumerate(value.shape) if size > 1])
 
     def tensor(self, value: torch.Tensor | None, dims: Iterable[int] | None = None) -> Labelled | None:
         """A parameter or buffer with its axes (all, or ``dims``) labelled; the same ids wherever it is used."""
@@ -258,8 +318,12 @@ class _Run(Ledger):
     def _twin(self, leaf: nn.Module) -> nn.Module:
         """The leaf with meta tensors and in evaluation mode; shapes do not depend on the mode."""
         if id(leaf) not in self.twins:
-            twin = copy.copy(leaf)
-            twin.__dict__ = dict(leaf.__dict__)
+            twin = object.__new__(type(leaf))
+            twin.__dict__.update(
+                {k: self._meta(v) if isinstance(v, torch.Tensor) else v for k, v in leaf.__dict__.items()}
+            )
+            for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+                twin.__dict__[hooks] = {}
             for part in ("_parameters", "_buffers"):
                 twin.__dict__[part] = {k: None if v is None else self._meta(v) for k, v in leaf.__dict__[part].items()}
             twin.__dict__["_modules"] = {
@@ -268,6 +332,16 @@ class _Run(Ledger):
             twin.__dict__["training"] = False
             self.twins[id(leaf)] = twin
         return self.twins[id(leaf)]
+
+
+def _storage(value: Labelled) -> int:
+    return int(value.value.untyped_storage()._cdata)
+
+
+def _same_fields(a: Labelled, b: Labelled) -> bool:
+    return a.shape == b.shape and all(
+        f.dims == g.dims and np.array_equal(f.ids, g.ids) for f, g in zip(a.fields, b.fields, strict=False)
+    )
 
 
 def _value(v: Any) -> Any:
@@ -281,8 +355,11 @@ def _labelled(tree: Any) -> Iterable[Labelled]:
 class Silent(Ledger):
     """Stands in for a run where only a rule's output is wanted: what the rule says besides is not heard."""
 
-    def __init__(self) -> None:
+    whole = True
+
+    def __init__(self, pairing: Pairing, *, places: bool = False) -> None:
         super().__init__(Books())
+        self.pairing, self.places = pairing, places
 
     def fresh(self, size: int) -> Ids:
         return np.full(size, -1, dtype=np.int64)

@@ -6,6 +6,8 @@ asks for. It changes numbers only; that the result is what the edit asked for is
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +25,13 @@ class Site:
     shapes: tuple[tuple[int, ...], ...]
     """New shapes of the outputs."""
     changed: frozenset[int]
-    """Dims of the first output whose channels changed."""
+    """Dims of the outputs whose channels changed."""
     inputs: tuple[tuple[int, ...] | None, ...]
     """New shapes of the positional arguments that are tensors."""
+    before: tuple[tuple[int, ...] | None, ...]
+    """Their old shapes."""
+    computed: Mapping[fx.Node, tuple[int, ...]]
+    """Values of the arguments that are shapes computed in the graph."""
 
 
 def linear(site: Site) -> None:
@@ -57,6 +63,42 @@ def conv_function(site: Site) -> None:
         _set_argument(site.node, signature, "groups", site.inputs[0][1])
 
 
+def conv_transpose_function(site: Site) -> None:
+    """``groups`` of ``F.conv_transpose*`` follows where each group has one input channel."""
+    before, after = site.before[0], site.inputs[0]
+    signature = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    groups = _argument(site.node, signature, "groups", 1)
+    if isinstance(groups, int) and groups > 1 and before is not None and before[1] == groups and after is not None:
+        _set_argument(site.node, signature, "groups", after[1])
+
+
+def layer_norm(site: Site) -> None:
+    rank = len(site.module.normalized_shape)
+    site.module.normalized_shape = tuple(site.shapes[0][-rank:])
+
+
+def layer_norm_function(site: Site) -> None:
+    """``normalized_shape`` of ``F.layer_norm``."""
+    signature = ("input", "normalized_shape")
+    shape = _unpacked(_argument(site.node, signature, "normalized_shape", ()), site)
+    if site.changed:
+        _set_argument(site.node, signature, "normalized_shape", _resized(shape, site, len(site.shapes[0]) - len(shape)))
+
+
+def group_norm(site: Site) -> None:
+    layer = site.module
+    if layer.num_groups == layer.num_channels:
+        layer.num_groups = site.shapes[0][1]
+    layer.num_channels = site.shapes[0][1]
+
+
+def group_norm_function(site: Site) -> None:
+    """``num_groups`` of ``F.group_norm`` follows where each group has one channel."""
+    signature = ("input", "num_groups")
+    if site.before[0] is not None and _argument(site.node, signature, "num_groups", 1) == site.before[0][1]:
+        _set_argument(site.node, signature, "num_groups", site.shapes[0][1])
+
+
 def batch_norm(site: Site) -> None:
     if site.inputs[0] is not None:
         site.module.num_features = site.inputs[0][1]
@@ -73,15 +115,51 @@ def embedding(site: Site) -> None:
 def reshape(site: Site) -> None:
     """Constants of ``view`` and ``reshape`` at the changed dims; a size that was computed there becomes a constant."""
     node = site.node
-    if "shape" in node.kwargs:
-        node.kwargs = {**node.kwargs, "shape": _resized(node.kwargs["shape"], site)}
-    elif isinstance(node.args[1], (tuple, list)):
-        node.args = (node.args[0], _resized(node.args[1], site), *node.args[2:])
+    named = next((k for k in ("shape", "size") if k in node.kwargs), None)
+    if named is not None:
+        node.kwargs = {**node.kwargs, named: _resized(_unpacked(node.kwargs[named], site), site)}
+    elif len(node.args) < 2 or (len(site.inputs) > 1 and site.inputs[1] is not None):
+        return  # as another tensor
+    elif isinstance(_unpacked(node.args[1], site), (tuple, list)):
+        node.args = (node.args[0], _resized(_unpacked(node.args[1], site), site), *node.args[2:])
     else:
         node.args = (node.args[0], *_resized(node.args[1:], site))
 
 
-expand = reshape
+def unflatten(site: Site) -> None:
+    """The sizes of ``unflatten`` and `nn.Unflatten` at the changed dims."""
+    if site.module is not None:
+        dim = site.module.dim % len(site.inputs[0] or ())
+        site.module.unflattened_size = _resized(tuple(site.module.unflattened_size), site, dim)
+        return
+    node = site.node
+    signature = ("input", "dim", "sizes")
+    dim = _argument(node, signature, "dim", 0) % len(site.inputs[0] or ())
+    sizes = _argument(node, signature, "sizes", None)
+    if isinstance(sizes, (tuple, list)):
+        _set_argument(node, signature, "sizes", _resized(sizes, site, dim))
+    else:  # the method takes sizes one by one too
+        node.args = (*node.args[:2], *_resized(node.args[2:], site, dim))
+
+
+def squeeze(site: Site) -> None:
+    """``squeeze`` removes the dims that it removed before, whatever is of size 1 now."""
+    before, after = site.before[0] or (), site.inputs[0] or ()
+    if all((a == 1) == (b == 1) for a, b in zip(before, after, strict=True)):
+        return
+    given = _argument(site.node, ("input", "dim"), "dim", None)
+    dims = range(len(before)) if given is None else [given] if isinstance(given, int) else given
+    node = site.node
+    node.op, node.target = "call_function", torch.squeeze
+    node.args, node.kwargs = (node.args[0], tuple(d for d in dims if before[d] == 1)), {}
+
+
+def narrow(site: Site) -> None:
+    """``narrow`` along a changed dim takes what it has become; where that begins is for the caller to check."""
+    signature = ("input", "dim", "start", "length")
+    dim = _argument(site.node, signature, "dim", 0) % len(site.shapes[0])
+    if dim in site.changed:
+        _set_argument(site.node, signature, "length", site.shapes[0][dim])
 
 
 def pieces(site: Site) -> None:
@@ -89,14 +167,28 @@ def pieces(site: Site) -> None:
     node = site.node
     dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
     assert isinstance(dim, int)
+    if dim % len(site.shapes[0]) not in site.changed:
+        return
     sizes = [shape[dim] for shape in site.shapes]
     node.op, node.target = "call_function", torch.split
     node.args, node.kwargs = (node.args[0], sizes, dim), {}
 
 
-def _resized(shape: Any, site: Site) -> Any:
+def _unpacked(shape: Any, site: Site) -> Any:
+    """A shape that another node computes, as a tuple of its entries."""
+    size = site.computed.get(shape) if isinstance(shape, fx.Node) else None
+    if size is None:
+        return shape
+    graph = site.node.graph
+    with graph.inserting_before(site.node):
+        return tuple(graph.call_function(operator.getitem, (shape, k)) for k in range(len(size)))
+
+
+def _resized(shape: Any, site: Site, first: int = 0) -> Any:
     new = site.shapes[0]
-    return type(shape)(new[d] if d in site.changed and size != -1 else size for d, size in enumerate(shape))
+    return type(shape)(
+        new[d] if d in site.changed and size != -1 else size for d, size in enumerate(shape, start=first)
+    )
 
 
 def _argument(node: fx.Node, signature: tuple[str, ...], name: str, default: Any) -> Any:

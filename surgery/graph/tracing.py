@@ -8,6 +8,7 @@ its own flag gets one graph per mode (`TracedModule.train_graph`), over the same
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -230,7 +231,7 @@ def _trace_copy(root: nn.Module, concrete: dict[str, Any]) -> TracedModule:
 def _trace_mode(root: nn.Module, concrete: dict[str, Any], modal: set[str], *, training: bool) -> tuple[fx.Graph, bool]:
     tracer = _Tracer(modal, training)
     try:
-        with _symbolic_modes(root, tracer):
+        with _symbolic_modes(root, tracer), _symbolic_factories(tracer):
             graph = tracer.trace(root, concrete)
     except _ModeBranchError:
         raise
@@ -250,6 +251,10 @@ class _ModeBranchError(Exception):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self.path = path
+
+
+_FACTORIES = ("zeros", "ones", "full", "empty", "rand", "randn", "arange", "linspace")
+"""Functions of torch that take sizes rather than tensors: fx does not see them by itself."""
 
 
 class _Tracer(fx.Tracer):
@@ -307,6 +312,29 @@ class _Tracer(fx.Tracer):
 
     def where(self) -> str:
         return f" (in {self.stack[-1]!r})" if self.stack else ""
+
+
+@contextmanager
+def _symbolic_factories(tracer: _Tracer) -> Iterator[None]:
+    """While tracing, making a tensor of a size that the graph computes is a node of the graph."""
+
+    def symbolic(function: Any) -> Any:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+                return tracer.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    original = {name: getattr(torch, name) for name in _FACTORIES}
+    try:
+        for name, function in original.items():
+            setattr(torch, name, symbolic(function))
+        yield
+    finally:
+        for name, function in original.items():
+            setattr(torch, name, function)
 
 
 @contextmanager

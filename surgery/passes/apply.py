@@ -87,6 +87,7 @@ def _reindex(module: nn.Module, step: Reindex) -> TracedModule:
         _check(group, index, shares.get(group))
     layouts = Layouts(dims, indices, shares)
     _check_readers(dims, layouts)
+    _check_mixed(dims, layouts)
     result = copy.deepcopy(module, _gathered(module, dims, layouts))
     rewire(module, result, dims, layouts)
     return result
@@ -111,10 +112,6 @@ def _check(group: DimensionGroup, index: Sequence[int], shares: Sequence[float] 
         both = [str(m) for m in group.members if m.role == "both"]
         if both:
             raise EditError(f"{where} cannot hold copies: {', '.join(both)} is both written and read")
-        if group.mixed and len(np.unique(copies[copies > 0])) > 1:
-            raise EditError(
-                f"{where} is normalised over by {', '.join(group.mixed)}: every unit needs the same number of copies"
-            )
     if shares is not None:
         if len(shares) != len(places):
             raise UsageError(f"{where}: {len(shares)} shares for {len(places)} units")
@@ -129,6 +126,17 @@ def _check_readers(dims: Dimensions, layouts: Layouts) -> None:
         layout = layouts.of(units)
         if layout is not None and len(layout.old) == 0:
             raise EditError(f"nothing would be left of axis {axis} of {name}")
+
+
+def _check_mixed(dims: Dimensions, layouts: Layouts) -> None:
+    """What is normalised over holds the same number of copies of everything that is left."""
+    for units, what in dims.mixed:
+        copies = layouts.copies[units]
+        if copies.max(initial=0) > 1 and len(np.unique(copies[copies > 0])) > 1:
+            names = [g.name for g in dims.groups if ((units >= g.start) & (units < g.start + g.units)).any()]
+            raise EditError(
+                f"{what} normalises over {' and '.join(map(repr, names))}: every unit needs the same number of copies"
+            )
 
 
 def _some(units: Any) -> str:

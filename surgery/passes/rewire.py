@@ -8,8 +8,10 @@ the nearest value it can be selected from, and that it can be is checked on the 
 
 from __future__ import annotations
 
+import itertools
+import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,16 +55,25 @@ class _Rewiring:
 
     def run(self, graph: fx.Graph) -> None:
         self.new = {node.name: node for node in self.copy.nodes}
+        self.old_of = dict(zip(self.copy.nodes, graph.nodes, strict=True))
+        self.edited_layers = {
+            name.rpartition(".")[0]
+            for (name, _), units in self.dims.axis_units.items()
+            if self.layouts.of(units) is not None
+        }
         self.stale: set[fx.Node] = set()  # nodes that cannot be as asked; what reads them selects from before them
         replaced: list[fx.Node] = []
         for node in graph.nodes:
             if node.op in ("placeholder", "output", "get_attr"):
                 continue
             out = self.record(node)
+            if not any(True for _ in _labelled(out)):
+                self.pin(node, out)
+                continue
             if not self.concerned(node, out):
                 continue
             fits = node.args[0] not in self.stale if self.takes_piece(node) else self.adapt(node, out)
-            if fits:
+            if fits or (isinstance(out, Labelled) and self.reorder(node, out)):
                 continue
             if isinstance(out, Labelled) and all(len(f.dims) == 1 for f in out.fields):
                 self.select(node, out)
@@ -81,11 +92,8 @@ class _Rewiring:
             return True
         if node.op != "call_module":
             return False
-        prefix = f"{self.path}.{node.target}." if self.path else f"{node.target}."
-        return any(
-            name.startswith(prefix) and self.layouts.of(units) is not None
-            for (name, _), units in self.dims.axis_units.items()
-        )
+        layer = f"{self.path}.{node.target}" if self.path else str(node.target)
+        return layer in self.edited_layers
 
     def takes_piece(self, node: fx.Node) -> bool:
         return node.target is operator.getitem and not isinstance(self.record(node.args[0]), Labelled)  # type: ignore[arg-type]
@@ -110,16 +118,55 @@ class _Rewiring:
                     shape[dim] = size
         return tuple(shape)
 
-    def edited(self, value: Any) -> Any:
-        """The value as the edit asks for it: new shape, new units as ids."""
+    def edited(self, value: Any, bases: Mapping[Field, int] | None = None) -> Any:
+        """The value as the edit asks for it: new shape and, as ids, new units or, from ``bases``, old positions."""
         if not isinstance(value, Labelled):
             return value
         fields = []
         for f in value.fields:
             layout = self.layout(f)
-            ids = self.layouts.renumbered(self.dims.unit_of[f.ids]) if layout is None else layout.units
+            if bases is not None:
+                old = _positions(f, bases)
+                ids = old if layout is None else old.ravel()[layout.old].reshape(layout.units.shape)
+            else:
+                ids = self.layouts.renumbered(self.dims.unit_of[f.ids]) if layout is None else layout.units
             fields.append(Field(f.dims, ids))
         return Labelled(torch.empty(self.shape(value), device="meta"), tuple(fields), value.constant)
+
+    # ---- numbers
+
+    def pin(self, node: fx.Node, out: Any) -> None:
+        """A size that is read from a changed axis stays the number that it was: what the network computes with it
+        does not change. Where it shapes a tensor, the op that it shapes is given the new size."""
+        values = [self.record(a) for a in node.all_input_nodes]
+        value = next((v for v in _labelled(values) if self.shape(v) != v.shape), None)
+        if value is None or isinstance(out, (torch.dtype, torch.device)):
+            return
+        new, changed = self.new[node.name], {d for d, n in enumerate(self.shape(value)) if n != value.shape[d]}
+        if isinstance(out, tuple):
+            for user in list(new.users):
+                if user.target is operator.getitem and isinstance(user.args[1], int):
+                    if user.args[1] % len(out) in changed:
+                        _replace_by_number(user, out[user.args[1]])
+                else:
+                    with self.copy.inserting_before(user):
+                        sizes = tuple(
+                            out[d] if d in changed else self.copy.call_function(operator.getitem, (new, d))
+                            for d in range(len(out))
+                        )
+                        user.replace_input_with(new, self.copy.call_function(torch.Size, (sizes,)))
+        elif isinstance(out, int) and node.target == "size":
+            if int(node.args[1] if len(node.args) > 1 else node.kwargs["dim"]) % value.ndim in changed:  # type: ignore[arg-type]
+                _replace_by_number(new, out)
+        elif isinstance(out, int) and node.target in ("numel", "nelement", torch.numel):
+            was, now = math.prod(value.shape), math.prod(self.shape(value))
+            users = list(new.users)
+            with self.copy.inserting_after(new):
+                scaled = self.copy.call_function(operator.mul, (new, was))
+            with self.copy.inserting_after(scaled):
+                result = self.copy.call_function(operator.floordiv, (scaled, now))
+            for user in users:
+                user.replace_input_with(new, result)
 
     # ---- following the edit
 
@@ -131,41 +178,114 @@ class _Rewiring:
         rule = rule_for(node, leaf)
         outs = list(_labelled(out))
         inputs = [self.record(a) if isinstance(a, fx.Node) else a for a in node.args]
+        new = self.new[node.name]
         if self.stale & set(node.all_input_nodes) or not all(self.rectangular(v) for v in _labelled((outs, inputs))):
             if not rule.movement:
                 raise EditError(f"{_where(node)} cannot follow the edit: its channels would not fill a rectangle")
             return False
         if rule.rewrite is not None and outs:
-            changed = {d for f in outs[0].fields if self.layout(f) is not None for d in f.dims}
+            changed = {d for o in outs for f in o.fields if self.layout(f) is not None for d in f.dims}
             rule.rewrite(
                 Site(
-                    self.new[node.name],
+                    new,
                     None if leaf is None else self.target.get_submodule(str(node.target)),
                     tuple(self.shape(o) for o in outs),
                     frozenset(changed),
                     tuple(self.shape(v) if isinstance(v, Labelled) else None for v in inputs),
+                    tuple(v.shape if isinstance(v, Labelled) else None for v in inputs),
+                    self.computed(new),
                 )
             )
         return not rule.movement or self.moves_as_asked(rule, node, leaf, out)
 
+    def computed(self, new: fx.Node) -> dict[fx.Node, tuple[int, ...]]:
+        """Values of the shapes that a new node reads."""
+        found: dict[fx.Node, tuple[int, ...]] = {}
+        for n in new.all_input_nodes:
+            value = self.record(self.old_of[n]) if n in self.old_of else n.args[0] if n.target is torch.Size else None
+            if isinstance(value, tuple) and not any(isinstance(v, Labelled) for v in value):
+                found[n] = value
+        return found
+
     def moves_as_asked(self, rule: Rule, node: fx.Node, leaf: Any, out: Any) -> bool:
         """Run the movement on the new labels and compare."""
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.record(n))
-        args, kwargs, asked = pytree.tree_map(self.edited, (args, kwargs, out))
-        op = Op(Silent(), node, leaf, "", ("", ""), asked)
-        try:
-            got = rule.relate(op, *args, **kwargs)
-        except (ValueError, IndexError):  # the new sizes do not fit the op
+        moved = self.moved(rule, node, leaf, out)
+        return moved is not None and all(np.array_equal(got, asked) for got, asked in moved)
+
+    def reorder(self, node: fx.Node, out: Labelled) -> bool:
+        """Let the node run as it is and put its result in order, if all that is asked for is in it."""
+        if self.stale & set(node.all_input_nodes) or self.takes_piece(node):
             return False
-        if isinstance(asked, Labelled):
-            asked, got = [asked], [got]
-        for value, fields in zip(asked, got, strict=True):
-            ids = {f.dims: f.ids for f in fields}
-            for f in value.fields:
-                found = ids.get(f.dims)
-                if found is None or found.shape != f.ids.shape or ((found != f.ids) & (found >= 0)).any():
-                    return False
+        if not all(self.rectangular(v) for v in _labelled((out, [self.record(n) for n in node.all_input_nodes]))):
+            return False
+        leaf = self.source.get_submodule(str(node.target)) if node.op == "call_module" else None
+        moved = self.moved(rule_for(node, leaf), node, leaf, out)
+        changed = [f for f in out.fields if self.layout(f) is not None]
+        if moved is None or len(changed) != 1 or len(changed[0].dims) != 1:
+            return False
+        (got, asked) = next(m for m, f in zip(moved, out.fields, strict=True) if f is changed[0])
+        if got.shape != asked.shape or got.ndim != 2:
+            return False
+        have, want = (np.lexsort(pairs.T[::-1]) for pairs in (got, asked))
+        if not np.array_equal(got[have], asked[want]):
+            return False
+        index = np.empty_like(have)
+        index[want] = have
+        new = self.new[node.name]
+        users = list(new.users)
+        with self.copy.inserting_after(new):
+            constant = self.copy.get_attr(self.constant(torch.from_numpy(index)))
+        with self.copy.inserting_after(constant):
+            selected = self.copy.call_function(torch.index_select, (new, changed[0].dims[0], constant))
+        for user in users:
+            user.replace_input_with(new, selected)
+        selected.meta["path"] = new.meta.get("path", "")
+        self.new[node.name] = selected
+        self.old_of[selected] = node
         return True
+
+    def moved(self, rule: Rule, node: fx.Node, leaf: Any, out: Any) -> list[tuple[Ids, Ids]] | None:
+        """For each field of the outputs what the op does to the new inputs, and what is asked of it.
+
+        Both as pairs along the last axis: the old position that a new one copies, and its new unit. None where the op
+        cannot be run on the new inputs.
+        """
+        new = self.new[node.name]
+        before: Any = fx.map_arg((node.args, node.kwargs), self.record)
+        after: Any = fx.map_arg(
+            (new.args, new.kwargs), lambda n: self.record(self.old_of[n]) if n in self.old_of else None
+        )
+        inputs = dict.fromkeys(f for value in _labelled((before, after)) for f in value.fields)
+        bases = dict(zip(inputs, itertools.accumulate((f.ids.size for f in inputs), initial=0), strict=False))
+        asked = pytree.tree_map(self.edited, out)
+        shapes = (_first_shape(before), _first_shape(out))
+        runs = (
+            (Silent(shapes, places=True), before, out, lambda v: _numbered(v, bases)),
+            (Silent(shapes, places=True), after, asked, lambda v: self.edited(v, bases)),
+            (Silent(shapes), after, asked, self.edited),
+        )
+        results: list[list[Any]] = []
+        for ledger, given, result, labels in runs:
+            args, kwargs = pytree.tree_map_only(Labelled, labels, given)
+            try:
+                fields = rule.relate(Op(ledger, node, leaf, "", ("", ""), result), *args, **kwargs)
+            except (ValueError, IndexError):  # the new sizes do not fit the op
+                return None
+            results.append([fields] if isinstance(result, Labelled) else list(fields))
+        pairs = []
+        for was, wanted, *got in zip(_labelled(out), _labelled(asked), *results, strict=True):
+            for f, g in zip(was.fields, wanted.fields, strict=True):
+                found = [next((r for r in fields if set(f.dims) <= set(r.dims)), None) for fields in got]
+                content, place, unit = found
+                if content is None or place is None or unit is None:
+                    return None
+                layout = self.layout(f)
+                source = content.ids if layout is None else _taken(content, f, layout)
+                if source.shape != place.ids.shape or place.ids.shape != unit.ids.shape:
+                    return None
+                holds = np.where(unit.ids < 0, unit.ids, _along(g, unit))
+                pairs.append((np.stack([place.ids, unit.ids], -1), np.stack([source, holds], -1)))
+        return pairs
 
     # ---- selecting instead
 
@@ -203,6 +323,7 @@ class _Rewiring:
         selected.meta["path"] = new.meta.get("path", "")
         new.replace_all_uses_with(selected)
         self.new[node.name] = selected
+        self.old_of[selected] = node
 
     def is_movement(self, node: fx.Node) -> bool:
         leaf = self.source.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -265,6 +386,44 @@ class _Rewiring:
             leaf = self.source.get_submodule(str(node.target)) if node.op == "call_module" else None
             if node.op == "get_attr" or number or rule_for(node, leaf).movement:
                 self.copy.erase_node(node)
+
+
+def _first_shape(tree: Any) -> tuple[int, ...]:
+    return next(iter(_labelled(tree))).shape
+
+
+def _positions(f: Field, bases: Mapping[Field, int]) -> Ids:
+    return (np.arange(f.ids.size) + bases[f]).reshape(f.ids.shape)
+
+
+def _numbered(value: Labelled, bases: Mapping[Field, int]) -> Labelled:
+    """The value with a number of its own for each position."""
+    return Labelled(value.value, tuple(Field(f.dims, _positions(f, bases)) for f in value.fields), value.constant)
+
+
+def _taken(before: Field, f: Field, layout: Layout) -> Ids:
+    """What was at the positions that ``layout`` of ``f`` copies, along ``f``'s dims of ``before``."""
+    assert layout.shape is not None
+    at = [before.dims.index(d) for d in f.dims]
+    front = np.moveaxis(before.ids, at, range(len(at)))
+    rest = front.shape[len(at) :]
+    taken = front.reshape(-1, *rest)[layout.old].reshape(*layout.shape, *rest)
+    return np.moveaxis(taken, range(len(at)), at)
+
+
+def _along(f: Field, shape: Field) -> Ids:
+    """Ids of ``f`` repeated along the dims that only ``shape`` has."""
+    sizes = [shape.ids.shape[k] if d in f.dims else 1 for k, d in enumerate(shape.dims)]
+    if math.prod(sizes) != f.ids.size:
+        return np.full(shape.ids.shape, -2)
+    return np.broadcast_to(f.ids.reshape(sizes), shape.ids.shape)
+
+
+def _replace_by_number(node: fx.Node, number: int) -> None:
+    """Write a number where a node computed it."""
+    for user in list(node.users):
+        user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda n: number if n is node else n)
+    node.graph.erase_node(node)
 
 
 def _labelled(tree: Any) -> Iterable[Labelled]:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from surgery.errors import EditError, UsageError
-from surgery.graph.dims import DimensionGroup, dimensions
+from surgery.graph.dims import DimensionGroup, Dimensions, dimensions
 from surgery.graph.tracing import TracedModule
 from surgery.passes.apply import apply
 from surgery.passes.names import resolve
@@ -59,7 +59,29 @@ def widen_plan(module: nn.Module, width: float | Mapping[str, Width], *, seed: i
             continue  # left as it is, like the groups that are frozen
         if len(index) > group.units:
             indices[group.name] = tuple(index)
+    if not named:
+        _drop_uneven(dims, indices)
     return Reindex(indices)
+
+
+def _drop_uneven(dims: Dimensions, indices: dict[str, tuple[int, ...]]) -> None:
+    """Leave alone the groups that one layer normalises over and that would not all grow by the same factor."""
+    factor = np.ones(dims.count)
+    owner = {g.name: g for g in dims.groups}
+    for name, index in indices.items():
+        group = owner[name]
+        factor[group.start : group.start + group.units] = len(index) / group.units
+    uneven = True
+    while uneven:
+        uneven = False
+        for units, _ in dims.mixed:
+            if len(np.unique(factor[units])) > 1:
+                for name in list(indices):
+                    group = owner[name]
+                    if ((units >= group.start) & (units < group.start + group.units)).any():
+                        del indices[name]
+                        factor[group.start : group.start + group.units] = 1.0
+                        uneven = True
 
 
 def _units(group: DimensionGroup, wish: Width, round_to: int) -> int:

@@ -1,0 +1,315 @@
+"""Rows of the rule table for ops that only move data: their outputs are positions of their inputs.
+
+After an edit such an op is run on the new labels; where it does not give what the edit asks for it is followed by, or
+replaced by, a selection (`surgery.passes.rewire`).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from surgery.graph import rewrites
+from surgery.graph.labels import Field, Fields, Labelled, Pairing, moved, permuted, reshaped, sliced
+from surgery.graph.ops import Op, oprule, unknown
+
+
+def _reshape(op: Op, x: Labelled, pairing: Pairing | None = None) -> Fields:
+    fields, lost = reshaped(
+        x.fields, x.shape, op.shape, pairing=pairing or op.run.pairing, whole=op.run.whole, places=op.run.places
+    )
+    op.lose(lost, f"{op.name} merges it with another axis")
+    return fields
+
+
+@oprule("contiguous", "clone", "detach", torch.clone, torch.detach, nn.Identity, movement=True)
+def _identity(op: Op, input: Labelled, **named: Any) -> Fields:
+    return input.fields
+
+
+@oprule(torch.flatten, "flatten", movement=True)
+def _flatten(op: Op, input: Labelled, start_dim: int = 0, end_dim: int = -1) -> Fields:
+    if input.ndim == 0:
+        return ()
+    sizes = tuple(max(size, 2) for size in input.shape)
+    start, stop = start_dim % input.ndim, end_dim % input.ndim + 1
+    return _reshape(op, input, (sizes, (*sizes[:start], math.prod(sizes[start:stop]), *sizes[stop:])))
+
+
+@oprule(nn.Flatten, movement=True)
+def _flatten_module(op: Op, input: Labelled) -> Fields:
+    return _flatten(op, input, op.module.start_dim, op.module.end_dim)  # type: ignore[no-any-return]
+
+
+@oprule(torch.unsqueeze, "unsqueeze", movement=True)
+def _unsqueeze(op: Op, input: Labelled, dim: int) -> Fields:
+    return _shifted(input.fields, dim % (input.ndim + 1))
+
+
+@oprule(torch.unflatten, "unflatten", nn.Unflatten, rewrite=rewrites.unflatten, movement=True)
+def _unflatten(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:
+    return _reshape(op, input)
+
+
+@oprule(torch.squeeze, "squeeze", rewrite=rewrites.squeeze, movement=True)
+def _squeeze(op: Op, input: Labelled, dim: Any = None) -> Fields:
+    dims = range(input.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
+    gone = {d % input.ndim for d in dims if input.shape[d] == 1} if input.ndim else set()
+    if len(op.shape) != input.ndim - len(gone):  # an edited channel axis
+        return ()
+    fields = op.keep(input, gone, f"{op.name} removes it")
+    place = {d: k for k, d in enumerate(d for d in range(input.ndim) if d not in gone)}
+    return tuple(moved(f, tuple(place[d] for d in f.dims)) for f in fields)
+
+
+@oprule("view_as", "reshape_as", rewrite=rewrites.reshape, movement=True)
+def _view_as(op: Op, input: Labelled, other: Labelled) -> Fields:
+    return _reshape(op, input)
+
+
+@oprule(torch.movedim, torch.moveaxis, "movedim", "moveaxis", movement=True)
+def _movedim(op: Op, input: Labelled, source: Any, destination: Any) -> Fields:
+    order = torch.movedim(torch.empty(tuple(range(input.ndim)), device="meta"), source, destination).shape
+    return permuted(input.fields, tuple(order))
+
+
+@oprule(torch.reshape, "reshape", "view", rewrite=rewrites.reshape, movement=True)
+def _view(op: Op, input: Labelled, *shape: Any, **named: Any) -> Fields:
+    if shape and isinstance(shape[0], torch.dtype):
+        return unknown(op, input)  # type: ignore[no-any-return]
+    return _reshape(op, input)
+
+
+@oprule(torch.permute, "permute", movement=True)
+def _permute(op: Op, input: Labelled, *order: Any, dims: Any = None) -> Fields:
+    order = dims or (order[0] if len(order) == 1 and not isinstance(order[0], int) else order)
+    return permuted(input.fields, tuple(d % input.ndim for d in order))
+
+
+@oprule(torchvision.ops.Permute, movement=True)
+def _permute_module(op: Op, x: Labelled) -> Fields:
+    return permuted(x.fields, tuple(d % x.ndim for d in op.module.dims))
+
+
+@oprule(torch.transpose, "transpose", torch.swapaxes, "swapaxes", movement=True)
+def _transpose(op: Op, input: Labelled, dim0: int, dim1: int) -> Fields:
+    order = list(range(input.ndim))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return permuted(input.fields, tuple(order))
+
+
+@oprule("t", "mT", movement=True)
+def _t(op: Op, input: Labelled) -> Fields:
+    return _transpose(op, input, -1, -2) if input.ndim > 1 else input.fields
+
+
+@oprule(torch.cat, torch.concat, torch.concatenate, movement=True)
+def _cat(op: Op, tensors: Any, dim: int = 0, axis: int | None = None) -> Fields:
+    rank = len(op.shape)
+    dim = (dim if axis is None else axis) % rank
+    fields: list[Field] = []
+    along: list[Any] = []
+    for t in tensors:
+        f, rest = op.axis(t, dim)
+        for g in rest:
+            op.meet(fields, g)
+        if f is None:
+            ids = op.run.fresh(t.shape[dim])
+            op.run.freeze(ids, f"{op.name} takes it from an axis that holds no channels")
+            f = Field((dim,), ids)
+        along.append(f)
+    fields = [op.beside(f, list(tensors), rank) for f in fields]
+    if any(t.at(dim) is not None for t in tensors):
+        for f in along:
+            op.run.edge(f.key, op.key, op.name)
+        fields.append(Field((dim,), np.concatenate([f.ids for f in along])))
+    return tuple(fields)
+
+
+@oprule(torch.stack)
+def _stack(op: Op, tensors: Any, dim: int = 0) -> Fields:
+    rank = len(op.shape)
+    dim %= rank
+    fields: list[Field] = []
+    for t in tensors:  # which have one shape, so their channels are chosen alike
+        for f in t.fields:
+            op.meet(fields, f)
+    return _shifted(tuple(op.beside(f, list(tensors), rank - 1) for f in fields), dim)
+
+
+def _shifted(fields: Fields, dim: int) -> Fields:
+    """Fields where a new dim is put before ``dim``."""
+    return tuple(moved(f, tuple(d + (d >= dim) for d in f.dims)) for f in fields)
+
+
+@oprule(torch.chunk, "chunk", torch.split, "split", torch.tensor_split, "tensor_split", rewrite=rewrites.pieces,
+        movement=True)  # fmt: skip
+def _pieces(op: Op, tensor: Labelled, how: Any = None, dim: int = 0, **named: Any) -> Any:
+    dim %= tensor.ndim
+    result = []
+    start = 0
+    for piece in op.out:
+        stretch = slice(start, start + piece.shape[dim])
+        index = tuple(stretch if d == dim else slice(None) for d in range(tensor.ndim))
+        result.append(sliced(tensor.fields, index, tensor.ndim)[0])
+        start = stretch.stop
+        for f in result[-1]:
+            op.cut(f)
+    return result
+
+
+@oprule(torch.unbind, "unbind", movement=True)
+def _unbind(op: Op, input: Labelled, dim: int = 0) -> Any:
+    result = []
+    for k in range(input.shape[dim]):
+        index = tuple(k if d == dim % input.ndim else slice(None) for d in range(input.ndim))
+        fields, picked = sliced(input.fields, index, input.ndim)
+        op.lose(picked, f"{op.name} picks positions of it")
+        result.append(fields)
+    return result
+
+
+@oprule(operator.getitem, movement=True)
+def _getitem(op: Op, input: Labelled, index: Any) -> Fields:
+    index = index if isinstance(index, tuple) else (index,)
+    if any(not (i is None or i is Ellipsis or isinstance(i, (int, slice))) for i in index):
+        return unknown(op, input)  # type: ignore[no-any-return]
+    fields, picked = sliced(input.fields, index, input.ndim)
+    op.lose(picked, f"{op.name} picks positions of it")
+    for f in fields:
+        op.cut(f)
+    return fields
+
+
+@oprule(torch.narrow, "narrow", rewrite=rewrites.narrow, movement=True)
+def _narrow(op: Op, input: Labelled, dim: int, start: int, length: int) -> Fields:
+    index = tuple(slice(start, start + length) if d == dim % input.ndim else slice(None) for d in range(input.ndim))
+    fields = sliced(input.fields, index, input.ndim)[0]
+    for f in fields:
+        op.cut(f)
+    return fields
+
+
+@oprule(torch.flip, "flip", movement=True)
+def _flip(op: Op, input: Labelled, *order: Any, dims: Any = None) -> Fields:
+    dims = dims or (order[0] if not isinstance(order[0], int) else order)
+    turned = {d % input.ndim for d in dims}
+    return tuple(
+        Field(f.dims, np.flip(f.ids, tuple(k for k, d in enumerate(f.dims) if d in turned)), f.key)
+        for f in input.fields
+    )
+
+
+@oprule(torch.roll, "roll", movement=True)
+def _roll(op: Op, input: Labelled, shifts: Any, dims: Any = None) -> Fields:
+    if dims is None:
+        return unknown(op, input)  # type: ignore[no-any-return]
+    pairs = [(shifts, dims)] if isinstance(dims, int) else list(zip(shifts, dims, strict=True))
+    by = {d % input.ndim: s for s, d in pairs}
+    return tuple(
+        Field(f.dims, np.roll(f.ids, [by.get(d, 0) for d in f.dims], range(f.ids.ndim)), f.key) for f in input.fields
+    )
+
+
+@oprule("repeat", movement=True)
+def _repeat(op: Op, input: Labelled, *sizes: Any, repeats: Any = None) -> Fields:
+    times = repeats or (sizes[0] if not isinstance(sizes[0], int) else sizes)
+    shift = len(op.shape) - input.ndim
+    return tuple(
+        Field(tuple(d + shift for d in f.dims), np.tile(f.ids, [times[d + shift] for d in f.dims]), f.key)
+        for f in input.fields
+    )
+
+
+@oprule(torch.repeat_interleave, "repeat_interleave", movement=True)
+def _repeat_interleave(op: Op, input: Labelled, repeats: Any, dim: int | None = None, **named: Any) -> Fields:
+    if dim is None or not isinstance(repeats, int):
+        return unknown(op, input)  # type: ignore[no-any-return]
+    return tuple(
+        Field(f.dims, np.repeat(f.ids, repeats, f.dims.index(dim % input.ndim)), f.key)
+        if dim % input.ndim in f.dims
+        else f
+        for f in input.fields
+    )
+
+
+@oprule(torch.index_select, "index_select", movement=True)
+def _index_select(op: Op, input: Labelled, dim: int, index: Labelled) -> Fields:
+    dim %= input.ndim
+    f = input.at(dim)
+    if f is None or index.constant is None or len(f.dims) > 1:
+        return op.keep(input, [dim])
+    for g in index.fields:
+        op.freeze(g, "positions")
+    return tuple(Field(g.dims, g.ids[index.constant.cpu().numpy()], g.key) if g is f else g for g in input.fields)
+
+
+@oprule("expand", torch.broadcast_to, "broadcast_to", rewrite=rewrites.reshape)
+def _expand(op: Op, input: Labelled, *sizes: Any, **named: Any) -> Fields:
+    return _expanded(op, input, None)
+
+
+@oprule("expand_as", rewrite=rewrites.reshape)
+def _expand_as(op: Op, input: Labelled, other: Labelled) -> Fields:
+    return _expanded(op, input, other)
+
+
+def _expanded(op: Op, input: Labelled, other: Labelled | None) -> Fields:
+    """What is repeated is the same for every channel: it can be as long as what it meets."""
+    shift = len(op.shape) - input.ndim
+    fields = list(op.elementwise(input))
+    for d in range(1, len(op.shape)):
+        if op.shape[d] > 1 and (d < shift or input.shape[d - shift] == 1):
+            like = None if other is None else op.axis(other, d)[0]
+            if other is None:
+                fields.append(Field((d,), op.run.fresh(op.shape[d])))
+            elif like is not None:
+                fields.append(Field((d,), like.ids, like.key))
+    return tuple(fields)
+
+
+@oprule(nn.ChannelShuffle, F.channel_shuffle, movement=True)
+def _channel_shuffle(op: Op, input: Labelled, groups: int | None = None) -> Fields:
+    groups = groups or op.module.groups
+    f, rest = op.axis(input, 1)
+    if f is None:
+        return rest
+    return (*rest, Field(f.dims, np.ascontiguousarray(f.ids.reshape(groups, -1).T).ravel(), f.key))
+
+
+@oprule(nn.PixelShuffle, F.pixel_shuffle)
+def _pixel_shuffle(op: Op, input: Labelled, upscale_factor: int | None = None) -> Fields:
+    """Each channel of the output is made of ``r * r`` channels of the input, which go together."""
+    f, rest = op.axis(input, input.ndim - 3)
+    rest = tuple(g for g in rest if max(g.dims) < input.ndim - 3)
+    if f is None:
+        return rest
+    channels = f.ids.reshape(op.shape[-3], -1)
+    op.run.tie_ids(channels[:, :1], channels)
+    op.run.books.rows.append((channels[:-1, -1], channels[1:, 0], channels[:-1, 0], f"{op.name} reads parts of it"))
+    return (*rest, Field(f.dims, channels[:, 0], f.key))
+
+
+@oprule(nn.PixelUnshuffle, F.pixel_unshuffle)
+def _pixel_unshuffle(op: Op, input: Labelled, downscale_factor: int | None = None) -> Fields:
+    f, rest = op.axis(input, input.ndim - 3)
+    rest = tuple(g for g in rest if max(g.dims) < input.ndim - 3)
+    return rest if f is None else (*rest, Field(f.dims, np.repeat(f.ids, op.shape[-3] // f.ids.size), f.key))
+
+
+@oprule(F.unfold, nn.Unfold)
+def _unfold(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:
+    """Each channel becomes its patches' positions, one behind the other."""
+    if input.ndim != 4:
+        return unknown(op, input)  # type: ignore[no-any-return]
+    f, rest = op.axis(input, 1)
+    op.keep(input, [2, 3])
+    rest = tuple(g for g in rest if max(g.dims) < 1)
+    return rest if f is None else (*rest, Field((1,), np.repeat(f.ids, op.shape[1] // f.ids.size), f.key))

@@ -1,0 +1,94 @@
+"""Rows of the rule table for normalisations over channels.
+
+Their statistics do not change when every channel has the same number of copies, so these rules record what is mixed
+(`surgery.graph.propagate.Books.mixed`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from surgery.graph import rewrites
+from surgery.graph.labels import Fields, Labelled
+from surgery.graph.ops import Op, oprule
+
+
+@oprule(nn.LayerNorm, rewrite=rewrites.layer_norm)
+def _layer_norm_module(op: Op, input: Labelled) -> Fields:
+    rank = len(op.module.normalized_shape)
+    return _layer_norm(op, input, rank, op.param("weight", rank), op.param("bias", rank))
+
+
+@oprule(F.layer_norm, rewrite=rewrites.layer_norm_function)
+def _layer_norm_function(
+    op: Op,
+    input: Labelled,
+    normalized_shape: Any,
+    weight: Labelled | None = None,
+    bias: Labelled | None = None,
+    eps: float = 0.0,
+) -> Fields:
+    return _layer_norm(op, input, len(normalized_shape), weight, bias)
+
+
+def _layer_norm(op: Op, x: Labelled, rank: int, *vectors: Labelled | None) -> Fields:
+    """Statistics over the last ``rank`` axes, whose channels are mixed."""
+    first = x.ndim - rank
+    fields = []
+    for f in x.fields:
+        inside = [d for d in f.dims if d >= first]
+        if inside and len(f.dims) > 1:
+            f = op.across(f, [d for d in f.dims if d != inside[-1]] if len(inside) == len(f.dims) else inside)
+        if f.dims[0] >= first:
+            op.mixes(f)
+        fields.append(f)
+    for vector in vectors:
+        for g in () if vector is None else vector.fields:
+            same = next((f for f in fields if f.dims == (g.dims[0] + first,)), None)
+            op.per_channel(g)
+            if same is None:
+                op.freeze(g, f"{op.name} has positions in it")
+            else:
+                op.tie(same, g)
+    return tuple(fields)
+
+
+@oprule(nn.GroupNorm, rewrite=rewrites.group_norm)
+def _group_norm_module(op: Op, input: Labelled) -> Fields:
+    return _group_norm(op, input, op.module.num_groups, op.param("weight"), op.param("bias"))
+
+
+@oprule(F.group_norm, torch.group_norm, rewrite=rewrites.group_norm_function)
+def _group_norm_function(
+    op: Op,
+    input: Labelled,
+    num_groups: int,
+    weight: Labelled | None = None,
+    bias: Labelled | None = None,
+    *rest: Any,
+    **named: Any,
+) -> Fields:
+    return _group_norm(op, input, num_groups, weight, bias)
+
+
+def _group_norm(op: Op, x: Labelled, groups: int, *vectors: Labelled | None) -> Fields:
+    """Statistics over each group of channels. Channels are chosen alike in every group; a group of one channel is a
+    channel."""
+    f, _ = op.axis(x, 1)
+    rest = tuple(g for g in op.keep(x, range(2, x.ndim), f"{op.name} computes statistics over it") if 1 not in g.dims)
+    for vector in vectors:
+        for g in () if vector is None else vector.fields:
+            op.per_channel(g)
+            op.tie(f, g)
+    if f is None:
+        return rest
+    channels = np.asarray(f.ids.reshape(groups, -1))
+    if channels.shape[1] > 1:
+        op.together(channels)
+        op.mixes(f)
+    return (*rest, f)
