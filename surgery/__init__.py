@@ -1,6 +1,6 @@
 """Model surgery on torch.fx graphs: widen, deepen, slim, export and measure, exactly."""
 
-from surgery.deploy.benchmark import benchmark
+from surgery.deploy.benchmark import benchmark, compare
 from surgery.deploy.checkpoint import load, save
 from surgery.deploy.cost import cost
 from surgery.deploy.export import export_onnx
@@ -14,6 +14,7 @@ from surgery.passes.recipe import InsertIdentity, Recipe, Reindex, recipe
 from surgery.passes.slim import masked, slim, split_masks
 from surgery.passes.verify import Verification, verify
 from surgery.passes.widen import widen
+from surgery.version import VERSION as __version__
 
 __all__ = [
     "DimensionGroup",
@@ -28,8 +29,10 @@ __all__ = [
     "UsageError",
     "Verification",
     "VerificationError",
+    "__version__",
     "apply",
     "benchmark",
+    "compare",
     "cost",
     "deepen",
     "dimension_groups",

@@ -13,7 +13,9 @@ from typing import Any
 import psutil
 import torch
 
-_PACKAGES = ("surgery", "torch", "torchvision", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy")
+from surgery.version import VERSION
+
+_PACKAGES = ("torch", "torchvision", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy")
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def _first_line(path: Path) -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    found = {"surgery": VERSION}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
