@@ -14,7 +14,7 @@ from surgery.passes.recipe import InsertIdentity, Recipe, Reindex, recipe
 from surgery.passes.slim import masked, slim, split_masks
 from surgery.passes.verify import Verification, verify
 from surgery.passes.widen import widen
-from surgery.version import VERSION as __version__
+from surgery.version import __version__
 
 __all__ = [
     "DimensionGroup",

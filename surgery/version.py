@@ -1,3 +1,3 @@
 """The version of this package, also where it runs from a checkout that was not installed."""
 
-VERSION = "0.1.0"
+__version__ = "0.1.0"

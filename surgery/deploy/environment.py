@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from surgery.version import VERSION
+from surgery.version import __version__
 
 _PACKAGES = ("torch", "torchvision", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy")
 
@@ -85,7 +85,7 @@ def _first_line(path: Path) -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {"surgery": VERSION}
+    found = {"surgery": __version__}
     for package in _PACKAGES:
         try:
             found[package] = version(package)

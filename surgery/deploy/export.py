@@ -29,7 +29,7 @@ from surgery.deploy.parity import parity, reference
 from surgery.errors import ExportError, UsageError
 from surgery.graph import tracing
 from surgery.passes.recipe import recipe
-from surgery.version import VERSION
+from surgery.version import __version__
 
 CHECKED_BATCHES = (1, 2, 3)
 _EXPORT_BATCH = 2
@@ -183,7 +183,7 @@ def _innermost(error: BaseException) -> BaseException:
 
 def _provenance(module: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, str]:
     """What the file says about where it comes from."""
-    facts = {"version": VERSION, "torch": torch.__version__}
+    facts = {"version": __version__, "torch": torch.__version__}
     with contextlib.suppress(UsageError):  # a module that was not traced has neither
         source = tracing.info(module).source
         facts |= {"recipe_sha256": hashlib.sha256(recipe(module).to_json().encode()).hexdigest()}
