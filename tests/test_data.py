@@ -119,7 +119,7 @@ def test_a_torchvision_data_set_without_parts_is_split(tmp_path, monkeypatch):
             super().__init__(root, transform=transform)
 
         def __getitem__(self, index):
-            return self.transform(Image.new("L", (16, 16))), self.labels[index]
+            return self.transform(Image.new("LA", (16, 16))), self.labels[index]
 
         def __len__(self):
             return len(self.labels)
