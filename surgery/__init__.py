@@ -4,6 +4,7 @@ from surgery.deploy.benchmark import benchmark, compare
 from surgery.deploy.checkpoint import load, save
 from surgery.deploy.cost import cost
 from surgery.deploy.export import export_onnx
+from surgery.deploy.tradeoff import tradeoff
 from surgery.errors import EditError, ExportError, SurgeryError, TraceError, UsageError, VerificationError
 from surgery.graph.dims import DimensionGroup, Member, dimension_groups
 from surgery.graph.ops import oprule
@@ -47,6 +48,7 @@ __all__ = [
     "slim",
     "split_masks",
     "trace",
+    "tradeoff",
     "verify",
     "widen",
 ]

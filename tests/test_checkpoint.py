@@ -97,15 +97,23 @@ def test_loading_draws_nothing_from_the_global_random_state(operated, tmp_path):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_an_existing_folder_is_kept_unless_forced(operated, tmp_path):
+def test_a_folder_of_other_things_is_never_replaced(operated, tmp_path):
     target = tmp_path / "student"
     target.mkdir()
     (target / "notes.txt").write_text("mine")
-    with pytest.raises(surgery.UsageError, match="exists; pass force to replace it"):
+    with pytest.raises(surgery.UsageError, match="exists: choose another folder"):
         surgery.save(operated, target)
+    with pytest.raises(surgery.UsageError, match=r"is not replaced: it holds no recipe\.json"):
+        surgery.save(operated, target, force=True)
     assert [p.name for p in tmp_path.rglob("*")] == ["student", "notes.txt"]
-    surgery.save(operated, target, force=True)
-    assert not (target / "notes.txt").exists()
+
+
+def test_an_empty_folder_is_filled_and_a_saved_model_replaced_when_forced(operated, tmp_path):
+    surgery.save(operated, tmp_path)
+    with pytest.raises(surgery.UsageError, match="exists: choose another folder"):
+        surgery.save(operated, tmp_path)
+    surgery.save(operated, tmp_path, force=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.json", "weights.safetensors"]
 
 
 def test_what_cannot_be_loaded_says_why(operated, tmp_path):

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from surgery import catalogue
+from surgery.deploy.outputs import refuse_folder, staged_folder
 from surgery.errors import SurgeryError, UsageError
 from surgery.graph.tracing import TensorSpec, TracedModule, info, trace
 from surgery.passes.apply import apply
@@ -34,15 +33,15 @@ def save(module: nn.Module, directory: str | os.PathLike[str], *, force: bool = 
     Args:
         module: a traced module, operated on or not.
         directory: created with its parents; must not exist, or be empty.
-        force: replace what is there.
+        force: replace a saved model that is there; no other folder is ever replaced.
 
     Raises:
         UsageError: the module was not traced, or the directory has something in it.
     """
     known = info(module)
     target = Path(directory)
-    if target.exists() and not force and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{target} exists; pass force to replace it")
+    force = force or (target.is_dir() and not any(target.iterdir()))
+    refuse_folder(target, marker=RECIPE, force=force)
     modes = [n for n, m in module.named_modules() if m.training != module.training]
     content = {
         **json.loads(recipe(module).to_json()),
@@ -52,17 +51,9 @@ def save(module: nn.Module, directory: str | os.PathLike[str], *, force: bool = 
         "frozen": [n for n, p in module.named_parameters() if not p.requires_grad],
         "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as name:
-        draft = Path(name) / "saved"
-        draft.mkdir()
-        save_file(_tensors(module), draft / WEIGHTS)
-        (draft / RECIPE).write_text(json.dumps(content, indent=1) + "\n")
-        if target.is_dir():
-            shutil.rmtree(target)
-        elif target.exists():
-            target.unlink()
-        draft.rename(target)
+    with staged_folder(target, marker=RECIPE, force=force) as folder:
+        save_file(_tensors(module), folder / WEIGHTS)
+        (folder / RECIPE).write_text(json.dumps(content, indent=1) + "\n")
     return target
 
 
