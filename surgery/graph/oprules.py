@@ -58,6 +58,8 @@ def _conv(
         op.consumes(ins)
         op.tie(read, ins)
         op.produces(outs)
+    elif read is not None and read.ids.size == groups:
+        outs = _depthwise_conv(op, read, outs, ins, op.shape[dim] // groups, transposed)
     elif read is None or outs is None:
         for f in (read, outs, ins):
             op.freeze(f, f"{op.name} has groups of an axis that holds no channels")
@@ -69,31 +71,36 @@ def _conv(
     return _with(rest, outs, op.shape, dim)
 
 
-def _grouped_conv(op: Op, read: Field, outs: Field, ins: Field | None, groups: int, transposed: bool) -> Field:
-    """Channels are chosen alike in every group; with one input channel per group, a group is a channel."""
-    channels = read.ids.reshape(groups, -1)
-    if channels.shape[1] == 1:
-        op.freeze(outs if transposed else ins, "one per group")
-        if transposed:
-            op.per_channel(ins)
-            op.tie(read, ins)
-            return Field(outs.dims, np.repeat(read.ids, outs.ids.size), read.key)
-        op.per_channel(outs)
-        op.run.tie(outs, Field(outs.dims, np.repeat(read.ids, outs.ids.size // groups), read.key), op.name)
-        return outs
-    if ins is None:
-        op.freeze(read, f"{op.name} contracts a computed weight")
-        op.freeze(outs, f"{op.name} contracts a computed weight")
-        return Field(outs.dims, np.tile(outs.ids, groups), outs.key) if transposed else outs
-    op.together(channels)
-    op.consumes(ins)
-    op.produces(outs)
+def _depthwise_conv(
+    op: Op, read: Field, outs: Field | None, ins: Field | None, multiplier: int, transposed: bool
+) -> Field | None:
+    """With one input channel per group, a group is a channel."""
+    repeated = Field(read.dims, np.repeat(read.ids, multiplier), read.key)
     if transposed:
+        op.freeze(outs, "one per group")
+        op.per_channel(ins)
         op.tie(read, ins)
-        return Field(outs.dims, np.tile(outs.ids, groups), outs.key)
-    op.run.tie(Field(ins.dims, channels[0], read.key), ins, op.name)
-    op.together(outs.ids.reshape(groups, -1))
+        return repeated if ins is not None else None
+    op.freeze(ins, "one per group")
+    op.per_channel(outs)
+    op.tie(outs, repeated)
     return outs
+
+
+def _grouped_conv(op: Op, read: Field, outs: Field, ins: Field | None, groups: int, transposed: bool) -> Field:
+    """Channels are chosen alike in every group."""
+    channels = read.ids.reshape(groups, -1)
+    if transposed:
+        written = Field(outs.dims, np.tile(outs.ids, groups), outs.key)
+        op.rows(written.ids.reshape(groups, -1))
+    else:
+        written = outs
+        op.together(outs.ids.reshape(groups, -1))
+    op.produces(outs)
+    op.consumes(ins)
+    op.together(channels)
+    op.tie(read if transposed else Field((0,), channels[0], read.key), ins)
+    return written
 
 
 def _per_channel(op: Op, x: Labelled, dim: int, *vectors: Labelled | None) -> None:
@@ -139,7 +146,8 @@ def _conv_module(op: Op, input: Labelled) -> Fields:
 
 @oprule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, rewrite=rewrites.conv_transpose)
 def _conv_transpose_module(op: Op, input: Labelled, output_size: Any = None) -> Fields:
-    weight = op.param("weight")
+    depthwise = op.module.groups > 1 and op.module.groups == op.module.in_channels
+    weight = op.param("weight", dims=1 if depthwise else 2)
     assert weight is not None
     return _conv(op, input, weight, op.param("bias"), op.module.groups, True, weight.ndim - 2)
 

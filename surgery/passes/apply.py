@@ -21,6 +21,7 @@ from surgery.passes.insert import insert_identity
 from surgery.passes.layout import Layout, Layouts
 from surgery.passes.recipe import InsertIdentity, Recipe, Reindex, Step
 from surgery.passes.rewire import rewire
+from surgery.passes.shares import shared_out
 
 
 def apply(module: nn.Module, edit: Recipe | Step | Iterable[Step]) -> TracedModule:
@@ -166,15 +167,14 @@ def _gather(tensor: torch.Tensor, axes: Mapping[int, Layout], read: Sequence[int
     result = tensor
     for axis in sorted(axes, key=lambda a: len(axes[a].old) / tensor.shape[a]):
         old = axes[axis].old
-        if len(old) and old[-1] - old[0] + 1 == len(old) and bool((np.diff(old) == 1).all()):
+        share = layouts.share[axes[axis].unit]
+        index = torch.from_numpy(old).to(tensor.device)
+        if axis in read and (share != 1.0).any():
+            result = shared_out(result, axis, index, torch.from_numpy(share).to(tensor.device))
+        elif len(old) and old[-1] - old[0] + 1 == len(old) and bool((np.diff(old) == 1).all()):
             result = result.narrow(axis, int(old[0]), len(old))
         else:
-            result = result.index_select(axis, torch.from_numpy(old).to(tensor.device))
-    for axis in read:
-        share = layouts.share[axes[axis].unit]
-        if (share != 1.0).any():
-            factor = torch.from_numpy(share).to(tensor.device, tensor.dtype)
-            result = result * factor.view([-1 if a == axis else 1 for a in range(tensor.ndim)])
+            result = result.index_select(axis, index)
     return result
 
 
