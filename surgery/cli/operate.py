@@ -9,7 +9,7 @@ import torch
 import typer
 
 from surgery.cli.options import (
-    ROUNDING,
+    EXACT,
     AsJson,
     Force,
     InputShape,
@@ -132,7 +132,7 @@ def slim(
 
 def _compare(after: TracedModule, expected: TracedModule) -> Verification:
     args, kwargs = example_inputs(after)
-    check = verify(after, expected, args, kwargs=kwargs, dtype=torch.float64, tolerance=ROUNDING)
+    check = verify(after, expected, args, kwargs=kwargs, dtype=torch.float64, tolerance=EXACT)
     return check.raise_if_different()
 
 

@@ -32,8 +32,8 @@ Trust = Annotated[bool, typer.Option("--trust", help="Allow package.module:facto
 Force = Annotated[bool, typer.Option("--force", help="Replace what --out names, if it was made by this command.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
 
-ROUNDING = 1e-5
-"""Relative difference allowed, in float64, between models whose float32 weights may differ by their rounding."""
+EXACT = 1e-10
+"""Relative difference, in float64, up to which two models compute the same: rounding is 1e-15 to 1e-13."""
 
 T = TypeVar("T")
 

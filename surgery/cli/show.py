@@ -10,7 +10,7 @@ import typer
 from torchvision.models import get_model_weights
 
 from surgery import catalogue
-from surgery.cli.options import ROUNDING, AsJson, InputShape, Model, Seed, Trust, Weights, open_model, open_pair
+from surgery.cli.options import EXACT, AsJson, InputShape, Model, Seed, Trust, Weights, open_model, open_pair
 from surgery.cli.output import emit, table
 from surgery.deploy.cost import cost
 from surgery.deploy.units import mebibytes, quantity
@@ -126,7 +126,7 @@ def _show_members(group: DimensionGroup, as_json: bool) -> None:
 def verify(
     model: Model,
     reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="What MODEL is compared with.")],
-    tolerance: Annotated[float, typer.Option(help="Largest relative difference that passes, in float64.")] = ROUNDING,
+    tolerance: Annotated[float, typer.Option(help="Largest relative difference that passes, in float64.")] = EXACT,
     input_shape: InputShape = None,
     weights: Weights = "none",
     seed: Seed = 0,

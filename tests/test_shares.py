@@ -1,0 +1,47 @@
+"""Shares of a weight add up to it without rounding."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+import surgery
+from surgery import catalogue
+from surgery.passes.shares import shared_out
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_shares_of_a_weight_sum_to_it_in_exact_arithmetic(dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(6, 9, 1, 1, generator=generator) * torch.tensor([1e-3, 1, 50, 1, 1, 1]).view(-1, 1, 1, 1)).to(
+        dtype
+    )
+    weight[3, 2] = 0.0
+    old = torch.tensor([*range(9), 0, 0, 1, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3])
+    share = 1.0 / torch.bincount(old)[old].double()
+    result = shared_out(weight, 1, old, share)
+    assert result.dtype == dtype
+    for row in range(6):
+        for column in range(9):
+            copies = [Fraction(v.item()) for v in result[row, old == column, 0, 0]]
+            assert sum(copies) == Fraction(weight[row, column, 0, 0].item())
+    even = weight.double()[:, old] * share.view(1, -1, 1, 1)
+    assert ((result.double() - even).abs() <= 8 * torch.finfo(dtype).eps * weight.double()[:, old].abs()).all()
+
+
+def test_uneven_shares_sum_to_the_weight_too():
+    weight = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    old, share = torch.tensor([0, 1, 1, 1]), torch.tensor([1.0, 0.2, 0.7, 0.1], dtype=torch.float64)
+    result = shared_out(weight, 1, old, share).double()
+    assert torch.equal(result[:, 1:].sum(1), weight[:, 1].double())
+    assert torch.allclose(result[:, 2], 0.7 * weight[:, 1].double(), rtol=1e-6)
+
+
+def test_a_float32_model_is_widened_exactly_as_float64_shows():
+    traced = surgery.trace(catalogue.build("resnet18", num_classes=10, seed=0), torch.zeros(2, 3, 32, 32)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    for factor in (1.3, 2.0, 3.7):
+        wide = surgery.widen(traced, factor, seed=1)
+        assert surgery.verify(wide, traced, x, dtype=torch.float64).max_rel <= 1e-10
