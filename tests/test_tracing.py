@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -192,6 +194,16 @@ def test_results_compile_and_export(net):
     expected = slim(X)
     assert torch.allclose(torch.compile(slim, backend="eager")(X), expected)
     assert torch.allclose(torch.export.export(slim, (X,)).module()(X), expected)
+
+
+def test_modules_that_nobody_holds_are_freed_with_their_analysis(net):
+    traced = surgery.trace(net, X)
+    slim = surgery.slim(traced, 0.5)
+    surgery.dimension_groups(slim)
+    watched = [weakref.ref(traced), weakref.ref(slim), weakref.ref(slim.conv.weight)]
+    del traced, slim
+    gc.collect()
+    assert [w() for w in watched] == [None, None, None]
 
 
 def test_example_inputs_repeat_the_traced_shapes_with_another_batch(net):

@@ -7,7 +7,6 @@ through the model, group after group, and an axis is the sequence of the units t
 from __future__ import annotations
 
 import itertools
-import weakref
 import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -302,18 +301,18 @@ def _role(axis: ParamAxis) -> str:
 
 
 def dimensions(module: nn.Module) -> Dimensions:
-    """The analysis behind `dimension_groups`, computed once for each traced module and state of its graphs."""
+    """The analysis behind `dimension_groups`, computed once for each traced module and state of its graphs.
+
+    It is kept with the module, not in a table: it refers to the graphs, and so to the module and its weights.
+    """
     info(module)
     assert isinstance(module, TracedModule)
     state = tuple(len(g.nodes) for g in module.graphs)
-    found = _CACHE.get(module)
+    found: tuple[Any, Dimensions] | None = module.__dict__.get("_dimensions")
     if found is None or found[0] != state:
         found = (state, Dimensions(propagate(module, *example_inputs(module, batch_size=None))))
-        _CACHE[module] = found
+        module.__dict__["_dimensions"] = found
     return found[1]
-
-
-_CACHE: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Dimensions]] = weakref.WeakKeyDictionary()
 
 
 def _components(books: Books) -> Ids:
