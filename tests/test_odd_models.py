@@ -1332,3 +1332,59 @@ def test_a_checkpointed_layer_is_edited_like_any_other(reentrant):
     wide = surgery.widen(surgery.trace(net, x), 2.0)
     assert wide.a.out_features == 12
     assert surgery.verify(wide, net, x).max_rel <= EXACT
+
+
+def test_a_tensor_that_is_a_mere_attribute_moves_and_changes_with_the_model():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.arange(1.0, 7.0)
+
+        def forward(self, x):
+            return x * self.scale
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.inner, self.b = nn.Linear(4, 6), Inner(), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.b(self.inner(self.a(x)))
+
+    net, x = Outer(), torch.randn(2, 4)
+    traced = surgery.trace(net, x)
+    assert list(traced.state_dict()) == list(net.state_dict())
+    for edited in (copy.deepcopy(traced), surgery.widen(traced, 1.5)):
+        assert surgery.verify(edited, net, x).ok
+    assert surgery.widen(traced, 1.5).inner.scale.shape == (9,)
+
+
+def test_hooks_of_the_model_itself_still_run():
+    net, x = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), torch.randn(2, 4)
+    net.register_forward_hook(lambda module, args, output: output * 2)
+    traced = surgery.trace(net, x)
+    for edited in (traced, surgery.widen(traced, 2.0)):
+        assert surgery.verify(edited, net, x).ok
+
+
+def test_a_shape_that_depends_on_the_data_is_named():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 6)
+
+        def forward(self, x):
+            y = self.a(x)
+            return y[y > 0].sum()
+
+    with pytest.raises(surgery.TraceError, match="getitem: the shape of its result depends on the data"):
+        surgery.dimension_groups(surgery.trace(Masked(), torch.randn(2, 4)))
+
+
+def test_a_network_of_tokens_is_deepened_by_linear_layers():
+    net, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double(), torch.randn(2, 5, 4).double()
+    deep = surgery.deepen(surgery.trace(net, x), ["0"])
+    assert surgery.verify(deep, net, x).max_rel <= EXACT
+    added = [m for n, m in deep.named_modules() if "identity" in n and isinstance(m, (nn.Linear, nn.Conv1d))]
+    assert [type(m) for m in added] == [nn.Linear]
+    assert added[0].in_features == 6

@@ -190,6 +190,10 @@ class _Run(Ledger):
                 ]
                 for other in results[1:]:
                     self._tie_calls(results[0], other, node.name)
+                if leaf._forward_hooks or leaf._forward_pre_hooks:
+                    for value in _labelled((args, kwargs, results[0])):
+                        for f in value.fields:
+                            self.freeze(f.ids, f"{target} has hooks")
                 return results[0]
         elif target is operator.getitem and not isinstance(args[0], Labelled):
             return args[0][args[1]]
@@ -198,13 +202,16 @@ class _Run(Ledger):
         raw_args, raw_kwargs = pytree.tree_map(_value, (args, kwargs))
         tensors = list(_labelled((args, kwargs)))
         versions = [a.value._version for a in tensors]
-        with torch.no_grad():
-            if leaf is not None:
-                raw = self._twin(leaf)(*raw_args, **raw_kwargs)
-            elif node.op == "call_method":
-                raw = getattr(raw_args[0], target)(*raw_args[1:], **raw_kwargs)
-            else:
-                raw = target(*raw_args, **raw_kwargs)
+        try:
+            with torch.no_grad():
+                if leaf is not None:
+                    raw = self._twin(leaf)(*raw_args, **raw_kwargs)
+                elif node.op == "call_method":
+                    raw = getattr(raw_args[0], target)(*raw_args[1:], **raw_kwargs)
+                else:
+                    raw = target(*raw_args, **raw_kwargs)
+        except NotImplementedError as error:
+            raise TraceError(f"{node.name}: the shape of its result depends on the data ({target})") from error
         out = pytree.tree_map(lambda v: Labelled(v.to("meta")) if isinstance(v, torch.Tensor) else v, raw)
         if not any(True for _ in _labelled(out)):
             return out

@@ -122,9 +122,7 @@ class TracedModule(fx.GraphModule):
         result = TracedModule(root, copy.deepcopy(self.graph, memo), train_graph)
         memo[id(self)] = result
         result.meta = dict(self.meta)
-        for name, value in self.__dict__.items():
-            if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs"):
-                result.__dict__[name] = copy.copy(value)
+        _copy_hooks(self, result)
         return result
 
     def __reduce__(self) -> Any:
@@ -221,11 +219,34 @@ def _trace_copy(root: nn.Module, concrete: dict[str, Any]) -> TracedModule:
             break
         except _ModeBranchError as found:
             modal.add(found.path)
+    for g in (graph, train_graph):
+        _register_plain_tensors(root, g)
     tree = _module_tree(root, "", _Kept(_leaves(root, graph, train_graph), modal, {}))
     for g in (graph, train_graph):
         if g is not None:
             g.owning_module = None
-    return TracedModule(tree, graph, train_graph)
+    traced = TracedModule(tree, graph, train_graph)
+    _copy_hooks(root, traced)
+    return traced
+
+
+def _register_plain_tensors(root: nn.Module, graph: fx.Graph | None) -> None:
+    """Tensors that are mere attributes become buffers outside the state dict: they move and change with the rest."""
+    for node in graph.nodes if graph is not None else ():
+        if node.op != "get_attr":
+            continue
+        path, _, name = str(node.target).rpartition(".")
+        owner = root.get_submodule(path)
+        value = owner.__dict__.get(name)
+        if isinstance(value, torch.Tensor):
+            del owner.__dict__[name]
+            owner.register_buffer(name, value, persistent=False)
+
+
+def _copy_hooks(source: nn.Module, target: nn.Module) -> None:
+    for name, value in source.__dict__.items():
+        if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs"):
+            target.__dict__[name] = copy.copy(value)
 
 
 def _trace_mode(root: nn.Module, concrete: dict[str, Any], modal: set[str], *, training: bool) -> tuple[fx.Graph, bool]:

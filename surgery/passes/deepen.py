@@ -86,7 +86,7 @@ def _step(dims: Dimensions, site: Site, after: str, name: str, seed: int) -> Ins
     where = f"the output of {after!r}"
     if not isinstance(value, Labelled):
         raise EditError(f"{where} is not one tensor")
-    spatial, channels = _kind(value, where)
+    spatial, channels = _kind(dims, value, where)
     activation = activation_of(site.owner, site.node)
     idempotent = activation in IDEMPOTENT
     norm = spatial > 0 and _normalised(site, after)
@@ -102,14 +102,20 @@ def _step(dims: Dimensions, site: Site, after: str, name: str, seed: int) -> Ins
     )
 
 
-def _kind(value: Labelled, where: str) -> tuple[int, int]:
-    """Number of spatial dims (0: the channels are last, for a linear layer) and of channels."""
+def _kind(dims: Dimensions, value: Labelled, where: str) -> tuple[int, int]:
+    """Number of spatial dims (0: the channels are last, for a linear layer) and of channels.
+
+    Of two axes that hold something, as in (batch, tokens, channels), it is the one that can be edited.
+    """
     last, second = value.at(-1), value.at(1) if value.ndim > 2 else None
+    places = []
     if second is not None and second.dims == (1,) and 3 <= value.ndim <= 5:
-        return value.ndim - 2, value.shape[1]
+        places.append((second, (value.ndim - 2, value.shape[1])))
     if last is not None and last.dims == (value.ndim - 1,):
-        return 0, value.shape[-1]
-    raise EditError(f"{where} has no channel axis to put a layer behind")
+        places.append((last, (0, value.shape[-1])))
+    if not places:
+        raise EditError(f"{where} has no channel axis to put a layer behind")
+    return min(places, key=lambda place: bool(dims.frozen[dims.unit_of[place[0].ids]].all()))[1]
 
 
 def _kernel(site: Site, after: str, value: Labelled, spatial: int) -> tuple[int, ...]:
