@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -46,35 +48,27 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-@pytest.fixture(scope="session")
-def model_of() -> Callable[[str], tuple[nn.Module, torch.Tensor]]:
-    """A float64 model in evaluation mode with random norms, and an input for it; each built once."""
-    built: dict[str, tuple[nn.Module, torch.Tensor]] = {}
+@dataclass(frozen=True)
+class Family:
+    """A model of a family in float64 and evaluation mode, with random norms; the same, traced; and an input."""
 
-    def build(name: str) -> tuple[nn.Module, torch.Tensor]:
-        if name not in built:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model = catalogue.build(name, seed=0)
-            generator = torch.Generator().manual_seed(1)
-            x = torch.randn(2, 3, FAMILIES[name], FAMILIES[name], generator=generator, dtype=torch.float64)
-            built[name] = (randomised(model).double().eval(), x)
-        return built[name]
-
-    return build
+    name: str
+    model: nn.Module
+    traced: nn.Module
+    x: torch.Tensor
 
 
-@pytest.fixture(scope="session")
-def traced_of(
-    model_of: Callable[[str], tuple[nn.Module, torch.Tensor]],
-) -> Callable[[str], tuple[nn.Module, torch.Tensor]]:
-    """The same, traced."""
-    traced: dict[str, tuple[nn.Module, torch.Tensor]] = {}
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in FAMILIES])
+def family(request: pytest.FixtureRequest) -> Iterator[Family]:
+    """Each family in turn: all tests of one before the next, so that one model is held at a time."""
+    yield build_family(request.param)
+    gc.collect()
 
-    def trace(name: str) -> tuple[nn.Module, torch.Tensor]:
-        if name not in traced:
-            model, x = model_of(name)
-            traced[name] = (surgery.trace(model, x, source=f"torchvision:{name}"), x)
-        return traced[name]
 
-    return trace
+def build_family(name: str) -> Family:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = randomised(catalogue.build(name, seed=0)).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 3, FAMILIES[name], FAMILIES[name], generator=generator, dtype=torch.float64)
+    return Family(name, model, surgery.trace(model, x, source=f"torchvision:{name}"), x)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import build_family
 
 import surgery
 
@@ -31,16 +31,13 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("train", [False, True])
-def test_a_traced_model_computes_what_the_model_computes_in_both_modes(model_of, traced_of, name, train):
-    model, x = model_of(name)
-    assert surgery.verify(traced_of(name)[0], model, x, train=train).max_rel <= EXACT
+def test_a_traced_model_computes_what_the_model_computes_in_both_modes(family, train):
+    assert surgery.verify(family.traced, family.model, family.x, train=train).max_rel <= EXACT
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_permuting_every_group_changes_nothing(traced_of, name):
-    traced, x = traced_of(name)
+def test_permuting_every_group_changes_nothing(family):
+    traced, x = family.traced, family.x
     groups = [g for g in surgery.dimension_groups(traced) if g.editable]
     index = {g.name: g.permutation(seed=1) for g in groups}
     assert all(sorted(i) == list(range(g.units)) for g, i in zip(groups, index.values(), strict=True))
@@ -48,17 +45,15 @@ def test_permuting_every_group_changes_nothing(traced_of, name):
     assert surgery.verify(surgery.reindex(traced, index), traced, x).max_rel <= EXACT
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_only_the_networks_ends_are_left_alone(traced_of, name):
-    left = [g for g in surgery.dimension_groups(traced_of(name)[0]) if g.reason]
+def test_only_the_networks_ends_are_left_alone(family):
+    left = [g for g in surgery.dimension_groups(family.traced) if g.reason]
     assert {g.reason for g in left} == {"network input", "network output"}
     assert not any(g.editable for g in left)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("factor", [1.5, 2.0])
-def test_widening_changes_nothing(traced_of, name, factor):
-    traced, x = traced_of(name)
+def test_widening_changes_nothing(family, factor):
+    traced, x = family.traced, family.x
     if sum(p.numel() for p in traced.parameters()) > 50_000_000:
         traced = surgery.slim(traced, 0.25)  # twice the width of a VGG takes gigabytes
     wide = surgery.widen(traced, factor, seed=3)
@@ -66,17 +61,15 @@ def test_widening_changes_nothing(traced_of, name, factor):
     assert surgery.verify(wide, traced, x).max_rel <= EXACT
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_deepening_each_stage_changes_nothing(traced_of, name):
-    traced, x = traced_of(name)
-    deep = surgery.deepen(traced, STAGES[name])
-    assert sum(1 for _ in deep.modules()) >= sum(1 for _ in traced.modules()) + 2 * len(STAGES[name])
+def test_deepening_each_stage_changes_nothing(family):
+    traced, x = family.traced, family.x
+    deep = surgery.deepen(traced, STAGES[family.name])
+    assert sum(1 for _ in deep.modules()) >= sum(1 for _ in traced.modules()) + 2 * len(STAGES[family.name])
     assert surgery.verify(deep, traced, x).max_rel <= EXACT
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_slim_network_is_the_dense_one_without_its_reset_hypothesis(traced_of, name):
-    traced, x = traced_of(name)
+def test_the_slim_network_is_the_dense_one_without_its_reset_hypothesis(family):
+    traced, x = family.traced, family.x
     masked = surgery.masked(traced, surgery.split_masks(traced, 0.5))
     slim = surgery.slim(traced, 0.5)
     assert surgery.verify(slim, masked, x).max_rel <= EXACT
@@ -84,8 +77,9 @@ def test_the_slim_network_is_the_dense_one_without_its_reset_hypothesis(traced_o
 
 
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v3_small"])
-def test_operated_networks_can_be_operated_on_again(traced_of, name):
-    traced, x = traced_of(name)
+def test_operated_networks_can_be_operated_on_again(name):
+    family = build_family(name)
+    traced, x = family.traced, family.x
     grown = surgery.deepen(surgery.widen(traced, 1.5), STAGES[name])
     again = surgery.widen(grown, 1.3, seed=5)
     assert surgery.verify(again, traced, x).max_rel <= EXACT
@@ -95,8 +89,9 @@ def test_operated_networks_can_be_operated_on_again(traced_of, name):
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
-def test_auxiliary_heads_shrink_and_grow_with_the_body(traced_of, name):
-    traced, x = traced_of(name)
+def test_auxiliary_heads_shrink_and_grow_with_the_body(name):
+    family = build_family(name)
+    traced, x = family.traced, family.x
     traced = copy.deepcopy(traced)
     for module in traced.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -113,8 +108,8 @@ def test_auxiliary_heads_shrink_and_grow_with_the_body(traced_of, name):
     assert all(p.grad is not None for p in slim.parameters())
 
 
-def test_every_parameter_keeps_its_name_dtype_and_flag(traced_of):
-    traced, _ = traced_of("resnet18")
+def test_every_parameter_keeps_its_name_dtype_and_flag():
+    traced = build_family("resnet18").traced
     traced.get_parameter("conv1.weight").requires_grad_(False)
     try:
         for result in (surgery.slim(traced, 0.5), surgery.widen(traced, 1.5), surgery.deepen(traced, ["layer1"])):
