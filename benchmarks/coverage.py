@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import multiprocessing
-import platform
 import resource
 import time
 import warnings
@@ -34,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import surgery
 from surgery import catalogue
+from surgery.deploy.environment import environment
 from surgery.passes.deepen import deepen_plan
 
 HALF_WIDTH = 100_000_000
@@ -56,7 +56,7 @@ def main() -> None:
     summary = {
         "command": "python benchmarks/coverage.py " + " ".join(options.models),
         "date": date.today().isoformat(),
-        "device": platform.processor() or platform.machine(),
+        "device": environment().cpu,
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "threads": torch.get_num_threads(),
