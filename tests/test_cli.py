@@ -226,6 +226,10 @@ TRADEOFF = ["tradeoff", SMALL, "--dataset", "digits", "--out", "made"]
             "the module cannot be run on these inputs ((1, 1, 32, 32)): ",
         ),
         (
+            ["slim", SMALL, "--input-shape", "2,1,32,32", "--rate", "0.5", *OUT],
+            "the example inputs do not fit: ",
+        ),
+        (
             ["inspect", SMALL, "--input-shape", "wide"],
             "input shape 'wide' is not of the form N,C,H,W, as in 2,3,64,64\n",
         ),

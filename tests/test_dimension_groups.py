@@ -328,3 +328,11 @@ def test_uneven_shares_keep_the_function():
     assert changed(wide, traced, inputs) <= EXACT
     with pytest.raises(surgery.UsageError, match="must sum to 1"):
         surgery.reindex(traced, {"a": [0, 1, 1]}, shares={"a": [1, 0.5, 0.4]})
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 16, 16), (2, 3, 16), (2, 3, 2, 2)])
+def test_example_inputs_that_do_not_fit_are_refused_in_one_line(shape):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 2))
+    with pytest.raises(surgery.UsageError, match=r"the example inputs do not fit: .* cannot take") as refused:
+        surgery.slim(surgery.trace(model, torch.zeros(shape)), 0.5)
+    assert "\n" not in str(refused.value)

@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from surgery.errors import TraceError
+from surgery.errors import TraceError, UsageError
 from surgery.graph.labels import Field, Ids, Labelled, Pairing
 from surgery.graph.ops import Op, rule_for, unknown
 from surgery.graph.tracing import TracedModule
@@ -212,6 +212,10 @@ class _Run(Ledger):
                     raw = target(*raw_args, **raw_kwargs)
         except NotImplementedError as error:
             raise TraceError(f"{node.name}: the shape of its result depends on the data ({target})") from error
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            given = " and ".join(str(t.shape) for t in tensors)
+            what = str(error).strip().partition("\n")[0]
+            raise UsageError(f"the example inputs do not fit: {node.name} cannot take {given} ({what})") from error
         out = pytree.tree_map(lambda v: Labelled(v.to("meta")) if isinstance(v, torch.Tensor) else v, raw)
         if not any(True for _ in _labelled(out)):
             return out
