@@ -22,6 +22,7 @@ from surgery.errors import TraceError, UsageError
 from surgery.graph.labels import Field, Ids, Labelled, Pairing
 from surgery.graph.ops import Op, rule_for, unknown
 from surgery.graph.tracing import TracedModule
+from surgery.graph.twins import Twins
 
 ParamKey = tuple[str, int]
 NodeKey = tuple[str, str]
@@ -116,10 +117,9 @@ class _Run(Ledger):
         self.names: dict[int, str] = {}
         for name, tensor in (*root.named_parameters(), *root.named_buffers()):
             self.names.setdefault(id(tensor), name)
-        self.metas: dict[int, torch.Tensor] = {}
+        self.twins = Twins()
         self.views: dict[int, list[tuple[fx.Node, Labelled]]] = {}
         """Values by the storage that they share."""
-        self.twins: dict[int, nn.Module] = {}
 
     # ---- interpretation
 
@@ -203,20 +203,14 @@ class _Run(Ledger):
         tensors = list(_labelled((args, kwargs)))
         versions = [a.value._version for a in tensors]
         try:
-            with torch.no_grad():
-                if leaf is not None:
-                    raw = self._twin(leaf)(*raw_args, **raw_kwargs)
-                elif node.op == "call_method":
-                    raw = getattr(raw_args[0], target)(*raw_args[1:], **raw_kwargs)
-                else:
-                    raw = target(*raw_args, **raw_kwargs)
+            raw = self.twins.run(node, leaf, raw_args, raw_kwargs)
         except NotImplementedError as error:
             raise TraceError(f"{node.name}: the shape of its result depends on the data ({target})") from error
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             given = " and ".join(str(t.shape) for t in tensors)
             what = str(error).strip().partition("\n")[0]
             raise UsageError(f"the example inputs do not fit: {node.name} cannot take {given} ({what})") from error
-        out = pytree.tree_map(lambda v: Labelled(v.to("meta")) if isinstance(v, torch.Tensor) else v, raw)
+        out = pytree.tree_map(lambda v: Labelled(v) if isinstance(v, torch.Tensor) else v, raw)
         if not any(True for _ in _labelled(out)):
             return out
         op = Op(self, node, leaf, target if leaf is not None else "", (scope, node.name), out)
@@ -312,37 +306,14 @@ class _Run(Ledger):
             return None
         name = self.names.get(id(value))
         if name is None:
-            return Labelled(self._meta(value), (), value)
+            return Labelled(self.twins.tensor(value), (), value)
         fields = []
         for dim in range(value.ndim) if dims is None else dims:
             axis = self.books.axes.get((name, dim))
             if axis is None:
                 axis = self.books.axes[name, dim] = ParamAxis(name, dim, self.fresh(value.shape[dim]))
             fields.append(Field((dim,), axis.ids, ("param", name, dim)))
-        return Labelled(self._meta(value), tuple(fields), value)
-
-    def _meta(self, tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in self.metas:
-            self.metas[id(tensor)] = tensor.detach().to("meta")
-        return self.metas[id(tensor)]
-
-    def _twin(self, leaf: nn.Module) -> nn.Module:
-        """The leaf with meta tensors and in evaluation mode; shapes do not depend on the mode."""
-        if id(leaf) not in self.twins:
-            twin = object.__new__(type(leaf))
-            twin.__dict__.update(
-                {k: self._meta(v) if isinstance(v, torch.Tensor) else v for k, v in leaf.__dict__.items()}
-            )
-            for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-                twin.__dict__[hooks] = {}
-            for part in ("_parameters", "_buffers"):
-                twin.__dict__[part] = {k: None if v is None else self._meta(v) for k, v in leaf.__dict__[part].items()}
-            twin.__dict__["_modules"] = {
-                k: None if v is None else self._twin(v) for k, v in leaf.__dict__["_modules"].items()
-            }
-            twin.__dict__["training"] = False
-            self.twins[id(leaf)] = twin
-        return self.twins[id(leaf)]
+        return Labelled(self.twins.tensor(value), tuple(fields), value)
 
 
 def _storage(value: Labelled) -> int:

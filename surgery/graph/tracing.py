@@ -1,4 +1,4 @@
-"""From a model to a traced module. The only file that knows fx's tracer.
+"""From a model to a traced module.
 
 A traced module is an `fx.GraphModule` that keeps the model's parameter names, module tree and mode flags, and that is
 faithful in both modes: reading ``self.training`` becomes part of the graph, and a module whose Python *branches* on
@@ -8,10 +8,7 @@ its own flag gets one graph per mode (`TracedModule.train_graph`), over the same
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,9 +17,12 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from surgery.errors import TraceError, UsageError
-from surgery.graph.ops import has_module_rule
+from surgery.graph.guards import Values
+from surgery.graph.tracer import ModeBranchError, Tracer, symbolic_factories, symbolic_modes
 
 _INFO = "surgery"
+_STARS = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
+_VIEWS_OF_DICTS = ("items", "keys", "values")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def trace(
         root = copy.deepcopy(model)
     except RuntimeError as error:
         raise TraceError(f"{type(model).__name__} cannot be copied: {error}") from error
-    traced = _trace_copy(root, _concrete_arguments(model, args, kwargs))
+    traced = _trace_copy(root, bound_arguments(model, args, kwargs))
     spec_args, spec_kwargs = pytree.tree_map(_spec, (args, kwargs))
     traced.meta[_INFO] = TraceInfo(source, spec_args, spec_kwargs)
     return traced
@@ -192,36 +192,50 @@ def _unpickle(tree: nn.Module, graph: fx.Graph, train_graph: fx.Graph | None, me
     return module
 
 
-def _concrete_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of ``forward`` that are not tensors in this call: constants of the graph, guarded by fx."""
+@dataclass(frozen=True)
+class Arguments:
+    """The parameters of a ``forward`` in one call, by name; ``*args`` and ``**kwargs`` with their stars."""
+
+    values: dict[str, Any]
+    constants: dict[str, Any]
+    """Those that hold no tensor: constants of the graph, guarded by fx."""
+
+
+def bound_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """The call ``model(*args, **kwargs)`` by the names of the parameters."""
     try:
         bound = inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
         raise UsageError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
     given = dict(bound.arguments)
     bound.apply_defaults()
-    variadic = {p.name for p in bound.signature.parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    return {
+    kinds = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    stars = {
+        p.name: next((s for k, s in kinds.items() if k is p.kind), "") for p in bound.signature.parameters.values()
+    }
+    constants = {
         name: value
         for name, value in bound.arguments.items()
-        if name not in variadic
+        if not stars[name]
         and (name not in given or not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(value)))
     }
+    return Arguments({stars[name] + name: value for name, value in bound.arguments.items()}, constants)
 
 
-def _trace_copy(root: nn.Module, concrete: dict[str, Any]) -> TracedModule:
+def _trace_copy(root: nn.Module, given: Arguments) -> TracedModule:
     """Trace ``root``, a private copy whose tensors and leaves become the result's own."""
     modal: set[str] = set()  # submodules that branch on their own flag: traced on their own, called as leaves
     while True:
         try:
-            graph, branches = _trace_mode(root, concrete, modal, training=False)
-            train_graph = _trace_mode(root, concrete, modal, training=True)[0] if branches else None
+            tracer, graph = _trace_mode(root, given, modal, training=False)
+            train_graph = _trace_mode(root, given, modal, training=True)[1] if tracer.branched else None
             break
-        except _ModeBranchError as found:
+        except ModeBranchError as found:
             modal.add(found.path)
     for g in (graph, train_graph):
         _register_plain_tensors(root, g)
-    tree = _module_tree(root, "", _Kept(_leaves(root, graph, train_graph), modal, {}))
+    calls = _leaves(root, graph, train_graph)
+    tree = _module_tree(root, "", _Kept(calls, {id(root.get_submodule(p)): p for p in modal}, tracer.values, {}))
     for g in (graph, train_graph):
         if g is not None:
             g.owning_module = None
@@ -249,152 +263,46 @@ def _copy_hooks(source: nn.Module, target: nn.Module) -> None:
             target.__dict__[name] = copy.copy(value)
 
 
-def _trace_mode(root: nn.Module, concrete: dict[str, Any], modal: set[str], *, training: bool) -> tuple[fx.Graph, bool]:
-    tracer = _Tracer(modal, training)
+def _trace_mode(root: nn.Module, given: Arguments, modal: set[str], *, training: bool) -> tuple[Tracer, fx.Graph]:
+    tracer = Tracer(modal, training, Values(root, given.values))
     try:
-        with _symbolic_modes(root, tracer), _symbolic_factories(tracer):
-            graph = tracer.trace(root, concrete)
-    except _ModeBranchError:
+        with symbolic_modes(root, tracer), symbolic_factories(tracer):
+            graph = tracer.trace(root, given.constants)
+    except ModeBranchError:
         raise
     except Exception as error:  # fx runs the model's own Python, which may raise anything
         raise TraceError(f"{type(root).__name__} cannot be traced: {error}{tracer.where()}") from error
     for node in reversed(graph.nodes):
         stack = node.meta.pop("nn_module_stack", None) or {"": None}
         node.meta["path"] = next(reversed(stack))  # the module whose forward made the node
-        if "training_flag_of" in node.meta and not node.users:
+        if not node.users and ("training_flag_of" in node.meta or node.target in _VIEWS_OF_DICTS):
             graph.erase_node(node)
-    return graph, tracer.branched
-
-
-class _ModeBranchError(Exception):
-    """Python control flow read the training flag of the submodule at ``path``."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self.path = path
-
-
-_FACTORIES = ("zeros", "ones", "full", "empty", "rand", "randn", "arange", "linspace")
-"""Functions of torch that take sizes rather than tensors: fx does not see them by itself."""
-
-
-class _Tracer(fx.Tracer):
-    """Leaves are layers that have a rule and modules of torch.nn; buffers and mode flags are read in the graph."""
-
-    def __init__(self, modal: set[str], training: bool) -> None:
-        super().__init__(param_shapes_constant=True)
-        self.modal = modal
-        self.mode = training
-        self.branched = False
-        self.stack: list[str] = []
-        self._buffers: dict[int, str] = {}
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name in self.modal or has_module_rule(m):
-            return True
-        return type(m).forward.__module__.startswith("torch.nn.") and super().is_leaf_module(m, module_qualified_name)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Buffers become nodes, as parameters do: what is computed from them follows when they change."""
-        if isinstance(attr_val, torch.Tensor) and not isinstance(attr_val, nn.Parameter):
-            name = self.buffers().get(id(attr_val))
-            if name is not None:
-                if name not in parameter_proxy_cache:
-                    parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
-                return parameter_proxy_cache[name]
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def buffers(self) -> dict[int, str]:
-        if not self._buffers:
-            self._buffers = {id(b): n for n, b in reversed(list(self.root.named_buffers()))}
-        return self._buffers
-
-    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.stack.append(self.path_of_module(m))
-        result = super().call_module(m, forward, args, kwargs)
-        self.stack.pop()
-        return result
-
-    def training_flag(self, module: nn.Module) -> Any:
-        path = "" if module is self.root else self.path_of_module(module)
-        name = f"{path}.training" if path else "training"
-        proxy = self.create_proxy("get_attr", name, (), {})
-        proxy.node.meta["training_flag_of"] = path
-        return proxy
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        path = obj.node.meta.get("training_flag_of")
-        if path is None:
-            return super().to_bool(obj)
-        if path:
-            raise _ModeBranchError(path)
-        self.branched = True
-        return self.mode
-
-    def where(self) -> str:
-        return f" (in {self.stack[-1]!r})" if self.stack else ""
-
-
-@contextmanager
-def _symbolic_factories(tracer: _Tracer) -> Iterator[None]:
-    """While tracing, making a tensor of a size that the graph computes is a node of the graph."""
-
-    def symbolic(function: Any) -> Any:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
-                return tracer.create_proxy("call_function", function, args, kwargs)
-            return function(*args, **kwargs)
-
-        return call
-
-    original = {name: getattr(torch, name) for name in _FACTORIES}
-    try:
-        for name, function in original.items():
-            setattr(torch, name, symbolic(function))
-        yield
-    finally:
-        for name, function in original.items():
-            setattr(torch, name, function)
-
-
-@contextmanager
-def _symbolic_modes(root: nn.Module, tracer: _Tracer) -> Iterator[None]:
-    """While tracing, reading ``training`` of a module that is traced through gives a node of the graph."""
-    original: dict[nn.Module, type[nn.Module]] = {}
-    flag = property(lambda module: tracer.training_flag(module))
-    for name, module in root.named_modules():
-        if not name or not tracer.is_leaf_module(module, name):
-            original[module] = type(module)
-    flags = {module: module.__dict__.pop("training") for module in original}
-    patched: dict[type, type] = {}
-    try:
-        for module, cls in original.items():
-            if cls not in patched:
-                patched[cls] = type(cls.__name__, (cls,), {"training": flag, "__module__": cls.__module__})
-            module.__class__ = patched[cls]
-        yield
-    finally:
-        for module, cls in original.items():
-            module.__class__ = cls
-            module.__dict__["training"] = flags[module]
+    return tracer, graph
 
 
 @dataclass(frozen=True)
 class _Kept:
     """What to keep of a traced model's module tree."""
 
-    leaves: set[int]
-    """Ids of the modules that the graphs call."""
-    modal: set[str]
+    leaves: dict[int, fx.Node]
+    """Ids of the modules that the graphs call, with a node that does."""
+    modal: dict[int, str]
     """Paths of the leaves that are traced on their own."""
+    values: Values
+    """What is known of the graph's values."""
     done: dict[int, nn.Module]
     """Results by the id of the original: what is shared stays shared."""
 
+    def arguments(self, module: nn.Module) -> Arguments:
+        """The arguments that a graph calls a leaf with, on the meta device."""
+        node = self.leaves[id(module)]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.of)
+        return bound_arguments(module, args, kwargs)
 
-def _leaves(root: nn.Module, *graphs: fx.Graph | None) -> set[int]:
-    nodes = (n for graph in graphs if graph is not None for n in graph.nodes if n.op == "call_module")
-    return {id(root.get_submodule(str(n.target))) for n in nodes}
+
+def _leaves(root: nn.Module, *graphs: fx.Graph | None) -> dict[int, fx.Node]:
+    nodes = (n for graph in reversed(graphs) if graph is not None for n in graph.nodes if n.op == "call_module")
+    return {id(root.get_submodule(str(n.target))): n for n in nodes}
 
 
 def _module_tree(module: nn.Module, path: str, kept: _Kept) -> nn.Module:
@@ -406,7 +314,7 @@ def _module_tree(module: nn.Module, path: str, kept: _Kept) -> nn.Module:
     if id(module) in kept.done:
         return kept.done[id(module)]
     if id(module) in kept.leaves:
-        tree = _trace_copy(module, {}) if path in kept.modal else module
+        tree = _trace_copy(module, kept.arguments(module)) if id(module) in kept.modal else module
     else:
         own = type(module).__module__.startswith("torch.nn.")
         tree = module if own else nn.Module()

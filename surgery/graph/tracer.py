@@ -1,0 +1,277 @@
+"""fx's tracer, taught to follow Python's control flow on sizes and to keep mode flags and buffers in the graph."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from surgery.errors import TraceError
+from surgery.graph.guards import Values, expect, user_line
+from surgery.graph.ops import has_module_rule
+
+_KEYS, _VALUES, _ITEMS = (
+    type(view) for view in (dict[Any, Any]().keys(), dict[Any, Any]().values(), dict[Any, Any]().items())
+)
+
+
+class SizeProxy(fx.Proxy):
+    """A proxy that Python can branch on, count with and iterate over, where its value follows from shapes."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _SizeAttribute(self, name)
+
+    def __len__(self) -> int:
+        return int(self.tracer.length(self))  # type: ignore[attr-defined]
+
+    def __int__(self) -> int:
+        return int(self.tracer.number(self))  # type: ignore[attr-defined]
+
+    def __float__(self) -> float:
+        return float(self.tracer.number(self))  # type: ignore[attr-defined]
+
+    def __index__(self) -> int:
+        return operator.index(self.tracer.number(self, sys._getframe(1)))  # type: ignore[attr-defined]
+
+
+class _SizeAttribute(fx.proxy.Attribute, SizeProxy):
+    """``x.shape``, and anything else that is read from a proxy."""
+
+
+class GuardingTracer(fx.Tracer):
+    """Resolves control flow on sizes, and records a guard for each decision."""
+
+    values: Values
+
+    def __init__(self) -> None:
+        super().__init__(param_shapes_constant=True)
+        self._guarded: set[tuple[fx.Node, str]] = set()
+        self._probed: list[tuple[fx.Node, Any, FrameType, int, str]] = []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return SizeProxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        value = self._value(obj, "a condition")
+        if isinstance(value, torch.Tensor):
+            raise TraceError(f"a condition depends on the values of a tensor ({user_line()})")
+        self.guard(obj.node, "the condition", bool(value))
+        return bool(value)
+
+    def number(self, obj: fx.Proxy, frame: FrameType | None = None) -> Any:
+        """The number that a proxy stands for. ``frame``: whose instruction asks, where it may be no more than a probe
+        by a function of torch that goes on to take the proxy itself."""
+        value = self._value(obj, "a number")
+        if not isinstance(value, (bool, int, float)):
+            raise TypeError(f"{obj.node.name} is no number ({user_line()})")
+        if frame is None:
+            self.guard(obj.node, "the value", value)
+        elif (obj.node, "the value") not in self._guarded:
+            self._probed.append((obj.node, value, frame, frame.f_lasti, user_line()))
+        return value
+
+    def length(self, obj: fx.Proxy) -> int:
+        value = self._value(obj, "a length")
+        if isinstance(value, torch.Tensor):
+            return int(self.number(obj.size(0)))
+        self.guard(obj.node, "the length", len(value))
+        return len(value)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        value = self._value(obj, "what is iterated over")
+        if isinstance(value, (_KEYS, _VALUES, _ITEMS)):  # of a dict
+            source = obj.node.args[0]
+            assert isinstance(source, fx.Node)
+            whole = SizeProxy(source, self)
+            keys = self._keys(whole)
+            if isinstance(value, _KEYS):
+                return iter(keys)
+            return iter([whole[k] if isinstance(value, _VALUES) else (k, whole[k]) for k in keys])  # type: ignore[index]
+        if isinstance(value, dict):
+            return iter(self._keys(obj))
+        return iter([obj[k] for k in range(self.length(obj))])  # type: ignore[index]
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        return self._keys(obj)
+
+    def _keys(self, obj: fx.Proxy) -> list[Any]:
+        keys = tuple(self._value(obj, "the keys"))
+        self.guard(obj.node, "the set of keys", keys)
+        return list(keys)
+
+    def _value(self, obj: fx.Proxy, what: str) -> Any:
+        try:
+            return self.values.of(obj.node)
+        except TraceError as error:
+            raise TraceError(f"{what} is not known ({user_line()}): {error}") from error
+
+    def guard(self, node: fx.Node, aspect: str, expected: Any, where: str | None = None) -> None:
+        """Record that Python looked at ``node`` and what it found."""
+        if (node, aspect) not in self._guarded:
+            self._guarded.add((node, aspect))
+            self.create_node("call_function", expect, (node, aspect, expected, where or user_line()), {})
+
+    def create_node(self, kind: str, target: Any, *rest: Any, **named: Any) -> fx.Node:
+        self._settle()
+        return super().create_node(kind, target, *rest, **named)
+
+    def _settle(self) -> None:
+        """Guard the numbers that Python took, other than in the instruction whose result this node will be."""
+        probed, self._probed = self._probed, []
+        for node, value, frame, instruction, where in probed:
+            asking: FrameType | None = sys._getframe(1)
+            while asking is not None and asking is not frame:
+                asking = asking.f_back
+            if asking is None or frame.f_lasti != instruction:
+                self.guard(node, "the value", value, where)
+
+
+class ModeBranchError(Exception):
+    """Python control flow read the training flag of the submodule at ``path``."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
+
+
+_FACTORIES = ("zeros", "ones", "full", "empty", "rand", "randn", "arange", "linspace", "tensor", "as_tensor")
+"""Functions of torch that take sizes rather than tensors: fx does not see them by itself."""
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """Hides how a constant is nested from fx, which would make an argument of each of its parts."""
+
+    value: Any
+
+
+class Tracer(GuardingTracer):
+    """Leaves are layers that have a rule and modules of torch.nn; buffers and mode flags are read in the graph."""
+
+    def __init__(self, modal: set[str], training: bool, values: Values) -> None:
+        super().__init__()
+        self.values = values
+        self.modal = modal
+        self.mode = training
+        self.branched = False
+        self.stack: list[str] = []
+        self._buffers: dict[int, str] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.modal or has_module_rule(m):
+            return True
+        return type(m).forward.__module__.startswith("torch.nn.") and super().is_leaf_module(m, module_qualified_name)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Buffers become nodes, as parameters do: what is computed from them follows when they change."""
+        if self.values.busy:
+            return attr_val
+        if isinstance(attr_val, torch.Tensor) and not isinstance(attr_val, nn.Parameter):
+            name = self.buffers().get(id(attr_val))
+            if name is not None:
+                if name not in parameter_proxy_cache:
+                    parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+                return parameter_proxy_cache[name]
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def buffers(self) -> dict[int, str]:
+        if not self._buffers:
+            self._buffers = {id(b): n for n, b in reversed(list(self.root.named_buffers()))}
+        return self._buffers
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.values.busy:
+            return forward(*args, **kwargs)
+        self.stack.append(self.path_of_module(m))
+        result = super().call_module(m, forward, args, kwargs)
+        self.stack.pop()
+        return result
+
+    def _proxy_placeholder(self, name: str, concrete_args: Any, sig: inspect.Signature, function: Any) -> Any:
+        """A constant keeps its parameter, which refuses any other value."""
+        if name not in concrete_args:
+            return super()._proxy_placeholder(name, concrete_args, sig, function)
+        value, default = concrete_args[name], sig.parameters[name].default
+        given = self.create_proxy("placeholder", name, () if default is inspect.Parameter.empty else (default,), {})
+        self.guard(given.node, "the value", value, f"argument {name!r} of {type(self.root).__name__}")
+        return _Constant(value)
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        function, given = super().create_args_for_root(*args, **kwargs)
+        return function, [a.value if isinstance(a, _Constant) else a for a in given]
+
+    def training_flag(self, module: nn.Module) -> Any:
+        if self.values.busy:
+            return module.__dict__["training"]
+        path = "" if module is self.root else self.path_of_module(module)
+        name = f"{path}.training" if path else "training"
+        proxy = self.create_proxy("get_attr", name, (), {})
+        proxy.node.meta["training_flag_of"] = path
+        return proxy
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        path = obj.node.meta.get("training_flag_of")
+        if path is None:
+            return super().to_bool(obj)
+        if path:
+            raise ModeBranchError(path)
+        self.branched = True
+        return self.mode
+
+    def where(self) -> str:
+        return f" (in {self.stack[-1]!r})" if self.stack else ""
+
+
+@contextmanager
+def symbolic_factories(tracer: Tracer) -> Iterator[None]:
+    """While tracing, making a tensor of a size that the graph computes is a node of the graph."""
+
+    def symbolic(function: Any) -> Any:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+                return tracer.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    original = {name: getattr(torch, name) for name in _FACTORIES}
+    try:
+        for name, function in original.items():
+            setattr(torch, name, symbolic(function))
+        yield
+    finally:
+        for name, function in original.items():
+            setattr(torch, name, function)
+
+
+@contextmanager
+def symbolic_modes(root: nn.Module, tracer: Tracer) -> Iterator[None]:
+    """While tracing, reading ``training`` of a module that is traced through gives a node of the graph."""
+    original: dict[nn.Module, type[nn.Module]] = {}
+    flag = property(lambda module: tracer.training_flag(module))
+    for name, module in root.named_modules():
+        if not name or not tracer.is_leaf_module(module, name):
+            original[module] = type(module)
+    flags = {module: module.__dict__.pop("training") for module in original}
+    patched: dict[type, type] = {}
+    try:
+        for module, cls in original.items():
+            if cls not in patched:
+                patched[cls] = type(cls.__name__, (cls,), {"training": flag, "__module__": cls.__module__})
+            module.__class__ = patched[cls]
+        yield
+    finally:
+        for module, cls in original.items():
+            module.__class__ = cls
+            module.__dict__["training"] = flags[module]

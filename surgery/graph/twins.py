@@ -1,0 +1,57 @@
+"""Twins of a module's tensors and layers on the meta device: what runs on them has shapes and costs nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+
+class Twins:
+    """Meta twins, each made once. The originals have to outlive them."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[int, torch.Tensor] = {}
+        self._layers: dict[int, nn.Module] = {}
+
+    def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor on the meta device of the same shape, strides and dtype."""
+        if id(tensor) not in self._tensors:
+            self._tensors[id(tensor)] = tensor.detach().to("meta")
+        return self._tensors[id(tensor)]
+
+    def layer(self, leaf: nn.Module) -> nn.Module:
+        """The layer with meta tensors, without hooks and in evaluation mode; shapes do not depend on the mode."""
+        if id(leaf) not in self._layers:
+            twin = object.__new__(type(leaf))
+            twin.__dict__.update(
+                {k: self.tensor(v) if isinstance(v, torch.Tensor) else v for k, v in leaf.__dict__.items()}
+            )
+            for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+                twin.__dict__[hooks] = {}
+            for part in ("_parameters", "_buffers"):
+                twin.__dict__[part] = {k: None if v is None else self.tensor(v) for k, v in leaf.__dict__[part].items()}
+            twin.__dict__["_modules"] = {
+                k: None if v is None else self.layer(v) for k, v in leaf.__dict__["_modules"].items()
+            }
+            twin.__dict__["training"] = False
+            self._layers[id(leaf)] = twin
+        return self._layers[id(leaf)]
+
+    def run(self, node: fx.Node, leaf: nn.Module | None, args: Any, kwargs: Any) -> Any:
+        """What a node that calls something gives for meta tensors and numbers. ``leaf`` is the layer it calls.
+
+        Raises:
+            NotImplementedError: the shape of the result depends on the data.
+        """
+        target: Any = node.target
+        with torch.no_grad():
+            if leaf is not None:
+                raw = self.layer(leaf)(*args, **kwargs)
+            elif node.op == "call_method":
+                raw = getattr(args[0], target)(*args[1:], **kwargs)
+            else:
+                raw = target(*args, **kwargs)
+        return pytree.tree_map(lambda v: v.to("meta") if isinstance(v, torch.Tensor) else v, raw)
