@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import torch
 import typer
 
 from surgery import catalogue
@@ -24,7 +23,10 @@ Model = Annotated[
 ]
 InputShape = Annotated[
     str | None,
-    typer.Option(metavar="N,C,H,W", help="Shape of the example input. [default: 2 images of the model's own size]"),
+    typer.Option(
+        metavar="N,C,H,W",
+        help="Shape of the example input; N,C,T,H,W for videos. [default: 2 samples of the model's own size]",
+    ),
 ]
 Weights = Annotated[str, typer.Option(metavar="NAME", help="torchvision's weights: none, DEFAULT or one by name.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random, initial weights included.")]
@@ -51,9 +53,17 @@ def open_model(
         if input_shape is not None:
             raise UsageError(f"{source} remembers its input shape: --input-shape is for a model that is built anew")
         return load(source, trust=trust).eval()
+    architecture = catalogue.canonical(source, weights=weights)
+    if input_shape is not None:
+        inputs = catalogue.inputs_of_shape(architecture, parse_shape(input_shape))
+    else:
+        inputs = catalogue.example_inputs(architecture)
+    return _built(source, inputs, weights=weights, seed=seed, trust=trust)
+
+
+def _built(source: str, inputs: Any, *, weights: str, seed: int, trust: bool) -> TracedModule:
     module = catalogue.build(source, weights=weights, trust=trust, seed=seed).eval()
-    images = parse_shape(input_shape) if input_shape is not None else catalogue.example_inputs(source)
-    return trace(module, images, source=catalogue.canonical(source, weights=weights))
+    return trace(module, inputs, source=catalogue.canonical(source, weights=weights))
 
 
 def open_pair(
@@ -64,9 +74,10 @@ def open_pair(
         opened = open_pair(second, first, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
         return opened[1], opened[0]
     one = open_model(first, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
-    (images, *_), _ = example_inputs(one)
-    shape = None if is_saved(second) else ",".join(map(str, images.shape))
-    return one, open_model(second, input_shape=shape, weights=weights, seed=seed, trust=trust)
+    if is_saved(second):
+        return one, open_model(second, trust=trust)
+    inputs, _ = example_inputs(one)
+    return one, _built(second, inputs, weights=weights, seed=seed, trust=trust)
 
 
 def is_saved(source: str) -> bool:
@@ -81,15 +92,15 @@ def is_saved(source: str) -> bool:
     return False
 
 
-def parse_shape(text: str) -> torch.Tensor:
-    """``"2,3,64,64"`` as random images of that shape, the same at every call."""
+def parse_shape(text: str) -> list[int]:
+    """``"2,3,64,64"`` as numbers."""
     try:
         shape = [int(part) for part in text.replace("x", ",").split(",")]
     except ValueError:
         shape = []
     if len(shape) < 2 or min(shape) < 1:
         raise UsageError(f"input shape {text!r} is not of the form N,C,H,W, as in 2,3,64,64")
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    return shape
 
 
 def one_or_per_layer(

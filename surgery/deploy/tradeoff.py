@@ -146,8 +146,13 @@ def _data_for(
     """The data at an image size that the model takes: what it was traced with, or its catalogue entry allows."""
     least = 1
     if isinstance(source, str):
-        entry = catalogue.parse(source).entry
-        least = entry.minimum if entry else 1
+        parsed = catalogue.parse(source)
+        if parsed.entry is not None and parsed.entry.kind != "image":
+            raise UsageError(f"model {parsed.name!r} takes {parsed.entry.input_words}, and the data are single images")
+        if parsed.entry is not None and parsed.entry.fixed:
+            image_size = image_size or parsed.sample_size()[-1]
+        elif parsed.entry is not None:
+            least = parsed.entry.minimum
     elif image_size is None and isinstance(source, tracing.TracedModule):
         (images, *_), _named = tracing.example_inputs(source)
         image_size = images.shape[-1]

@@ -1,0 +1,28 @@
+"""The models this package knows by name, as data, and the one way from a name to a module.
+
+A *source* is text that says which architecture a model has: ``"resnet50"``, ``"torchvision:resnet50?num_classes=10"``
+or ``"package.module:factory"``. It is what the command line takes and what a saved model keeps, so that its
+architecture can be rebuilt from text alone.
+"""
+
+from surgery.catalogue.building import build
+from surgery.catalogue.entries import CATALOGUE, Entry, Value
+from surgery.catalogue.examples import example_inputs, example_targets, inputs_of_shape, small_inputs
+from surgery.catalogue.pretrained import WeightsWarning
+from surgery.catalogue.sources import Source, canonical, parse, published
+
+__all__ = [
+    "CATALOGUE",
+    "Entry",
+    "Source",
+    "Value",
+    "WeightsWarning",
+    "build",
+    "canonical",
+    "example_inputs",
+    "example_targets",
+    "inputs_of_shape",
+    "parse",
+    "published",
+    "small_inputs",
+]
