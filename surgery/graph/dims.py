@@ -20,6 +20,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 
 from surgery.errors import UsageError, unknown_name
+from surgery.graph.grids import settle
 from surgery.graph.labels import Ids
 from surgery.graph.propagate import Books, ParamAxis, propagate
 from surgery.graph.tracing import TracedModule, example_inputs, info
@@ -147,7 +148,7 @@ class Dimensions:
 
     def __init__(self, books: Books) -> None:
         self.books = books
-        component = _components(books)
+        component = settle(books)
         axes = list(books.axes.values())
         for axis in axes:
             if not axis.roles:
@@ -231,6 +232,8 @@ class Dimensions:
         for axis in books.axes.values():
             if "consumer" in axis.roles:
                 read[self.axis_units[axis.name, axis.axis]] = True
+        for ids in books.contracted:
+            read[self.unit_of[ids]] = True
         return frozen | ~read, ~read & ~frozen
 
     def _signature(self, sets: list[Ids]) -> NDArray[np.uint64]:
@@ -313,16 +316,6 @@ def dimensions(module: nn.Module) -> Dimensions:
         found = (state, Dimensions(propagate(module, *example_inputs(module, batch_size=None))))
         module.__dict__["_dimensions"] = found
     return found[1]
-
-
-def _components(books: Books) -> Ids:
-    """For each id the number of its connected component under the ties."""
-    if not books.ties:
-        return np.arange(books.count, dtype=np.int64)
-    a = np.concatenate([t[0] for t in books.ties])
-    b = np.concatenate([t[1] for t in books.ties])
-    graph = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(books.count, books.count))
-    return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
 
 
 def _number(component: Ids, axes: list[ParamAxis]) -> tuple[Ids, list[tuple[int, int]], list[ParamAxis]]:

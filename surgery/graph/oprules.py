@@ -50,10 +50,16 @@ def _conv(
 ) -> Fields:
     dim = x.ndim - spatial - 1
     outs, ins = (weight.at(1), weight.at(0)) if transposed else (weight.at(0), weight.at(1))
-    read, _ = op.axis(x, dim)
     for k in range(2, weight.ndim):
         op.freeze(weight.at(k), "kernel size")
     rest = tuple(f for f in op.keep(x, range(dim + 1, x.ndim)) if dim not in f.dims)
+    whole = x.at(dim)
+    if whole is not None and len(whole.dims) > 1 and groups == x.shape[dim] == op.shape[dim] and not transposed:
+        op.freeze(ins, "one per group")
+        vectors = (outs, None if bias is None else bias.at(0))
+        op.per_position(x, dim, *(v for v in vectors if v is not None))
+        return (*rest, whole)
+    read, _ = op.axis(x, dim)
     if groups == 1:
         op.consumes(ins)
         op.tie(read, ins)
@@ -107,9 +113,7 @@ def _per_channel(op: Op, x: Labelled, dim: int, *vectors: Labelled | None) -> No
     """Vectors with one entry per channel of ``x``'s ``dim``."""
     for vector in vectors:
         if vector is not None:
-            for f in vector.fields:
-                op.per_channel(f)
-                op.tie(op.axis(x, dim)[0], f)
+            op.per_position(x, dim, *vector.fields)
 
 
 def _with(fields: Fields, f: Field | None, shape: tuple[int, ...], dim: int) -> Fields:
@@ -126,14 +130,6 @@ def _linear_module(op: Op, input: Labelled) -> Fields:
 @oprule(F.linear)
 def _linear_function(op: Op, input: Labelled, weight: Labelled, bias: Labelled | None = None) -> Fields:
     return _linear(op, input, weight.at(0), weight.at(1), bias)
-
-
-@oprule(torch.matmul, operator.matmul, torch.mm, "matmul", "mm")
-def _matmul(op: Op, input: Labelled, other: Labelled) -> Fields:
-    """A matrix on the right is the transposed weight of a linear layer; activations are not contracted."""
-    if other.ndim != 2 or not all(f.key is not None and f.key[0] == "param" for f in other.fields):
-        return unknown(op, input, other, why="has no rule for two activations")  # type: ignore[no-any-return]
-    return _linear(op, input, other.at(1), other.at(0))
 
 
 @oprule(nn.Conv1d, nn.Conv2d, nn.Conv3d, rewrite=rewrites.conv)
@@ -345,8 +341,15 @@ def _along(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:
 
 
 @oprule(F.normalize)
-def _normalize(op: Op, input: Labelled, p: float = 2.0, dim: int = 1, **named: Any) -> Fields:
-    return op.keep(input, [dim])
+def _normalize(op: Op, input: Labelled, p: float = 2.0, dim: int = 1, *rest: Any, **named: Any) -> Fields:
+    """Divided by a length, to which copies would add."""
+    f = input.at(dim)
+    if f is None:
+        return input.fields
+    if len(f.dims) > 1:
+        return op.keep(input, [dim])
+    op.run.books.single.append((f.ids.ravel(), f"{op.name} measures its length"))
+    return input.fields
 
 
 @oprule(nn.Softmax, nn.LogSoftmax)

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from surgery.graph.grids import Grid
 from surgery.graph.labels import Field, Fields, Labelled, moved
 from surgery.graph.rewrites import Site
 
@@ -209,7 +210,30 @@ class Op:
                 self.freeze(f, f"{self.name} combines it with an axis that holds no channels")
             elif bare:
                 f = self.across(f, bare)
-        return f if len(f.dims) == 1 else self.across(f, f.dims[:-1])
+        if len(f.dims) > 1:
+            self.grid(f)
+        return f
+
+    def grid(self, f: Field, *partners: tuple[int, Field]) -> None:
+        """Only one of the dims of ``f`` may change. ``partners`` are axes of other tensors that run along a dim."""
+        along = tuple((f.dims.index(dim), g.ids) for dim, g in partners)
+        self.run.books.grids.append(Grid(f.ids, self.name, along))
+
+    def per_position(self, x: Labelled, dim: int, *vectors: Field | None) -> Field | None:
+        """The field along ``dim``, for which ``vectors`` have an entry for each position."""
+        f = x.at(dim)
+        for vector in vectors:
+            self.per_channel(vector)
+            if f is None or len(f.dims) == 1:
+                self.tie(f, vector)
+            elif vector is not None:
+                self.grid(f, (dim % x.ndim, vector))
+        return f
+
+    def contracts(self, f: Field) -> None:
+        """Two activations are contracted over ``f``."""
+        self.run.books.contracted.append(f.ids.ravel())
+        self.run.books.single.append((f.ids.ravel(), f"{self.name} contracts over it"))
 
     def meet(self, result: list[Field], f: Field) -> None:
         for k, g in enumerate(result):
@@ -223,7 +247,10 @@ class Op:
                         self.per_channel(side)
                 return
             fine, coarse = (f, g) if len(f.dims) > len(g.dims) else (g, f)
-            if set(coarse.dims) <= set(fine.dims):
+            if coarse.dims == fine.dims[-1:]:
+                self.grid(fine, (coarse.dims[0], coarse))
+                result[k] = fine
+            elif set(coarse.dims) <= set(fine.dims):
                 self.run.tie_ids(_spread(coarse, fine), fine.ids)
                 result[k] = fine
             else:

@@ -19,7 +19,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from surgery.errors import TraceError, UsageError
-from surgery.graph.labels import Field, Ids, Labelled, Pairing
+from surgery.graph.grids import Grid
+from surgery.graph.labels import Field, Ids, Labelled, Pairing, mutable
 from surgery.graph.ops import Op, rule_for, unknown
 from surgery.graph.tracing import TracedModule
 from surgery.graph.twins import Twins
@@ -50,6 +51,10 @@ class Books:
     """Axes that a normalisation computes statistics over: copies must come in equal numbers."""
     single: list[tuple[Ids, str]] = field(default_factory=list)
     """Axes that are contracted with one another: copies would count twice."""
+    contracted: list[Ids] = field(default_factory=list)
+    """Axes that two activations are contracted over: they are read, though no layer contracts over them."""
+    grids: list[Grid] = field(default_factory=list)
+    """Axes that factor one, of which only one may change (`surgery.graph.grids`)."""
     cuts: list[Ids] = field(default_factory=list)
     """Parts of axes that an op takes out."""
     rows: list[tuple[Ids, Ids, Ids, str]] = field(default_factory=list)
@@ -174,8 +179,7 @@ class _Run(Ledger):
         return value
 
     def _step(self, module: nn.Module, path: str, scope: str, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        args: Any = fx.map_arg(node.args, env.__getitem__)
-        kwargs: Any = fx.map_arg(node.kwargs, env.__getitem__)
+        args, kwargs = mutable(fx.map_arg((node.args, node.kwargs), env.__getitem__))
         if node.op == "get_attr":
             return self._attribute(module, path, str(node.target))
         leaf: nn.Module | None = None
@@ -243,6 +247,8 @@ class _Run(Ledger):
                     self.freeze(f.ids, f"{node.name} changes it in place through a view")
 
     def _with_fields(self, op: Op, out: Any, fields: Any) -> Any:
+        if not isinstance(out, (Labelled, dict, list, tuple)):
+            return out
         if isinstance(out, Labelled):
             own = tuple(Field(f.dims, f.ids, op.key) for f in fields)
             for f in fields:

@@ -6,6 +6,7 @@ asks for. It changes numbers only; that the result is what the edit asked for is
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import fx
+
+from surgery.graph import heads
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Site:
     """Their old shapes."""
     computed: Mapping[fx.Node, tuple[int, ...]]
     """Values of the arguments that are shapes computed in the graph."""
+    tensors: Mapping[fx.Node, tuple[tuple[int, ...], tuple[int, ...]]]
+    """Old and new shapes of the arguments that are tensors, positional or not."""
 
 
 def linear(site: Site) -> None:
@@ -110,6 +115,25 @@ def prelu(site: Site) -> None:
 
 def embedding(site: Site) -> None:
     site.module.embedding_dim = site.module.weight.shape[1]
+
+
+def multihead_attention(site: Site) -> None:
+    heads.fit_heads(site.module, site.module.head_dim)
+
+
+def windowed_attention(site: Site) -> None:
+    """The number of heads follows the weights; the size of a head becomes an argument where the width says another."""
+    node = site.node
+    given = dict(inspect.signature(heads.windowed_attention).bind_partial(*node.args, **node.kwargs).arguments)
+    before, after = site.tensors[given["qkv_weight"]]
+    head_dim = given.get("head_dim", before[0] // 3 // given["num_heads"])
+    given["num_heads"] = after[0] // 3 // head_dim
+    if given["num_heads"] * head_dim != after[1] or node.target is heads.windowed_attention:
+        node.target = heads.windowed_attention
+        given["head_dim"] = head_dim
+    first = ("input", "qkv_weight", "proj_weight", "relative_position_bias", "window_size", "num_heads")
+    node.args = tuple(given.pop(name) for name in first)
+    node.kwargs = given
 
 
 def reshape(site: Site) -> None:

@@ -194,6 +194,7 @@ class _Rewiring:
                     tuple(self.shape(v) if isinstance(v, Labelled) else None for v in inputs),
                     tuple(v.shape if isinstance(v, Labelled) else None for v in inputs),
                     self.computed(new),
+                    self.tensors(new),
                 )
             )
         return not rule.movement or self.moves_as_asked(rule, node, leaf, out)
@@ -206,6 +207,11 @@ class _Rewiring:
             if isinstance(value, tuple) and not any(isinstance(v, Labelled) for v in value):
                 found[n] = value
         return found
+
+    def tensors(self, new: fx.Node) -> dict[fx.Node, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Old and new shapes of the tensors that a new node reads."""
+        values = {n: self.record(self.old_of[n]) for n in new.all_input_nodes if n in self.old_of}
+        return {n: (v.shape, self.shape(v)) for n, v in values.items() if isinstance(v, Labelled)}
 
     def moves_as_asked(self, rule: Rule, node: fx.Node, leaf: Any, out: Any) -> bool:
         """Run the movement on the new labels and compare."""
