@@ -72,10 +72,21 @@ def test_models_are_listed_with_what_is_published_of_them(run):
     assert code == 0
     assert "resnet152" in out
     assert "vgg11" not in out
-    listed = json.loads(run("models", "--json")[1])["models"]
-    assert len(listed) == 64
-    resnet = next(model for model in listed if model["name"] == "resnet18")
+    listed = {model["name"]: model for model in json.loads(run("models", "--json")[1])["models"]}
+    assert listed.keys() == surgery.catalogue.CATALOGUE.keys()
+    resnet = listed["resnet18"]
     assert (resnet["params"], resnet["input_size"]) == (11_689_512, [3, 224, 224])
+    assert (resnet["score"], listed["quantized_resnet18"]["score"]) == ("69.8% top-1", "69.8% top-1")
+    assert listed["r3d_18"]["input"] == "video 3x16x112x112"
+    assert listed["maskrcnn_resnet50_fpn"]["score"] == "37.9 box mAP"
+    assert "targets: boxes, labels, masks" in listed["maskrcnn_resnet50_fpn"]["notes"]
+
+
+def test_models_can_be_listed_by_family(run):
+    listed = json.loads(run("models", "--family", "swin*", "--json")[1])["models"]
+    assert {model["family"] for model in listed} == {"Swin Transformer", "Swin Transformer v2", "Swin Transformer 3D"}
+    listed = json.loads(run("models", "*_s", "--family", "swin transformer", "--json")[1])["models"]
+    assert [model["name"] for model in listed] == ["swin_s"]
 
 
 def test_inspect_shows_groups_and_cost(run):
@@ -206,6 +217,20 @@ TRADEOFF = ["tradeoff", SMALL, "--dataset", "digits", "--out", "made"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["models", "--family", "resnets"], "unknown family 'resnets'; did you mean 'ResNet'"),
+        (["models", "swin*", "--family", "VGG"], "unknown model 'swin*'"),
+        (
+            ["inspect", "swin_t", "--input-shape", "3,224"],
+            "model 'swin_t' takes inputs of the form N,C,H,W, not 3,224\n",
+        ),
+        (
+            ["inspect", "vit_b_32", *PIXELS],
+            "model 'vit_b_32' is built for inputs of 224 x 224, not 32 x 32; image_size=",
+        ),
+        (
+            ["inspect", "quantized_resnet18?quantize=true"],
+            "'quantized_resnet18' cannot be built with quantize=true: int8",
+        ),
         (["slim", "resnet19", "--rate", "0.5", *OUT], "unknown model 'resnet19'; did you mean 'resnet18',"),
         (["inspect", "runs/nothing"], "there is no saved model at runs/nothing\n"),
         (["inspect", "cli_factory:tiny"], "'cli_factory:tiny' would import and run code: pass trust=True (--trust)"),
@@ -256,6 +281,10 @@ TRADEOFF = ["tradeoff", SMALL, "--dataset", "digits", "--out", "made"]
         (
             [*TRADEOFF, "--image-size", "4"],
             "the model cannot be run on 4 x 4 images, try another size (--image-size): ",
+        ),
+        (
+            ["tradeoff", "raft_small", "--dataset", "digits", *OUT],
+            "model 'raft_small' takes two images of 3 x 440 x 1024, and the data are single images\n",
         ),
         ([*TRADEOFF, "--epochs", "-1"], "epochs is -1: it must be at least 0\n"),
         ([*TRADEOFF, "--weights", "DEFAULT"], "cannot fetch the weights of 'squeezenet1_1' from "),

@@ -24,11 +24,12 @@ class Entry:
     ``kind`` says what the model is called with: a batch of images (N, 3, height, width), a batch of videos
     (N, 3, frames, height, width), two batches of images, or a list of images (3, height, width) each.
 
-    ``input_size`` is the size of one sample (3, height, width), or (3, frames, height, width), that the published
-    weights are evaluated at. ``minimum`` is the smallest square image, in pixels, that the model can be trained on with
-    its default keywords. ``smallest`` is the smallest that is good for tests, with the keywords ``small`` and, for
-    videos, ``frames``: its deepest feature map is at least 2 x 2, for with a batch of two and 1 x 1 maps the batch
-    statistics of a training pass are so ill-conditioned that float64 rounding alone moves a deep model's outputs.
+    ``input_size`` is the size of one sample, (3, height, width), that the published weights are evaluated at; for
+    videos, (3, frames, height, width), that the published costs are counted at. ``minimum`` is the smallest square
+    image, in pixels, that the model can be trained on with its default keywords. ``smallest`` is the smallest that is
+    good for tests, with the keywords ``small`` and, for videos, ``frames``: its deepest feature map is at least 2 x 2,
+    for with a batch of two and 1 x 1 maps the batch statistics of a training pass are so ill-conditioned that float64
+    rounding alone moves a deep model's outputs.
     """
 
     name: str
@@ -97,7 +98,7 @@ def _rows() -> Iterator[Entry]:
             smallest=128,
             minimum=128,
             kind="two images",
-            notes="height and width are multiples of 8; returns a list, the flow after each of 12 updates",
+            notes="multiples of 8 pixels; returns the flow after each of 12 updates",
         )
 
 
@@ -129,7 +130,7 @@ def _convolutional() -> Iterator[Entry]:
         input_size=(3, 299, 299),
         smallest=299,
         minimum=299,
-        notes="one auxiliary head in training, which needs 299 pixels; with aux_logits=false 75 are enough",
+        notes="one auxiliary head in training; with aux_logits=false, 75 pixels are enough",
         defaults={"init_weights": True},
         pretrained={"transform_input": True},
     )
@@ -160,7 +161,7 @@ def _quantized(floats: Mapping[str, Entry]) -> Iterator[Entry]:
         "shufflenet_v2_x0_5 shufflenet_v2_x1_0 shufflenet_v2_x1_5 shufflenet_v2_x2_0"
     ):
         entry = floats[name]
-        notes = "; ".join(filter(None, ("float form, not yet quantized", entry.notes)))
+        notes = "; ".join(filter(None, ("float form", entry.notes)))
         yield replace(entry, name=f"quantized_{name}", family=f"{entry.family}, quantizable", notes=notes)
 
 
@@ -174,8 +175,7 @@ def _attention() -> Iterator[Entry]:
             minimum=224,
             fixed=True,
             size_keyword="image_size",
-            notes="images of one size: 224 pixels unless built with image_size="
-            + ("; the published weights need 518" if name == "h_14" else ""),
+            notes="one size, set by image_size=" + ("; published at 518" if name == "h_14" else ""),
             pretrained_by_name={"IMAGENET1K_SWAG_E2E_V1": {"image_size": swag or 518}} if swag or patch == 14 else {},
             small={"image_size": 2 * patch},
         )
@@ -190,7 +190,7 @@ def _attention() -> Iterator[Entry]:
         minimum=224,
         fixed=True,
         size_keyword="input_size",
-        notes="images of one size: 224 pixels unless built with input_size=H,W, multiples of 224",
+        notes="one size, set by input_size=H,W: multiples of 224",
     )
 
 
@@ -208,7 +208,7 @@ def _video() -> Iterator[Entry]:
         notes="at least 13 frames and 209 pixels",
     )
     for letter in "tsb":
-        yield Entry(f"swin3d_{letter}", "Swin Transformer 3D", (3, 32, 224, 224), minimum=4, kind="video", frames=4)
+        yield Entry(f"swin3d_{letter}", "Swin Transformer 3D", (3, 16, 224, 224), minimum=4, kind="video", frames=4)
     for name in names("mvit_v1_b mvit_v2_s"):
         yield Entry(
             name,
@@ -219,7 +219,7 @@ def _video() -> Iterator[Entry]:
             kind="video",
             frames=16,
             fixed=True,
-            notes="videos of one size: 16 frames of 224 pixels",
+            notes="one size",
         )
 
 
@@ -240,7 +240,7 @@ def _segmentation() -> Iterator[Entry]:
             family,
             (3, 520, 520),
             minimum=16,
-            notes="a dictionary of maps; with aux_loss=true, as published, also that of an auxiliary head",
+            notes="aux_loss=true, as published, adds an auxiliary head",
             defaults=_NO_DOWNLOAD,
             pretrained={"aux_loss": True},
         )
@@ -249,12 +249,11 @@ def _segmentation() -> Iterator[Entry]:
         "LR-ASPP",
         (3, 520, 520),
         minimum=16,
-        notes="a dictionary with one map",
         defaults=_NO_DOWNLOAD,
     )
 
 
-_IN_TRAINING = "boxes and labels in training"
+_IN_TRAINING = "targets: boxes, labels"
 _FROZEN: Mapping[str, Value] = {FROZEN_NORM: 0.0}
 
 
@@ -283,16 +282,14 @@ def _two_stage_detection() -> Iterator[Entry]:
     mobile = replace(common, pretrained={FROZEN_NORM: 1e-5})
     yield replace(mobile, name="fasterrcnn_mobilenet_v3_large_fpn")
     yield replace(mobile, name="fasterrcnn_mobilenet_v3_large_320_fpn", input_size=(3, 320, 426))
-    masks = replace(
-        common, family="Mask R-CNN", notes="boxes, labels and masks in training", targets=(*common.targets, "masks")
-    )
+    masks = replace(common, family="Mask R-CNN", notes=f"{_IN_TRAINING}, masks", targets=(*common.targets, "masks"))
     yield replace(masks, name="maskrcnn_resnet50_fpn", pretrained=_FROZEN)
     yield replace(masks, name="maskrcnn_resnet50_fpn_v2")
     yield replace(
         common,
         name="keypointrcnn_resnet50_fpn",
         family="Keypoint R-CNN",
-        notes="boxes, labels and keypoints in training",
+        notes=f"{_IN_TRAINING}, keypoints",
         targets=(*common.targets, "keypoints"),
         pretrained=_FROZEN,
         pretrained_by_name={"COCO_LEGACY": {FROZEN_NORM: 1e-5}},
@@ -314,7 +311,7 @@ def _one_stage_detection() -> Iterator[Entry]:
     yield replace(common, name="retinanet_resnet50_fpn", pretrained=_FROZEN)
     yield replace(common, name="retinanet_resnet50_fpn_v2")
     yield replace(common, name="fcos_resnet50_fpn", family="FCOS", pretrained={FROZEN_NORM: 1e-5})
-    notes = _IN_TRAINING + "; resizes every image to {0} x {0}"
+    notes = _IN_TRAINING + "; resizes images to {0} x {0}"
     ssd = replace(common, family="SSD", small=few)
     yield replace(ssd, name="ssd300_vgg16", input_size=(3, 300, 300), smallest=300, notes=notes.format(300))
     yield replace(

@@ -44,26 +44,23 @@ def open_model(
     source: str,
     *,
     input_shape: str | None = None,
+    inputs: Any = None,
     weights: str = "none",
     seed: int = 0,
     trust: bool = False,
 ) -> TracedModule:
-    """The traced module that ``source`` names, in evaluation mode."""
+    """The traced module that ``source`` names, in evaluation mode, for inputs of a shape or for those given."""
     if is_saved(source):
         if input_shape is not None:
             raise UsageError(f"{source} remembers its input shape: --input-shape is for a model that is built anew")
         return load(source, trust=trust).eval()
-    architecture = catalogue.canonical(source, weights=weights)
-    if input_shape is not None:
-        inputs = catalogue.inputs_of_shape(architecture, parse_shape(input_shape))
-    else:
-        inputs = catalogue.example_inputs(architecture)
-    return _built(source, inputs, weights=weights, seed=seed, trust=trust)
-
-
-def _built(source: str, inputs: Any, *, weights: str, seed: int, trust: bool) -> TracedModule:
     module = catalogue.build(source, weights=weights, trust=trust, seed=seed).eval()
-    return trace(module, inputs, source=catalogue.canonical(source, weights=weights))
+    architecture = catalogue.canonical(source, weights=weights)
+    if inputs is None and input_shape is not None:
+        inputs = catalogue.inputs_of_shape(architecture, parse_shape(input_shape))
+    elif inputs is None:
+        inputs = catalogue.example_inputs(architecture)
+    return trace(module, inputs, source=architecture)
 
 
 def open_pair(
@@ -77,7 +74,7 @@ def open_pair(
     if is_saved(second):
         return one, open_model(second, trust=trust)
     inputs, _ = example_inputs(one)
-    return one, _built(second, inputs, weights=weights, seed=seed, trust=trust)
+    return one, open_model(second, inputs=inputs, weights=weights, seed=seed, trust=trust)
 
 
 def is_saved(source: str) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
 import torch
 import typer
-from torchvision.models import get_model_weights
 
 from surgery import catalogue
 from surgery.cli.options import EXACT, AsJson, InputShape, Model, Seed, Trust, Weights, open_model, open_pair
@@ -30,39 +30,54 @@ def register(app: typer.Typer) -> None:
 
 def models(
     pattern: Annotated[str, typer.Argument(metavar="[PATTERN]", help="A glob over names, such as 'vgg*'.")] = "*",
+    family: Annotated[
+        str | None, typer.Option(metavar="FAMILY", help="Only one family, or a glob over families: 'swin*'.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the models known by name, with what torchvision publishes of them."""
-    entries = [entry for entry in catalogue.CATALOGUE.values() if fnmatchcase(entry.name, pattern)]
+    """List the models known by name, what they are called with, and what torchvision publishes of them."""
+    known = catalogue.CATALOGUE
+    if family is not None:
+        families = {entry.family for entry in known.values()}
+        known = {n: e for n, e in known.items() if fnmatchcase(e.family.lower(), family.lower())}
+        if not known:
+            raise unknown_name("family", family, families)
+    entries = [entry for entry in known.values() if fnmatchcase(entry.name, pattern)]
     if not entries:
-        raise unknown_name("model", pattern, catalogue.CATALOGUE)
+        raise unknown_name("model", pattern, known)
     rows = [_published(entry) for entry in entries]
     cells = [
-        [
-            r["name"],
-            r["family"],
-            r["input_size"][-1],
-            quantity(r["params"]),
-            quantity(1e9 * r["gmacs"]),
-            f"{r['top1']:.1f}%",
-        ]
+        [r["name"], r["family"], r["input"], quantity(r["params"]), quantity(1e9 * r["gmacs"]), r["score"], r["notes"]]
         for r in rows
     ]
-    header = ["name", "family", "pixels", "parameters", "MACs", "ImageNet top-1"]
-    emit({"models": rows}, as_json, table(f"{len(rows)} models", header, cells, text=["family"]))
+    header = ["name", "family", "input", "parameters", "MACs", "published", "notes"]
+    listing = table(f"{len(rows)} models", header, cells, text=["family", "input", "notes"])
+    emit({"models": rows}, as_json, listing)
 
 
 def _published(entry: catalogue.Entry) -> dict[str, Any]:
-    meta = get_model_weights(entry.name)["DEFAULT"].meta
+    meta = catalogue.published(entry.name)["DEFAULT"].meta
     return {
         "name": entry.name,
         "family": entry.family,
+        "kind": entry.kind,
+        "input": f"{entry.kind} {'x'.join(map(str, entry.input_size))}",
         "input_size": list(entry.input_size),
         "params": meta["num_params"],
         "gmacs": meta["_ops"],
-        "top1": meta["_metrics"]["ImageNet-1K"]["acc@1"],
+        "metrics": meta["_metrics"],
+        "score": _score(meta["_metrics"]),
         "notes": entry.notes,
     }
+
+
+_SCORES = {"acc@1": "{:.1f}% top-1", "miou": "{:.1f} mIoU", "box_map": "{:.1f} box mAP", "epe": "{:.2f} px"}
+"""The metrics of torchvision that a table shows, the first of them that there is."""
+
+
+def _score(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    figures = {name: value for of_data in reversed(metrics.values()) for name, value in of_data.items()}
+    return next((form.format(figures[name]) for name, form in _SCORES.items() if name in figures), "")
 
 
 def inspect(
