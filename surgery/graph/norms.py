@@ -45,7 +45,7 @@ def _layer_norm(op: Op, x: Labelled, rank: int, *vectors: Labelled | None) -> Fi
         if inside and len(f.dims) > 1:
             f = op.across(f, [d for d in f.dims if d != inside[-1]] if len(inside) == len(f.dims) else inside)
         if f.dims[0] >= first:
-            op.mixes(f)
+            op.mixes(f, first, x.ndim - 1)
         fields.append(f)
     for vector in vectors:
         for g in () if vector is None else vector.fields:
@@ -90,5 +90,5 @@ def _group_norm(op: Op, x: Labelled, groups: int, *vectors: Labelled | None) -> 
     channels = np.asarray(f.ids.reshape(groups, -1))
     if channels.shape[1] > 1:
         op.together(channels)
-        op.mixes(f)
+        op.mixes(f, 1, 1)
     return (*rest, f)

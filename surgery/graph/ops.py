@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from surgery.graph.grids import Grid
-from surgery.graph.labels import Field, Fields, Labelled, moved
+from surgery.graph.labels import Field, Fields, Ids, Labelled, moved
 from surgery.graph.rewrites import Site
 
 if TYPE_CHECKING:
@@ -88,6 +88,21 @@ _COMPUTES = ("forward", "_conv_forward")
 """Methods of a layer that say what it computes: a subclass that has its own is another layer."""
 
 
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A normalisation over channels."""
+
+    path: str
+    """Of its layer; empty for a function."""
+    key: tuple[str, str]
+    """Scope and node."""
+    shape: tuple[int, ...]
+    """Of its weight, or of what a weight would be."""
+    dims: tuple[int, ...]
+    """Those of its dims along which the channels lie."""
+    ids: Ids
+
+
 class Op:
     """One op in a graph, as a rule sees it: its output's shape, and the words to say how its axes relate."""
 
@@ -141,9 +156,11 @@ class Op:
             what = f"{self.name} reads parts of it that cannot be told apart"
             self.run.books.rows.append((ids[:-1, -1], ids[1:, 0], ids[:-1, 0], what))
 
-    def mixes(self, f: Field) -> None:
-        """Statistics are computed over ``f``."""
+    def mixes(self, f: Field, first: int, last: int) -> None:
+        """Statistics are computed over ``f``, by a norm with an entry for each position of dims ``first`` to ``last``."""
         self.run.books.mixed.append((f.ids.ravel(), self.name))
+        dims, shape = tuple(d - first for d in f.dims), self.shape[first : last + 1]
+        self.run.books.norms.append(Norm(self.path, (self.key[1], self.key[2]), shape, dims, f.ids))
 
     def alike(self, fields: Fields) -> Any:
         """The same fields for each output."""

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from surgery.errors import TraceError, UsageError
 from surgery.graph.grids import Grid
 from surgery.graph.labels import Field, Ids, Labelled, Pairing, mutable
-from surgery.graph.ops import Op, rule_for, unknown
+from surgery.graph.ops import Norm, Op, rule_for, unknown
 from surgery.graph.tracing import TracedModule
 from surgery.graph.twins import Twins
 
@@ -49,6 +49,8 @@ class Books:
     frozen: list[tuple[Ids, str]] = field(default_factory=list)
     mixed: list[tuple[Ids, str]] = field(default_factory=list)
     """Axes that a normalisation computes statistics over: copies must come in equal numbers."""
+    norms: list[Norm] = field(default_factory=list)
+    """The normalisations that `mixed` tells of."""
     single: list[tuple[Ids, str]] = field(default_factory=list)
     """Axes that are contracted with one another: copies would count twice."""
     contracted: list[Ids] = field(default_factory=list)

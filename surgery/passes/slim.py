@@ -20,6 +20,7 @@ from surgery.errors import UsageError, unknown_name
 from surgery.graph.dims import DimensionGroup, Dimensions, dimensions
 from surgery.graph.tracing import TracedModule, info
 from surgery.passes.apply import apply
+from surgery.passes.kept import kept_units, normalise_over
 from surgery.passes.names import resolve
 from surgery.passes.recipe import Reindex
 
@@ -74,6 +75,8 @@ def split_masks(
 def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> TracedModule:
     """The dense module with its reset-hypothesis switched off: a copy whose masked entries are zero.
 
+    A LayerNorm or GroupNorm of the copy computes its statistics over those channels of which the masks keep anything.
+
     Raises:
         UsageError: a mask for no parameter, or of another shape.
     """
@@ -90,6 +93,8 @@ def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> TracedModule
         memo[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     result = copy.deepcopy(module, memo)
     assert isinstance(result, TracedModule)
+    dims = dimensions(module)
+    normalise_over(result, dims, kept_units(module, dims, masks))
     return result
 
 

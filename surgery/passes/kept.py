@@ -1,0 +1,142 @@
+"""Normalisation whose statistics are computed over some of its channels: the reference that a slim network equals.
+
+A LayerNorm or GroupNorm of the dense network sees the channels of the reset-hypothesis too, and zeros change a mean and
+a variance. Switching these channels off means leaving them out of the statistics as well.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+
+from surgery.errors import EditError
+from surgery.graph.dims import Dimensions
+from surgery.graph.ops import Norm
+from surgery.graph.tracing import TracedModule
+
+
+def layer_norm_over(
+    input: Tensor, keep: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """`F.layer_norm` over the positions where ``keep``, bool of the normalised shape, is true; 0 elsewhere, and the
+    bias."""
+    dims = tuple(range(-keep.dim(), 0))
+    factor = keep.to(input.dtype)
+    count = factor.sum()
+    centred = input - (input * factor).sum(dims, keepdim=True) / count
+    variance = (centred.square() * factor).sum(dims, keepdim=True) / count
+    result = centred * torch.rsqrt(variance + eps) * factor
+    result = result if weight is None else result * weight
+    return result if bias is None else result + bias
+
+
+def group_norm_over(
+    input: Tensor,
+    keep: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.group_norm` over the channels where ``keep``, bool of shape (channels,), is true; 0 elsewhere, and the
+    bias."""
+    x = input.reshape(input.shape[0], num_groups, -1, *input.shape[2:])
+    shape = (num_groups, x.shape[2], *(1,) * (input.dim() - 2))
+    x = torch.stack([layer_norm_over(x[:, g], keep.view(shape)[g].expand(x.shape[2:]), eps=eps)
+                     for g in range(num_groups)], 1)  # fmt: skip
+    entries = (-1, *(1,) * (input.dim() - 2))
+    result = x.reshape(input.shape)
+    result = result if weight is None else result * weight.view(entries)
+    return result if bias is None else result + bias.view(entries)
+
+
+class KeptLayerNorm(nn.LayerNorm):
+    """A LayerNorm over the positions that its buffer ``keep`` names."""
+
+    keep: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return layer_norm_over(input, self.keep, self.weight, self.bias, self.eps)
+
+
+class KeptGroupNorm(nn.GroupNorm):
+    """A GroupNorm over the channels that its buffer ``keep`` names."""
+
+    keep: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return group_norm_over(input, self.keep, self.num_groups, self.weight, self.bias, self.eps)
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: KeptLayerNorm, nn.GroupNorm: KeptGroupNorm}
+
+
+def kept_units(module: nn.Module, dims: Dimensions, masks: Mapping[str, Tensor]) -> NDArray[np.bool_]:
+    """For each unit, whether the masks keep anything of it."""
+    names = {id(p): name for name, p in reversed(list(module.named_parameters()))}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    held, keep = np.zeros(dims.count, dtype=bool), np.zeros(dims.count, dtype=bool)
+    for name, mask in masks.items():
+        for axis in range(mask.ndim):
+            units = dims.axis_units.get((names[id(parameters[name])], axis))
+            if units is not None:
+                others = [k for k in range(mask.ndim) if k != axis]
+                some = mask.any(dim=others) if others else mask
+                held[units] = True
+                keep[units[some.cpu().numpy()]] = True
+    return keep | ~held
+
+
+def normalise_over(module: nn.Module, dims: Dimensions, keep: NDArray[np.bool_]) -> None:
+    """Let every normalisation over channels in ``module``, a copy of what ``dims`` was made from, leave out the
+    units that are not kept."""
+    by_op: defaultdict[tuple[str, tuple[str, str]], list[Norm]] = defaultdict(list)
+    for norm in dims.books.norms:
+        if not keep[dims.unit_of[norm.ids]].all():
+            by_op[norm.path, norm.key].append(norm)
+    for (path, (scope, name)), norms in by_op.items():
+        entries = _entries(dims, keep, norms).to(next((p.device for p in module.parameters()), None))
+        if path:
+            layer = module.get_submodule(path)
+            layer.register_buffer("keep", entries, persistent=False)
+            layer.__class__ = next(own for cls, own in _CLASSES.items() if isinstance(layer, cls))
+        elif scope in dims.books.graphs:
+            owner = module.get_submodule(dims.books.graphs[scope][0])
+            assert isinstance(owner, TracedModule)
+            graph = owner.graphs[-1] if scope.endswith(":train") else owner.graph
+            _replace(owner, next(node for node in graph.nodes if node.name == name), entries)
+            owner.recompile()
+        else:
+            raise EditError(f"{name} is called by Python outside the traced parts: channels cannot be left out of it")
+
+
+def _entries(dims: Dimensions, keep: NDArray[np.bool_], norms: list[Norm]) -> Tensor:
+    result = torch.ones(norms[0].shape, dtype=torch.bool)
+    for norm in norms:
+        flags = torch.from_numpy(keep[dims.unit_of[norm.ids]])
+        result &= flags.reshape([size if d in norm.dims else 1 for d, size in enumerate(norm.shape)])
+    return result
+
+
+def _replace(owner: TracedModule, node: fx.Node, keep: Tensor) -> None:
+    """A functional norm by the one over kept channels."""
+    number = 0
+    while hasattr(owner, f"_kept_{number}"):
+        number += 1
+    owner.register_buffer(f"_kept_{number}", keep, persistent=False)
+    layer = node.target is F.layer_norm
+    original: Any = F.layer_norm if layer else F.group_norm
+    given = dict(inspect.signature(original).bind(*node.args, **node.kwargs).arguments)
+    given.pop("normalized_shape", None)
+    with node.graph.inserting_before(node):
+        mask = node.graph.get_attr(f"_kept_{number}")
+    node.target = layer_norm_over if layer else group_norm_over
+    node.args, node.kwargs = (given.pop("input"), mask), given
