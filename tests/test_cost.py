@@ -1,10 +1,13 @@
+import functools
 import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.models import get_model, get_model_weights
 
+from surgery import catalogue
 from surgery.deploy.cost import cost
 from surgery.errors import UsageError
 from surgery.graph.tracing import trace
@@ -21,6 +24,62 @@ def test_macs_and_parameters_are_those_that_torchvision_publishes(name):
     found = cost(model, torch.empty(1, 3, 224, 224, device="meta"))
     assert found.macs / 1e9 == pytest.approx(published["_ops"], abs=0.0006)
     assert found.params == published["num_params"]
+
+
+@pytest.mark.parametrize(
+    "name", ["r3d_18", "mvit_v2_s", "lraspp_mobilenet_v3_large", "retinanet_resnet50_fpn", "maskrcnn_resnet50_fpn_v2"]
+)
+def test_macs_of_videos_maps_and_detections_are_those_that_torchvision_publishes(name):
+    published = get_model_weights(name)["DEFAULT"].meta
+    model = catalogue.build(catalogue.canonical(name, weights="DEFAULT"))
+    found = cost(model, catalogue.example_inputs(name, batch_size=1))
+    assert found.macs / 1e9 == pytest.approx(published["_ops"], abs=0.0006)
+    assert found.params == published["num_params"]
+
+
+def test_a_detection_model_is_counted_on_one_image_as_its_transform_resizes_it():
+    model = catalogue.build("ssdlite320_mobilenet_v3_large")
+    flags = {name: module.training for name, module in model.named_modules()}
+    small, large = (cost(model, ([torch.rand(3, side, side)] * count,)) for side, count in ((64, 1), (500, 3)))
+    assert small == large
+    assert {name: module.training for name, module in model.named_modules()} == flags
+
+
+def test_a_box_head_is_counted_on_a_thousand_regions():
+    model = catalogue.build("fasterrcnn_mobilenet_v3_large_320_fpn?min_size=64")
+    images = ([torch.rand(3, 64, 64)],)
+    before = cost(model, images).macs
+    model.roi_heads.box_predictor.cls_score = nn.Linear(1024, 191)
+    assert cost(model, images).macs - before == 1000 * 1024 * 100
+
+
+def test_both_images_of_a_pair_are_counted():
+    model = catalogue.build("raft_small")
+    first, second = catalogue.example_inputs("raft_small", image_size=128)
+    encoder = cost(model.feature_encoder, first).macs
+    with_encoder = cost(model, (first, second)).macs
+    model.feature_encoder.layer1 = nn.Identity()
+    assert with_encoder - cost(model, (first, second)).macs == 2 * (encoder - cost(model.feature_encoder, first).macs)
+
+
+@pytest.mark.parametrize("name", ["vit_b_32", "swin_t"])
+def test_attention_built_of_plain_functions_costs_what_the_layer_costs(name):
+    with torch.device("meta"):
+        model = get_model(name, weights=None)
+    image = torch.empty(1, 3, 224, 224, device="meta")
+    expected = cost(model, image)
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.forward = functools.partial(attention_of_plain_functions, module)
+    assert cost(model, image) == expected
+
+
+def attention_of_plain_functions(layer, x, *_, **__):
+    """Self-attention (N, S, E) by `F.linear` and matrix products, as rewritten graphs have it."""
+    q, k, v = F.linear(x, layer.in_proj_weight, layer.in_proj_bias).chunk(3, -1)
+    q, k, v = (t.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+    weights = torch.softmax(q @ k.transpose(-1, -2), -1)
+    return layer.out_proj((weights @ v).transpose(1, 2).flatten(2)), None
 
 
 def test_a_grouped_convolution_costs_its_weights_once_per_output_position():

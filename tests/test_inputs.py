@@ -1,6 +1,7 @@
 import torch
+from torch import nn
 
-from surgery.deploy.inputs import batch_of, with_batch
+from surgery.deploy.inputs import batch_of, resolve, with_batch
 
 
 def test_samples_beyond_those_given_hold_the_same_values_and_yet_differ():
@@ -35,3 +36,36 @@ def test_the_batch_size_is_the_length_of_axis_0_of_the_first_tensor():
     assert batch_of((), {"y": torch.randn(3)}) == 3
     assert batch_of((torch.tensor(1.0),), {}) is None
     assert batch_of((), {}) is None
+
+
+def test_a_list_of_images_and_their_targets_run_along_the_batch():
+    images = [torch.randn(3, 4, 5), torch.randn(3, 6, 7)]
+    targets = [{"boxes": torch.rand(1, 4)}, {"boxes": torch.rand(2, 4)}]
+    assert batch_of((images, targets), {}) == 2
+    (one, one_target), _ = with_batch((images, targets), {}, 1)
+    assert [image.shape for image in one] == [(3, 4, 5)]
+    assert len(one_target) == 1
+    (many,), named = with_batch((images,), {"targets": targets}, 5)
+    assert [tuple(image.shape) for image in many] == [(3, 4, 5), (3, 6, 7), (3, 4, 5), (3, 6, 7), (3, 4, 5)]
+    assert torch.equal(many[0], images[0])
+    assert torch.equal(many[2], images[0].roll(1, -1))
+    assert named["targets"][4] is targets[0]
+
+
+def test_a_list_of_batches_is_no_list_of_images():
+    levels = [torch.randn(2, 3, 8, 8), torch.randn(2, 3, 4, 4)]
+    assert batch_of((levels,), {}) == 2
+    (resized,), _ = with_batch((levels,), {}, 3)
+    assert [level.shape[0] for level in resized] == [3, 3]
+
+
+class Detects(nn.Module):
+    def forward(self, images):
+        return [image.mean((1, 2)) for image in images]
+
+
+def test_a_traced_module_that_takes_a_list_of_images_is_given_as_many_as_asked_for(monkeypatch):
+    traced_with = ([torch.randn(3, 4, 5), torch.randn(3, 6, 7)],)
+    monkeypatch.setattr("surgery.graph.tracing.example_inputs", lambda module, batch_size=None: (traced_with, {}))
+    (images,), _ = resolve(Detects(), batch_size=3)
+    assert [image.shape for image in images] == [(3, 4, 5), (3, 6, 7), (3, 4, 5)]

@@ -24,8 +24,9 @@ class Entry:
     ``kind`` says what the model is called with: a batch of images (N, 3, height, width), a batch of videos
     (N, 3, frames, height, width), two batches of images, or a list of images (3, height, width) each.
 
-    ``input_size`` is the size of one sample, (3, height, width), that the published weights are evaluated at; for
-    videos, (3, frames, height, width), that the published costs are counted at. ``minimum`` is the smallest square
+    ``input_size`` is the size of one sample, (3, height, width), that the published weights are evaluated at, or
+    (3, frames, height, width) of a video; of a model that is evaluated at many sizes, that which the published costs
+    are counted at. ``minimum`` is the smallest square
     image, in pixels, that the model can be trained on with its default keywords. ``smallest`` is the smallest that is
     good for tests, with the keywords ``small`` and, for videos, ``frames``: its deepest feature map is at least 2 x 2,
     for with a batch of two and 1 x 1 maps the batch statistics of a training pass are so ill-conditioned that float64
@@ -270,7 +271,7 @@ def _two_stage_detection() -> Iterator[Entry]:
     common = Entry(
         "",
         "Faster R-CNN",
-        (3, 800, 1066),
+        (3, 800, 800),
         kind="list of images",
         notes=_IN_TRAINING,
         targets=("boxes", "labels"),
@@ -281,7 +282,7 @@ def _two_stage_detection() -> Iterator[Entry]:
     yield replace(common, name="fasterrcnn_resnet50_fpn_v2")
     mobile = replace(common, pretrained={FROZEN_NORM: 1e-5})
     yield replace(mobile, name="fasterrcnn_mobilenet_v3_large_fpn")
-    yield replace(mobile, name="fasterrcnn_mobilenet_v3_large_320_fpn", input_size=(3, 320, 426))
+    yield replace(mobile, name="fasterrcnn_mobilenet_v3_large_320_fpn", input_size=(3, 320, 320))
     masks = replace(common, family="Mask R-CNN", notes=f"{_IN_TRAINING}, masks", targets=(*common.targets, "masks"))
     yield replace(masks, name="maskrcnn_resnet50_fpn", pretrained=_FROZEN)
     yield replace(masks, name="maskrcnn_resnet50_fpn_v2")
@@ -301,7 +302,7 @@ def _one_stage_detection() -> Iterator[Entry]:
     common = Entry(
         "",
         "RetinaNet",
-        (3, 800, 1066),
+        (3, 800, 800),
         kind="list of images",
         notes=_IN_TRAINING,
         targets=("boxes", "labels"),

@@ -76,7 +76,7 @@ _SCORES = {"acc@1": "{:.1f}% top-1", "miou": "{:.1f} mIoU", "box_map": "{:.1f} b
 
 
 def _score(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    figures = {name: value for of_data in reversed(metrics.values()) for name, value in of_data.items()}
+    figures = {name: value for of_data in reversed(list(metrics.values())) for name, value in of_data.items()}
     return next((form.format(figures[name]) for name, form in _SCORES.items() if name in figures), "")
 
 

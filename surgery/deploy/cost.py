@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from surgery.deploy.inputs import Args, Kwargs, refusing_bad_inputs, resolve
+from surgery.deploy.detectors import image_batch, is_detector, raw_outputs
+from surgery.deploy.inputs import Args, Kwargs, is_list_of_images, refusing_bad_inputs, resolve
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ def cost(module: nn.Module, example_inputs: Any = None, *, kwargs: Mapping[str, 
     and in eval mode; biases, norms, activations and pooling are not, as in the papers and in torchvision's own figures.
     A tensor that is used twice, or that shares its memory with another, is counted once in ``params`` and ``bytes``.
 
+    How much of a detection model runs depends on what it finds. Counted is its network at a fixed number of regions:
+    the backbone and the head, or the region proposal head, the box head on 1,000 regions of the image, and mask and
+    keypoint heads on 100, for an image of the given size as the model's transform resizes it.
+
     ``example_inputs`` is a tensor or a tuple of positional inputs, ``kwargs`` the named ones; a traced module needs
     neither.
 
@@ -61,6 +67,12 @@ def _macs(module: nn.Module, args: Args, kwargs: Kwargs) -> int:
     fake_mode = FakeTensorMode()
     with FakeCopyMode(fake_mode):  # a copy without weights: nothing is allocated, and the original stays as it is
         fake = copy.deepcopy(module).eval()
+    call: Callable[..., Any]
+    if is_detector(module) and is_list_of_images(args):
+        with refusing_bad_inputs(args, kwargs):
+            args, kwargs, call = (image_batch(module, args[0]),), {}, functools.partial(raw_outputs, fake)
+    else:
+        call = fake
     fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, fake_mode.from_tensor, (args, kwargs))
     counter = FlopCounterMode(display=False)
     with (
@@ -71,7 +83,7 @@ def _macs(module: nn.Module, args: Args, kwargs: Kwargs) -> int:
         fake_mode,
         counter,
     ):
-        fake(*fake_args, **fake_kwargs)
+        call(*fake_args, **fake_kwargs)
     return int(counter.get_total_flops()) // 2
 
 

@@ -1,7 +1,8 @@
 """The inputs a module is measured on: the caller's own, or those a traced module remembers, at a chosen batch size.
 
 The batch size of a set of inputs is the length of axis 0 of its first tensor; every tensor of that length along axis 0
-is taken to run along the batch.
+is taken to run along the batch. Where the first input is a list of images, (channels, height, width) each, as detection
+models take it, the batch size is the length of that list, and every list of that length runs along the batch.
 """
 
 from __future__ import annotations
@@ -36,17 +37,33 @@ def resolve(
     Raises `UsageError` where there is nothing to go by, or no batch axis to resize.
     """
     if example_inputs is None and kwargs is None:
-        return tracing.example_inputs(module, batch_size=batch_size)
+        args, named = tracing.example_inputs(module)
+        if batch_size is None or not is_list_of_images(args):
+            return tracing.example_inputs(module, batch_size=batch_size)
+        return with_batch(args, named, batch_size)
     given = () if example_inputs is None else example_inputs
-    args: Args = tuple(given) if isinstance(given, tuple | list) else (given,)
+    args = tuple(given) if isinstance(given, tuple | list) else (given,)
     named = dict(kwargs or {})
     return (args, named) if batch_size is None else with_batch(args, named, batch_size)
 
 
 def batch_of(args: Args, kwargs: Kwargs) -> int | None:
-    """The batch size of these inputs: the length of axis 0 of their first tensor; None if they have none."""
+    """The batch size of these inputs: the length of their list of images, or of axis 0 of their first tensor; None if
+    they have none."""
+    if is_list_of_images(args):
+        return len(args[0])
     first = next(iter(tensors((args, kwargs))), None)
     return None if first is None or first.ndim == 0 else first.shape[0]
+
+
+def is_list_of_images(args: Args) -> bool:
+    """Whether the first positional input is a list of tensors with three axes each."""
+    images = args[0] if args else None
+    return (
+        isinstance(images, list)
+        and bool(images)
+        and all(isinstance(image, torch.Tensor) and image.ndim == 3 for image in images)
+    )
 
 
 def with_batch(args: Args, kwargs: Kwargs, size: int) -> tuple[Args, Kwargs]:
@@ -58,6 +75,8 @@ def with_batch(args: Args, kwargs: Kwargs, size: int) -> tuple[Args, Kwargs]:
     batch = batch_of(args, kwargs)
     if not batch:
         raise UsageError("the example inputs have no batch axis: their first tensor has no axis 0, or an empty one")
+    if is_list_of_images(args):
+        return _with_lists(args, kwargs, batch, size)
 
     def resize(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.ndim == 0 or tensor.shape[0] != batch:
@@ -68,6 +87,22 @@ def with_batch(args: Args, kwargs: Kwargs, size: int) -> tuple[Args, Kwargs]:
     once = {id(tensor): resize(tensor) for tensor in tensors((args, kwargs))}  # one tensor given twice stays one
     resized: tuple[Args, Kwargs] = pytree.tree_map_only(torch.Tensor, lambda tensor: once[id(tensor)], (args, kwargs))
     return resized
+
+
+def _with_lists(args: Args, kwargs: Kwargs, batch: int, size: int) -> tuple[Args, Kwargs]:
+    """As `with_batch`, where each list of ``batch`` things among the inputs runs along the batch."""
+
+    def resize(given: Any) -> Any:
+        if not isinstance(given, list) or len(given) != batch:
+            return given
+        return [_rolled(given[i % batch], i // batch) for i in range(size)]
+
+    return tuple(resize(arg) for arg in args), {name: resize(value) for name, value in kwargs.items()}
+
+
+def _rolled(sample: Any, shift: int) -> Any:
+    """An image rolled along its last axis; what belongs to an image, such as its boxes, stays as it is."""
+    return sample.roll(shift, -1) if isinstance(sample, torch.Tensor) and sample.ndim == 3 else sample
 
 
 def tensors(tree: Any) -> list[torch.Tensor]:
