@@ -69,6 +69,7 @@ def _conv(
     elif read is None or outs is None:
         for f in (read, outs, ins):
             op.freeze(f, f"{op.name} has groups of an axis that holds no channels")
+        outs = None
     else:
         outs = _grouped_conv(op, read, outs, ins, groups, transposed)
     if bias is not None:
@@ -293,10 +294,10 @@ def _spatial(op: Op, input: Labelled, *rest: Any, **named: Any) -> Any:
 
 @oprule(F.interpolate, F.grid_sample, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
 def _resampled(op: Op, input: Labelled, *rest: Any, **named: Any) -> Fields:
-    for other in (*rest, *named.values()):
-        if isinstance(other, Labelled):
-            op.lose(list(other.fields), f"{op.name} reads positions from it")
-    return op.keep(input, range(2, input.ndim))
+    positions = [other for other in (*rest, *named.values()) if isinstance(other, Labelled)]
+    for other in positions:
+        op.lose(list(other.fields), f"{op.name} reads positions from it")
+    return op.keep(input, [*([0] if positions else []), *range(2, input.ndim)])
 
 
 @oprule(F.pad)
@@ -385,6 +386,13 @@ def _constant_like(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:
     return op.elementwise(input)
 
 
-@oprule(torch.empty_like, torch.rand_like, torch.randn_like, "new_zeros", "new_ones", "new_empty", "new_full")
+@oprule(torch.empty_like, torch.rand_like, torch.randn_like)
+def _drawn_like(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:
+    """A number of its own for each channel, which no edit of the others can follow."""
+    op.lose(list(input.fields), f"{op.name} is as large")
+    return ()
+
+
+@oprule("new_zeros", "new_ones", "new_empty", "new_full")
 def _fresh_tensor(op: Op, *args: Any, **named: Any) -> Fields:
     return ()
