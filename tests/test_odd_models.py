@@ -35,8 +35,6 @@ class Odd:
     children: dict[str, Callable[[], Any]]
     frozen: tuple[str, ...]
     modes: tuple[bool, ...]
-    mixed: bool
-    """Normalises over channels: a slim network has statistics of its own."""
 
     def build(self) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
         with torch.random.fork_rng():
@@ -60,9 +58,9 @@ class Odd:
 MODELS: dict[str, Odd] = {}
 
 
-def odd(*shapes, named=None, frozen=(), modes=(False, True), mixed=False, **children):
+def odd(*shapes, named=None, frozen=(), modes=(False, True), **children):
     def register(forward):
-        MODELS[forward.__name__] = Odd(forward, shapes or (IMAGE,), named or {}, children, frozen, modes, mixed)
+        MODELS[forward.__name__] = Odd(forward, shapes or (IMAGE,), named or {}, children, frozen, modes)
         return forward
 
     return register
@@ -424,7 +422,7 @@ def sub_mean(self, x):
     return gap(self.b(y - y.mean(1, keepdim=True)))
 
 
-@odd(a=conv(3, 6), b=conv(6, 5), frozen=("normalize works along it",))
+@odd(a=conv(3, 6), b=conv(6, 5))
 def l2_norm_args(self, x):
     return gap(self.b(F.normalize(self.a(x), 2, 1)))
 
@@ -453,12 +451,12 @@ def std_keepdim_positional(self, x):
     return self.f(torch.std(y, (2, 3), False, True).flatten(1))
 
 
-@odd(a=conv(3, 8), n=lambda: nn.GroupNorm(2, 8), d=conv(8, 5), mixed=True)
+@odd(a=conv(3, 8), n=lambda: nn.GroupNorm(2, 8), d=conv(8, 5))
 def group_norm(self, x):
     return gap(self.d(self.n(self.a(x)).relu()))
 
 
-@odd(a=conv(3, 8), n=lambda: nn.GroupNorm(1, 8), d=conv(8, 5), mixed=True)
+@odd(a=conv(3, 8), n=lambda: nn.GroupNorm(1, 8), d=conv(8, 5))
 def group_norm1(self, x):
     return gap(self.d(self.n(self.a(x)).relu()))
 
@@ -468,44 +466,44 @@ def group_norm_instance(self, x):
     return gap(self.d(self.n(self.a(x)).relu()))
 
 
-@odd(a=conv(3, 4), b=conv(3, 4), n=lambda: nn.GroupNorm(1, 8), d=conv(8, 5), mixed=True)
+@odd(a=conv(3, 4), b=conv(3, 4), n=lambda: nn.GroupNorm(1, 8), d=conv(8, 5))
 def group_norm_cat(self, x):
     return gap(self.d(self.n(torch.cat([self.a(x), self.b(x)], 1)).relu()))
 
 
-@odd(a=conv(3, 4), n=lambda: nn.GroupNorm(1, 7), d=conv(7, 5), mixed=True)
+@odd(a=conv(3, 4), n=lambda: nn.GroupNorm(1, 7), d=conv(7, 5))
 def group_norm_cat_input(self, x):
     return gap(self.d(self.n(torch.cat([self.a(x), x], 1)).relu()))
 
 
-@odd((2, 7), a=linear(7, 8), n=lambda: nn.LayerNorm(8), d=linear(8, 5), mixed=True)
+@odd((2, 7), a=linear(7, 8), n=lambda: nn.LayerNorm(8), d=linear(8, 5))
 def layer_norm(self, x):
     return self.d(self.n(self.a(x)).relu())
 
 
-@odd((2, 7), a=linear(7, 4), b=linear(7, 4), n=lambda: nn.LayerNorm(8), d=linear(8, 5), mixed=True)
+@odd((2, 7), a=linear(7, 4), b=linear(7, 4), n=lambda: nn.LayerNorm(8), d=linear(8, 5))
 def layer_norm_cat(self, x):
     return self.d(self.n(torch.cat([self.a(x), self.b(x)], 1)).relu())
 
 
-@odd((2, 7), a=linear(7, 8), d=linear(8, 5), mixed=True)
+@odd((2, 7), a=linear(7, 8), d=linear(8, 5))
 def layer_norm_function(self, x):
     y = self.a(x)
     return self.d(F.layer_norm(y, y.shape[1:]).relu())
 
 
-@odd((2, 7), a=linear(7, 8), d=linear(8, 5), w=parameter(8), b=parameter(8), mixed=True)
+@odd((2, 7), a=linear(7, 8), d=linear(8, 5), w=parameter(8), b=parameter(8))
 def layer_norm_function_const(self, x):
     y = self.a(x)
     return self.d(F.layer_norm(y, (8,), self.w, self.b).relu())
 
 
-@odd(a=conv(3, 8), n=lambda: nn.LayerNorm((8, 6, 6)), d=conv(8, 5), mixed=True, frozen=("n has positions in it",))
+@odd(a=conv(3, 8), n=lambda: nn.LayerNorm((8, 6, 6)), d=conv(8, 5), frozen=("n has positions in it",))
 def layer_norm_chw(self, x):
     return gap(self.d(self.n(self.a(x)).relu()))
 
 
-@odd(a=conv(3, 8), n=lambda: nn.LayerNorm(8), d=conv(8, 5), mixed=True)
+@odd(a=conv(3, 8), n=lambda: nn.LayerNorm(8), d=conv(8, 5))
 def layer_norm_channels_last(self, x):
     return gap(self.d(self.n(self.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)))
 
@@ -943,7 +941,6 @@ def cat_zeros_other_axis(self, x):
     a=lambda: nn.MultiheadAttention(8, 2, batch_first=True),
     p=linear(8, 8),
     d=linear(8, 5),
-    frozen=("a has no rule",),
 )
 def mha(self, x):
     y = self.p(x)
@@ -989,7 +986,7 @@ def unflatten_const(self, x):
     return gap(self.d(self.a(x).unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)))
 
 
-@odd(a=conv(3, 8), d=conv(8, 5), w=parameter(2, 4, 1, 1), frozen=("mul reads parts of it that cannot be told apart",))
+@odd(a=conv(3, 8), d=conv(8, 5), w=parameter(2, 4, 1, 1), frozen=("mul shares it among heads, or other parts of an axis",))
 def unflatten_param(self, x):
     return gap(self.d((self.a(x).unflatten(1, (2, 4)) * self.w).flatten(1, 2)))
 
@@ -999,7 +996,7 @@ def unflatten_param(self, x):
     d=conv(8, 5),
     u=lambda: nn.Unflatten(1, (2, 4)),
     w=parameter(2, 4, 1, 1),
-    frozen=("mul reads parts of it that cannot be told apart",),
+    frozen=("mul shares it among heads, or other parts of an axis",),
 )
 def unflatten_module(self, x):
     return gap(self.d((self.u(self.a(x)) * self.w).flatten(1, 2)))
@@ -1222,8 +1219,7 @@ def hold(model, traced, same):
     for width in (1.5, 2.0):
         same(surgery.widen(traced, width), traced)
     slim = surgery.slim(traced, 0.5)
-    if not model.mixed:
-        same(slim, surgery.masked(traced, surgery.split_masks(traced, 0.5)))
+    same(slim, surgery.masked(traced, surgery.split_masks(traced, 0.5)))
     return slim
 
 

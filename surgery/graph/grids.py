@@ -1,8 +1,8 @@
 """Axes that together factor one, as heads and head_dim do, and which of them an edit may change.
 
-After an edit such axes must still fill a rectangle, so only one of them may lose or gain positions. Which one is decided
-when everything else that the rules said is known. Where positions are tied along all axes but one already (an attention
-chooses whole heads), it is that one. Otherwise it is the last, and channels are chosen alike along the others.
+After an edit such axes must still fill a rectangle, so only one of them may lose or gain positions. Which one is
+decided when everything else that the rules said is known. Where positions are tied along all axes but one already (an
+attention chooses whole heads), it is that one. Otherwise it is the last, and channels are chosen alike along the others.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _fix(books: Books, grid: Grid, axis: int | None = None) -> None:
         if number == axis:
             _tie(books, np.moveaxis(grid.ids, axis, -1), ids)
         else:
-            books.frozen.append((ids, f"{grid.what} has it for every part of an axis"))
+            books.frozen.append((ids, f"{grid.what} shares it among heads, or other parts of an axis"))
     before = math.prod(grid.ids.shape[:axis]) if axis else 1
     if before > 1:
         rows = grid.ids.reshape(before, -1)

@@ -179,6 +179,8 @@ def _unbind(op: Op, input: Labelled, dim: int = 0) -> Any:
 @oprule(operator.getitem, movement=True)
 def _getitem(op: Op, input: Labelled, index: Any) -> Fields:
     index = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(i, Labelled) for i in index):
+        return _picked(op, input, index)
     if any(not (i is None or i is Ellipsis or isinstance(i, (int, slice))) for i in index):
         return unknown(op, input)  # type: ignore[no-any-return]
     fields, picked = sliced(input.fields, index, input.ndim)
@@ -186,6 +188,20 @@ def _getitem(op: Op, input: Labelled, index: Any) -> Fields:
     for f in fields:
         op.cut(f)
     return fields
+
+
+def _picked(op: Op, input: Labelled, index: tuple[Any, ...]) -> Fields:
+    """Rows of a table, at positions that a tensor holds."""
+    at = [k for k, i in enumerate(index) if isinstance(i, Labelled)]
+    if len(at) > 1 or any(i != slice(None) for k, i in enumerate(index) if k not in at):
+        return unknown(op, input, *index)  # type: ignore[no-any-return]
+    positions = index[at[0]]
+    op.lose(list(positions.fields), f"{op.name} reads positions from it")
+    if positions.value.dtype == torch.bool:
+        return unknown(op, input)  # type: ignore[no-any-return]
+    shift = positions.ndim - 1
+    rest = op.keep(input, at, f"{op.name} picks positions of it")
+    return tuple(moved(f, tuple(d + (d > at[0]) * shift for d in f.dims)) for f in rest)
 
 
 @oprule(torch.narrow, "narrow", rewrite=rewrites.narrow, movement=True)

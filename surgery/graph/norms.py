@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from surgery.graph import rewrites
-from surgery.graph.labels import Fields, Labelled
+from surgery.graph.labels import Field, Fields, Labelled
 from surgery.graph.ops import Op, oprule
 
 
@@ -47,14 +47,18 @@ def _layer_norm(op: Op, x: Labelled, rank: int, *vectors: Labelled | None) -> Fi
         if f.dims[0] >= first:
             op.mixes(f, first, x.ndim - 1)
         fields.append(f)
+    own: dict[int, Field] = {}
     for vector in vectors:
         for g in () if vector is None else vector.fields:
-            same = next((f for f in fields if f.dims == (g.dims[0] + first,)), None)
+            dim = g.dims[0] + first
+            same = next((f for f in fields if f.dims == (dim,)), own.get(dim))
             op.per_channel(g)
-            if same is None:
-                op.freeze(g, f"{op.name} has positions in it")
-            else:
+            if same is not None:
                 op.tie(same, g)
+            else:
+                within = any(dim in f.dims for f in x.fields)
+                op.freeze(g, f"{op.name} {'shares it among heads, or other parts of an axis' if within else 'has positions in it'}")
+                own[dim] = g
     return tuple(fields)
 
 

@@ -7,6 +7,7 @@ asks for. It changes numbers only; that the result is what the edit asked for is
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ class Site:
     """The new layer, its parameters already gathered; None for a function or method."""
     shapes: tuple[tuple[int, ...], ...]
     """New shapes of the outputs."""
+    old: tuple[tuple[int, ...], ...]
+    """Their old shapes."""
     changed: frozenset[int]
     """Dims of the outputs whose channels changed."""
     inputs: tuple[tuple[int, ...] | None, ...]
@@ -137,7 +140,7 @@ def windowed_attention(site: Site) -> None:
 
 
 def reshape(site: Site) -> None:
-    """Constants of ``view`` and ``reshape`` at the changed dims; a size that was computed there becomes a constant."""
+    """Constants of ``view`` and ``reshape`` at the changed dims; a size that was computed there is scaled."""
     node = site.node
     named = next((k for k in ("shape", "size") if k in node.kwargs), None)
     if named is not None:
@@ -209,10 +212,22 @@ def _unpacked(shape: Any, site: Site) -> Any:
 
 
 def _resized(shape: Any, site: Site, first: int = 0) -> Any:
-    new = site.shapes[0]
+    new, old = site.shapes[0], site.old[0]
     return type(shape)(
-        new[d] if d in site.changed and size != -1 else size for d, size in enumerate(shape, start=first)
+        size if d not in site.changed or size == -1 else _scaled(size, new[d], old[d], site)
+        for d, size in enumerate(shape, start=first)
     )
+
+
+def _scaled(size: Any, new: int, old: int, site: Site) -> Any:
+    """A constant gives way to the new size. A size that is computed may hold others too (batch times heads)."""
+    if not isinstance(size, fx.Node):
+        return new
+    graph, factor = site.node.graph, math.gcd(new, old)
+    with graph.inserting_before(site.node):
+        for function, number in ((operator.mul, new // factor), (operator.floordiv, old // factor)):
+            size = size if number == 1 else graph.call_function(function, (size, number))
+    return size
 
 
 def _argument(node: fx.Node, signature: tuple[str, ...], name: str, default: Any) -> Any:

@@ -190,6 +190,7 @@ class _Rewiring:
                     new,
                     None if leaf is None else self.target.get_submodule(str(node.target)),
                     tuple(self.shape(o) for o in outs),
+                    tuple(o.shape for o in outs),
                     frozenset(changed),
                     tuple(self.shape(v) if isinstance(v, Labelled) else None for v in inputs),
                     tuple(v.shape if isinstance(v, Labelled) else None for v in inputs),
@@ -277,7 +278,7 @@ class _Rewiring:
                 fields = rule.relate(Op(ledger, node, leaf, "", ("", ""), result), *args, **kwargs)
             except (ValueError, IndexError):  # the new sizes do not fit the op
                 return None
-            results.append([fields] if isinstance(result, Labelled) else list(fields))
+            results.append([fields] if isinstance(result, Labelled) else [f for f in fields if f is not None])
         pairs = []
         for was, wanted, *got in zip(_labelled(out), _labelled(asked), *results, strict=True):
             for f, g in zip(was.fields, wanted.fields, strict=True):
