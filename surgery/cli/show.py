@@ -4,17 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
 from surgery import catalogue
-from surgery.cli.options import EXACT, AsJson, InputShape, Model, Seed, Trust, Weights, open_model, open_pair
+from surgery.cli.options import (
+    EXACT,
+    AsJson,
+    InputShape,
+    Model,
+    Seed,
+    Trust,
+    Weights,
+    open_model,
+    open_pair,
+    refuse_if_taken,
+)
 from surgery.cli.output import emit, table
-from surgery.deploy.cost import cost
+from surgery.deploy.cost import cost, weight_macs
+from surgery.deploy.draw import draw
+from surgery.deploy.group_cost import GroupCost, group_costs
 from surgery.deploy.units import mebibytes, quantity
-from surgery.errors import unknown_name
+from surgery.errors import UsageError, unknown_name
 from surgery.graph.dims import DimensionGroup, dimension_groups
 from surgery.graph.tracing import example_inputs, info
 from surgery.passes.recipe import recipe
@@ -24,7 +38,7 @@ from surgery.passes.verify import verify as verify_modules
 def register(app: typer.Typer) -> None:
     """Add the verbs of this file to ``app``."""
     app.command(epilog="Example: surgery models 'resnet*'")(models)
-    app.command(epilog="Example: surgery inspect resnet50 --group layer3.0.conv1")(inspect)
+    app.command(epilog="Example: surgery inspect resnet50 --svg resnet50.svg")(inspect)
     app.command(epilog="Example: surgery verify resnet18 wide/")(verify)
 
 
@@ -83,45 +97,82 @@ def _score(metrics: Mapping[str, Mapping[str, float]]) -> str:
 def inspect(
     model: Model,
     group: Annotated[str | None, typer.Option(metavar="LAYER", help="Show one group, member by member.")] = None,
+    why: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="Show the ops that tie two layers, or parameters' axes: fc.weight[1]."),
+    ] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the groups into an SVG file.")] = None,
     input_shape: InputShape = None,
     weights: Weights = "none",
     seed: Seed = 0,
     trust: Trust = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the SVG file if it exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a model costs and which of its axes must change together."""
+    """Show what a model costs, which of its axes must change together, and what each such group carries.
+
+    A group carries the parameters, and their MACs, that lie at its channels along any axis. A weight lies between two
+    groups and counts for both.
+    """
+    if svg is not None:
+        refuse_if_taken(svg, force)
     traced = open_model(model, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
-    figures = cost(traced)
     groups = dimension_groups(traced)
+    if why is not None:
+        _show_path(groups, *why, as_json)
+        return
+    figures, macs = cost(traced), weight_macs(traced)
+    costs = group_costs(traced, groups, macs)
+    if group is not None:
+        found = _find(groups, group)
+        _show_members(found, costs[found.name], as_json)
+        return
+    editable = sum(g.editable for g in groups)
+    said = (
+        f"{quantity(figures.params)} parameters, {quantity(figures.macs)} MACs an input, {mebibytes(figures.bytes)}; "
+        f"{editable} of {len(groups)} groups editable"
+    )
+    source = info(traced).source
+    if svg is not None:
+        _write(svg, draw(traced, groups, costs, macs, title=f"Dimension groups of {source or model}", subtitle=said))
     result = {
-        "source": info(traced).source,
+        "source": source,
         **figures.to_dict(),
         "steps": len(recipe(traced).steps),
-        "groups": [_group(g) for g in groups],
+        "macs_of_no_weight": macs.get("", 0),
+        "svg": None if svg is None else str(svg),
+        "groups": [_group(g, costs[g.name]) for g in groups],
     }
-    if group is not None:
-        _show_members(_find(groups, group), as_json)
-        return
-    rows = [[g.name, g.size, g.units, len(g.members), "yes" if g.editable else "no", g.reason] for g in groups]
-    editable = sum(g.editable for g in groups)
-    emit(
-        result,
-        as_json,
-        table("", ["group", "size", "units", "members", "editable", "reason"], rows, text=["editable", "reason"]),
-        note=f"{quantity(figures.params)} parameters, {quantity(figures.macs)} MACs an input, "
-        f"{mebibytes(figures.bytes)}; {editable} of {len(groups)} groups editable",
-    )
+    header = ["group", "size", "units", "members", "parameters", "MACs", "editable", "reason"]
+    rows = [
+        [g.name, g.size, g.units, len(g.members), *_quantities(costs[g.name]), "yes" if g.editable else "no", g.reason]
+        for g in groups
+    ]
+    drawn = "" if svg is None else f"\ndrawn to {svg}"
+    emit(result, as_json, table("", header, rows, text=["editable", "reason"]), note=said + drawn)
 
 
-def _group(group: DimensionGroup) -> dict[str, Any]:
+def _group(group: DimensionGroup, carried: GroupCost) -> dict[str, Any]:
     return {
         "name": group.name,
         "size": group.size,
         "units": group.units,
+        "params": carried.params,
+        "macs": carried.macs,
         "editable": group.editable,
         "reason": group.reason,
         "members": [{"name": m.name, "axis": m.axis, "role": m.role} for m in group.members],
     }
+
+
+def _quantities(carried: GroupCost) -> tuple[str, str]:
+    return quantity(carried.params), quantity(carried.macs)
+
+
+def _write(file: Path, text: str) -> None:
+    if not file.absolute().parent.is_dir():
+        raise UsageError(f"cannot write {file}: there is no folder {file.absolute().parent}")
+    file.write_text(text, encoding="utf-8")
 
 
 def _find(groups: list[DimensionGroup], layer: str) -> DimensionGroup:
@@ -132,10 +183,35 @@ def _find(groups: list[DimensionGroup], layer: str) -> DimensionGroup:
     return named[layer]
 
 
-def _show_members(group: DimensionGroup, as_json: bool) -> None:
+def _show_members(group: DimensionGroup, carried: GroupCost, as_json: bool) -> None:
     rows = [[m.name, m.axis, m.role] for m in group.members]
-    title = f"{group.name}: {group.size} channels, {group.units} units"
-    emit(_group(group), as_json, table(title, ["member", "axis", "role"], rows, text=["role"]), note=group.reason)
+    params, macs = _quantities(carried)
+    title = f"{group.name}: {group.size} channels, {group.units} units, {params} parameters, {macs} MACs"
+    emit(
+        _group(group, carried),
+        as_json,
+        table(title, ["member", "axis", "role"], rows, text=["role"]),
+        note=group.reason,
+    )
+
+
+def _show_path(groups: list[DimensionGroup], a: str, b: str, as_json: bool) -> None:
+    """The ops between two members of one group; a `UsageError` where no group has both."""
+    holds = {name: [g for g in groups if name in _names(g)] for name in (a, b)}
+    for name, found in holds.items():
+        if not found:
+            raise unknown_name("layer", name, {n for g in groups for n in _names(g)})
+    both = [g for g in holds[a] if g in holds[b]]
+    if not both:
+        of_a, of_b = (", ".join(g.name for g in holds[name]) for name in (a, b))
+        raise UsageError(f"nothing ties {a} to {b}: the first is in {of_a}, the second in {of_b}")
+    paths = {g.name: g.why(a, b) for g in both}
+    tables = [table(f"{a} and {b} share {name}", ["path"], [[step] for step in path]) for name, path in paths.items()]
+    emit({"a": a, "b": b, "paths": paths}, as_json, *tables)
+
+
+def _names(group: DimensionGroup) -> set[str]:
+    return {name for m in group.members for name in (str(m), m.name, m.layer)}
 
 
 def verify(

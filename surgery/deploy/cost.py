@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from surgery.deploy.detectors import image_batch, is_detector, raw_outputs
-from surgery.deploy.inputs import Args, Kwargs, is_list_of_images, refusing_bad_inputs, resolve
+from surgery.deploy.inputs import Args, Kwargs, is_list_of_images, refusing_bad_inputs, resolve, tensors
 
 
 @dataclass(frozen=True)
@@ -57,34 +57,62 @@ def cost(module: nn.Module, example_inputs: Any = None, *, kwargs: Mapping[str, 
     """
     args, named = resolve(module, example_inputs, kwargs, batch_size=1)
     return Cost(
-        macs=_macs(module, args, named),
+        macs=sum(_macs(module, args, named).values()),
         params=sum(count for count, _ in _footprints(module.parameters())),
         bytes=sum(count * size for count, size in _footprints([*module.parameters(), *module.buffers()])),
     )
 
 
-def _macs(module: nn.Module, args: Args, kwargs: Kwargs) -> int:
+def weight_macs(
+    module: nn.Module, example_inputs: Any = None, *, kwargs: Mapping[str, Any] | None = None
+) -> dict[str, int]:
+    """The MACs of `cost`, by the name of the parameter that multiplies, in the order of the forward pass.
+
+    Products of activations with each other, as in attention, are under ``""``.
+    """
+    args, named = resolve(module, example_inputs, kwargs, batch_size=1)
+    return _macs(module, args, named)
+
+
+def _macs(module: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, int]:
     fake_mode = FakeTensorMode()
     with FakeCopyMode(fake_mode):  # a copy without weights: nothing is allocated, and the original stays as it is
         fake = copy.deepcopy(module).eval()
-    call: Callable[..., Any]
+    call: Callable[..., Any] = fake
     if is_detector(module) and is_list_of_images(args):
         with refusing_bad_inputs(args, kwargs):
             args, kwargs, call = (image_batch(module, args[0]),), {}, functools.partial(raw_outputs, fake)
-    else:
-        call = fake
     fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, fake_mode.from_tensor, (args, kwargs))
-    counter = FlopCounterMode(display=False)
+    found: dict[str, int] = {}
     with (
         refusing_bad_inputs(args, kwargs),
         _countable_attention(),
         torch.random.fork_rng(devices=[]),
         torch.no_grad(),
         fake_mode,
-        counter,
+        FlopCounterMode(display=False, custom_mapping=_noting(fake, found)),
     ):
         call(*fake_args, **fake_kwargs)
-    return int(counter.get_total_flops()) // 2
+    return {name: flops // 2 for name, flops in found.items()}
+
+
+def _noting(module: nn.Module, found: dict[str, int]) -> dict[Any, Callable[..., int]]:
+    """torch's FLOP formulas, which also add what they count to ``found``, under the parameter that takes part."""
+    names = {p.untyped_storage()._cdata: name for name, p in reversed(list(module.named_parameters()))}
+
+    def noting(formula: Callable[..., int]) -> Callable[..., int]:
+        def count(*args: Any, **kwargs: Any) -> int:
+            flops = formula(*args, **kwargs)
+            used = (names.get(t.untyped_storage()._cdata) for t in tensors(args))
+            name = next((name for name in used if name is not None and name in matrices), "")
+            found[name] = found.get(name, 0) + flops
+            return flops
+
+        count._get_raw = True  # type: ignore[attr-defined]  # the formula is given tensors, not their shapes
+        return count
+
+    matrices = {name for name, p in module.named_parameters() if p.ndim > 1}
+    return {op: noting(formula) for op, formula in flop_registry.items()}
 
 
 @contextmanager
