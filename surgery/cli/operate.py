@@ -7,6 +7,7 @@ from typing import Annotated
 
 import torch
 import typer
+from torch import nn
 
 from surgery.cli.options import (
     EXACT,
@@ -27,7 +28,7 @@ from surgery.deploy.checkpoint import RECIPE, save
 from surgery.deploy.cost import cost
 from surgery.deploy.outputs import refuse_folder
 from surgery.deploy.units import mebibytes, quantity
-from surgery.graph.tracing import TracedModule, example_inputs
+from surgery.graph.tracing import example_inputs
 from surgery.passes.deepen import deepen as deepen_module
 from surgery.passes.slim import masked, split_masks
 from surgery.passes.slim import slim as slim_module
@@ -130,15 +131,13 @@ def slim(
     _finish(before, after, out, verified=verified, as_json=as_json)
 
 
-def _compare(after: TracedModule, expected: TracedModule) -> Verification:
+def _compare(after: nn.Module, expected: nn.Module) -> Verification:
     args, kwargs = example_inputs(after)
     check = verify(after, expected, args, kwargs=kwargs, dtype=torch.float64, tolerance=EXACT)
     return check.raise_if_different()
 
 
-def _finish(
-    before: TracedModule, after: TracedModule, out: Path, *, verified: Verification | None, as_json: bool
-) -> None:
+def _finish(before: nn.Module, after: nn.Module, out: Path, *, verified: Verification | None, as_json: bool) -> None:
     """Save what was made and say what it costs."""
     figures = {"before": cost(before), "after": cost(after)}
     save(after, out, force=True)  # what was there has been looked at before

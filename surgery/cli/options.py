@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from torch import nn
 
 from surgery import catalogue
 from surgery.deploy.checkpoint import RECIPE, load
 from surgery.errors import UsageError
-from surgery.graph.tracing import TracedModule, example_inputs, trace
+from surgery.graph.tracing import example_inputs, trace
 
 Model = Annotated[
     str,
@@ -48,7 +49,7 @@ def open_model(
     weights: str = "none",
     seed: int = 0,
     trust: bool = False,
-) -> TracedModule:
+) -> nn.Module:
     """The traced module that ``source`` names, in evaluation mode, for inputs of a shape or for those given."""
     if is_saved(source):
         if input_shape is not None:
@@ -65,7 +66,7 @@ def open_model(
 
 def open_pair(
     first: str, second: str, *, input_shape: str | None, weights: str, seed: int, trust: bool
-) -> tuple[TracedModule, TracedModule]:
+) -> tuple[nn.Module, nn.Module]:
     """Two models for the same inputs: those a saved one remembers, or else as `open_model` has them."""
     if is_saved(second) and not is_saved(first):
         opened = open_pair(second, first, input_shape=input_shape, weights=weights, seed=seed, trust=trust)

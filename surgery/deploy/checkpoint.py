@@ -20,7 +20,7 @@ from torch import nn
 from surgery import catalogue
 from surgery.deploy.outputs import refuse_folder, staged_folder
 from surgery.errors import SurgeryError, UsageError
-from surgery.graph.tracing import TensorSpec, TracedModule, info, trace
+from surgery.graph.tracing import TensorSpec, info, trace
 from surgery.passes.apply import apply
 from surgery.passes.recipe import Recipe, recipe
 
@@ -57,7 +57,7 @@ def save(module: nn.Module, directory: str | os.PathLike[str], *, force: bool = 
     return target
 
 
-def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, trust: bool = False) -> TracedModule:
+def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, trust: bool = False) -> nn.Module:
     """Rebuild what `save` wrote: the architecture from its source, the edits from the recipe, then the weights.
 
     Args:

@@ -22,8 +22,9 @@ from torch import nn
 from surgery.errors import UsageError, unknown_name
 from surgery.graph.grids import settle
 from surgery.graph.labels import Ids
-from surgery.graph.propagate import Books, ParamAxis, propagate
-from surgery.graph.tracing import TracedModule, example_inputs, info
+from surgery.graph.propagate import Books, ParamAxis
+from surgery.graph.recording import analyse
+from surgery.graph.traced import example_inputs, info, traced_parts
 
 
 def dimension_groups(module: nn.Module) -> list[DimensionGroup]:
@@ -303,19 +304,33 @@ def _role(axis: ParamAxis) -> str:
     return next(r for r in ("producer", "consumer", "per-channel") if r in axis.roles)
 
 
+@dataclass(frozen=True, eq=False)
+class Remembered:
+    """An analysis, and the state of the graphs that it is of. It does not go with a copy of the module."""
+
+    state: tuple[int, ...]
+    dimensions: Dimensions
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
 def dimensions(module: nn.Module) -> Dimensions:
     """The analysis behind `dimension_groups`, computed once for each traced module and state of its graphs.
 
     It is kept with the module, not in a table: it refers to the graphs, and so to the module and its weights.
     """
-    info(module)
-    assert isinstance(module, TracedModule)
-    state = tuple(len(g.nodes) for g in module.graphs)
-    found: tuple[Any, Dimensions] | None = module.__dict__.get("_dimensions")
-    if found is None or found[0] != state:
-        found = (state, Dimensions(propagate(module, *example_inputs(module, batch_size=None))))
+    known = info(module)
+    state = tuple(len(g.nodes) for _, part in traced_parts(module) for g in part.graphs)
+    found: Remembered | None = module.__dict__.get("_dimensions")
+    if found is None or found.state != state:
+        inputs = example_inputs(module, batch_size=None)
+        found = Remembered(state, Dimensions(analyse(module, *inputs, known.modes)))
         module.__dict__["_dimensions"] = found
-    return found[1]
+    return found.dimensions
 
 
 def _number(component: Ids, axes: list[ParamAxis]) -> tuple[Ids, list[tuple[int, int]], list[ParamAxis]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,8 @@ from surgery.errors import TraceError, UsageError
 from surgery.graph.grids import Grid
 from surgery.graph.labels import Field, Ids, Labelled, Pairing, mutable
 from surgery.graph.ops import Norm, Op, rule_for, unknown
-from surgery.graph.tracing import TracedModule
+from surgery.graph.rewrites import Site
+from surgery.graph.traced import TracedModule
 from surgery.graph.twins import Twins
 
 ParamKey = tuple[str, int]
@@ -38,6 +39,18 @@ class ParamAxis:
     axis: int
     ids: Ids
     roles: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Called:
+    """A call of a layer by Python that is not traced."""
+
+    path: str
+    node: fx.Node
+    """Stands for the call, in no graph that is run."""
+    rewrite: Callable[[Site], None]
+    args: tuple[Any, ...]
+    out: Any
 
 
 @dataclass
@@ -69,12 +82,14 @@ class Books:
     """For each node its output, with a `Labelled` for each tensor."""
     graphs: dict[str, tuple[str, fx.Graph]] = field(default_factory=dict)
     """For each scope the path of its module and the graph."""
+    calls: list[Called] = field(default_factory=list)
+    """Layers that Python outside the graphs calls, as far as their attributes follow an edit."""
 
 
 def propagate(module: TracedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Books:
     """Interpret every graph of ``module`` on inputs of the given specifications (tensors of any device)."""
     books = Books()
-    run = _Run(module, books)
+    run = Run(module, books)
     inputs = pytree.tree_map(run.placeholder, (args, kwargs))
     for training, graph in enumerate(module.graphs):
         run.graph(module, "", "train" if training else "", graph, inputs[0], inputs[1], top=True)
@@ -116,7 +131,7 @@ class Ledger:
             self.books.edges.append((a, b, why))
 
 
-class _Run(Ledger):
+class Run(Ledger):
     """One interpretation: meta twins of the module's tensors and leaves, and the books."""
 
     def __init__(self, root: nn.Module, books: Books) -> None:
@@ -153,17 +168,17 @@ class _Run(Ledger):
             elif node.op == "output":
                 output = fx.map_arg(node.args[0], env.__getitem__)
                 if top:
-                    for leaf in _labelled(output):
+                    for leaf in labelled_leaves(output):
                         for f in leaf.fields:
                             self.freeze(f.ids, "network output")
                 continue
             else:
                 env[node] = self._step(module, path, scope, node, env)
-            for value in _labelled(env[node]):
+            for value in labelled_leaves(env[node]):
                 self.views.setdefault(_storage(value), []).append((node, value))
             key = (scope, node.name)
             if key in self.books.nodes:  # a traced submodule that is called twice
-                self._called_again(module, node, self.books.nodes[key], env)
+                self._called_again(module, scope, node, self.books.nodes[key], env)
             else:
                 self.books.nodes[key] = env[node]
         return output
@@ -190,23 +205,13 @@ class _Run(Ledger):
             leaf = module.get_submodule(target)
             target = f"{path}.{target}" if path else target
             if isinstance(leaf, TracedModule):
-                results = [
-                    self.graph(leaf, target, "train" if training else "", graph, args, kwargs)
-                    for training, graph in enumerate(leaf.graphs)
-                ]
-                for other in results[1:]:
-                    self._tie_calls(results[0], other, node.name)
-                if leaf._forward_hooks or leaf._forward_pre_hooks:
-                    for value in _labelled((args, kwargs, results[0])):
-                        for f in value.fields:
-                            self.freeze(f.ids, f"{target} has hooks")
-                return results[0]
+                return self.part(leaf, target, node.name, args, kwargs)
         elif target is operator.getitem and not isinstance(args[0], Labelled):
             return args[0][args[1]]
         elif isinstance(target, type) and issubclass(target, (tuple, list, dict)):
             return target(*args, **kwargs)
         raw_args, raw_kwargs = pytree.tree_map(_value, (args, kwargs))
-        tensors = list(_labelled((args, kwargs)))
+        tensors = list(labelled_leaves((args, kwargs)))
         versions = [a.value._version for a in tensors]
         try:
             raw = self.twins.run(node, leaf, raw_args, raw_kwargs)
@@ -217,17 +222,37 @@ class _Run(Ledger):
             what = str(error).strip().partition("\n")[0]
             raise UsageError(f"the example inputs do not fit: {node.name} cannot take {given} ({what})") from error
         out = pytree.tree_map(lambda v: Labelled(v) if isinstance(v, torch.Tensor) else v, raw)
-        if not any(True for _ in _labelled(out)):
+        if not any(True for _ in labelled_leaves(out)):
             return out
         op = Op(self, node, leaf, target if leaf is not None else "", (scope, node.name), out)
-        fields = self._relate(op, rule_for(node, leaf).relate, args, kwargs)
+        result = self.related(op, rule_for(node, leaf).relate, args, kwargs, out)
         for a, version in zip(tensors, versions, strict=True):
+            if a.value._version != version:
+                self._changed_in_place(node, a)
+        return result
+
+    def part(self, part: TracedModule, path: str, name: str, args: Any, kwargs: Any) -> Any:
+        """Run a traced module that something else calls; what its graphs give is tied."""
+        results = [
+            self.graph(part, path, "train" if training else "", graph, args, kwargs)
+            for training, graph in enumerate(part.graphs)
+        ]
+        for other in results[1:]:
+            self._tie_calls(results[0], other, name)
+        if part._forward_hooks or part._forward_pre_hooks:
+            for value in labelled_leaves((args, kwargs, results[0])):
+                for f in value.fields:
+                    self.freeze(f.ids, f"{path} has hooks")
+        return results[0]
+
+    def related(self, op: Op, relate: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        """``out`` with the fields that a rule gives it."""
+        fields = self._relate(op, relate, args, kwargs)
+        for a in labelled_leaves((args, kwargs)):
             for f in a.fields:
                 if f.key is not None and f.key[0] == "param" and (f.key[1], f.key[2]) not in op.claimed:
                     self.books.values.add((f.key[1], f.key[2]))
-            if a.value._version != version:
-                self._changed_in_place(node, a)
-        return self._with_fields(op, out, fields)
+        return self.with_fields(op, out, fields)
 
     def _relate(self, op: Op, relate: Any, args: Any, kwargs: Any) -> Any:
         if op.module is not None and (op.module._forward_hooks or op.module._forward_pre_hooks):
@@ -248,7 +273,7 @@ class _Run(Ledger):
                 for f in (*value.fields, *seen.fields):
                     self.freeze(f.ids, f"{node.name} changes it in place through a view")
 
-    def _with_fields(self, op: Op, out: Any, fields: Any) -> Any:
+    def with_fields(self, op: Op, out: Any, fields: Any) -> Any:
         if not isinstance(out, (Labelled, dict, list, tuple)):
             return out
         if isinstance(out, Labelled):
@@ -261,25 +286,29 @@ class _Run(Ledger):
                     raise AssertionError(f"rule for {op.name} labels {expected} positions with {f.ids.shape} ids")
             return Labelled(out.value, own)
         if isinstance(out, dict):
-            return {k: self._with_fields(op, v, fields[k]) for k, v in out.items()}
-        parts = [self._with_fields(op, o, f) for o, f in zip(out, fields, strict=True)]
+            return {k: self.with_fields(op, v, fields[k]) for k, v in out.items()}
+        parts = [self.with_fields(op, o, f) for o, f in zip(out, fields, strict=True)]
         return type(out)(*parts) if hasattr(out, "_fields") else type(out)(parts)
 
-    def _called_again(self, module: nn.Module, node: fx.Node, first: Any, env: dict[fx.Node, Any]) -> None:
+    def _called_again(self, module: nn.Module, scope: str, node: fx.Node, first: Any, env: dict[fx.Node, Any]) -> None:
         """What has to follow an edit can do so in one way only, for all calls."""
         leaf = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if not any(True for _ in _labelled(first)):
+        if not any(True for _ in labelled_leaves(first)):
             if first != env[node]:
-                for value in _labelled([env[n] for n in node.all_input_nodes]):
-                    for f in value.fields:
-                        self.freeze(f.ids, f"{node.name} is called with different shapes")
+                for n in node.all_input_nodes:
+                    for a, b in zip(
+                        labelled_leaves(self.books.nodes[scope, n.name]), labelled_leaves(env[n]), strict=False
+                    ):
+                        for f in b.fields:
+                            if len(a.shape) != len(b.shape) or any(a.shape[d] != b.shape[d] for d in f.dims):
+                                self.freeze(f.ids, f"{node.name} is called with different shapes")
             return
         rule = rule_for(node, leaf)
         if rule.rewrite is not None or rule.movement or isinstance(leaf, TracedModule):
             self._tie_calls(first, env[node], node.name)
 
     def _tie_calls(self, first: Any, second: Any, why: str) -> None:
-        for a, b in zip(_labelled(first), _labelled(second), strict=False):
+        for a, b in zip(labelled_leaves(first), labelled_leaves(second), strict=False):
             for f in a.fields:
                 other = next((g for g in b.fields if g.dims == f.dims and g.ids.shape == f.ids.shape), None)
                 if other is None:
@@ -338,7 +367,7 @@ def _value(v: Any) -> Any:
     return v.value if isinstance(v, Labelled) else v
 
 
-def _labelled(tree: Any) -> Iterable[Labelled]:
+def labelled_leaves(tree: Any) -> Iterable[Labelled]:
     return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Labelled))
 
 

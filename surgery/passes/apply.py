@@ -16,7 +16,10 @@ from torch import nn
 
 from surgery.errors import EditError, UsageError
 from surgery.graph.dims import DimensionGroup, Dimensions, dimensions
-from surgery.graph.tracing import TracedModule, info, with_info
+from surgery.graph.labels import Labelled
+from surgery.graph.propagate import labelled_leaves
+from surgery.graph.rewrites import Site
+from surgery.graph.tracing import info, with_info
 from surgery.passes.insert import insert_identity
 from surgery.passes.layout import Layout, Layouts
 from surgery.passes.recipe import InsertIdentity, Recipe, Reindex, Step
@@ -24,7 +27,7 @@ from surgery.passes.rewire import rewire
 from surgery.passes.shares import shared_out
 
 
-def apply(module: nn.Module, edit: Recipe | Step | Iterable[Step]) -> TracedModule:
+def apply(module: nn.Module, edit: Recipe | Step | Iterable[Step]) -> nn.Module:
     """A new module with the steps done to it, in order. ``module`` is not changed and shares no storage with it.
 
     Raises:
@@ -42,16 +45,14 @@ def apply(module: nn.Module, edit: Recipe | Step | Iterable[Step]) -> TracedModu
             result = copy.deepcopy(module) if result is module else result
             insert_identity(result, step)
         with_info(result, steps=(*before, step))
-    result = copy.deepcopy(module) if result is module else result
-    assert isinstance(result, TracedModule)
-    return result
+    return copy.deepcopy(module) if result is module else result
 
 
 def reindex(
     module: nn.Module,
     indices: Mapping[str, Sequence[int]],
     shares: Mapping[str, Sequence[float]] | None = None,
-) -> TracedModule:
+) -> nn.Module:
     """Gather dimension groups by an index.
 
     Args:
@@ -79,8 +80,7 @@ def _steps(edit: Step | Iterable[Step]) -> Sequence[Step]:
     return (edit,) if isinstance(edit, (Reindex, InsertIdentity)) else tuple(edit)
 
 
-def _reindex(module: nn.Module, step: Reindex) -> TracedModule:
-    assert isinstance(module, TracedModule)
+def _reindex(module: nn.Module, step: Reindex) -> nn.Module:
     dims = dimensions(module)
     indices = {dims.find(name): index for name, index in step.indices.items()}
     shares = {dims.find(name): values for name, values in step.shares.items()}
@@ -91,7 +91,40 @@ def _reindex(module: nn.Module, step: Reindex) -> TracedModule:
     _check_mixed(dims, layouts)
     result = copy.deepcopy(module, _gathered(module, dims, layouts))
     rewire(module, result, dims, layouts)
+    _follow_outside(result, dims, layouts)
     return result
+
+
+def _follow_outside(module: nn.Module, dims: Dimensions, layouts: Layouts) -> None:
+    """Let the attributes of the layers that Python outside the graphs calls follow their new tensors."""
+    for call in {call.path: call for call in dims.books.calls}.values():
+        labels = list(labelled_leaves((call.args, call.out)))
+        if all(layouts.of(dims.unit_of[f.ids]) is None for label in labels for f in label.fields):
+            continue
+        call.rewrite(
+            Site(
+                node=call.node,
+                module=module.get_submodule(call.path),
+                shapes=tuple(_shape(out, dims, layouts) for out in labelled_leaves(call.out)),
+                changed=frozenset(),
+                inputs=tuple(_shape(v, dims, layouts) if isinstance(v, Labelled) else None for v in call.args),
+                before=tuple(v.shape if isinstance(v, Labelled) else None for v in call.args),
+                computed={},
+                tensors={},
+                old=tuple(out.shape for out in labelled_leaves(call.out)),
+            )
+        )
+
+
+def _shape(value: Labelled, dims: Dimensions, layouts: Layouts) -> tuple[int, ...]:
+    """The shape that an edit asks for."""
+    shape = list(value.shape)
+    for f in value.fields:
+        layout = layouts.of(dims.unit_of[f.ids])
+        if layout is not None and layout.shape is not None:
+            for dim, size in zip(f.dims, layout.shape, strict=True):
+                shape[dim] = size
+    return tuple(shape)
 
 
 def _check(group: DimensionGroup, index: Sequence[int], shares: Sequence[float] | None) -> None:

@@ -23,7 +23,7 @@ _GATES = frozenset({"Sigmoid", "Hardsigmoid"})
 """Activations that scale something else rather than feed a layer."""
 
 
-def deepen(module: nn.Module, places: Mapping[str, int] | Iterable[str] | str, *, seed: int = 0) -> TracedModule:
+def deepen(module: nn.Module, places: Mapping[str, int] | Iterable[str] | str, *, seed: int = 0) -> nn.Module:
     """Insert layers that compute the identity, and can learn.
 
     Behind an idempotent activation (ReLU, ReLU6) this is an identity convolution or linear layer with BatchNorm, where
@@ -48,7 +48,6 @@ def deepen_plan(
 ) -> tuple[InsertIdentity, ...]:
     """The steps that `deepen` takes."""
     info(module)
-    assert isinstance(module, TracedModule)
     dims = dimensions(module)
     taken = {name for name, _ in module.named_modules()}
     steps = []
@@ -157,11 +156,14 @@ def _nearest_activation(site: Site) -> str:
 
 def _free_name(module: nn.Module, after: str, taken: set[str]) -> str:
     """The next number in a container of numbered children; else a name of its own beside the layer."""
-    children = [n for n, _ in module.get_submodule(after).named_children()]
+    named = module.get_submodule(after)
+    children = [n for n, _ in named.named_children()]
     number = 0
     if children and all(n.isdigit() for n in children):
         number = max(map(int, children)) + 1
         pattern = f"{after}.{{}}"
+    elif isinstance(named, TracedModule) and after:  # Python calls it: what is beside it is not in its graph
+        pattern = f"{after}.identity{{}}"
     else:
         pattern = f"{after}_identity{{}}"
     while pattern.format(number) in taken:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from surgery.errors import EditError, UsageError, unknown_name
-from surgery.graph.tracing import TracedModule
+from surgery.graph.traced import TracedModule, traced_parts
 from surgery.passes.recipe import InsertIdentity
 
 ACTIVATIONS: dict[object, str] = {
@@ -33,7 +33,6 @@ _BATCH_NORMS: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d
 
 def insert_identity(module: nn.Module, step: InsertIdentity) -> None:
     """Insert the layers of ``step`` into ``module``, in every graph that computes what they read."""
-    assert isinstance(module, TracedModule)
     sites = list(output_sites(module, step.after))
     block = _block(step, _like(module))
     parent, _, child = step.name.rpartition(".")
@@ -54,7 +53,7 @@ class Site:
         self.owner, self.path, self.graph, self.node = owner, path, graph, node
 
 
-def output_sites(module: TracedModule, name: str) -> Iterator[Site]:
+def output_sites(module: nn.Module, name: str) -> Iterator[Site]:
     """Where the output of a layer or container is computed: once in each graph that runs it.
 
     The output of a layer is taken behind the normalisation and the activation that follow it alone.
@@ -64,8 +63,8 @@ def output_sites(module: TracedModule, name: str) -> Iterator[Site]:
         EditError: it runs more than once, or has several outputs.
     """
     found = False
-    for path, owner in module.named_modules():
-        if not isinstance(owner, TracedModule) or (path and not name.startswith(f"{path}.")):
+    for path, owner in traced_parts(module):
+        if path and not f"{name}.".startswith(f"{path}."):
             continue
         local = name[len(path) + 1 :] if path else name
         for graph in owner.graphs:
@@ -76,7 +75,7 @@ def output_sites(module: TracedModule, name: str) -> Iterator[Site]:
     if not found:
         names = [n for n, _ in module.named_modules() if n]
         if name in names:
-            raise EditError(f"{name!r} is not run by the graph")
+            raise EditError(f"{name!r} is not run by any graph")
         raise unknown_name("layer", name, names)
 
 
@@ -92,6 +91,11 @@ def activation_of(owner: TracedModule, node: fx.Node) -> str:
 
 
 def _output_node(owner: TracedModule, graph: fx.Graph, name: str) -> fx.Node | None:
+    if not name:  # all of the graph
+        result = graph.output_node().args[0]
+        if not isinstance(result, fx.Node):
+            raise EditError("it has no single output: name a layer")
+        return result
     calls = [n for n in graph.nodes if n.op == "call_module" and n.target == name]
     if len(calls) > 1:
         raise EditError(f"{name!r} runs {len(calls)} times: a layer behind it would be shared")

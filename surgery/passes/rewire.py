@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from surgery.errors import EditError
@@ -30,7 +30,7 @@ from surgery.graph.tracing import TracedModule
 from surgery.passes.layout import Layout, Layouts
 
 
-def rewire(old: TracedModule, new: TracedModule, dims: Dimensions, layouts: Layouts) -> None:
+def rewire(old: nn.Module, new: nn.Module, dims: Dimensions, layouts: Layouts) -> None:
     """Adapt every graph of ``new``, a copy of ``old`` whose tensors have been gathered already."""
     for scope, (path, graph) in dims.books.graphs.items():
         source, target = old.get_submodule(path), new.get_submodule(path)

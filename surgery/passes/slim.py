@@ -18,7 +18,7 @@ from torch import nn
 
 from surgery.errors import UsageError, unknown_name
 from surgery.graph.dims import DimensionGroup, Dimensions, dimensions
-from surgery.graph.tracing import TracedModule, info
+from surgery.graph.tracing import info
 from surgery.passes.apply import apply
 from surgery.passes.kept import kept_units, normalise_over
 from surgery.passes.names import resolve
@@ -27,7 +27,7 @@ from surgery.passes.recipe import Reindex
 Rate = float | Mapping[str, float]
 
 
-def slim(module: nn.Module, rate: Rate, *, round_to: int = 1) -> TracedModule:
+def slim(module: nn.Module, rate: Rate, *, round_to: int = 1) -> nn.Module:
     """Carve the KELS slim network out of a dense one.
 
     It computes what the dense network computes with its reset-hypothesis switched off (`masked`).
@@ -72,7 +72,7 @@ def split_masks(
     raise unknown_name("kind of mask", kind, ["kels", "wels"])
 
 
-def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> TracedModule:
+def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
     """The dense module with its reset-hypothesis switched off: a copy whose masked entries are zero.
 
     A LayerNorm or GroupNorm of the copy computes its statistics over those channels of which the masks keep anything.
@@ -92,7 +92,6 @@ def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> TracedModule
         value = parameter.detach() * mask.to(parameter.device)
         memo[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     result = copy.deepcopy(module, memo)
-    assert isinstance(result, TracedModule)
     dims = dimensions(module)
     normalise_over(result, dims, kept_units(module, dims, masks))
     return result

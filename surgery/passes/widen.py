@@ -11,7 +11,6 @@ from torch import nn
 
 from surgery.errors import EditError, UsageError
 from surgery.graph.dims import DimensionGroup, Dimensions, dimensions
-from surgery.graph.tracing import TracedModule
 from surgery.passes.apply import apply
 from surgery.passes.names import resolve
 from surgery.passes.recipe import Reindex
@@ -19,7 +18,7 @@ from surgery.passes.recipe import Reindex
 Width = float | int
 
 
-def widen(module: nn.Module, width: float | Mapping[str, Width], *, seed: int = 0, round_to: int = 1) -> TracedModule:
+def widen(module: nn.Module, width: float | Mapping[str, Width], *, seed: int = 0, round_to: int = 1) -> nn.Module:
     """Widen a network without changing what it computes.
 
     New channels copy random old ones (the paper's mapping g: the old channels first, then uniform draws), and the

@@ -1,0 +1,41 @@
+"""Rows of the rule table for the ops and layers of `torchvision.ops` that detection models are made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torchvision
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from surgery.graph.labels import Fields, Labelled
+from surgery.graph.ops import Op, oprule
+
+
+@oprule(
+    torchvision.ops.roi_align,
+    torchvision.ops.roi_pool,
+    torch.ops.torchvision.roi_align,
+    torch.ops.torchvision.roi_pool,
+    torchvision.ops.RoIAlign,
+    torchvision.ops.RoIPool,
+)
+def _roi_align(op: Op, input: Labelled, rois: Any, *rest: Any, **named: Any) -> Any:
+    """Boxes are cut out of each channel alike."""
+    for other in rois if isinstance(rois, (list, tuple)) else [rois]:
+        op.lose(list(other.fields), f"{op.name} reads positions from it")
+    read, rest = op.axis(input, 1)
+    op.lose(list(rest), f"{op.name} cuts positions out of it")
+    kept = () if read is None else (read,)
+    return kept if isinstance(op.out, Labelled) else [kept, *((),) * (len(op.out) - 1)]
+
+
+@oprule(FrozenBatchNorm2d)
+def _frozen_batch_norm(op: Op, x: Labelled) -> Fields:
+    """A factor and a term for each channel, made of statistics that no mode changes."""
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        vector = op.param(name)
+        assert vector is not None
+        op.per_channel(vector.at(0))
+        op.tie(op.axis(x, 1)[0], vector.at(0))
+    return x.fields

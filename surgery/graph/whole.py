@@ -1,0 +1,158 @@
+"""From a module whose Python can be followed to a traced module."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from surgery.errors import TraceError, UsageError
+from surgery.graph.guards import Values
+from surgery.graph.traced import TracedModule, copy_hooks, shelled
+from surgery.graph.tracer import ModeBranchError, Tracer, symbolic_factories, symbolic_modes
+
+_STARS = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
+_VIEWS_OF_DICTS = ("items", "keys", "values")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The parameters of a ``forward`` in one call, by name; ``*args`` and ``**kwargs`` with their stars."""
+
+    values: dict[str, Any]
+    constants: dict[str, Any]
+    """Those that hold no tensor: constants of the graph, guarded by fx."""
+
+
+def bound_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """The call ``model(*args, **kwargs)`` by the names of the parameters."""
+    try:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise UsageError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
+    given = dict(bound.arguments)
+    bound.apply_defaults()
+    stars = {name: _STARS.get(p.kind.name, "") for name, p in bound.signature.parameters.items()}
+    constants = {
+        name: value
+        for name, value in bound.arguments.items()
+        if not stars[name]
+        and (name not in given or not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(value)))
+    }
+    return Arguments({stars[name] + name: value for name, value in bound.arguments.items()}, constants)
+
+
+def traced_copy(root: nn.Module, given: Arguments, *, inside: bool = False) -> TracedModule:
+    """Trace ``root``, a private copy whose tensors and leaves become the result's own.
+
+    Args:
+        given: example arguments; of tensors only shapes and dtypes matter.
+        inside: Python that is not traced calls ``root`` and may call its methods and parts too, so they stay.
+    """
+    modal: set[str] = set()  # submodules that branch on their own flag: traced on their own, called as leaves
+    while True:
+        try:
+            tracer, graph = _trace_mode(root, given, modal, training=False)
+            train_graph = _trace_mode(root, given, modal, training=True)[1] if tracer.branched else None
+            break
+        except ModeBranchError as found:
+            modal.add(found.path)
+    for g in (graph, train_graph):
+        _register_plain_tensors(root, g)
+    calls = _leaves(root, graph, train_graph)
+    modals = {id(root.get_submodule(p)): p for p in modal}
+    tree = _module_tree(root, "", _Kept(calls, modals, tracer.values, inside, {}))
+    for g in (graph, train_graph):
+        if g is not None:
+            g.owning_module = None
+    traced = TracedModule(tree, graph, train_graph)
+    if inside:
+        return shelled(traced, root)
+    copy_hooks(root, traced)
+    return traced
+
+
+def _register_plain_tensors(root: nn.Module, graph: fx.Graph | None) -> None:
+    """Tensors that are mere attributes become buffers outside the state dict: they move and change with the rest."""
+    for node in graph.nodes if graph is not None else ():
+        if node.op != "get_attr":
+            continue
+        path, _, name = str(node.target).rpartition(".")
+        owner = root.get_submodule(path)
+        value = owner.__dict__.get(name)
+        if isinstance(value, torch.Tensor):
+            del owner.__dict__[name]
+            owner.register_buffer(name, value, persistent=False)
+
+
+def _trace_mode(root: nn.Module, given: Arguments, modal: set[str], *, training: bool) -> tuple[Tracer, fx.Graph]:
+    tracer = Tracer(modal, training, Values(root, given.values))
+    try:
+        with symbolic_modes(root, tracer), symbolic_factories(tracer):
+            graph = tracer.trace(root, given.constants)
+    except ModeBranchError:
+        raise
+    except Exception as error:  # fx runs the model's own Python, which may raise anything
+        raise TraceError(f"{type(root).__name__} cannot be traced: {error}{tracer.where()}") from error
+    for node in reversed(graph.nodes):
+        stack = node.meta.pop("nn_module_stack", None) or {"": None}
+        node.meta["path"] = next(reversed(stack))  # the module whose forward made the node
+        if not node.users and ("training_flag_of" in node.meta or node.target in _VIEWS_OF_DICTS):
+            graph.erase_node(node)
+    return tracer, graph
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What to keep of a traced model's module tree."""
+
+    leaves: dict[int, fx.Node]
+    """Ids of the modules that the graphs call, with a node that does."""
+    modal: dict[int, str]
+    """Paths of the leaves that are traced on their own."""
+    values: Values
+    """What is known of the graph's values."""
+    inside: bool
+    """Whether containers keep their class and what they do besides ``forward``."""
+    done: dict[int, nn.Module]
+    """Results by the id of the original: what is shared stays shared."""
+
+    def arguments(self, module: nn.Module) -> Arguments:
+        """The arguments that a graph calls a leaf with, on the meta device."""
+        node = self.leaves[id(module)]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.of)
+        return bound_arguments(module, args, kwargs)
+
+
+def _leaves(root: nn.Module, *graphs: fx.Graph | None) -> dict[int, fx.Node]:
+    nodes = (n for graph in reversed(graphs) if graph is not None for n in graph.nodes if n.op == "call_module")
+    return {id(root.get_submodule(str(n.target))): n for n in nodes}
+
+
+def _module_tree(module: nn.Module, path: str, kept: _Kept) -> nn.Module:
+    """The private copy as containers and leaves.
+
+    A container of the model's own class would carry a ``forward`` that the graph has replaced, so it becomes a plain
+    `nn.Module`; those of `torch.nn` stay, for they can be indexed.
+    """
+    if id(module) in kept.done:
+        return kept.done[id(module)]
+    if id(module) in kept.leaves:
+        tree = traced_copy(module, kept.arguments(module), inside=kept.inside) if id(module) in kept.modal else module
+    else:
+        own = kept.inside or type(module).__module__.startswith("torch.nn.")
+        tree = module if own else nn.Module()
+        for part in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+            tree.__dict__[part] = module.__dict__[part]
+        tree.training = module.training
+    kept.done[id(module)] = tree
+    if id(module) not in kept.leaves:
+        tree.__dict__["_modules"] = {
+            name: None if child is None else _module_tree(child, f"{path}.{name}" if path else name, kept)
+            for name, child in module.__dict__["_modules"].items()
+        }
+    return tree
