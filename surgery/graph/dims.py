@@ -158,7 +158,7 @@ class Dimensions:
         self.unit_of: Ids = order[component]
         self.count = int(order.max(initial=-1)) + 1
         self.axis_units = {(a.name, a.axis): self.unit_of[a.ids] for a in axes}
-        frozen = [*books.frozen, *((left[self.unit_of[left] == self.unit_of[right]], what)
+        frozen = [*books.frozen, (self._constants(books), "values of a buffer"), *((left[self.unit_of[left] == self.unit_of[right]], what)
                                    for left, right, _, what in books.rows)]  # fmt: skip
         self.frozen, self.unread = self._frozen(books, frozen)
         self.mixed = [(self.unit_of[ids], what) for ids, what in books.mixed]
@@ -224,6 +224,15 @@ class Dimensions:
         unit, behind, own = (self.unit_of[ids] for ids in (left, right, first))
         return np.asarray(left[(behind == unit + 1) & (behind == own) & ~self.fence[behind]], dtype=np.int64)
 
+    def _constants(self, books: Books) -> Ids:
+        """Ids of buffers' axes that no parameter writes or scales."""
+        learned = np.zeros(self.count, dtype=bool)
+        for a in books.axes.values():
+            if a.name not in books.buffers and a.roles != {"consumer"}:
+                learned[self.unit_of[a.ids]] = True
+        ids = [a.ids[~learned[self.unit_of[a.ids]]] for a in books.axes.values() if a.name in books.buffers]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *ids])
+
     def _frozen(self, books: Books, reasons: list[tuple[Ids, str]]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Units that a rule froze, or that no layer contracts over; and the latter alone."""
         frozen = np.zeros(self.count, dtype=bool)
@@ -277,6 +286,8 @@ class Dimensions:
                     reasons[k][reason] = None
         groups: list[DimensionGroup] = []
         for k, (start, stop) in enumerate(ranges):
+            if all(member.name in books.buffers for member in members[k]):
+                continue
             if self.unread[start:stop].any():
                 reasons[k]["no layer contracts over it"] = None
             held = self.axis_units[first[k].name, first[k].axis]

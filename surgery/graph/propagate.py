@@ -77,6 +77,8 @@ class Books:
     values: set[ParamKey] = field(default_factory=set)
     """Parameter axes that are used other than in a role."""
     axes: dict[ParamKey, ParamAxis] = field(default_factory=dict)
+    buffers: frozenset[str] = frozenset()
+    """Names of the tensors that are no parameters."""
     edges: list[tuple[Any, Any, str]] = field(default_factory=list)
     nodes: dict[NodeKey, Any] = field(default_factory=dict)
     """For each node its output, with a `Labelled` for each tensor."""
@@ -137,6 +139,7 @@ class Run(Ledger):
     def __init__(self, root: nn.Module, books: Books) -> None:
         super().__init__(books)
         self.names: dict[int, str] = {}
+        books.buffers = frozenset(name for name, _ in root.named_buffers(remove_duplicate=False))
         for name, tensor in (*root.named_parameters(), *root.named_buffers()):
             self.names.setdefault(id(tensor), name)
         self.twins = Twins()
