@@ -10,6 +10,7 @@ from surgery.graph.dims import DimensionGroup, Member, dimension_groups
 from surgery.graph.ops import oprule
 from surgery.graph.tracing import example_inputs, trace
 from surgery.passes.apply import apply, reindex
+from surgery.passes.check import RuleCheck, check_rule
 from surgery.passes.deepen import deepen
 from surgery.passes.recipe import InsertIdentity, Recipe, Reindex, recipe
 from surgery.passes.slim import masked, slim, split_masks
@@ -25,6 +26,7 @@ __all__ = [
     "Member",
     "Recipe",
     "Reindex",
+    "RuleCheck",
     "SurgeryError",
     "TraceError",
     "UsageError",
@@ -33,6 +35,7 @@ __all__ = [
     "__version__",
     "apply",
     "benchmark",
+    "check_rule",
     "compare",
     "cost",
     "deepen",

@@ -1,0 +1,188 @@
+"""Every rule of an op holds for its samples, and every row of the tables has some; `surgery.check_rule` finds lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from op_samples import NO_SAMPLE, SAMPLES, Sample
+from torch import nn
+
+import surgery
+from surgery.graph import ops, rewrites
+
+
+def case(k: int, sample: Sample) -> Any:
+    marks = [pytest.mark.xfail(reason=sample.wrong, strict=True)] if sample.wrong else []
+    return pytest.param(sample, id=f"{sample.name}-{k}", marks=marks)
+
+
+@pytest.mark.parametrize("sample", [case(k, s) for k, s in enumerate(SAMPLES)])
+@pytest.mark.filterwarnings("ignore")
+def test_a_rule_holds_for_its_samples(sample):
+    with numbers_in_new_memory("empty" in sample.name):
+        check = surgery.check_rule(sample.op, *sample.args, **sample.kwargs)
+    assert sample.free <= check.free, {axis: check.frozen.get(axis) for axis in sample.free - check.free}
+
+
+def test_every_rule_has_a_sample():
+    sampled = [s.target for s in SAMPLES]
+    rows = [*ops._FUNCTIONS, *ops._METHODS, *ops._MODULES]
+    assert [row for row in rows if row not in sampled and row not in NO_SAMPLE] == []
+
+
+@contextmanager
+def numbers_in_new_memory(wanted: bool) -> Iterator[None]:
+    """Uninitialised tensors are all NaN, so that two of them can be compared."""
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checker
+
+
+@pytest.fixture
+def rule():
+    """`surgery.oprule`, undone after the test."""
+    tables = (ops._FUNCTIONS, ops._METHODS, ops._MODULES)
+    before = [dict(table) for table in tables]
+    yield surgery.oprule
+    for table, rows in zip(tables, before, strict=True):
+        table.clear()
+        table.update(rows)
+
+
+def x(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def mixing(x):
+    return x + x.mean(1, keepdim=True)
+
+
+def test_a_user_adds_and_checks_a_rule_in_a_few_lines(rule):
+    @rule(torch.special.expit)
+    def expit(op, input):
+        return op.elementwise(input)
+
+    assert surgery.check_rule(torch.special.expit, x(2, 3, 4)).free == {("0", 0), ("0", 1), ("0", 2)}
+
+
+def test_an_op_that_mixes_channels_is_not_elementwise(rule):
+    rule(mixing)(lambda op, x: op.elementwise(x))
+    with pytest.raises(
+        surgery.VerificationError,
+        match=r"the rule of mixing is wrong: changing position 0 on axis 1 of argument 0 changes its result at "
+        r"\(0, 1, 0\), which the rule does not label with that channel",
+    ):
+        surgery.check_rule(mixing, x(2, 3, 4))
+
+
+def test_a_rule_that_freezes_what_is_mixed_is_true_and_says_so(rule):
+    rule(mixing)(lambda op, x: op.keep(x, [1], "mixing takes a mean over it"))
+    check = surgery.check_rule(mixing, x(2, 3, 4))
+    assert check.free == {("0", 0), ("0", 2)}
+    assert check.frozen == {("0", 1): "mixing takes a mean over it"}
+
+
+def weighted(x):
+    return x * torch.arange(1.0, x.shape[1] + 1, device=x.device)[:, None]
+
+
+def test_channels_with_weights_of_their_own_cannot_be_exchanged(rule):
+    rule(weighted)(lambda op, x: op.elementwise(x))
+    with pytest.raises(
+        surgery.VerificationError,
+        match=r"with channels permuted along axis 0 of argument 0, axis 1 of argument 0, axis 2 of argument 0 its "
+        r"result at \(0, 0, 0\) is not what the rule's labels say",
+    ):
+        surgery.check_rule(weighted, x(2, 3, 4))
+
+
+def reverse(x):
+    return x.flip(1)
+
+
+def test_a_movement_that_goes_elsewhere_than_its_labels_is_found(rule):
+    rule(reverse, movement=True)(lambda op, x: x.fields)
+    with pytest.raises(surgery.VerificationError, match=r"position 0 on axis 1 .* changes its result at \(0, 2\)"):
+        surgery.check_rule(reverse, x(2, 3))
+
+
+def gained(x, gain):
+    return x * gain
+
+
+def test_an_axis_that_another_tensor_has_without_channels_is_not_free(rule):
+    @rule(gained)
+    def one_sided(op, x, gain):
+        for f, g in zip(x.fields, gain.fields, strict=False):
+            op.tie(f, g)
+        return x.fields
+
+    with pytest.raises(surgery.VerificationError, match=r"position 0 on axis 0 of argument 1 .*holding none"):
+        surgery.check_rule(gained, x(3, 4), x(3, 4))
+    rule(gained)(lambda op, x, gain: op.elementwise(x, gain))
+    assert len(surgery.check_rule(gained, x(3, 4), x(3, 4)).free) == 4
+
+
+class Dense(nn.Module):
+    """A linear layer of one's own, with a size among its attributes."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.outputs = outputs
+        self.kernel = nn.Parameter(torch.randn(inputs, outputs))
+
+    def forward(self, x):
+        return (x @ self.kernel).view(*x.shape[:-1], self.outputs)
+
+
+def dense(op, x):
+    kernel = op.param("kernel")
+    read, rest = op.axis(x, -1)
+    op.consumes(kernel.at(0))
+    op.tie(read, kernel.at(0))
+    op.produces(kernel.at(1))
+    return (*rest, type(kernel.at(1))((x.ndim - 1,), kernel.at(1).ids))
+
+
+def resized(site: rewrites.Site) -> None:
+    site.module.outputs = site.module.kernel.shape[1]
+
+
+def test_a_layer_of_ones_own_is_checked_with_its_parameters(rule):
+    rule(Dense, rewrite=resized)(dense)
+    check = surgery.check_rule(Dense(3, 4), x(2, 3))
+    assert check.free == {("0", 0), ("0", 1), ("kernel", 0), ("kernel", 1)}
+
+
+def test_a_forgotten_rewrite_is_found(rule):
+    rule(Dense)(dense)
+    with pytest.raises(surgery.VerificationError, match="a network around it cannot be run when widened"):
+        surgery.check_rule(Dense(3, 4), x(2, 3))
+
+
+def test_a_consumer_that_is_called_something_else_is_found(rule):
+    def careless(op, x):
+        op.per_channel(op.param("kernel").at(0))
+        op.claimed.clear()
+        fields = dense(op, x)
+        op.run.books.axes["op.kernel", 0].roles.discard("consumer")
+        return fields
+
+    rule(Dense, rewrite=resized)(careless)
+    with pytest.raises(surgery.VerificationError, match="position 0 on axis 1 of argument 0"):
+        surgery.check_rule(Dense(3, 4), x(2, 3))
+
+
+def test_an_op_without_a_rule_is_an_error_that_says_what_to_do():
+    with pytest.raises(surgery.UsageError, match=r"logcumsumexp has no rule: register one with surgery\.oprule"):
+        surgery.check_rule(torch.logcumsumexp, x(2, 3), 1)
