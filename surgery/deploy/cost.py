@@ -47,7 +47,8 @@ def cost(module: nn.Module, example_inputs: Any = None, *, kwargs: Mapping[str, 
 
     How much of a detection model runs depends on what it finds. Counted is its network at a fixed number of regions:
     the backbone and the head, or the region proposal head, the box head on 1,000 regions of the image, and mask and
-    keypoint heads on 100, for an image of the given size as the model's transform resizes it.
+    keypoint heads on 100. A list of images is resized by the model's transform first, a tensor of images is taken as it
+    is.
 
     ``example_inputs`` is a tensor or a tuple of positional inputs, ``kwargs`` the named ones; a traced module needs
     neither.
@@ -79,9 +80,11 @@ def _macs(module: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, int]:
     with FakeCopyMode(fake_mode):  # a copy without weights: nothing is allocated, and the original stays as it is
         fake = copy.deepcopy(module).eval()
     call: Callable[..., Any] = fake
-    if is_detector(module) and is_list_of_images(args):
-        with refusing_bad_inputs(args, kwargs):
-            args, kwargs, call = (image_batch(module, args[0]),), {}, functools.partial(raw_outputs, fake)
+    if is_detector(module):
+        call = functools.partial(raw_outputs, fake)
+        if is_list_of_images(args):
+            with refusing_bad_inputs(args, kwargs):
+                args, kwargs = (image_batch(module, args[0]),), {}
     fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, fake_mode.from_tensor, (args, kwargs))
     found: dict[str, int] = {}
     with (

@@ -49,7 +49,7 @@ def raw_outputs(module: nn.Module, batch: Tensor, regions: Sequence[Tensor] | No
         batch: images (N, 3, height, width), resized and normalised already (`image_batch`).
         regions: boxes (R, 4) in each image for the box, mask and keypoint heads. Without them, these heads see zeros in
             place of what is pooled from `PROPOSALS` and `DETECTIONS` regions an image, so that no shape depends on a
-            value; then only the cost is of interest.
+            value; then only costs and what depends on what are of interest.
 
     Returns:
         the outputs of each head by name: ``head.0``, ``rpn.0``, ``box.1``, ``mask.0`` …
@@ -68,7 +68,7 @@ def raw_outputs(module: nn.Module, batch: Tensor, regions: Sequence[Tensor] | No
         pool = getattr(roi_heads, f"{name}_roi_pool")
         if regions is None:
             count = len(batch) * (PROPOSALS if name == "box" else DETECTIONS)
-            pooled = maps[0].new_zeros(count, maps[0].shape[1], *pool.output_size)
+            pooled = 0 * maps[0].sum() + maps[0].new_zeros(count, maps[0].shape[1], *pool.output_size)
         else:
             pooled = pool(features, list(regions), [tuple(batch.shape[-2:])] * len(batch))
         outputs |= _named(name, getattr(roi_heads, f"{name}_predictor")(head(pooled)))
