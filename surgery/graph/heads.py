@@ -64,7 +64,7 @@ class HeadAttention(nn.MultiheadAttention):
         return q, k, v
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x.reshape(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
 
 def fit_heads(module: nn.MultiheadAttention, head_dim: int) -> None:
@@ -140,7 +140,7 @@ def windowed_attention(
     if logit_scale is not None and qkv_bias is not None:
         third = qkv_bias.shape[0] // 3
         qkv_bias = torch.cat([qkv_bias[:third], torch.zeros_like(qkv_bias[:third]), qkv_bias[2 * third :]])
-    qkv = F.linear(x, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, head_dim)).permute(2, 0, 3, 1, 4)
+    qkv = F.linear(x, qkv_weight, qkv_bias).reshape(*x.shape[:-1], 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)
     q, k, v = qkv[0], qkv[1], qkv[2]
     if logit_scale is not None:
         scale = torch.clamp(logit_scale, max=math.log(100.0)).exp()
@@ -150,7 +150,7 @@ def windowed_attention(
     scores = scores + relative_position_bias
     if any(shift):
         mask = _shift_mask(scores, padded, window_size, shift)
-        scores = (scores.unflatten(0, (-1, math.prod(windows))) + mask[:, None]).flatten(0, 1)
+        scores = (scores.reshape(-1, len(mask), *scores.shape[1:]) + mask[:, None]).flatten(0, 1)
     weights = F.dropout(torch.softmax(scores, -1), attention_dropout, training)
     x = F.linear((weights @ v).transpose(1, 2).flatten(2), proj_weight, proj_bias)
     x = F.dropout(x, dropout, training)

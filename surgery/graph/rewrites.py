@@ -66,18 +66,18 @@ def conv_function(site: Site) -> None:
     """``groups`` of ``F.conv*`` follows where each group has one input channel."""
     weight = site.inputs[1]
     signature = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    groups = _argument(site.node, signature, "groups", 1)
+    groups = argument(site.node, signature, "groups", 1)
     if isinstance(groups, int) and groups > 1 and weight is not None and weight[1] == 1 and site.inputs[0] is not None:
-        _set_argument(site.node, signature, "groups", site.inputs[0][1])
+        set_argument(site.node, signature, "groups", site.inputs[0][1])
 
 
 def conv_transpose_function(site: Site) -> None:
     """``groups`` of ``F.conv_transpose*`` follows where each group has one input channel."""
     before, after = site.before[0], site.inputs[0]
     signature = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-    groups = _argument(site.node, signature, "groups", 1)
+    groups = argument(site.node, signature, "groups", 1)
     if isinstance(groups, int) and groups > 1 and before is not None and before[1] == groups and after is not None:
-        _set_argument(site.node, signature, "groups", after[1])
+        set_argument(site.node, signature, "groups", after[1])
 
 
 def layer_norm(site: Site) -> None:
@@ -88,9 +88,9 @@ def layer_norm(site: Site) -> None:
 def layer_norm_function(site: Site) -> None:
     """``normalized_shape`` of ``F.layer_norm``."""
     signature = ("input", "normalized_shape")
-    shape = _unpacked(_argument(site.node, signature, "normalized_shape", ()), site)
+    shape = _unpacked(argument(site.node, signature, "normalized_shape", ()), site)
     if site.changed:
-        _set_argument(site.node, signature, "normalized_shape", _resized(shape, site, len(site.shapes[0]) - len(shape)))
+        set_argument(site.node, signature, "normalized_shape", _resized(shape, site, len(site.shapes[0]) - len(shape)))
 
 
 def group_norm(site: Site) -> None:
@@ -103,8 +103,8 @@ def group_norm(site: Site) -> None:
 def group_norm_function(site: Site) -> None:
     """``num_groups`` of ``F.group_norm`` follows where each group has one channel."""
     signature = ("input", "num_groups")
-    if site.before[0] is not None and _argument(site.node, signature, "num_groups", 1) == site.before[0][1]:
-        _set_argument(site.node, signature, "num_groups", site.shapes[0][1])
+    if site.before[0] is not None and argument(site.node, signature, "num_groups", 1) == site.before[0][1]:
+        set_argument(site.node, signature, "num_groups", site.shapes[0][1])
 
 
 def batch_norm(site: Site) -> None:
@@ -161,10 +161,10 @@ def unflatten(site: Site) -> None:
         return
     node = site.node
     signature = ("input", "dim", "sizes")
-    dim = _argument(node, signature, "dim", 0) % len(site.inputs[0] or ())
-    sizes = _argument(node, signature, "sizes", None)
+    dim = argument(node, signature, "dim", 0) % len(site.inputs[0] or ())
+    sizes = argument(node, signature, "sizes", None)
     if isinstance(sizes, (tuple, list)):
-        _set_argument(node, signature, "sizes", _resized(sizes, site, dim))
+        set_argument(node, signature, "sizes", _resized(sizes, site, dim))
     else:  # the method takes sizes one by one too
         node.args = (*node.args[:2], *_resized(node.args[2:], site, dim))
 
@@ -174,7 +174,7 @@ def squeeze(site: Site) -> None:
     before, after = site.before[0] or (), site.inputs[0] or ()
     if all((a == 1) == (b == 1) for a, b in zip(before, after, strict=True)):
         return
-    given = _argument(site.node, ("input", "dim"), "dim", None)
+    given = argument(site.node, ("input", "dim"), "dim", None)
     dims = range(len(before)) if given is None else [given] if isinstance(given, int) else given
     node = site.node
     node.op, node.target = "call_function", torch.squeeze
@@ -184,9 +184,9 @@ def squeeze(site: Site) -> None:
 def narrow(site: Site) -> None:
     """``narrow`` along a changed dim takes what it has become; where that begins is for the caller to check."""
     signature = ("input", "dim", "start", "length")
-    dim = _argument(site.node, signature, "dim", 0) % len(site.shapes[0])
+    dim = argument(site.node, signature, "dim", 0) % len(site.shapes[0])
     if dim in site.changed:
-        _set_argument(site.node, signature, "length", site.shapes[0][dim])
+        set_argument(site.node, signature, "length", site.shapes[0][dim])
 
 
 def pieces(site: Site) -> None:
@@ -230,12 +230,12 @@ def _scaled(size: Any, new: int, old: int, site: Site) -> Any:
     return size
 
 
-def _argument(node: fx.Node, signature: tuple[str, ...], name: str, default: Any) -> Any:
+def argument(node: fx.Node, signature: tuple[str, ...], name: str, default: Any) -> Any:
     at = signature.index(name)
     return node.args[at] if at < len(node.args) else node.kwargs.get(name, default)
 
 
-def _set_argument(node: fx.Node, signature: tuple[str, ...], name: str, value: Any) -> None:
+def set_argument(node: fx.Node, signature: tuple[str, ...], name: str, value: Any) -> None:
     at = signature.index(name)
     if at < len(node.args):
         node.args = (*node.args[:at], value, *node.args[at + 1 :])

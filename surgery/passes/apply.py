@@ -20,9 +20,10 @@ from surgery.graph.labels import Labelled
 from surgery.graph.propagate import labelled_leaves
 from surgery.graph.rewrites import Site
 from surgery.graph.tracing import info, with_info
+from surgery.passes.average import Expansion
 from surgery.passes.insert import insert_identity
 from surgery.passes.layout import Layout, Layouts
-from surgery.passes.recipe import InsertIdentity, Recipe, Reindex, Step
+from surgery.passes.recipe import MEAN, InsertIdentity, Recipe, Reindex, Step
 from surgery.passes.rewire import rewire
 from surgery.passes.shares import shared_out
 
@@ -86,11 +87,13 @@ def _reindex(module: nn.Module, step: Reindex) -> nn.Module:
     shares = {dims.find(name): values for name, values in step.shares.items()}
     for group, index in indices.items():
         _check(group, index, shares.get(group))
+    expansion = Expansion(module, dims, {g: index for g, index in indices.items() if MEAN in index})
     layouts = Layouts(dims, indices, shares)
     _check_readers(dims, layouts)
     _check_mixed(dims, layouts)
-    result = copy.deepcopy(module, _gathered(module, dims, layouts))
+    result = copy.deepcopy(module, _gathered(module, dims, layouts, expansion))
     rewire(module, result, dims, layouts)
+    expansion.adjust(result)
     _follow_outside(result, dims, layouts)
     return result
 
@@ -132,7 +135,8 @@ def _check(group: DimensionGroup, index: Sequence[int], shares: Sequence[float] 
     where = f"group {group.name!r} of {group.units} units"
     if len(places) == 0:
         raise UsageError(f"the index of {where} is empty")
-    if places.min() < 0 or places.max() >= group.units:
+    places = places[places != MEAN]
+    if len(places) == 0 or places.min() < 0 or places.max() >= group.units:
         raise UsageError(f"the index of {where} has an entry outside 0..{group.units - 1}")
     copies = np.bincount(places, minlength=group.units)
     frozen = np.flatnonzero(group.frozen)
@@ -147,6 +151,8 @@ def _check(group: DimensionGroup, index: Sequence[int], shares: Sequence[float] 
         if both:
             raise EditError(f"{where} cannot hold copies: {', '.join(both)} is both written and read")
     if shares is not None:
+        if len(places) < len(index):
+            raise UsageError(f"{where}: an index with means takes no shares")
         if len(shares) != len(places):
             raise UsageError(f"{where}: {len(shares)} shares for {len(places)} units")
         total = np.bincount(places, weights=np.asarray(shares), minlength=group.units)
@@ -178,7 +184,7 @@ def _some(units: Any) -> str:
     return f"{shown}, …" if len(units) > 6 else shown
 
 
-def _gathered(module: nn.Module, dims: Dimensions, layouts: Layouts) -> dict[int, Any]:
+def _gathered(module: nn.Module, dims: Dimensions, layouts: Layouts, expansion: Expansion) -> dict[int, Any]:
     """A `deepcopy` memo that maps each changed tensor to its new version."""
     memo: dict[int, Any] = {}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -192,17 +198,34 @@ def _gathered(module: nn.Module, dims: Dimensions, layouts: Layouts) -> dict[int
                 if "consumer" in dims.books.axes[name, axis].roles:
                     read.append(axis)
         if axes:
-            memo[id(tensor)] = _like(tensor, _gather(tensor.detach(), axes, read, layouts))
+            memo[id(tensor)] = _like(tensor, _gather(name, tensor.detach(), axes, read, layouts, expansion))
     return memo
 
 
-def _gather(tensor: torch.Tensor, axes: Mapping[int, Layout], read: Sequence[int], layouts: Layouts) -> torch.Tensor:
+def _gather(
+    name: str,
+    tensor: torch.Tensor,
+    axes: Mapping[int, Layout],
+    read: Sequence[int],
+    layouts: Layouts,
+    expansion: Expansion,
+) -> torch.Tensor:
     result = tensor
     for axis in sorted(axes, key=lambda a: len(axes[a].old) / tensor.shape[a]):
         old = axes[axis].old
         share = layouts.share[axes[axis].unit]
         index = torch.from_numpy(old).to(tensor.device)
-        if axis in read and (share != 1.0).any():
+        means = layouts.is_mean[axes[axis].unit]
+        if means.any():
+            places = torch.from_numpy(np.flatnonzero(means)).to(tensor.device)
+            before, result = result, result.index_select(axis, index)
+            if axis in read:
+                copies = torch.from_numpy(np.flatnonzero(~means)).to(tensor.device)
+                shared = shared_out(before, axis, index[copies], torch.from_numpy(share[~means]).to(tensor.device))
+                result = result.index_fill(axis, places, 0.0).index_copy(axis, copies, shared)
+            else:
+                result = expansion.fill(name, before, result, axis, places)
+        elif axis in read and (share != 1.0).any():
             result = shared_out(result, axis, index, torch.from_numpy(share).to(tensor.device))
         elif len(old) and old[-1] - old[0] + 1 == len(old) and bool((np.diff(old) == 1).all()):
             result = result.narrow(axis, int(old[0]), len(old))

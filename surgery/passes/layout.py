@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from surgery.graph.dims import DimensionGroup, Dimensions
 from surgery.graph.labels import Ids, runs
+from surgery.passes.recipe import MEAN
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,23 +48,31 @@ class Layouts:
         self.fence = dims.fence
         self.changed: NDArray[np.bool_] = np.zeros(dims.count, dtype=bool)
         parts: list[Ids] = []
+        means: list[Ids] = []
         first: dict[DimensionGroup, int] = {}
         at = 0
         for group in sorted(indices, key=lambda g: g.start):
             parts.append(np.arange(at, group.start))
             first[group] = sum(map(len, parts))
-            parts.append(np.asarray(indices[group], dtype=np.int64) + group.start)
+            index = np.asarray(indices[group], dtype=np.int64)
+            means.append(first[group] + np.flatnonzero(index == MEAN))
+            parts.append(np.where(index == MEAN, group.units - 1, index) + group.start)
             at = group.start + group.units
             self.changed[group.start : at] = True
         self.source: Ids = np.concatenate([*parts, np.arange(at, dims.count)])
-        """For each new unit, the old unit that it copies."""
-        self.copies: Ids = np.bincount(self.source, minlength=dims.count)
-        self.share: NDArray[np.float64] = 1.0 / self.copies[self.source]
+        """For each new unit, the old unit that it copies; a mean stands behind the copies of its group's last."""
+        self.is_mean: NDArray[np.bool_] = np.zeros(len(self.source), dtype=bool)
+        """For each new unit, whether it is the mean of its group."""
+        if means:
+            self.is_mean[np.concatenate(means)] = True
+        self.copies: Ids = np.bincount(self.source[~self.is_mean], minlength=dims.count)
+        self.share: NDArray[np.float64] = np.where(self.is_mean, 0.0, 1.0 / np.maximum(self.copies[self.source], 1))
         """For each new unit, the factor of the layers that contract over it."""
         for group, values in shares.items():
             self.share[first[group] : first[group] + len(values)] = values
         self._by_source = np.argsort(self.source, kind="stable")
-        self._begin = np.cumsum(self.copies) - self.copies
+        self._count: Ids = np.bincount(self.source, minlength=dims.count)
+        self._begin = np.cumsum(self._count) - self._count
         self._cache: dict[tuple[bytes, tuple[int, ...]], Layout | None] = {}
 
     def of(self, units: Ids) -> Layout | None:
@@ -82,8 +91,8 @@ class Layouts:
         start, run = runs(flat, self.fence)
         length = np.diff(np.concatenate((start, [len(flat)])))
         held = flat[start]
-        stretch = np.repeat(np.arange(len(start)), self.copies[held])
-        new = self._by_source[_ragged(self._begin[held], self.copies[held])]
+        stretch = np.repeat(np.arange(len(start)), self._count[held])
+        new = self._by_source[_ragged(self._begin[held], self._count[held])]
         order = np.lexsort((new, run[stretch]))
         stretch, new = stretch[order], new[order]
         old = _ragged(start[stretch], length[stretch])

@@ -13,6 +13,8 @@ from surgery.errors import UsageError
 from surgery.graph.tracing import info
 
 SCHEMA = 1
+MEAN = -1
+"""The entry of an index that stands for the mean of all units of its group (`surgery.passes.average`)."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Reindex:
     """Gather dimension groups by an index: one primitive for slimming, pruning, widening and permuting.
 
     Attributes:
-        indices: for each group, by name, the old unit that each new unit copies.
+        indices: for each group, by name, the old unit that each new unit copies, or `MEAN`.
         shares: for each group that is named, and each new unit, the factor of the layers that contract over it; the
             factors of one old unit's copies sum to 1. By default copies share evenly (Net2WiderNet, section 3.1 of
             Chen et al. 2016).

@@ -12,8 +12,9 @@ from torch import nn
 from surgery.errors import EditError, UsageError
 from surgery.graph.dims import DimensionGroup, Dimensions, dimensions
 from surgery.passes.apply import apply
+from surgery.passes.average import normalised_streams
 from surgery.passes.names import resolve
-from surgery.passes.recipe import Reindex
+from surgery.passes.recipe import MEAN, Reindex
 
 Width = float | int
 
@@ -51,7 +52,7 @@ def widen_plan(module: nn.Module, width: float | Mapping[str, Width], *, seed: i
     indices = {}
     for group, wish in wishes.items():
         try:
-            index = _index(group, _units(group, wish, round_to), seed)
+            index = _index(module, dims, group, _units(group, wish, round_to), seed)
         except EditError:
             if named:
                 raise
@@ -99,8 +100,9 @@ def _units(group: DimensionGroup, wish: Width, round_to: int) -> int:
     return math.ceil(units / step) * step if units > group.units else units
 
 
-def _index(group: DimensionGroup, units: int, seed: int) -> list[int]:
-    """The old units in order, then for each class its share of new copies."""
+def _index(module: nn.Module, dims: Dimensions, group: DimensionGroup, units: int, seed: int) -> list[int]:
+    """The old units in order, then for each class its share of new copies; behind whole copies of what is normalised
+    over, its mean."""
     extra = units - group.units
     places = list(range(group.units))
     free = np.flatnonzero(~group.frozen)
@@ -109,12 +111,18 @@ def _index(group: DimensionGroup, units: int, seed: int) -> list[int]:
     if group.single:
         raise EditError(f"group {group.name!r} cannot hold copies: {'; '.join(group.single)}")
     if group.mixed:
-        if units % group.units or len(free) < group.units:
+        copies, rest = divmod(units, group.units)
+        try:
+            if len(free) < group.units:
+                raise EditError("a part of it must stay as it is")
+            if rest:
+                normalised_streams(module, dims, group)
+        except EditError as error:
             raise EditError(
                 f"group {group.name!r} is normalised over by {', '.join(group.mixed)}: "
-                f"only whole factors are exact, not {group.units} to {units} units"
-            )
-        return places * (units // group.units)
+                f"only whole factors are exact, not {group.units} to {units} units ({error})"
+            ) from error
+        return places * copies + [MEAN] * rest
     random = np.random.default_rng([seed, zlib.crc32(group.name.encode())])
     classes = group.classes[free]
     bounds = [round(extra * k / len(free)) for k in range(len(free) + 1)]
