@@ -55,7 +55,11 @@ class Member:
         return f"{self.name}[{self.axis}]"
 
 
-_LAYER_TENSORS = {"weight", "bias", "running_mean", "running_var"}
+_LAYER_TENSORS = {
+    *("weight", "bias", "running_mean", "running_var"),
+    *("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+}
+"""Names of tensors that belong to a layer of torch.nn; another stands alone in its container."""
 
 
 @dataclass(frozen=True, eq=False)
