@@ -1,4 +1,5 @@
-"""Random networks of convolutions and data movement hold the three oracles: permuted, widened, slim against masked.
+"""Random networks of convolutions, attention and data movement hold the three oracles: permuted, widened, slim against
+masked.
 
 ``SURGERY_EXAMPLES=1000 pytest tests/test_random_graphs.py`` tries more of them.
 """
@@ -18,7 +19,7 @@ from torch import nn
 import surgery
 
 EXACT = 1e-10
-EXAMPLES = int(os.environ.get("SURGERY_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("SURGERY_EXAMPLES", "80"))
 SIZE = 4
 """Every map of a random network is this high and wide."""
 
@@ -153,6 +154,56 @@ class RandomNet(nn.Module):
         b = self.of_width(f"{name}_to", b, self.widths[a])
         self.call("stack", name, [a, b], [self.widths[a] * (1 + m % 2)], m % 2)
 
+    # ---- tokens: a map as (batch, positions, channels)
+
+    def plan_attention(self, name, a, b, m, n):
+        """A residual self-attention, its heads spelled in one of six ways."""
+        width, heads, size = self.widths[a], 1 + n % 3, 1 + n // 3 % 3
+        if m % len(ATTENTIONS) == ATTENTIONS.index("layer"):
+            a = self.multiple(name, a, heads)
+            self.add_module(f"{name}_layer", nn.MultiheadAttention(self.widths[a], heads, batch_first=True))
+        else:
+            self.add_module(f"{name}_qkv", nn.Linear(width, 3 * heads * size))
+            self.add_module(f"{name}_out", nn.Linear(heads * size, width))
+            if n % 2:
+                self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(heads, 1, SIZE * SIZE)))
+        self.call("attention", name, [a], [self.widths[a]], (ATTENTIONS[m % len(ATTENTIONS)], heads, size))
+
+    def plan_stream(self, name, a, b, m, n):
+        """A residual block of a transformer: normalised, two layers, added."""
+        width, hidden = self.widths[a], 1 + n % 5
+        norm = nn.LayerNorm(width, elementwise_affine=m % 3 != 0)
+        for parameter in norm.parameters():
+            parameter.data.uniform_(0.5, 1.5)
+        block = nn.Sequential(norm, nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.add_module(name, block)
+        self.call("stream", name, [a], [width], m % 2)
+
+    def plan_bare(self, name, a, b, m, n):
+        """A weight that is no layer's."""
+        width = 1 + n % 6
+        shape = (self.widths[a], width) if m % 4 == 0 else (width, self.widths[a])
+        self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+        self.call("bare", name, [a], [width], m % 4)
+
+    def plan_tied(self, name, a, b, m, n):
+        """Two layers with one weight, and what reads it the other way round."""
+        width = self.widths[a]
+        first = nn.Linear(width, width if m % 3 else 1 + n % 6)
+        self.add_module(name, first)
+        if m % 3:
+            second = nn.Linear(width, width)
+            second.weight = first.weight
+            self.add_module(f"{name}_second", second)
+        self.call("tied", name, [a], [width], m % 3 > 0)
+
+    def plan_group_norm(self, name, a, b, m, n):
+        a = self.multiple(name, a, 2)
+        norm = nn.GroupNorm([1, 2, self.widths[a]][m % 3], self.widths[a])
+        for parameter in norm.parameters():
+            parameter.data.uniform_(0.5, 1.5)
+        self.layer(name, norm, a, self.widths[a])
+
     # ---- running
 
     def run_layer(self, name, maps, extra):
@@ -207,6 +258,65 @@ class RandomNet(nn.Module):
         both = torch.stack(maps, 1)
         return both.flatten(1, 2) if flat else both.mean(1)
 
+    def run_attention(self, name, maps, how):
+        (form, heads, size), x = how, maps[0].flatten(2).transpose(1, 2)
+        if form == "layer":
+            y = self.get_submodule(f"{name}_layer")(x, x, x, need_weights=False)[0]
+        else:
+            bias = getattr(self, f"{name}_bias", None)
+            y = attend(form, self.get_submodule(f"{name}_qkv")(x), heads, size, bias)
+            y = self.get_submodule(f"{name}_out")(y)
+        return (x + y).transpose(1, 2).unflatten(2, (SIZE, SIZE))
+
+    def run_stream(self, name, maps, form):
+        block = self.get_submodule(name)
+        if form:
+            return maps[0] + block(maps[0].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = maps[0].flatten(2).transpose(1, 2)
+        return (x + block(x)).transpose(1, 2).reshape(maps[0].shape)
+
+    def run_bare(self, name, maps, form):
+        x, w = maps[0].permute(0, 2, 3, 1), getattr(self, name)
+        y = [lambda: x @ w, lambda: F.linear(x, w), lambda: x @ w.t(), lambda: torch.einsum("nhwc,dc->nhwd", x, w)]
+        return y[form]().permute(0, 3, 1, 2)
+
+    def run_tied(self, name, maps, twice):
+        x = maps[0].permute(0, 2, 3, 1)
+        first = self.get_submodule(name)
+        if twice:
+            return self.get_submodule(f"{name}_second")(first(x).relu()).permute(0, 3, 1, 2)
+        return (first(x).tanh() @ first.weight).permute(0, 3, 1, 2)
+
+
+ATTENTIONS = ["permute", "chunk", "views", "einsum", "fused", "layer"]
+
+
+def attend(form: str, qkv: torch.Tensor, heads: int, size: int, bias: torch.Tensor | None) -> torch.Tensor:
+    """Attention of packed queries, keys and values (batch, tokens, 3 * heads * size), in the words of many models."""
+    n, tokens = qkv.shape[:2]
+    if form == "permute":
+        q, k, v = qkv.reshape(n, tokens, 3, heads, size).permute(2, 0, 3, 1, 4).unbind(0)
+    elif form == "chunk":
+        q, k, v = (t.unflatten(-1, (heads, size)).transpose(1, 2) for t in qkv.chunk(3, -1))
+    else:
+        q, k, v = (t.view(n, tokens, heads, -1).transpose(1, 2) for t in torch.split(qkv, heads * size, dim=-1))
+    if form == "fused":
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    else:
+        if form == "einsum":
+            scores = torch.einsum("bhid,bhjd->bhij", q, k) * size**-0.5
+        else:
+            scores = torch.matmul(q / size**0.5, k.transpose(-2, -1))
+        weights = (scores if bias is None else scores + bias).softmax(-1)
+        if form == "einsum":
+            return torch.einsum("bhij,bhjd->bihd", weights, v).reshape(n, tokens, -1)
+        y = weights @ v
+    return (
+        y.transpose(1, 2).contiguous().view(n, tokens, heads * size)
+        if form == "views"
+        else y.transpose(1, 2).flatten(2)
+    )
+
 
 KINDS = [name.removeprefix("plan_") for name in vars(RandomNet) if name.startswith("plan_")]
 STEPS = st.lists(
@@ -227,7 +337,7 @@ def built(steps: list[tuple[str, int, int]]) -> tuple[nn.Module, tuple[torch.Ten
 
 @settings(
     max_examples=EXAMPLES,
-    derandomize=EXAMPLES == 100,
+    derandomize=EXAMPLES == 80,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     database=None,
@@ -239,7 +349,7 @@ def test_a_random_network_can_be_permuted_widened_and_slimmed_exactly(steps):
     assert surgery.verify(traced, net, inputs).max_rel <= EXACT
     groups = [g for g in surgery.dimension_groups(traced) if g.editable]
     permuted = surgery.reindex(traced, {g.name: g.permutation(seed=1) for g in groups})
-    wide = surgery.widen(traced, 1.6, seed=2)
+    wide = surgery.widen(traced, [1.6, 2.0][len(steps) % 2], seed=2)
     slim, masked = surgery.slim(traced, 0.5), surgery.masked(traced, surgery.split_masks(traced, 0.5))
     for train in (False, True):
         assert surgery.verify(permuted, net, inputs, train=train).max_rel <= EXACT
@@ -272,3 +382,20 @@ def test_each_kind_of_step_alone_can_be_edited(kind):
     wide = surgery.widen(traced, 2.0)
     assert sum(p.numel() for p in wide.parameters()) > sum(p.numel() for p in traced.parameters())
     assert surgery.verify(wide, net, inputs).max_rel <= EXACT
+
+
+@pytest.mark.parametrize("form", ATTENTIONS)
+def test_attention_is_edited_by_whole_heads(form):
+    """Freezing it would pass the tests above."""
+    m, n = ATTENTIONS.index(form), 1 + 3  # two heads of two channels
+    net, inputs = built([("conv", 1, 7 * 3), ("attention", 7 * (m + 6 - 1), 7 * (n - 1)), ("conv", 0, 7 * 3)])
+    traced = surgery.trace(net, inputs)
+    name = "step1_layer.in_proj_weight" if form == "layer" else "step1_qkv"
+    groups = surgery.dimension_groups(traced)
+    (group,) = (g for g in groups if any(name in (m.layer, m.name) and m.role == "producer" for m in g.members))
+    assert group.editable, group.reason
+    assert (group.units, group.size) == (2, 12)
+    wide, slim = surgery.widen(traced, {group.name: 2.0}), surgery.slim(traced, {group.name: 0.5})
+    assert surgery.verify(wide, net, inputs).max_rel <= EXACT
+    packed = group.members[0].name
+    assert [len(edited.get_parameter(packed)) for edited in (wide, slim)] == [24, 6]
