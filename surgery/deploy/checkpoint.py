@@ -20,7 +20,7 @@ from torch import nn
 from surgery import catalogue
 from surgery.deploy.outputs import refuse_folder, staged_folder
 from surgery.errors import SurgeryError, UsageError
-from surgery.graph.tracing import TensorSpec, info, trace
+from surgery.graph.tracing import TensorSpec, info, inputs_like, trace, with_info
 from surgery.passes.apply import apply
 from surgery.passes.recipe import Recipe, recipe
 
@@ -77,8 +77,10 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, t
             if steps.source is None:
                 raise UsageError(f"{source} does not say where its architecture comes from: pass model=")
             model = catalogue.build(steps.source, trust=trust)
-        args, kwargs = (_decode(content["inputs"][k]) for k in ("args", "kwargs"))
+        specs = _decode(content["inputs"]["args"]), _decode(content["inputs"]["kwargs"])
+        args, kwargs = inputs_like(specs, model)
         traced = trace(model, args, kwargs=kwargs, source=steps.source)
+        with_info(traced, args=specs[0], kwargs=specs[1])
         module = apply(traced, steps)
     _load_weights(module, source / WEIGHTS)
     for name, parameter in module.named_parameters():
@@ -138,7 +140,8 @@ def _load_weights(module: nn.Module, path: Path) -> None:
 
 def _encode(value: Any) -> Any:
     if isinstance(value, TensorSpec):
-        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        few = {} if value.values is None else {"values": list(value.values)}
+        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch."), **few}
     if isinstance(value, tuple):
         return {"tuple": [_encode(v) for v in value]}
     if isinstance(value, dict):
@@ -156,7 +159,8 @@ def _decode(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
-        return torch.zeros(value["tensor"], dtype=getattr(torch, value["dtype"]))
+        values = tuple(value["values"]) if "values" in value else None
+        return TensorSpec(tuple(value["tensor"]), getattr(torch, value["dtype"]), values)
     if "tuple" in value:
         return tuple(_decode(v) for v in value["tuple"])
     return {k: _decode(v) for k, v in value["dict"].items()}

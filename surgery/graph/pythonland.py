@@ -27,6 +27,10 @@ class WatchedSize(int):
         result.used, result.ids = used, ids
         return result
 
+    def plain(self) -> int:
+        """The number, without a report."""
+        return int.__int__(self)
+
     __hash__ = int.__hash__
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery.errors import TraceError
 from surgery.graph.islands import cloned
@@ -124,7 +125,7 @@ class _Recording(TorchFunctionMode):
         try:
             for ours, theirs, path, rule in self.layers:
                 ours.__dict__["forward"] = self.instead(ours.forward, theirs, path, rule)
-            with self:
+            with self, _Unseen(self):
                 yield
         finally:
             for ours, *_ in self.layers:
@@ -156,7 +157,7 @@ class _Recording(TorchFunctionMode):
         """What a traced part or a layer is given; a tensor that nothing is known of is frozen."""
         if isinstance(value, WatchedSize):
             value.used(path)
-            return int(value)
+            return value.plain()
         if not isinstance(value, torch.Tensor):
             return value
         label = self.label(value)
@@ -229,7 +230,7 @@ class _Recording(TorchFunctionMode):
         node = self.scratch.create_node(kind, target)
         op = Op(self.run, node, None, "", (_SCOPE, node.name), out)
         rule = rule_for(node, None)
-        plain = pytree.tree_map_only(WatchedSize, int, given)
+        plain = pytree.tree_map_only(WatchedSize, WatchedSize.plain, given)
         picked = selected(index, given[0][0], result.ndim) if target is operator.getitem else None
         if picked is not None:
             return self.run.with_fields(op, out, picked)
@@ -344,6 +345,21 @@ class _Recording(TorchFunctionMode):
         leaves = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
         for t, label in zip(leaves, labelled_leaves(out), strict=True):
             self.remember(t, label)
+
+
+class _Unseen(TorchDispatchMode):
+    """Freezes what is read by ops that no call of torch in Python stands for: scripts, functions with a gradient."""
+
+    def __init__(self, recording: _Recording) -> None:
+        super().__init__()
+        self.recording = recording
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.recording.depth:
+            labels = [self.recording.known.get(id(t)) for t in pytree.tree_leaves((args, kwargs))]
+            self.recording.refuse(str(func), [label for label in labels if label is not None])
+        return func(*args, **kwargs)
 
 
 def _reason(name: str) -> str:

@@ -210,29 +210,40 @@ def example_inputs(
     Args:
         batch_size: replaces the first dimension of every tensor that has the traced batch size there, save for those
             whose values were remembered.
-        seed: of a generator of its own; the global RNG is not touched. Floating tensors are standard normal and take
-            the dtype of the module's parameters, integer tensors are 0 or 1; remembered values are as they were.
+        seed: of a generator of its own; the global RNG is not touched. Floating tensors are standard normal and, unless
+            they stand in a dict, take the dtype of the module's parameters; integer tensors are 0 or 1. Remembered
+            values are as they were.
 
     Returns:
         positional inputs and named inputs, as in ``module(*args, **kwargs)``.
     """
     known = info(module)
-    specs = [s for s in pytree.tree_leaves((known.args, known.kwargs)) if isinstance(s, TensorSpec) and s.shape]
-    traced_batch = specs[0].shape[0] if specs else None
+    return inputs_like((known.args, known.kwargs), module, batch_size, seed)
+
+
+def inputs_like(
+    specs: tuple[tuple[Any, ...], dict[str, Any]], module: nn.Module, batch_size: int | None = None, seed: int = 0
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs for ``module`` as ``specs`` has them: see `example_inputs`."""
+    tensors = [s for s in pytree.tree_leaves(specs) if isinstance(s, TensorSpec) and s.shape]
+    traced_batch = tensors[0].shape[0] if tensors else None
     generator = torch.Generator().manual_seed(seed)
     like = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), torch.empty(0))
 
-    def make(spec: Any) -> Any:
+    def make(path: Any, spec: Any) -> Any:
         if not isinstance(spec, TensorSpec):
             return spec
+        dtype = spec.dtype
+        if dtype.is_floating_point and not any(isinstance(key, pytree.MappingKey) for key in path[2:]):
+            dtype = like.dtype  # what stands in a dict, as targets do, is data
         if spec.values is not None:
-            return torch.tensor(spec.values, dtype=spec.dtype, device=like.device).reshape(spec.shape)
+            return torch.tensor(spec.values, dtype=dtype, device=like.device).reshape(spec.shape)
         shape = spec.shape
         if batch_size is not None and shape and shape[0] == traced_batch:
             shape = (batch_size, *shape[1:])
-        if not spec.dtype.is_floating_point:
-            return torch.randint(0, 2, shape, generator=generator).to(like.device, spec.dtype)
-        return torch.randn(shape, generator=generator).to(like.device, like.dtype)
+        if not dtype.is_floating_point:
+            return torch.randint(0, 2, shape, generator=generator).to(like.device, dtype)
+        return torch.randn(shape, generator=generator).to(like.device, dtype)
 
-    args, kwargs = pytree.tree_map(make, (known.args, known.kwargs), is_leaf=lambda s: isinstance(s, TensorSpec))
+    args, kwargs = pytree.tree_map_with_path(make, specs, is_leaf=lambda s: isinstance(s, TensorSpec))
     return args, kwargs

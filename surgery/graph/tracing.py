@@ -16,6 +16,7 @@ from surgery.graph.traced import TracedModule as TracedModule
 from surgery.graph.traced import TraceInfo as TraceInfo
 from surgery.graph.traced import example_inputs as example_inputs
 from surgery.graph.traced import info as info
+from surgery.graph.traced import inputs_like as inputs_like
 from surgery.graph.traced import set_info
 from surgery.graph.traced import with_info as with_info
 from surgery.graph.whole import bound_arguments, traced_copy
