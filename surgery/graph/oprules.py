@@ -349,7 +349,7 @@ def _normalize(op: Op, input: Labelled, p: float = 2.0, dim: int = 1, *rest: Any
         return input.fields
     if len(f.dims) > 1:
         return op.keep(input, [dim])
-    op.run.books.single.append((f.ids.ravel(), f"{op.name} measures its length"))
+    op.sums(f, "measures its length")
     return input.fields
 
 

@@ -250,7 +250,12 @@ class Op:
     def contracts(self, f: Field) -> None:
         """Two activations are contracted over ``f``."""
         self.run.books.contracted.append(f.ids.ravel())
-        self.run.books.single.append((f.ids.ravel(), f"{self.name} contracts over it"))
+        self.sums(f, "contracts over it")
+
+    def sums(self, f: Field, how: str) -> None:
+        """Something is added up over ``f``, to which copies would add and whatever is switched off must not."""
+        self.run.books.single.append((f.ids.ravel(), f"{self.name} {how}"))
+        self.run.books.sums.append(((self.key[1], self.key[2]), f.ids.ravel()))
 
     def meet(self, result: list[Field], f: Field) -> None:
         for k, g in enumerate(result):

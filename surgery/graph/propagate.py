@@ -66,6 +66,8 @@ class Books:
     """The normalisations that `mixed` tells of."""
     single: list[tuple[Ids, str]] = field(default_factory=list)
     """Axes that are contracted with one another: copies would count twice."""
+    sums: list[tuple[NodeKey, Ids]] = field(default_factory=list)
+    """Where that is."""
     contracted: list[Ids] = field(default_factory=list)
     """Axes that two activations are contracted over: they are read, though no layer contracts over them."""
     grids: list[Grid] = field(default_factory=list)

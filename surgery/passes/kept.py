@@ -7,6 +7,7 @@ a variance. Switching these channels off means leaving them out of the statistic
 from __future__ import annotations
 
 import inspect
+import operator
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from surgery.errors import EditError
 from surgery.graph.dims import Dimensions
+from surgery.graph.labels import Labelled
 from surgery.graph.ops import Norm
 from surgery.graph.tracing import TracedModule
 
@@ -103,19 +105,66 @@ def normalise_over(module: nn.Module, dims: Dimensions, keep: NDArray[np.bool_])
         if not keep[dims.unit_of[norm.ids]].all():
             by_op[norm.path, norm.key].append(norm)
     for (path, (scope, name)), norms in by_op.items():
-        entries = _entries(dims, keep, norms).to(next((p.device for p in module.parameters()), None))
+        entries = _entries(dims, keep, norms)
         if path:
             layer = module.get_submodule(path)
-            layer.register_buffer("keep", entries, persistent=False)
+            device = next((p.device for p in module.parameters()), None)
+            layer.register_buffer("keep", entries.to(device), persistent=False)
             layer.__class__ = next(own for cls, own in _CLASSES.items() if isinstance(layer, cls))
-        elif scope in dims.books.graphs:
-            owner = module.get_submodule(dims.books.graphs[scope][0])
-            assert isinstance(owner, TracedModule)
-            graph = owner.graphs[-1] if scope.endswith(":train") else owner.graph
-            _replace(owner, next(node for node in graph.nodes if node.name == name), entries)
-            owner.recompile()
-        else:
-            raise EditError(f"{name} is called by Python outside the traced parts: channels cannot be left out of it")
+            continue
+        owner, graph = _graph(module, dims, scope, name)
+        node = next(node for node in graph.nodes if node.name == name)
+        layer_norm = node.target is F.layer_norm
+        original: Any = F.layer_norm if layer_norm else F.group_norm
+        given = dict(inspect.signature(original).bind(*node.args, **node.kwargs).arguments)
+        given.pop("normalized_shape", None)
+        with graph.inserting_before(node):
+            mask = _constant(module, owner, graph, entries)
+        node.target = layer_norm_over if layer_norm else group_norm_over
+        node.args, node.kwargs = (given.pop("input"), mask), given
+        owner.recompile()
+
+
+def sum_over(module: nn.Module, dims: Dimensions, keep: NDArray[np.bool_]) -> None:
+    """Let what is added up over channels, a product of two activations or a length, leave out those not kept."""
+    for (scope, name), ids in dims.books.sums:
+        units = dims.unit_of[ids]
+        if keep[units].all():
+            continue
+        owner, graph = _graph(module, dims, scope, name)
+        node = next(node for node in graph.nodes if node.name == name)
+        for source in node.all_input_nodes:
+            value = dims.books.nodes.get((scope, source.name))
+            if not isinstance(value, Labelled):
+                continue
+            for f in value.fields:
+                if np.isin(dims.unit_of[f.ids], units).any():
+                    flags = torch.from_numpy(keep[dims.unit_of[f.ids]])
+                    shape = [size if d in f.dims else 1 for d, size in enumerate(value.shape)]
+                    with graph.inserting_before(node):
+                        mask = _constant(module, owner, graph, flags.reshape(shape))
+                        node.replace_input_with(source, graph.call_function(operator.mul, (source, mask)))
+        owner.recompile()
+
+
+def _graph(module: nn.Module, dims: Dimensions, scope: str, name: str) -> tuple[TracedModule, fx.Graph]:
+    """The graph of that scope in ``module``, and the module that owns it."""
+    if scope not in dims.books.graphs:
+        raise EditError(f"{name} is called by Python outside the traced parts: channels cannot be left out of it")
+    owner = module.get_submodule(dims.books.graphs[scope][0])
+    assert isinstance(owner, TracedModule)
+    return owner, owner.graphs[-1] if scope.endswith(":train") else owner.graph
+
+
+def _constant(module: nn.Module, owner: TracedModule, graph: fx.Graph, keep: Tensor) -> fx.Node:
+    """A node that reads ``keep`` from a buffer outside the state dict."""
+    number = 0
+    while hasattr(owner, f"_kept_{number}"):
+        number += 1
+    owner.register_buffer(
+        f"_kept_{number}", keep.to(next((p.device for p in module.parameters()), None)), persistent=False
+    )
+    return graph.get_attr(f"_kept_{number}")
 
 
 def _entries(dims: Dimensions, keep: NDArray[np.bool_], norms: list[Norm]) -> Tensor:
@@ -124,19 +173,3 @@ def _entries(dims: Dimensions, keep: NDArray[np.bool_], norms: list[Norm]) -> Te
         flags = torch.from_numpy(keep[dims.unit_of[norm.ids]])
         result &= flags.reshape([size if d in norm.dims else 1 for d, size in enumerate(norm.shape)])
     return result
-
-
-def _replace(owner: TracedModule, node: fx.Node, keep: Tensor) -> None:
-    """A functional norm by the one over kept channels."""
-    number = 0
-    while hasattr(owner, f"_kept_{number}"):
-        number += 1
-    owner.register_buffer(f"_kept_{number}", keep, persistent=False)
-    layer = node.target is F.layer_norm
-    original: Any = F.layer_norm if layer else F.group_norm
-    given = dict(inspect.signature(original).bind(*node.args, **node.kwargs).arguments)
-    given.pop("normalized_shape", None)
-    with node.graph.inserting_before(node):
-        mask = node.graph.get_attr(f"_kept_{number}")
-    node.target = layer_norm_over if layer else group_norm_over
-    node.args, node.kwargs = (given.pop("input"), mask), given

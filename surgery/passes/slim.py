@@ -20,7 +20,7 @@ from surgery.errors import UsageError, unknown_name
 from surgery.graph.dims import DimensionGroup, Dimensions, dimensions
 from surgery.graph.tracing import info
 from surgery.passes.apply import apply
-from surgery.passes.kept import kept_units, normalise_over
+from surgery.passes.kept import kept_units, normalise_over, sum_over
 from surgery.passes.names import resolve
 from surgery.passes.recipe import Reindex
 
@@ -75,7 +75,8 @@ def split_masks(
 def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
     """The dense module with its reset-hypothesis switched off: a copy whose masked entries are zero.
 
-    A LayerNorm or GroupNorm of the copy computes its statistics over those channels of which the masks keep anything.
+    A LayerNorm or GroupNorm of the copy computes its statistics over those channels of which the masks keep anything,
+    and what is added up over channels (a product of two activations) is added up over those.
 
     Raises:
         UsageError: a mask for no parameter, or of another shape.
@@ -93,7 +94,9 @@ def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     result = copy.deepcopy(module, memo)
     dims = dimensions(module)
-    normalise_over(result, dims, kept_units(module, dims, masks))
+    keep = kept_units(module, dims, masks)
+    normalise_over(result, dims, keep)
+    sum_over(result, dims, keep)
     return result
 
 

@@ -1,0 +1,105 @@
+"""The masked dense network leaves the reset-hypothesis out of all statistics and sums: the slim network is that."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import surgery
+
+
+class Net(nn.Module):
+    def __init__(self, between) -> None:
+        super().__init__()
+        self.between = between
+        self.a, self.b, self.v = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(4, 6)
+        self.layer, self.group = nn.LayerNorm(8), nn.GroupNorm(2, 8)
+        self.bare = nn.LayerNorm(8, elementwise_affine=False)
+        self.weight, self.bias = nn.Parameter(torch.rand(8) + 0.5), nn.Parameter(torch.randn(8))
+        self.out, self.read = nn.Linear(8, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.between(self, x)
+
+
+def layer_norm(net, x):
+    return net.out(net.layer(net.a(x)))
+
+
+def layer_norm_without_parameters(net, x):
+    return net.out(net.bare(net.a(x)) + F.layer_norm(net.b(x), (8,)))
+
+
+def functional_layer_norm(net, x):
+    return net.out(F.layer_norm(net.a(x), (8,), net.weight, net.bias, 0.1))
+
+
+def group_norm(net, x):
+    return net.out(net.group(net.a(x).transpose(1, 2)).transpose(1, 2))
+
+
+def functional_group_norm(net, x):
+    return net.out(F.group_norm(net.a(x).transpose(1, 2), 2, net.weight, net.bias).transpose(1, 2))
+
+
+def positive_products(net, x):
+    """Linear attention: a channel that is switched off is elu(0) + 1 here, and would be added up."""
+    q, k = F.elu(net.a(x)) + 1, torch.sigmoid(net.b(x))
+    return net.read(q @ (k.transpose(1, 2) @ net.v(x)))
+
+
+def length_of_positive_channels(net, x):
+    return net.out(F.normalize(torch.sigmoid(net.a(x)), dim=-1))
+
+
+CASES = [
+    layer_norm,
+    layer_norm_without_parameters,
+    functional_layer_norm,
+    group_norm,
+    functional_group_norm,
+    positive_products,
+    length_of_positive_channels,
+]
+
+
+def traced(between):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    return surgery.trace(Net(between).double(), x), x
+
+
+@pytest.mark.parametrize("between", CASES)
+@pytest.mark.parametrize("rate", [0.5, 0.25])
+def test_slim_is_masked(between, rate):
+    module, x = traced(between)
+    masked = surgery.masked(module, surgery.split_masks(module, rate))
+    slim = surgery.slim(module, rate)
+    assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in module.parameters())
+    assert surgery.verify(slim, masked, x).max_rel <= 1e-12
+
+
+@pytest.mark.parametrize("between", CASES)
+def test_masks_are_neither_parameters_nor_in_the_state_dict(between):
+    module, _ = traced(between)
+    masked = surgery.masked(module, surgery.split_masks(module, 0.5))
+    assert masked.state_dict().keys() == module.state_dict().keys()
+    assert [n for n, _ in masked.named_parameters()] == [n for n, _ in module.named_parameters()]
+
+
+@pytest.mark.parametrize("between", CASES)
+def test_masks_that_keep_everything_change_nothing(between):
+    module, x = traced(between)
+    masked = surgery.masked(module, surgery.split_masks(module, 1.0))
+    assert surgery.verify(masked, module, x).max_abs == 0
+    assert type(masked.get_submodule("layer")) is nn.LayerNorm
+
+
+def test_wels_masks_leave_statistics_as_they_are():
+    module, x = traced(layer_norm)
+    masks = surgery.split_masks(module, 0.5, kind="wels", seed=0)
+    masked = surgery.masked(module, masks)
+    assert type(masked.get_submodule("layer")) is nn.LayerNorm
+    assert not surgery.verify(masked, module, x).ok
