@@ -487,3 +487,19 @@ sample(F.pixel_unshuffle, t(3, 4, 6), 2, free="0:0", wrong=SPACE)
 sample(F.unfold, t(2, 3, 4, 5), 2, free="0:0,1")
 sample(F.unfold, t(3, 4, 5), kernel_size=(2, 3), padding=1)
 sample(nn.Unfold(2, stride=2), t(2, 3, 4, 6), free="0:0,1")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Detection: visionrules.py
+
+_rois = torch.tensor([[0.0, 0, 0, 3, 3], [1.0, 1, 1, 4, 4], [1.0, 0, 1, 5, 4]], dtype=torch.float64)
+sample(torchvision.ops.roi_align, t(2, 4, 6, 5), _rois, 2, free="0:1")
+sample(torchvision.ops.roi_align, t(2, 4, 6, 5), [_rois[:1, 1:], _rois[1:, 1:]], 2, free="0:1")
+sample(torchvision.ops.roi_pool, t(2, 4, 6, 5), _rois, 2, free="0:1")
+sample(torch.ops.torchvision.roi_align, t(2, 4, 6, 5), _rois, 1.0, 2, 2, -1, False, free="0:1")
+sample(torch.ops.torchvision.roi_pool, t(2, 4, 6, 5), _rois, 1.0, 2, 2)
+sample(torchvision.ops.RoIAlign(2, 1.0, -1), t(2, 4, 6, 5), _rois, free="0:1")
+sample(torchvision.ops.RoIPool(2, 1.0), t(2, 4, 6, 5), _rois, free="0:1")
+_frozen = torchvision.ops.FrozenBatchNorm2d(4).double()
+for _buffer in _frozen.buffers():
+    _buffer.copy_(pos(4))
+sample(_frozen, t(2, 4, 6, 5), free="0:1 weight:0 bias:0 running_mean:0 running_var:0")

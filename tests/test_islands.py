@@ -301,6 +301,20 @@ def test_a_part_called_twice_and_by_its_methods_is_one_part():
     assert surgery.verify(surgery.deepen(traced, ["tower"]), model, (X,)).max_rel <= EXACT
 
 
+def test_what_runs_in_training_alone_follows_too():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head, self.aux = block(4, 8), nn.Conv2d(8, 3, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            y = self.body(x) if x.sum() < 1e9 else x
+            return (self.head(y), self.aux(y)) if self.training else self.head(y)
+
+    _, traced = prepared(Auxiliary(), X)
+    assert holds_the_oracle(traced, (X,), train=(False, True)).aux.in_channels == 4
+
+
 def test_hooks_on_parts_are_kept():
     model = Gate().double()
     seen = []
@@ -344,12 +358,12 @@ def test_a_model_that_no_longer_runs_is_named():
                 raise ValueError("not my input")
             return super().forward(x)
 
+    assert surgery.dimension_groups(surgery.trace(Picky().double(), X))  # the values of small inputs are remembered
     big = torch.zeros(40, 4, 6, 6, dtype=torch.float64)
     big[:3] = X
-    with pytest.raises(
-        surgery.TraceError, match="Picky does not run in evaluation on inputs like those .*not my input"
-    ):
-        surgery.dimension_groups(surgery.trace(Picky().double(), big))
+    traced = surgery.trace(Picky().double(), big)
+    with pytest.raises(surgery.TraceError, match=r"Picky does not run in evaluation on inputs like .*not my input"):
+        surgery.dimension_groups(traced)
     with pytest.raises(surgery.TraceError, match=r"Picky cannot be traced.*nor does it run .*not my input"):
         surgery.trace(Picky().double(), big * 2)
 
@@ -454,7 +468,7 @@ def test_a_detector_holds_the_oracle_in_both_modes(detector):
     _, _, traced, inputs = detector
     index = {g.name: g.permutation(1) for g in surgery.dimension_groups(traced) if g.editable}
     agree(surgery.reindex(traced, index), traced, inputs)
-    wide = surgery.widen(traced, {n: 2.0 for n in list(index)[::3]})
+    wide = surgery.widen(traced, dict.fromkeys(list(index)[::3], 2.0))
     agree(wide, traced, inputs)
     slim = surgery.slim(traced, 0.5)
     agree(slim, surgery.masked(traced, surgery.split_masks(traced, 0.5)), inputs)

@@ -326,9 +326,6 @@ class Remembered:
     state: tuple[int, ...]
     dimensions: Dimensions
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
-
     def __reduce__(self) -> Any:
         return type(None), ()
 

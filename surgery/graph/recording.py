@@ -347,11 +347,11 @@ class _Recording(TorchFunctionMode):
             self.remember(t, label)
 
 
-class _Unseen(TorchDispatchMode):
+class _Unseen(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Freezes what is read by ops that no call of torch in Python stands for: scripts, functions with a gradient."""
 
     def __init__(self, recording: _Recording) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recording = recording
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -26,8 +26,7 @@ def _roi_align(op: Op, input: Labelled, rois: Any, *rest: Any, **named: Any) -> 
         op.lose(list(other.fields), f"{op.name} reads positions from it")
     read, rest = op.axis(input, 1)
     op.lose(list(rest), f"{op.name} cuts positions out of it")
-    kept = () if read is None else (read,)
-    return kept if isinstance(op.out, Labelled) else [kept, *((),) * (len(op.out) - 1)]
+    return op.alike(() if read is None else (read,))
 
 
 @oprule(FrozenBatchNorm2d)

@@ -596,7 +596,9 @@ class _Axes:
 
 
 def _traced(sample: _Sample, variant: _Variant, factored: Mapping[int, list[tuple[int, ...]]]) -> TracedModule:
-    return trace(_Net(sample, variant, factored), ())
+    traced = trace(_Net(sample, variant, factored), ())
+    assert isinstance(traced, TracedModule)
+    return traced
 
 
 def _widened(module: nn.Module, names: list[str]) -> nn.Module:
