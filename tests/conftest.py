@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torchvision import models
+from torchvision.models import convnext, swin_transformer, video
+from torchvision.models.video import mvit
 
 import surgery
 from surgery import catalogue
 
 torch.set_num_threads(1)
 
-FAMILIES = {
+FAMILIES: dict[str, int | None] = {
     "alexnet": 64,
     "vgg11_bn": 32,
     "resnet18": 64,
@@ -31,31 +35,98 @@ FAMILIES = {
     "efficientnet_b0": 64,
     "regnet_y_400mf": 64,
     "shufflenet_v2_x0_5": 64,
+    "quantized_mobilenet_v2": 64,
+    "deeplabv3_mobilenet_v3_large": 64,
+    "lraspp_mobilenet_v3_large": 64,
+    "vision transformer": None,
+    "swin": None,
+    "swin v2": None,
+    "swin 3d": None,
+    "mvit v1": None,
+    "mvit v2": None,
+    "maxvit": None,
+    "convnext": None,
+    "r3d": None,
+    "r(2+1)d": None,
 }
-"""One small model a family, and the image size it is tested at."""
+"""One small model a family, and the image size it is tested at; those without are made small in `_SMALL`.
+
+Detection and RAFT have tests of their own: `test_islands.py`, `test_control_flow.py`."""
+
+
+def _swin(block: Any, merging: Any) -> nn.Module:
+    return models.SwinTransformer(
+        [4, 4], 12, [2, 2], [2, 4], [3, 3], num_classes=10, block=block, downsample_layer=merging
+    )
+
+
+def _mvit(new: bool) -> nn.Module:
+    """The parts of version 2, or of version 1."""
+    options = {"residual_pool": new, "residual_with_cls_embed": not new, "rel_pos_embed": new, "proj_after_attn": new}
+    stages = [(2, 12, 12, []), (2, 12, 24, [1, 2, 2]), (4, 24, 24, [1, 1, 1])]
+    blocks = [
+        mvit.MSBlockConfig(heads, wide, out, [3, 3, 3] if stride else [], [3, 3, 3], stride, [1, 2, 2])
+        for heads, wide, out, stride in stages
+    ]
+    return models.video.MViT((32, 32), 4, blocks, num_classes=10, stochastic_depth_prob=0.1, **options)
+
+
+def _video_resnet(conv: Any, stem: Any) -> nn.Module:
+    return video.resnet.VideoResNet(video.resnet.BasicBlock, [conv] * 4, [1, 1, 1, 1], stem, num_classes=10)
+
+
+_SMALL: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]]]] = {
+    "vision transformer": (lambda: models.VisionTransformer(32, 8, 2, 3, 24, 48, num_classes=10), [(2, 3, 32, 32)]),
+    "swin": (lambda: _swin(swin_transformer.SwinTransformerBlock, swin_transformer.PatchMerging), [(2, 3, 40, 32)]),
+    "swin v2": (
+        lambda: _swin(swin_transformer.SwinTransformerBlockV2, swin_transformer.PatchMergingV2),
+        [(2, 3, 40, 32)],
+    ),
+    "swin 3d": (
+        lambda: models.video.SwinTransformer3d([2, 4, 4], 12, [2, 2], [2, 4], [2, 3, 3], num_classes=10),
+        [(2, 3, 5, 40, 32)],
+    ),
+    "mvit v1": (lambda: _mvit(new=False), [(2, 3, 4, 32, 32)]),
+    "mvit v2": (lambda: _mvit(new=True), [(2, 3, 4, 32, 32)]),
+    "maxvit": (lambda: models.MaxVit((56, 56), 8, 7, [8, 16], [1, 1], 4, 0.1, num_classes=10), [(2, 3, 56, 56)]),
+    "convnext": (
+        lambda: models.ConvNeXt(
+            [convnext.CNBlockConfig(8, 12, 2), convnext.CNBlockConfig(12, None, 2)], 0.1, num_classes=10
+        ),
+        [(2, 3, 40, 40)],
+    ),
+    "r3d": (lambda: _video_resnet(video.resnet.Conv3DSimple, video.resnet.BasicStem), [(2, 3, 4, 32, 32)]),
+    "r(2+1)d": (lambda: _video_resnet(video.resnet.Conv2Plus1D, video.resnet.R2Plus1dStem), [(2, 3, 4, 32, 32)]),
+}
+"""How to make a small model of the same parts, and the shapes of its inputs."""
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every norm random affine parameters and statistics."""
+    """Give every norm random affine parameters and statistics, and values to whatever starts at a constant."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if norm:
             for tensor, low in ((module.weight, 0.5), (module.bias, -0.5), (module.running_mean, -0.5)):
                 if tensor is not None:
                     tensor.data.copy_(torch.rand(tensor.shape, generator=generator) + low)
             if module.running_var is not None:
                 module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+        for name, parameter in () if norm else module.named_parameters(recurse=False):
+            if parameter.numel() > 1 and (parameter == parameter.flatten()[0]).all():
+                low = 0.5 if name == "weight" and parameter.ndim == 1 else -0.5
+                parameter.data.copy_(torch.rand(parameter.shape, generator=generator) + low)
     return model
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model of a family in float64 and evaluation mode, with random norms; the same, traced; and an input."""
+    """A model of a family in float64 and evaluation mode, with random norms; the same, traced; and its inputs."""
 
     name: str
     model: nn.Module
     traced: nn.Module
-    x: torch.Tensor
+    x: Any
 
 
 @pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in FAMILIES])
@@ -66,9 +137,13 @@ def family(request: pytest.FixtureRequest) -> Iterator[Family]:
 
 
 def build_family(name: str) -> Family:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
-        model = randomised(catalogue.build(name, seed=0)).double().eval()
+        torch.manual_seed(0)
+        size = FAMILIES[name]
+        make, shapes = _SMALL[name] if size is None else (lambda: catalogue.build(name, seed=0), [(2, 3, size, size)])
+        model = randomised(make()).double().eval()
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 3, FAMILIES[name], FAMILIES[name], generator=generator, dtype=torch.float64)
+    inputs = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    x = inputs if len(inputs) > 1 else inputs[0]
     return Family(name, model, surgery.trace(model, x, source=f"torchvision:{name}"), x)
