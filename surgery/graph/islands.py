@@ -70,6 +70,17 @@ def _calls(
     return calls, tuple(modes)
 
 
+def _alike(a: Arguments, b: Arguments) -> bool:
+    """Whether two calls differ in nothing that a graph could see."""
+    (ours, this), (theirs, that) = (pytree.tree_flatten(arguments.values) for arguments in (a, b))
+    return bool(this == that) and all(
+        (x.shape, x.dtype) == (y.shape, y.dtype)
+        if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
+        else type(x) is type(y) and isinstance(x, (int, float, str, bool, type(None))) and x == y
+        for x, y in zip(ours, theirs, strict=True)
+    )
+
+
 def cloned(tree: Any) -> Any:
     """The inputs for a run that may change them."""
     return pytree.tree_map_only(torch.Tensor, torch.clone, tree)
@@ -84,7 +95,9 @@ def _listening(root: nn.Module, calls: dict[str, _Calls]) -> Iterator[None]:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
             known = calls.setdefault(path, _Calls())
             meta = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().to("meta"), (args, kwargs))
-            known.arguments.append(bound_arguments(module, *meta))
+            given = bound_arguments(module, *meta)
+            if not any(_alike(given, other) for other in known.arguments):
+                known.arguments.append(given)
             calls.setdefault(active[-1], _Calls()).called[path] = None
             active.append(path)
 

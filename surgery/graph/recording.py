@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from surgery.errors import TraceError
 from surgery.graph.islands import cloned
@@ -139,6 +139,12 @@ class _Recording(TorchFunctionMode):
                 return forward(*args, **kwargs)
             self.depth += 1
             try:
+                return apart(*args, **kwargs)
+            finally:
+                self.depth -= 1
+
+        def apart(*args: Any, **kwargs: Any) -> Any:
+            with torch._C.DisableTorchFunction(), _disable_current_modes():  # they would only pass things on
                 given = pytree.tree_map(lambda v: self.argument(v, path), (args, kwargs))
                 self.begun = self.begun or any(True for _ in module.parameters())
                 result = forward(*args, **kwargs)
@@ -148,8 +154,6 @@ class _Recording(TorchFunctionMode):
                     out = self.layer(module, path, rule, given, result)
                 self.attach(result, out)
                 return result
-            finally:
-                self.depth -= 1
 
         return call
 
@@ -187,7 +191,8 @@ class _Recording(TorchFunctionMode):
             return func(*args, **kwargs)
         self.depth += 1
         try:
-            return self.called(func, args, kwargs)
+            with _disable_current_modes():
+                return self.called(func, args, kwargs)
         finally:
             self.depth -= 1
 
