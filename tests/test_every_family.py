@@ -53,7 +53,7 @@ LEFT = {
     "mvit v2": {
         HEADS,
         "_add_rel_pos holds positions in it",
-        "_add_rel_pos contracts it with an axis that holds no channels",
+        "_add_rel_pos contracts it with an axis that does not change",
     },
     "maxvit": {"getitem picks positions of it"},
 }

@@ -46,18 +46,16 @@ def _contract(
     op: Op, operands: Sequence[Labelled], letters: Sequence[str], held: list[list[Field]], letter: str
 ) -> None:
     along: list[Field] = []
-    bare = factor = False
+    bare = False
     for x, sub, fields in zip(operands, letters, held, strict=True):
         if letter in sub:
             dim = sub.index(letter)
             f = next((f for f in fields if f.dims == (dim,)), None)
             bare = bare or (f is None and x.shape[dim] > 1)
-            factor = factor or (f is None and x.at(dim) is not None)
             along += [] if f is None else [f]
     if bare or len(along) < 2:
         for f in along:
-            with_what = "the size of a head, or another part of an axis" if factor else "an axis that holds no channels"
-            op.freeze(f, f"{op.name} contracts it with {with_what}")
+            op.freeze(f, f"{op.name} contracts it with an axis that does not change")
         return
     for f in along[1:]:
         op.tie(along[0], f)
