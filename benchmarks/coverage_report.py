@@ -117,4 +117,5 @@ def _error(row: dict[str, Any], key: str) -> str:
 def _ratio(row: dict[str, Any], key: str) -> str:
     if key not in row:
         return "?"
-    return f"{row[key]:.4f} ({row[key + '_ideal']:.4f})"
+    best = row.get(f"{key}_ideal")
+    return f"{row[key]:.4f}" + ("" if best is None else f" ({best:.4f})")
