@@ -276,7 +276,7 @@ class ContainersOfContainers(nn.Module):
         "softmax works along it",
         "no layer contracts over it",
         "add combines it with an axis that holds no channels",
-        "matmul contracts it with an axis that holds no channels",
+        "matmul contracts it with an axis that does not change",
     ),
 )
 class CausalTransformer(nn.Module):
