@@ -18,6 +18,7 @@ from torch import nn
 from torchvision.models import swin_transformer
 from torchvision.models.video import mvit
 from torchvision.models.video import swin_transformer as swin_transformer_3d
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from surgery.graph import heads
 from surgery.passes.check import _bare
@@ -327,6 +328,18 @@ sample(F.grid_sample, t(2, 3, 4, 5), t(2, 3, 4, 2).tanh(), align_corners=False, 
 sample(nn.Upsample(scale_factor=2), t(2, 3, 4), free="0:0,1")
 sample(nn.UpsamplingNearest2d(scale_factor=2), t(2, 3, 4, 5), free="0:0,1")
 sample(nn.UpsamplingBilinear2d(size=(3, 7)), t(2, 3, 4, 5), free="0:0,1")
+boxes = torch.tensor([[0.0, 0.5, 3.0, 2.5], [1.0, 0.0, 2.5, 3.0], [0.5, 0.5, 3.5, 3.5]], dtype=torch.float64)
+rows = torch.cat([torch.tensor([[0.0], [1.0], [1.0]]), boxes], 1)
+for op in (torchvision.ops.roi_align, torchvision.ops.roi_pool):
+    sample(op, t(2, 3, 4, 5), [boxes[:1], boxes[1:]], 2, free="0:1")
+sample(torchvision.ops.roi_align, t(2, 3, 4, 5), boxes=rows, output_size=(2, 1), spatial_scale=0.5, free="0:1",
+       wrong="the rule calls the boxes otherwise")  # fmt: skip
+for op in (torchvision.ops.RoIAlign(2, 1.0, 1), torchvision.ops.RoIPool(2, 1.0)):
+    sample(op, t(2, 3, 4, 5), rows, free="0:1")
+sample(torch.ops.torchvision.roi_align, t(2, 3, 4, 5), rows, 1.0, 2, 2, -1, False, free="0:1")
+sample(torch.ops.torchvision.roi_pool, t(2, 3, 4, 5), rows, 1.0, 2, 2, free="0:1",
+       wrong="the positions of the maxima, its second result, go with the channels")  # fmt: skip
+sample(FrozenBatchNorm2d(3), t(2, 3, 4, 5), free="0:0,1,2,3 weight:0 bias:0 running_mean:0 running_var:0")
 sample(F.pad, t(2, 3, 4), (1, 2), free="0:0,1")
 sample(F.pad, t(2, 3, 4, 5), pad=(1, 1, 0, 0), mode="replicate", free="0:0,1")
 sample(F.pad, t(2, 3, 4), (0, 0, 1, 1), value=0.5, free="0:0,2")
@@ -487,19 +500,3 @@ sample(F.pixel_unshuffle, t(3, 4, 6), 2, free="0:0", wrong=SPACE)
 sample(F.unfold, t(2, 3, 4, 5), 2, free="0:0,1")
 sample(F.unfold, t(3, 4, 5), kernel_size=(2, 3), padding=1)
 sample(nn.Unfold(2, stride=2), t(2, 3, 4, 6), free="0:0,1")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Detection: visionrules.py
-
-_rois = torch.tensor([[0.0, 0, 0, 3, 3], [1.0, 1, 1, 4, 4], [1.0, 0, 1, 5, 4]], dtype=torch.float64)
-sample(torchvision.ops.roi_align, t(2, 4, 6, 5), _rois, 2, free="0:1")
-sample(torchvision.ops.roi_align, t(2, 4, 6, 5), [_rois[:1, 1:], _rois[1:, 1:]], 2, free="0:1")
-sample(torchvision.ops.roi_pool, t(2, 4, 6, 5), _rois, 2, free="0:1")
-sample(torch.ops.torchvision.roi_align, t(2, 4, 6, 5), _rois, 1.0, 2, 2, -1, False, free="0:1")
-sample(torch.ops.torchvision.roi_pool, t(2, 4, 6, 5), _rois, 1.0, 2, 2)
-sample(torchvision.ops.RoIAlign(2, 1.0, -1), t(2, 4, 6, 5), _rois, free="0:1")
-sample(torchvision.ops.RoIPool(2, 1.0), t(2, 4, 6, 5), _rois, free="0:1")
-_frozen = torchvision.ops.FrozenBatchNorm2d(4).double()
-for _buffer in _frozen.buffers():
-    _buffer.copy_(pos(4))
-sample(_frozen, t(2, 4, 6, 5), free="0:1 weight:0 bias:0 running_mean:0 running_var:0")

@@ -1,7 +1,12 @@
-"""Every rule of an op holds for its samples, and every row of the tables has some; `surgery.check_rule` finds lies."""
+"""Every rule of an op holds for its samples, and every row of the tables has some; `surgery.check_rule` finds lies.
+
+Where ops share a rule it is tried in full for one of them, and for the others with every axis holding channels.
+``SURGERY_EXAMPLES=1000 pytest tests/test_op_rules.py`` tries all of them in full.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +18,9 @@ from torch import nn
 
 import surgery
 from surgery.graph import ops, rewrites
+from surgery.passes.check import _checked, _Sample, _Variant
+
+EVERYTHING = int(os.environ.get("SURGERY_EXAMPLES", "0")) >= 1000
 
 
 def case(k: int, sample: Sample) -> Any:
@@ -24,8 +32,21 @@ def case(k: int, sample: Sample) -> Any:
 @pytest.mark.filterwarnings("ignore")
 def test_a_rule_holds_for_its_samples(sample):
     with numbers_in_new_memory("empty" in sample.name):
-        check = surgery.check_rule(sample.op, *sample.args, **sample.kwargs)
-    assert sample.free <= check.free, {axis: check.frozen.get(axis) for axis in sample.free - check.free}
+        if first_of_its_rule(sample) or sample.wrong or EVERYTHING:
+            check = surgery.check_rule(sample.op, *sample.args, **sample.kwargs)
+            assert sample.free <= check.free, {axis: check.frozen.get(axis) for axis in sample.free - check.free}
+        else:
+            _checked(_Sample(sample.op, sample.args, sample.kwargs), _Variant())
+
+
+def first_of_its_rule(sample: Sample) -> bool:
+    """Whether the op is the first one that has samples among those that share a rule."""
+    return sample.target is next(s.target for s in SAMPLES if rule_of(s) is rule_of(sample))
+
+
+def rule_of(sample: Sample) -> Any:
+    tables: tuple[dict[Any, ops.Rule], ...] = (ops._FUNCTIONS, ops._METHODS, ops._MODULES)
+    return next((table[sample.target].relate for table in tables if sample.target in table), None)
 
 
 def test_every_rule_has_a_sample():

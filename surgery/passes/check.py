@@ -175,6 +175,9 @@ class _Sample:
         self.tensors[path] = value.clone()
         return _Ref(path)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Sample:
+        return self  # nothing in it changes
+
     def axes(self) -> list[Axis]:
         """Axes of activations that can hold channels."""
         shapes = {path: value.shape for path, value in self.tensors.items() if path not in self.weights}
@@ -205,7 +208,7 @@ class _Sample:
     def called(self, state: Mapping[str, torch.Tensor]) -> Any:
         args, kwargs = self.filled({k: state[k].clone() for k in self.tensors})
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             if isinstance(self.op, nn.Module):
                 own = {k: v.clone() for k, v in state.items() if k not in self.tensors}
                 return torch.func.functional_call(self.op, own, args, kwargs)
@@ -296,10 +299,11 @@ class _Argument(nn.Module):
             self.bare = [d for d in range(value.ndim) if (path, d) != variant.alone]
         if variant.bare == path:
             self.bare = list(range(value.ndim))
-        if stored.is_floating_point():
-            self.value = nn.Parameter(stored)
-        else:
+        self.dtype = stored.dtype
+        if weight and not stored.is_floating_point():
             self.register_buffer("value", stored)
+        else:
+            self.value = nn.Parameter(stored.double())
 
     def forward(self) -> Any:
         value: Any = self.value
@@ -307,6 +311,8 @@ class _Argument(nn.Module):
             return value
         if self.factors is not None:
             value = value.unflatten(*self.factors)
+        if self.dtype != torch.float64:
+            value = value.to(self.dtype)
         return value.tracer.create_proxy("call_function", _bare, (value, self.bare), {})
 
 
@@ -596,9 +602,9 @@ class _Axes:
 
 
 def _traced(sample: _Sample, variant: _Variant, factored: Mapping[int, list[tuple[int, ...]]]) -> TracedModule:
-    traced = trace(_Net(sample, variant, factored), ())
-    assert isinstance(traced, TracedModule)
-    return traced
+    net = trace(_Net(sample, variant, factored), ())
+    assert isinstance(net, TracedModule)
+    return net
 
 
 def _widened(module: nn.Module, names: list[str]) -> nn.Module:
@@ -627,7 +633,7 @@ def _permuted(value: torch.Tensor, axes: list[_Axes], layouts: Layouts) -> torch
 
 def _outputs(module: nn.Module) -> list[torch.Tensor]:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return list(module())
 
 
