@@ -214,3 +214,13 @@ def test_example_inputs_repeat_the_traced_shapes_with_another_batch(net):
     assert x.dtype == torch.float64
     assert kwargs == {}
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not torch.backends.quantized.supported_engines, reason="torch was built without int8 kernels")
+def test_a_model_converted_to_int8_is_refused_with_what_to_do_instead():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    converted = torch.ao.quantization.quantize_dynamic(net, {nn.Linear})
+    with pytest.raises(surgery.UsageError, match=r"'0' is converted to int8.*in its float form, then quantize"):
+        surgery.trace(converted, torch.randn(2, 4))
+    surgery.trace(net, torch.randn(2, 4))

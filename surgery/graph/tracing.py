@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from surgery.errors import TraceError
+from surgery.errors import TraceError, UsageError
 from surgery.graph.islands import trace_islands
 from surgery.graph.traced import TensorSpec as TensorSpec
 from surgery.graph.traced import TracedModule as TracedModule
@@ -44,10 +44,12 @@ def trace(
         a `TracedModule` where the whole model traces; else a module of the model's own class with some in it.
 
     Raises:
+        UsageError: a layer is converted to int8.
         TraceError: neither the model nor any part of it can be turned into a graph; the message says where.
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(kwargs or {})
+    _refuse_packed_weights(model)
     try:
         root = copy.deepcopy(model)
     except RuntimeError as error:
@@ -64,6 +66,16 @@ def trace(
     spec_args, spec_kwargs = pytree.tree_map(lambda v: _spec(v, bool(untraced)), (args, kwargs))
     set_info(traced, TraceInfo(source, spec_args, spec_kwargs, untraced=untraced, modes=modes))
     return traced
+
+
+def _refuse_packed_weights(model: nn.Module) -> None:
+    """A layer converted to int8 holds its weight packed for one kernel, where no operation can reach it."""
+    packed = next((name for name, module in model.named_modules() if hasattr(module, "_packed_params")), None)
+    if packed is not None:
+        raise UsageError(
+            f"{packed!r} is converted to int8, and its packed weights cannot be operated on: "
+            "operate on the model in its float form, then quantize the result"
+        )
 
 
 def _spec(value: Any, with_values: bool) -> Any:
