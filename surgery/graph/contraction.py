@@ -62,6 +62,8 @@ def _contract(
     weights = [f for f in along if f.key is not None and f.key[0] == "param"]
     for f in weights:
         op.consumes(f)
+    if len(weights) > 1:
+        op.run.books.single.append((along[0].ids.ravel(), f"{op.name} contracts several weights over it"))
     if not weights:
         op.contracts(along[0])
 
@@ -140,10 +142,15 @@ def _attention(
     scores = contracted(op, (query, key), (batch + "LE", batch + "SE"), batch + "LS")
     shape = (*op.shape[:-1], key.shape[-2])
     weights = Labelled(torch.empty(shape, device="meta"), scores)
-    if attn_mask is not None:
-        masked = Labelled(weights.value, scores)
-        for f in attn_mask.fields:
-            same = masked.at(f.dims[0] + len(shape) - attn_mask.ndim) if len(f.dims) == 1 else None
+    for dim in range(0 if attn_mask is None else attn_mask.ndim):
+        assert attn_mask is not None
+        if attn_mask.shape[dim] > 1:
+            f, same = attn_mask.at(dim), weights.at(dim + len(shape) - attn_mask.ndim)
+            if f is not None and len(f.dims) > 1:
+                op.freeze(f, f"{op.name} is masked by it")
+                f = None
             op.tie(same, f)
+    if is_causal or (len(rest) > 1 and rest[1]):
+        op.lose([f for x in (query, key, value) if (f := x.at(-2)) is not None], f"{op.name} takes them in order")
     scores = op.keep(weights, [-1], f"{op.name} normalises over it")
     return contracted(op, (Labelled(weights.value, scores), value), (batch + "LS", batch + "SE"), batch + "LE")

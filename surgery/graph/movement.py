@@ -184,7 +184,9 @@ def _getitem(op: Op, input: Labelled, index: Any) -> Fields:
     if any(not (i is None or i is Ellipsis or isinstance(i, (int, slice))) for i in index):
         return unknown(op, input)  # type: ignore[no-any-return]
     fields, picked = sliced(input.fields, index, input.ndim)
-    op.lose(picked, f"{op.name} picks positions of it")
+    for f in input.fields:  # the number of a position stays, so no channel may move to or from it
+        if any(np.isin(g.ids, f.ids).any() for g in picked):
+            op.freeze(f, f"{op.name} picks positions of it")
     for f in fields:
         op.cut(f)
     return fields
