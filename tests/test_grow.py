@@ -148,3 +148,11 @@ def test_shares_must_sum_to_one_for_each_unit(resnet):
 def test_outputs_cannot_be_reindexed(resnet):
     with pytest.raises(surgery.EditError, match="group 'fc' of 10 units cannot be edited: network output"):
         surgery.reindex(resnet, {"fc": [1, 0]})
+
+
+def test_a_model_without_data_can_be_widened_to_see_what_it_costs():
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    traced = surgery.trace(net, torch.randn(2, 4)).to("meta")
+    wide = surgery.widen(traced, {"0": 13})
+    assert wide.get_parameter("2.weight").shape == (2, 13)
+    assert wide.get_parameter("2.weight").device.type == "meta"

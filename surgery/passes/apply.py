@@ -221,12 +221,12 @@ def _gather(
             before, result = result, result.index_select(axis, index)
             if axis in read:
                 copies = torch.from_numpy(np.flatnonzero(~means)).to(tensor.device)
-                shared = shared_out(before, axis, index[copies], torch.from_numpy(share[~means]).to(tensor.device))
+                shared = shared_out(before, axis, torch.from_numpy(old[~means]), torch.from_numpy(share[~means]))
                 result = result.index_fill(axis, places, 0.0).index_copy(axis, copies, shared)
             else:
                 result = expansion.fill(name, before, result, axis, places)
         elif axis in read and (share != 1.0).any():
-            result = shared_out(result, axis, index, torch.from_numpy(share).to(tensor.device))
+            result = shared_out(result, axis, torch.from_numpy(old), torch.from_numpy(share))
         elif len(old) and old[-1] - old[0] + 1 == len(old) and bool((np.diff(old) == 1).all()):
             result = result.narrow(axis, int(old[0]), len(old))
         else:

@@ -16,18 +16,21 @@ def shared_out(weight: torch.Tensor, axis: int, old: torch.Tensor, share: torch.
 
     Args:
         weight: a floating-point weight that is contracted over ``axis``.
-        old: for each new position the old one that it copies, int64, shape (n,).
-        share: for each new position its factor, float64, shape (n,); the factors of one old position's copies sum to 1.
+        old: for each new position the old one that it copies, int64, shape (n,), on the CPU.
+        share: for each new position its factor, float64, shape (n,), on the CPU; the factors of one old position's
+            copies sum to 1.
 
     Returns:
         the new weight; over the copies of one old position it sums to ``weight`` there, without rounding.
     """
     shape = [-1 if a == axis else 1 for a in range(weight.ndim)]
-    result = weight.index_select(axis, old) * share.to(weight.dtype).view(shape)
+    device = weight.device
+    result = weight.index_select(axis, old.to(device)) * share.to(device, weight.dtype).view(shape)
     inexact = torch.bincount(old[torch.frexp(share).mantissa.abs() != 0.5], minlength=weight.shape[axis]) > 0
     places = inexact[old].nonzero().squeeze(1)  # a power of two times a weight needs no rounding
     if len(places):
-        result.index_copy_(axis, places, _split(weight, axis, old[places], share[places].view(shape)))
+        part = _split(weight, axis, old[places].to(device), share[places].to(device).view(shape))
+        result.index_copy_(axis, places.to(device), part)
     return result
 
 
