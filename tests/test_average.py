@@ -154,3 +154,21 @@ def test_a_plain_linear_stream_is_not_refused():
 def test_an_index_of_means_alone_is_refused(traced):
     with pytest.raises(surgery.UsageError, match="outside"):
         surgery.reindex(copy.deepcopy(traced), {"patches": [-1, -1]})
+
+
+@pytest.mark.parametrize("kind", ["a layer", "layers"])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_a_stream_through_layers_of_torch_widens_to_any_width(kind):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(12, 3, 20, activation="gelu", batch_first=True, norm_first=True)
+    inner = layer if kind == "a layer" else nn.TransformerEncoder(layer, 2)
+    net = nn.Sequential(nn.Linear(5, 12), inner, nn.LayerNorm(12), nn.Linear(12, 4)).double().eval()
+    for module in net.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.uniform_(-0.5, 0.5)
+    x = torch.randn(2, 6, 5, dtype=torch.float64)
+    traced = surgery.trace(net, x)
+    wide = surgery.widen(traced, 1.5)
+    assert wide.get_parameter("0.weight").shape == (18, 5)
+    assert surgery.verify(wide, traced, x).max_rel <= EXACT

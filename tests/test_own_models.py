@@ -446,3 +446,33 @@ def test_models_as_users_write_them_leave_channels_alone_for_known_reasons_only(
         assert not by_name[layer].frozen.any(), by_name[layer].reason
     reasons = {r for g in groups for r in g.reason.split("; ") if r} - ENDS
     assert {r for r in reasons if "relates it to an axis that holds no channels" not in r} == set(model.frozen)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_a_transformer_of_torch_is_operated_on_inside(norm_first):
+    class Translator(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 12), nn.Linear(12, 4)
+            self.core = nn.Transformer(12, 3, 1, 1, 20, batch_first=True, norm_first=norm_first)
+
+        def forward(self, source, target):
+            return self.b(self.core(self.a(source), self.a(target)))
+
+    torch.manual_seed(0)
+    net = Translator().double()
+    for name, parameter in net.named_parameters():
+        if "norm" in name or parameter.ndim == 1:
+            parameter.data.uniform_(0.5, 1.5)
+    x = torch.randn(2, 6, 5, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64)
+    traced = surgery.trace(net, x)
+    for train in (False, True):
+        assert surgery.verify(traced, net, x, train=train).max_abs == 0
+    groups = surgery.dimension_groups(traced)
+    assert {g.reason for g in groups} == {"", "network input", "network output"}
+    assert {g.units for g in groups if g.name.endswith(("self_attn", "multihead_attn"))} == {3}
+    moved = surgery.reindex(traced, {g.name: g.permutation(1) for g in groups if g.editable})
+    slim, masked = surgery.slim(traced, 0.5), surgery.masked(traced, surgery.split_masks(traced, 0.5))
+    for one, other in ((moved, traced), (surgery.widen(traced, 2.0), traced), (slim, masked)):
+        assert surgery.verify(one, other, x).max_rel <= 1e-10

@@ -170,6 +170,8 @@ class Tracer(GuardingTracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.modal or has_module_rule(m):
             return True
+        if any(has_module_rule(part) for part in m.modules()):
+            return False  # such as a layer of a Transformer, made of other layers
         return type(m).forward.__module__.startswith("torch.nn.") and super().is_leaf_module(m, module_qualified_name)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:

@@ -64,10 +64,10 @@ def normalised_streams(module: nn.Module, dims: Dimensions, group: DimensionGrou
         if member.role != "consumer" and not np.array_equal(np.sort(dims.axis_units[member.name, member.axis]), whole):
             raise EditError(f"{member} holds a part of the stream")
     walk = _Walk(module, dims, group)
-    for scope, (path, graph) in dims.books.graphs.items():
-        owner = module.get_submodule(path)
-        assert isinstance(owner, TracedModule)
-        walk.graph(owner, path, scope, graph)
+    paths = {path for path, _ in dims.books.graphs.values()}
+    for scope, (path, _) in dims.books.graphs.items():
+        if not any(path != other and f"{path}.".startswith(f"{other}." if other else "") for other in paths):
+            walk.graph(scope, [])
     norms = [n for n in dims.books.norms if walk.holds(n.ids)]
     for norm in norms:
         if norm.key not in walk.norms:
@@ -90,18 +90,33 @@ class _Walk:
     def carries(self, value: Any) -> bool:
         return any(self.holds(f.ids) for leaf in labelled_leaves(value) for f in leaf.fields)
 
-    def graph(self, owner: TracedModule, path: str, scope: str, graph: fx.Graph) -> None:
+    def graph(self, scope: str, given: Sequence[bool]) -> bool:
+        """Walk one graph, whose positional inputs are linear as ``given``; whether its output is."""
+        path, graph = self.dims.books.graphs[scope]
+        owner = self.module.get_submodule(path)
+        assert isinstance(owner, TracedModule)
+        inputs = iter(given)
         for node in graph.nodes:
-            value = self.dims.books.nodes.get((scope, node.name))
-            if node.op == "output" or value is None or not self.carries(value):
+            if node.op == "output":
+                return all(self.linear.get((scope, n.name), True) for n in node.all_input_nodes)
+            linear = next(inputs, False) if node.op == "placeholder" else None
+            if not self.carries(self.dims.books.nodes.get((scope, node.name))):
                 continue
-            leaf = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
-            self.linear[scope, node.name] = self.is_linear(path, scope, node, leaf)
+            if linear is None:
+                leaf = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+                linear = self.is_linear(path, scope, node, leaf)
+            self.linear[scope, node.name] = linear and self.linear.get((scope, node.name), True)
+        return False
 
     def is_linear(self, path: str, scope: str, node: fx.Node, leaf: nn.Module | None) -> bool:
         """Whether the node's value holds the mean of its channels wherever a mean is put, given means to read."""
-        if node.op in ("get_attr", "placeholder"):
-            return node.op == "get_attr"
+        if node.op == "get_attr":
+            return True
+        if isinstance(leaf, TracedModule):
+            states = [not isinstance(a, fx.Node) or self.linear.get((scope, a.name), True) for a in node.args]
+            inside = f"{path}.{node.target}".lstrip(".")
+            scopes = [s for s, (within, _) in self.dims.books.graphs.items() if within == inside]
+            return all([self.graph(s, states) for s in scopes])
         read = [n for n in node.all_input_nodes if self.carries(self.dims.books.nodes[scope, n.name])]
         kept = all(self.linear.get((scope, n.name), False) for n in read)
         target: Any = node.target
