@@ -151,7 +151,8 @@ def _shifted(fields: Fields, dim: int) -> Fields:
 
 @oprule(torch.chunk, "chunk", torch.split, "split", torch.tensor_split, "tensor_split", rewrite=rewrites.pieces,
         movement=True)  # fmt: skip
-def _pieces(op: Op, tensor: Labelled, how: Any = None, dim: int = 0, **named: Any) -> Any:
+def _pieces(op: Op, tensor: Any = None, how: Any = None, dim: int = 0, *, input: Any = None, **named: Any) -> Any:
+    tensor = tensor if input is None else input
     dim %= tensor.ndim
     result = []
     start = 0
@@ -262,10 +263,9 @@ def _repeat_interleave(op: Op, input: Labelled, repeats: Any, dim: int | None = 
 def _index_select(op: Op, input: Labelled, dim: int, index: Labelled) -> Fields:
     dim %= input.ndim
     f = input.at(dim)
+    op.lose(list(index.fields), f"{op.name} reads positions from it")
     if f is None or index.constant is None or len(f.dims) > 1:
-        return op.keep(input, [dim])
-    for g in index.fields:
-        op.freeze(g, "positions")
+        return op.keep(input, [dim], f"{op.name} picks positions of it")
     return tuple(Field(g.dims, g.ids[index.constant.cpu().numpy()], g.key) if g is f else g for g in input.fields)
 
 

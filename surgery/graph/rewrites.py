@@ -64,20 +64,20 @@ def conv_transpose(site: Site) -> None:
 
 def conv_function(site: Site) -> None:
     """``groups`` of ``F.conv*`` follows where each group has one input channel."""
-    weight = site.inputs[1]
     signature = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    weight, read = tensor(site, signature, "weight"), tensor(site, signature, "input")
     groups = argument(site.node, signature, "groups", 1)
-    if isinstance(groups, int) and groups > 1 and weight is not None and weight[1] == 1 and site.inputs[0] is not None:
-        set_argument(site.node, signature, "groups", site.inputs[0][1])
+    if isinstance(groups, int) and groups > 1 and weight is not None and weight[1][1] == 1 and read is not None:
+        set_argument(site.node, signature, "groups", read[1][1 - len(weight[1])])
 
 
 def conv_transpose_function(site: Site) -> None:
     """``groups`` of ``F.conv_transpose*`` follows where each group has one input channel."""
-    before, after = site.before[0], site.inputs[0]
     signature = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    weight, read = tensor(site, signature, "weight"), tensor(site, signature, "input")
     groups = argument(site.node, signature, "groups", 1)
-    if isinstance(groups, int) and groups > 1 and before is not None and before[1] == groups and after is not None:
-        set_argument(site.node, signature, "groups", after[1])
+    if isinstance(groups, int) and groups > 1 and weight is not None and weight[0][0] == groups and read is not None:
+        set_argument(site.node, signature, "groups", read[1][1 - len(weight[1])])
 
 
 def layer_norm(site: Site) -> None:
@@ -103,13 +103,13 @@ def group_norm(site: Site) -> None:
 def group_norm_function(site: Site) -> None:
     """``num_groups`` of ``F.group_norm`` follows where each group has one channel."""
     signature = ("input", "num_groups")
-    if site.before[0] is not None and argument(site.node, signature, "num_groups", 1) == site.before[0][1]:
+    read = tensor(site, signature, "input")
+    if read is not None and argument(site.node, signature, "num_groups", 1) == read[0][1]:
         set_argument(site.node, signature, "num_groups", site.shapes[0][1])
 
 
 def batch_norm(site: Site) -> None:
-    if site.inputs[0] is not None:
-        site.module.num_features = site.inputs[0][1]
+    site.module.num_features = site.shapes[0][1]
 
 
 def prelu(site: Site) -> None:
@@ -156,12 +156,12 @@ def reshape(site: Site) -> None:
 def unflatten(site: Site) -> None:
     """The sizes of ``unflatten`` and `nn.Unflatten` at the changed dims."""
     if site.module is not None:
-        dim = site.module.dim % len(site.inputs[0] or ())
+        dim = site.module.dim % (len(site.old[0]) + 1 - len(site.module.unflattened_size))
         site.module.unflattened_size = _resized(tuple(site.module.unflattened_size), site, dim)
         return
     node = site.node
     signature = ("input", "dim", "sizes")
-    dim = argument(node, signature, "dim", 0) % len(site.inputs[0] or ())
+    dim = argument(node, signature, "dim", 0) % len((tensor(site, signature, "input") or ((),))[0])
     sizes = argument(node, signature, "sizes", None)
     if isinstance(sizes, (tuple, list)):
         set_argument(node, signature, "sizes", _resized(sizes, site, dim))
@@ -171,14 +171,16 @@ def unflatten(site: Site) -> None:
 
 def squeeze(site: Site) -> None:
     """``squeeze`` removes the dims that it removed before, whatever is of size 1 now."""
-    before, after = site.before[0] or (), site.inputs[0] or ()
+    signature = ("input", "dim")
+    before, after = tensor(site, signature, "input") or ((), ())
     if all((a == 1) == (b == 1) for a, b in zip(before, after, strict=True)):
         return
-    given = argument(site.node, ("input", "dim"), "dim", None)
+    given = argument(site.node, signature, "dim", None)
     dims = range(len(before)) if given is None else [given] if isinstance(given, int) else given
     node = site.node
     node.op, node.target = "call_function", torch.squeeze
-    node.args, node.kwargs = (node.args[0], tuple(d for d in dims if before[d] == 1)), {}
+    read = argument(node, signature, "input", None)
+    node.args, node.kwargs = (read, tuple(d for d in dims if before[d] == 1)), {}
 
 
 def narrow(site: Site) -> None:
@@ -192,13 +194,14 @@ def narrow(site: Site) -> None:
 def pieces(site: Site) -> None:
     """``chunk``, ``split`` and their kin become a ``split`` with the sizes that each piece now has."""
     node = site.node
-    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+    signature = ("tensor" if "tensor" in node.kwargs else "input", "sections", "dim")
+    dim = argument(node, signature, "dim", 0)
     assert isinstance(dim, int)
     if dim % len(site.shapes[0]) not in site.changed:
         return
     sizes = [shape[dim] for shape in site.shapes]
     node.op, node.target = "call_function", torch.split
-    node.args, node.kwargs = (node.args[0], sizes, dim), {}
+    node.args, node.kwargs = (argument(node, signature, signature[0], None), sizes, dim), {}
 
 
 def _unpacked(shape: Any, site: Site) -> Any:
@@ -228,6 +231,12 @@ def _scaled(size: Any, new: int, old: int, site: Site) -> Any:
         for function, number in ((operator.mul, new // factor), (operator.floordiv, old // factor)):
             size = size if number == 1 else graph.call_function(function, (size, number))
     return size
+
+
+def tensor(site: Site, signature: tuple[str, ...], name: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Old and new shape of an argument, positional or not; None where it is no tensor."""
+    value = argument(site.node, signature, name, None)
+    return site.tensors.get(value) if isinstance(value, fx.Node) else None
 
 
 def argument(node: fx.Node, signature: tuple[str, ...], name: str, default: Any) -> Any:

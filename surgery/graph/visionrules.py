@@ -12,21 +12,25 @@ from surgery.graph.labels import Fields, Labelled
 from surgery.graph.ops import Op, oprule
 
 
+@oprule(torchvision.ops.roi_align, torchvision.ops.roi_pool)
+def _roi_align(op: Op, input: Labelled, boxes: Any, *rest: Any, **named: Any) -> Any:
+    """Boxes are cut out of each channel alike."""
+    for other in boxes if isinstance(boxes, (list, tuple)) else [boxes]:
+        op.lose(list(other.fields), f"{op.name} reads positions from it")
+    read, rest = op.axis(input, 1)
+    op.lose(list(rest), f"{op.name} cuts positions out of it")
+    return op.alike(() if read is None else (read,))
+
+
 @oprule(
-    torchvision.ops.roi_align,
-    torchvision.ops.roi_pool,
     torch.ops.torchvision.roi_align,
     torch.ops.torchvision.roi_pool,
     torchvision.ops.RoIAlign,
     torchvision.ops.RoIPool,
 )
-def _roi_align(op: Op, input: Labelled, rois: Any, *rest: Any, **named: Any) -> Any:
-    """Boxes are cut out of each channel alike."""
-    for other in rois if isinstance(rois, (list, tuple)) else [rois]:
-        op.lose(list(other.fields), f"{op.name} reads positions from it")
-    read, rest = op.axis(input, 1)
-    op.lose(list(rest), f"{op.name} cuts positions out of it")
-    return op.alike(() if read is None else (read,))
+def _roi_align_kernel(op: Op, input: Labelled, rois: Any, *rest: Any, **named: Any) -> Any:
+    """What `_roi_align` calls; the positions of the maxima, second result of ``roi_pool``, are within a channel."""
+    return _roi_align(op, input, rois)
 
 
 @oprule(FrozenBatchNorm2d)

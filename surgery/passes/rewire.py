@@ -305,7 +305,7 @@ class _Rewiring:
         dim = asked.dims[0]
         chain = [node]
         while True:
-            parent = chain[-1].args[0] if chain[-1].args else None
+            parent = _source(chain[-1])
             if not isinstance(parent, fx.Node):
                 raise EditError(f"{_where(node)} cannot follow the edit: it is not a selection of what it reads")
             value = self.record(parent)
@@ -338,9 +338,9 @@ class _Rewiring:
 
     def selection(self, chain: list[fx.Node], start: Labelled, dim: int) -> Ids | None:
         """The positions along ``dim`` that the ops select from ``start``; None where they do anything else."""
-        first = chain[-1].args[0]
+        first = _source(chain[-1])
         numbers = torch.arange(start.value.numel()).reshape(start.shape)
-        env: dict[fx.Node, Any] = {first: numbers}  # type: ignore[dict-item]
+        env: dict[fx.Node, Any] = {first: numbers}
         result: Any = numbers
         for node in reversed(chain):
             args, kwargs = fx.map_arg(
@@ -393,6 +393,11 @@ class _Rewiring:
             leaf = self.source.get_submodule(str(node.target)) if node.op == "call_module" else None
             if node.op == "get_attr" or number or rule_for(node, leaf).movement:
                 self.copy.erase_node(node)
+
+
+def _source(node: fx.Node) -> Any:
+    """What a node reads first, also where it is named."""
+    return node.args[0] if node.args else next((node.kwargs[k] for k in ("input", "tensor") if k in node.kwargs), None)
 
 
 def _first_shape(tree: Any) -> tuple[int, ...]:
