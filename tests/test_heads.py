@@ -46,7 +46,9 @@ def test_attention_by_heads_is_the_attention_of_torch(masks, averaged, layout):
     plain.in_proj_bias.data.normal_()
     own = copy.deepcopy(plain)
     own.__class__ = HeadAttention
-    tensors = [torch.randn(2, n, d).double() for n, d in ((4, 12), (5, sizes.get("kdim", 12)), (5, sizes.get("vdim", 12)))]
+    tensors = [
+        torch.randn(2, n, d).double() for n, d in ((4, 12), (5, sizes.get("kdim", 12)), (5, sizes.get("vdim", 12)))
+    ]
     if not first:
         tensors = [t.transpose(0, 1) for t in tensors]
     for got, wanted in zip(

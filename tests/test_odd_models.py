@@ -986,7 +986,12 @@ def unflatten_const(self, x):
     return gap(self.d(self.a(x).unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)))
 
 
-@odd(a=conv(3, 8), d=conv(8, 5), w=parameter(2, 4, 1, 1), frozen=("mul shares it among heads, or other parts of an axis",))
+@odd(
+    a=conv(3, 8),
+    d=conv(8, 5),
+    w=parameter(2, 4, 1, 1),
+    frozen=("mul shares it among heads, or other parts of an axis",),
+)
 def unflatten_param(self, x):
     return gap(self.d((self.a(x).unflatten(1, (2, 4)) * self.w).flatten(1, 2)))
 

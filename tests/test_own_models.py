@@ -431,12 +431,7 @@ def test_models_as_users_write_them_are_edited_exactly_and_again(name, own_rules
     same(surgery.widen(traced, 1.5, seed=2), traced)
 
 
-NEEDLESS = pytest.mark.xfail(reason="a transposed weight is not known as a weight", strict=True)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[NEEDLESS] if n == "AutoencoderWithTransposedWeight" else []) for n in OWN]
-)
+@pytest.mark.parametrize("name", OWN)
 def test_models_as_users_write_them_leave_channels_alone_for_known_reasons_only(name, own_rules):
     model, net = built(name)
     groups = surgery.dimension_groups(surgery.trace(net, model.args, kwargs=model.kwargs))

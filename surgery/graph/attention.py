@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torchvision.models import swin_transformer
 from torchvision.models.video import mvit
@@ -16,7 +17,7 @@ from torchvision.models.video import swin_transformer as swin_transformer_3d
 
 from surgery.graph import heads, rewrites
 from surgery.graph.contraction import contracted
-from surgery.graph.labels import Field, Fields, Labelled, sliced
+from surgery.graph.labels import Field, Fields, Labelled, moved, sliced
 from surgery.graph.ops import Op, oprule, unknown
 
 
@@ -90,6 +91,8 @@ def _multihead_attention(
     else:
         parts = None if bias is None else bias.ids.reshape(3, -1)
         op.produces(bias)
+        if parts is not None:
+            op.rows(parts)
         inner = None
         for k, (name, x) in enumerate(zip(("q", "k", "v"), (query, key, value), strict=True)):
             weight = op.param(f"{name}_proj_weight")
@@ -104,14 +107,33 @@ def _multihead_attention(
     weight, out_bias = op.run.tensor(out.weight), op.run.tensor(out.bias)
     assert weight is not None
     written = _finish(op, weight, _bias(out_bias), inner, count, size)
-    rest = tuple(f for f in query.fields if query.ndim - 1 not in f.dims)
+    if attn_mask is not None or key_padding_mask is not None:
+        query, key, value = (Labelled(x.value, op.keep(x, range(x.ndim - 1))) for x in (query, key, value))
+    scores, rest = _attended(op, layer.batch_first, query, key, value)
     mixed = tuple(Field((query.ndim - 1,), f.ids, f.key) for f in written)
     if op.out[1] is None:
         return [(*rest, *mixed), None]
     if average_attn_weights and _is_read(op.node, 1):
         op.freeze(inner, f"{op.name} averages over it")
-    shown = () if average_attn_weights or inner is None else (Field((op.out[1].ndim - 3,), inner.ids, inner.key),)
-    return [(*rest, *mixed), shown]
+    if average_attn_weights or inner is None:
+        return [(*rest, *mixed), scores]
+    head = op.out[1].ndim - 3
+    shown = tuple(moved(f, tuple(d + (d >= head) for d in f.dims)) for f in scores)
+    return [(*rest, *mixed), (*shown, Field((head,), inner.ids, inner.key))]
+
+
+def _attended(op: Op, batch_first: bool, *inputs: Labelled) -> tuple[Fields, Fields]:
+    """What lies along the batch and the positions of the weights (batch, queries, keys), and of the output."""
+    batch = inputs[0].ndim == 3
+    order = "bt" if batch_first else "tb"
+    q, k, v = (Labelled(x.value[..., 0], tuple(f for f in x.fields if x.ndim - 1 not in f.dims)) for x in inputs)
+    queries, keys = (order.replace("t", t) if batch else t for t in "qk")
+    out = "bqk" if batch else "qk"
+    scores = contracted(op, (q, k), (queries, keys), out)
+    sizes = {**dict(zip(queries, q.shape, strict=True)), **dict(zip(keys, k.shape, strict=True))}
+    weights = Labelled(torch.empty([sizes[c] for c in out], device="meta"), scores)
+    scores = op.keep(weights, [-1], f"{op.name} normalises over it")
+    return scores, contracted(op, (Labelled(weights.value, scores), v), (out, keys), queries)
 
 
 def _is_read(node: fx.Node, part: int) -> bool:
@@ -152,8 +174,10 @@ def _shifted_window_attention(
     inner = _whole_heads(op, _project(op, input, qkv_weight, _bias(qkv_bias)), num_heads, size)
     for table, dim in ((relative_position_bias, 1), (logit_scale, 0)):
         if table is not None:
-            for f in table.fields:
-                op.tie(inner if f.dims == (dim,) else None, f)
+            op.lose([f for f in table.fields if f.dims != (dim,)], f"{op.name} holds positions in it")
+            along = next((f for f in table.fields if f.dims == (dim,)), None)
+            if along is not None or table.shape[dim] > 1:
+                op.tie(inner, along)
     written = _finish(op, proj_weight, _bias(proj_bias), inner, num_heads, size)
     others = tuple(f for f in others if input.ndim - 1 not in f.dims)
     return (*others, *(Field((input.ndim - 1,), f.ids, f.key) for f in written))
@@ -204,16 +228,18 @@ def _add_relative_positions(
     op: Op, attn: Labelled, q: Labelled, q_thw: Any, k_thw: Any, *tables: Labelled
 ) -> Fields:  # fmt: skip
     """Queries times tables (positions, head_dim), added to the scores (batch, heads, queries, keys)."""
+    scores = Labelled(attn.value, op.keep(attn, [2, 3], f"{op.name} takes positions from it"))
+    queries = Labelled(q.value, op.keep(q, [2], f"{op.name} takes positions from it"))
+    added = []
     for table in tables:
         op.lose([f for f in (table.at(0),) if f is not None], f"{op.name} holds positions in it")
         rows = Labelled(table.value, tuple(f for f in table.fields if f.dims == (1,)))
-        for f in contracted(op, (q, rows), ("abcd", "ed"), "abce"):
-            for g in attn.fields:
-                if g.dims == f.dims:
-                    op.tie(f, g)
-    return attn.fields
+        added.append(Labelled(attn.value, contracted(op, (queries, rows), ("abcd", "ed"), "abce")))
+    return op.elementwise(scores, *added)
 
 
 @oprule(mvit._add_shortcut)
 def _add_shortcut(op: Op, x: Labelled, shortcut: Labelled, residual_with_cls_embed: bool) -> Fields:
+    if not residual_with_cls_embed:
+        x, shortcut = (Labelled(t.value, op.keep(t, [2], f"{op.name} picks positions of it")) for t in (x, shortcut))
     return op.elementwise(x, shortcut)

@@ -162,8 +162,9 @@ class Dimensions:
         self.unit_of: Ids = order[component]
         self.count = int(order.max(initial=-1)) + 1
         self.axis_units = {(a.name, a.axis): self.unit_of[a.ids] for a in axes}
-        frozen = [*books.frozen, (self._constants(books), "values of a buffer"), *((left[self.unit_of[left] == self.unit_of[right]], what)
-                                   for left, right, _, what in books.rows)]  # fmt: skip
+        frozen = [*books.frozen, (self._constants(books), "values of a buffer")]
+        for left, right, _, what in books.rows:
+            frozen.append((left[self.unit_of[left] == self.unit_of[right]], what))
         self.frozen, self.unread = self._frozen(books, frozen)
         self.mixed = [(self.unit_of[ids], what) for ids, what in books.mixed]
         self.single = [(self.unit_of[ids], what) for ids, what in books.single]

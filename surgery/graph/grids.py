@@ -2,7 +2,8 @@
 
 After an edit such axes must still fill a rectangle, so only one of them may lose or gain positions. Which one is
 decided when everything else that the rules said is known. Where positions are tied along all axes but one already (an
-attention chooses whole heads), it is that one. Otherwise it is the last, and channels are chosen alike along the others.
+attention chooses whole heads), it is that one. Otherwise it is the last, and channels are chosen alike along the
+others.
 """
 
 from __future__ import annotations

@@ -56,8 +56,9 @@ def _layer_norm(op: Op, x: Labelled, rank: int, *vectors: Labelled | None) -> Fi
             if same is not None:
                 op.tie(same, g)
             else:
-                within = any(dim in f.dims for f in x.fields)
-                op.freeze(g, f"{op.name} {'shares it among heads, or other parts of an axis' if within else 'has positions in it'}")
+                shared = any(dim in f.dims for f in x.fields)
+                how = "shares it among heads, or other parts of an axis" if shared else "has positions in it"
+                op.freeze(g, f"{op.name} {how}")
                 own[dim] = g
     return tuple(fields)
 

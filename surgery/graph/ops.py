@@ -157,7 +157,8 @@ class Op:
             self.run.books.rows.append((ids[:-1, -1], ids[1:, 0], ids[:-1, 0], what))
 
     def mixes(self, f: Field, first: int, last: int) -> None:
-        """Statistics are computed over ``f``, by a norm with an entry for each position of dims ``first`` to ``last``."""
+        """Statistics are computed over ``f``, by a norm with an entry for each position of dims ``first`` to
+        ``last``."""
         self.run.books.mixed.append((f.ids.ravel(), self.name))
         dims, shape = tuple(d - first for d in f.dims), self.shape[first : last + 1]
         self.run.books.norms.append(Norm(self.path, (self.key[1], self.key[2]), shape, dims, f.ids))

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import TraceError, UsageError
 from surgery.graph.grids import Grid
-from surgery.graph.labels import Field, Ids, Labelled, Pairing, mutable
+from surgery.graph.labels import Field, Fields, Ids, Labelled, Pairing, mutable
 from surgery.graph.ops import Norm, Op, rule_for, unknown
 from surgery.graph.rewrites import Site
 from surgery.graph.traced import TracedModule
@@ -253,11 +253,20 @@ class Run(Ledger):
     def related(self, op: Op, relate: Any, args: Any, kwargs: Any, out: Any) -> Any:
         """``out`` with the fields that a rule gives it."""
         fields = self._relate(op, relate, args, kwargs)
+        moves = isinstance(out, Labelled) and rule_for(op.node, op.module).movement
+        turned = self._whole_axes(fields) if moves else ()
         for a in labelled_leaves((args, kwargs)):
             for f in a.fields:
-                if f.key is not None and f.key[0] == "param" and (f.key[1], f.key[2]) not in op.claimed:
+                kept = f.key is None or any(g.key == f.key for g in turned)
+                if not kept and f.key[0] == "param" and (f.key[1], f.key[2]) not in op.claimed:
                     self.books.values.add((f.key[1], f.key[2]))
-        return self.with_fields(op, out, fields)
+        return self.with_fields(op, out, fields, turned)
+
+    def _whole_axes(self, fields: Fields) -> Fields:
+        """Fields that are an axis of a parameter as it is: a weight that was transposed is a weight still."""
+        known = self.books.axes
+        own = (f for f in fields if len(f.dims) == 1 and f.key is not None and f.key[0] == "param")
+        return tuple(f for f in own if np.array_equal(f.ids, known[f.key[1], f.key[2]].ids))
 
     def _relate(self, op: Op, relate: Any, args: Any, kwargs: Any) -> Any:
         if op.module is not None and (op.module._forward_hooks or op.module._forward_pre_hooks):
@@ -278,11 +287,11 @@ class Run(Ledger):
                 for f in (*value.fields, *seen.fields):
                     self.freeze(f.ids, f"{node.name} changes it in place through a view")
 
-    def with_fields(self, op: Op, out: Any, fields: Any) -> Any:
+    def with_fields(self, op: Op, out: Any, fields: Any, turned: Fields = ()) -> Any:
         if not isinstance(out, (Labelled, dict, list, tuple)):
             return out
         if isinstance(out, Labelled):
-            own = tuple(Field(f.dims, f.ids, op.key) for f in fields)
+            own = tuple(f if f in turned else Field(f.dims, f.ids, op.key) for f in fields)
             for f in fields:
                 self.edge(f.key, op.key, op.name)
             for f in own:

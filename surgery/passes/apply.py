@@ -135,7 +135,8 @@ def _check(group: DimensionGroup, index: Sequence[int], shares: Sequence[float] 
     where = f"group {group.name!r} of {group.units} units"
     if len(places) == 0:
         raise UsageError(f"the index of {where} is empty")
-    places = places[places != MEAN]
+    if group.mixed:  # what is normalised over may have means
+        places = places[places != MEAN]
     if len(places) == 0 or places.min() < 0 or places.max() >= group.units:
         raise UsageError(f"the index of {where} has an entry outside 0..{group.units - 1}")
     copies = np.bincount(places, minlength=group.units)

@@ -69,6 +69,8 @@ def normalised_streams(module: nn.Module, dims: Dimensions, group: DimensionGrou
         if not any(path != other and f"{path}.".startswith(f"{other}." if other else "") for other in paths):
             walk.graph(scope, [])
     norms = [n for n in dims.books.norms if walk.holds(n.ids)]
+    if len(norms) < sum(walk.holds(ids) for ids, _ in dims.books.mixed):
+        raise EditError("something that is no LayerNorm mixes its channels")
     for norm in norms:
         if norm.key not in walk.norms:
             raise EditError(f"{norm.path or norm.key[1]} does not normalise over the whole stream as it was written")
@@ -116,7 +118,8 @@ class _Walk:
             states = [not isinstance(a, fx.Node) or self.linear.get((scope, a.name), True) for a in node.args]
             inside = f"{path}.{node.target}".lstrip(".")
             scopes = [s for s, (within, _) in self.dims.books.graphs.items() if within == inside]
-            return all([self.graph(s, states) for s in scopes])
+            results = [self.graph(s, states) for s in scopes]
+            return all(results)
         read = [n for n in node.all_input_nodes if self.carries(self.dims.books.nodes[scope, n.name])]
         kept = all(self.linear.get((scope, n.name), False) for n in read)
         target: Any = node.target

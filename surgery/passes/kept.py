@@ -108,12 +108,17 @@ def normalise_over(module: nn.Module, dims: Dimensions, keep: NDArray[np.bool_])
         entries = _entries(dims, keep, norms)
         if path:
             layer = module.get_submodule(path)
+            own = next((own for cls, own in _CLASSES.items() if isinstance(layer, cls)), None)
+            if own is None:
+                raise EditError(f"{path}: channels cannot be left out of the statistics of a {type(layer).__name__}")
             device = next((p.device for p in module.parameters()), None)
             layer.register_buffer("keep", entries.to(device), persistent=False)
-            layer.__class__ = next(own for cls, own in _CLASSES.items() if isinstance(layer, cls))
+            layer.__class__ = own
             continue
         owner, graph = _graph(module, dims, scope, name)
         node = next(node for node in graph.nodes if node.name == name)
+        if node.target not in (F.layer_norm, F.group_norm, torch.group_norm):
+            raise EditError(f"{name}: channels cannot be left out of its statistics")
         layer_norm = node.target is F.layer_norm
         original: Any = F.layer_norm if layer_norm else F.group_norm
         given = dict(inspect.signature(original).bind(*node.args, **node.kwargs).arguments)
