@@ -88,7 +88,10 @@ for op in (operator.neg, torch.neg, torch.abs, torch.exp, torch.square, torch.si
            "neg", "abs", "exp", "square", "sign", "relu", "sigmoid", "tanh", "erf", "relu_", "sigmoid_", "tanh_",
            "requires_grad_", "float", "double", "half", "bfloat16", "long", "int", "bool"):  # fmt: skip
     sample(op, t(4), free="0:0")
-sample("cpu", t(4), free="0:0", wrong="shapes are found on the meta device")
+sample("cpu", t(4), free="0:0")
+sample("to", t(3, 4), "cpu", free="0:0,1")
+sample("to", t(3, 4), torch.device("cpu"), torch.float32, free="0:0,1")
+sample("to", t(3, 4), device="cpu", dtype=torch.float32, copy=True, free="0:0,1")
 for op in (torch.log, torch.sqrt, torch.rsqrt, torch.reciprocal, "log", "sqrt", "rsqrt", "reciprocal"):
     sample(op, pos(4), free="0:0")
 for op in (operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod,
@@ -197,10 +200,11 @@ sample(F.scaled_dot_product_attention, t(1, 3, 4, 5), t(1, 3, 6, 5), t(1, 3, 6, 
        free="0:1 1:1 2:1,3 attn_mask:0")  # fmt: skip
 sample(F.scaled_dot_product_attention, t(1, 3, 4, 5), t(1, 3, 6, 5), t(1, 3, 6, 7), mask(4, 6) | True, free="0:1 2:1,3")
 sample(F.scaled_dot_product_attention, t(1, 3, 4, 5), t(1, 3, 4, 5), t(1, 3, 4, 5), is_causal=True, free="0:1 2:1,3")
-LENGTHS = "positions of queries, keys and values are dropped, not frozen"
-projections = "in_proj_weight:0,1 out_proj.weight:0,1 out_proj.bias:0"
+projections = "in_proj_weight:1 out_proj.weight:0 out_proj.bias:0"  # no heads, whose mean is a result
 sample(nn.MultiheadAttention(8, 2, batch_first=True), t(1, 5, 8), t(1, 3, 8), t(1, 3, 8),
-       free=f"0:2 1:2 2:2 {projections} in_proj_bias:0")  # fmt: skip
+       free=f"0:1,2 1:2 2:2 {projections}")  # fmt: skip
+sample(nn.MultiheadAttention(8, 2, batch_first=True), t(1, 5, 8), t(1, 3, 8), t(1, 3, 8), need_weights=False,
+       free="0:1,2 1:2 2:2 in_proj_weight:0,1 out_proj.weight:0,1 out_proj.bias:0 in_proj_bias:0")  # fmt: skip
 sample(nn.MultiheadAttention(6, 3, bias=False), t(5, 1, 6), t(5, 1, 6), t(5, 1, 6), need_weights=False,
        free="0:2 in_proj_weight:0,1 out_proj.weight:0,1")  # fmt: skip
 sample(nn.MultiheadAttention(8, 2, kdim=6, vdim=4), t(5, 8), t(3, 6), t(3, 4), average_attn_weights=False,
@@ -209,7 +213,6 @@ sample(nn.MultiheadAttention(8, 2, batch_first=True), t(2, 5, 8), t(2, 5, 8), t(
        key_padding_mask=torch.zeros(2, 5), free=projections)  # fmt: skip
 sample(heads.HeadAttention(8, 2, batch_first=True), t(1, 5, 8), t(1, 3, 8), t(1, 3, 8),
        free=f"0:2 {projections}")  # fmt: skip
-TABLES = "heads are free although a table of theirs holds none"
 for op in (swin_transformer.shifted_window_attention, heads.windowed_attention):
     more = {"head_dim": 4} if op is heads.windowed_attention else {}
     sample(op, t(1, 4, 4, 8), w(24, 8), w(8, 8), t(1, 2, 4, 4), [2, 2], 2, [0, 0], qkv_bias=w(24), proj_bias=w(8),
@@ -226,7 +229,8 @@ sample(mvit._unsqueeze, t(2, 3, 4), 4, 1, free="0:0,1,2")
 sample(mvit._unsqueeze, t(2, 3, 4, 5), 4, 1, free="0:0,1,2,3")
 sample(mvit._squeeze, t(2, 1, 3, 4), 4, 1, 3, free="0:0,2,3")
 sample(mvit._squeeze, t(2, 3, 4, 5), 4, 1, 4, free="0:0,1,2,3")
-sample(mvit._add_rel_pos, t(2, 3, 5, 5), t(2, 3, 5, 4), (1, 2, 2), (1, 2, 2), w(3, 4), w(3, 4), w(1, 4), free="0:1 1:1")  # fmt: skip
+sample(mvit._add_rel_pos, t(2, 3, 5, 5), t(2, 3, 5, 4), (1, 2, 2), (1, 2, 2), w(3, 4), w(3, 4), w(1, 4),
+       free="0:1 1:1")  # fmt: skip
 sample(mvit._add_shortcut, t(2, 3, 4, 5), t(2, 3, 4, 5), False, free="0:1,3 1:1,3")  # fmt: skip
 sample(mvit._add_shortcut, t(2, 3, 4, 5), t(2, 3, 4, 5), True, free="0:1,3 1:1,3")
 for n, (conv, transposed) in enumerate(((nn.Conv1d, nn.ConvTranspose1d), (nn.Conv2d, nn.ConvTranspose2d),
@@ -410,7 +414,9 @@ for op in (torch.squeeze, "squeeze"):
     sample(op, t(2, 3, 1), 1, free="0:0,1")
 sample(torch.squeeze, input=t(2, 3, 1), free="input:0,1")
 for op in ("view_as", "reshape_as"):
-    sample(op, t(2, 12), t(2, 3, 4), free="0:0", wrong="the axes of the other tensor are not tied")
+    sample(op, t(2, 12), t(2, 3, 4), free="0:0 1:0")
+    sample(op, t(2, 3, 4), t(2, 3, 2, 2), free="0:0,1 1:0,1")
+    sample(op, t(2, 3, 4), other=t(2, 12), free="0:0 other:0")
 for op in (torch.movedim, torch.moveaxis, "movedim", "moveaxis"):
     sample(op, t(2, 3, 4), 1, -1, free="0:0,1,2")
     sample(op, t(2, 3, 4), (0, 1), (-1, 0), free="0:0,1,2")
@@ -491,6 +497,7 @@ for op in ("expand", torch.broadcast_to, "broadcast_to"):
     sample(op, t(3), (2, 3), free="0:0")
 sample("expand", t(2, 3, 1), -1, -1, 4, free="0:0,1")
 sample("expand_as", t(2, 3, 1), t(2, 3, 4), free="0:0,1 1:0,1,2")
+sample("expand_as", t(3, 1), other=t(2, 3, 4), free="0:0 other:0,1,2")
 for op in (nn.ChannelShuffle(2), nn.ChannelShuffle(3)):
     sample(op, t(2, 6, 3, 5), free="0:0,1,2,3")
 sample(F.channel_shuffle, t(2, 6, 3), 3, free="0:0,1,2")

@@ -71,7 +71,28 @@ def _squeeze(op: Op, input: Labelled, dim: Any = None) -> Fields:
 
 @oprule("view_as", "reshape_as", rewrite=rewrites.reshape, movement=True)
 def _view_as(op: Op, input: Labelled, other: Labelled) -> Fields:
-    return _reshape(op, input)
+    return _sized_like(op, _reshape(op, input), other)
+
+
+def _sized_like(op: Op, fields: Fields, other: Labelled) -> Fields:
+    """``fields`` of a result whose sizes are those of ``other``: where both hold channels, they are chosen alike."""
+    if op.run.whole:  # a trial of the movement
+        return fields
+    read: set[int] = set()
+    result = []
+    for f in fields:
+        f = op.beside(f, [other], other.ndim)
+        same = next((g for g in other.fields if g.dims == f.dims), None)
+        if same is None and len(f.dims) == 1:
+            same = op.axis(other, f.dims[0])[0]
+        if same is None:
+            op.freeze(f, f"{op.name} takes its size from an axis of other channels")
+        else:
+            op.tie(f, same)
+            read.update(f.dims)
+        result.append(f)
+    op.lose([g for g in other.fields if not read & set(g.dims)], f"{op.name} reads its size")
+    return tuple(result)
 
 
 @oprule(torch.movedim, torch.moveaxis, "movedim", "moveaxis", movement=True)
@@ -276,14 +297,14 @@ def _expand(op: Op, input: Labelled, *sizes: Any, **named: Any) -> Fields:
 
 @oprule("expand_as", rewrite=rewrites.reshape)
 def _expand_as(op: Op, input: Labelled, other: Labelled) -> Fields:
-    return _expanded(op, input, other)
+    return _sized_like(op, _expanded(op, input, other), other)
 
 
 def _expanded(op: Op, input: Labelled, other: Labelled | None) -> Fields:
     """What is repeated is the same for every channel: it can be as long as what it meets."""
     shift = len(op.shape) - input.ndim
     fields = list(op.elementwise(input))
-    for d in range(1, len(op.shape)):
+    for d in range(0 if other is not None else 1, len(op.shape)):
         if op.shape[d] > 1 and (d < shift or input.shape[d - shift] == 1):
             like = None if other is None else op.axis(other, d)[0]
             if other is None:

@@ -47,6 +47,10 @@ class Twins:
             NotImplementedError: the shape of the result depends on the data.
         """
         target: Any = node.target
+        if node.op == "call_method" and target in ("to", "cpu", "cuda"):
+            return _on_meta(target, *args, **kwargs)
+        if leaf is None and isinstance(kwargs.get("device"), (str, int, torch.device)):
+            kwargs = {**kwargs, "device": "meta"}
         with torch.no_grad():
             if leaf is not None:
                 raw = self.layer(leaf)(*args, **kwargs)
@@ -55,3 +59,15 @@ class Twins:
             else:
                 raw = target(*args, **kwargs)
         return pytree.tree_map(lambda v: v.to("meta") if isinstance(v, torch.Tensor) else v, raw)
+
+
+def _on_meta(method: str, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    """``tensor.to``, ``.cpu`` and ``.cuda``: whatever the device they name, the twin stays where it is."""
+    if not isinstance(tensor, torch.Tensor):
+        return getattr(tensor, method)(*args, **kwargs)
+    kwargs = {k: v for k, v in kwargs.items() if k != "device"}
+    if method != "to":
+        return tensor.to("meta", **{k: v for k, v in kwargs.items() if k == "memory_format"})
+    device = bool(args) and (args[0] is None or isinstance(args[0], (str, int, torch.device)))
+    rest = args[1:] if device else args
+    return tensor.to("meta", *rest, **kwargs) if device or not rest else tensor.to(*rest, **kwargs)
