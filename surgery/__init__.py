@@ -15,7 +15,7 @@ from surgery.passes.deepen import deepen
 from surgery.passes.recipe import InsertIdentity, Recipe, Reindex, recipe
 from surgery.passes.slim import masked, slim, split_masks
 from surgery.passes.verify import Verification, verify
-from surgery.passes.widen import widen
+from surgery.passes.widen import unwidened, widen
 from surgery.version import __version__
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "split_masks",
     "trace",
     "tradeoff",
+    "unwidened",
     "verify",
     "widen",
 ]

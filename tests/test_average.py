@@ -139,6 +139,8 @@ def test_a_stream_that_is_not_linear_is_refused_or_left_alone(kind):
     with pytest.raises(surgery.EditError, match="only whole factors are exact, not 6 to 9 units"):
         surgery.widen(traced, {"a": 1.5})
     assert surgery.verify(surgery.widen(traced, 1.5), traced, x).max_rel <= EXACT
+    assert list(surgery.unwidened(traced, 1.5)) == ["a"]
+    assert surgery.unwidened(traced, 2.0) == {}
     assert surgery.verify(surgery.widen(traced, {"a": 12}), traced, x).max_rel <= EXACT
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,7 @@ from surgery.passes.deepen import deepen as deepen_module
 from surgery.passes.slim import masked, split_masks
 from surgery.passes.slim import slim as slim_module
 from surgery.passes.verify import Verification, verify
+from surgery.passes.widen import unwidened
 from surgery.passes.widen import widen as widen_module
 
 Out = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write: recipe.json and weights.safetensors.")]
@@ -72,7 +74,8 @@ def widen(
     wish = one_or_per_layer("--width", width, float, int_or_float)
     before = open_model(model, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
     after = widen_module(before, wish, seed=seed, round_to=round_to)
-    _finish(before, after, out, verified=_compare(after, before) if check else None, as_json=as_json)
+    left = unwidened(before, wish, round_to=round_to)
+    _finish(before, after, out, verified=_compare(after, before) if check else None, as_json=as_json, left=left)
 
 
 def deepen(
@@ -137,7 +140,15 @@ def _compare(after: nn.Module, expected: nn.Module) -> Verification:
     return check.raise_if_different()
 
 
-def _finish(before: nn.Module, after: nn.Module, out: Path, *, verified: Verification | None, as_json: bool) -> None:
+def _finish(
+    before: nn.Module,
+    after: nn.Module,
+    out: Path,
+    *,
+    verified: Verification | None,
+    as_json: bool,
+    left: Mapping[str, str] | None = None,
+) -> None:
     """Save what was made and say what it costs."""
     figures = {"before": cost(before), "after": cost(after)}
     save(after, out, force=True)  # what was there has been looked at before
@@ -148,8 +159,9 @@ def _finish(before: nn.Module, after: nn.Module, out: Path, *, verified: Verific
             "out": str(out),
             **{name: c.to_dict() for name, c in figures.items()},
             "verification": verified.to_dict() if verified else None,
+            **({} if left is None else {"left_alone": dict(left)}),
         },
         as_json,
         table("", ["", "parameters", "MACs an input", "size"], rows),
-        note=f"{equal}\nsaved to {out}",
+        note="\n".join([equal, *(f"left alone: {reason}" for reason in (left or {}).values()), f"saved to {out}"]),
     )

@@ -32,6 +32,8 @@ def widen(module: nn.Module, width: float | Mapping[str, Width], *, seed: int = 
         seed: of the draws; the same for the same group, whatever else is widened.
         round_to: new widths are rounded up to a multiple of this.
 
+    One factor for every group leaves alone what cannot grow by it exactly (`unwidened`).
+
     Raises:
         UsageError: a factor below 1, a width below the present one or not made of whole units, an unknown name.
         EditError: a named layer cannot be widened exactly by that much.
@@ -41,6 +43,18 @@ def widen(module: nn.Module, width: float | Mapping[str, Width], *, seed: int = 
 
 def widen_plan(module: nn.Module, width: float | Mapping[str, Width], *, seed: int = 0, round_to: int = 1) -> Reindex:
     """The step that `widen` takes."""
+    return Reindex(_plan(module, width, seed, round_to)[0])
+
+
+def unwidened(module: nn.Module, width: float | Mapping[str, Width], *, round_to: int = 1) -> dict[str, str]:
+    """The editable groups that `widen` leaves as they are, for growing them would not be exact, and why."""
+    return _plan(module, width, 0, round_to)[1]
+
+
+def _plan(
+    module: nn.Module, width: float | Mapping[str, Width], seed: int, round_to: int
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """The index of each group that grows, and why others do not."""
     if round_to < 1:
         raise UsageError(f"round_to must be at least 1, not {round_to}")
     dims = dimensions(module)
@@ -49,22 +63,24 @@ def widen_plan(module: nn.Module, width: float | Mapping[str, Width], *, seed: i
         wishes = resolve(dims, module, width)
     else:
         wishes = dict.fromkeys((g for g in dims.groups if g.editable), float(width))
-    indices = {}
+    indices: dict[str, tuple[int, ...]] = {}
+    left: dict[str, str] = {}
     for group, wish in wishes.items():
         try:
             index = _index(module, dims, group, _units(group, wish, round_to), seed)
-        except EditError:
+        except EditError as error:
             if named:
                 raise
-            continue  # left as it is, like the groups that are frozen
+            left[group.name] = str(error)
+            continue
         if len(index) > group.units:
             indices[group.name] = tuple(index)
     if not named:
-        _drop_uneven(dims, indices)
-    return Reindex(indices)
+        _drop_uneven(dims, indices, left)
+    return indices, left
 
 
-def _drop_uneven(dims: Dimensions, indices: dict[str, tuple[int, ...]]) -> None:
+def _drop_uneven(dims: Dimensions, indices: dict[str, tuple[int, ...]], left: dict[str, str]) -> None:
     """Leave alone the groups that one layer normalises over and that would not all grow by the same factor."""
     factor = np.ones(dims.count)
     owner = {g.name: g for g in dims.groups}
@@ -74,12 +90,13 @@ def _drop_uneven(dims: Dimensions, indices: dict[str, tuple[int, ...]]) -> None:
     uneven = True
     while uneven:
         uneven = False
-        for units, _ in dims.mixed:
+        for units, what in dims.mixed:
             if len(np.unique(factor[units])) > 1:
                 for name in list(indices):
                     group = owner[name]
                     if ((units >= group.start) & (units < group.start + group.units)).any():
                         del indices[name]
+                        left[name] = f"{what} normalises over it and others, which would not all grow by one factor"
                         factor[group.start : group.start + group.units] = 1.0
                         uneven = True
 
