@@ -468,8 +468,10 @@ sample(operator.getitem, t(2, 6, 5), (slice(None), slice(2, None)), free="0:0,1,
 sample(operator.getitem, t(2, 6, 5), (Ellipsis, slice(None, None, 2)), free="0:0,1,2")
 sample(operator.getitem, t(2, 6, 5), (slice(None), 3), free="0:0,2")
 sample(operator.getitem, t(2, 6), (slice(None), slice(None), None, None), free="0:0,1")
-sample(operator.getitem, t(2, 6, 5), (0, slice(-4, -1)), free="0:1,2",
-       wrong="a slice beside a position cannot follow")  # fmt: skip
+sample(operator.getitem, t(2, 6, 5), (0, slice(-4, -1)), free="0:1,2")
+sample(operator.getitem, t(2, 6, 5), (slice(None), slice(1, 5), 0), free="0:0,1")
+sample(operator.getitem, t(2, 6, 5), (slice(None), slice(1, 5), None, slice(2, None)), free="0:0,1,2")
+sample(operator.getitem, t(2, 3, 6), (Ellipsis, 1, slice(None, None, 2)), free="0:0,2")
 for op in (torch.narrow, "narrow"):
     sample(op, t(2, 6, 3), 1, 2, 3, free="0:0,1,2")
     sample(op, t(2, 6), dim=-1, start=0, length=4, free="0:0,1")

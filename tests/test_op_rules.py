@@ -66,6 +66,52 @@ def numbers_in_new_memory(wanted: bool) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several ops of the table in a row
+
+
+class Chain(nn.Module):
+    """A convolution, some movements, and a layer that reads what they give."""
+
+    def __init__(self, move, last):
+        super().__init__()
+        self.a, self.b, self.last, self.move = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1), last, move
+
+    def forward(self, x):
+        return self.last(self.move(self.a(x).relu(), self.b(x)))
+
+
+CHAINS = {
+    "factors to the end": (lambda a, b: a.unflatten(1, (2, 3)).permute(0, 3, 4, 1, 2).flatten(3), nn.Linear(6, 2)),
+    "factors turned": (lambda a, b: a.unflatten(1, (2, 3)).permute(0, 4, 3, 2, 1).flatten(3), nn.Linear(6, 2)),
+    "some channels at one place": (lambda a, b: a[:, 1:5, 0, 1], nn.Linear(4, 2)),
+    "some channels at some places": (lambda a, b: a[:, 1:5, None, :1, 1:], nn.Conv3d(4, 2, 1)),
+    "the size of another": (lambda a, b: a.flatten(2).view_as(b) * 2, nn.Conv2d(6, 2, 1)),
+    "as large as another": (lambda a, b: a.mean(3, keepdim=True).expand_as(b), nn.Conv2d(6, 2, 1)),
+    "on another device": (lambda a, b: a.cpu().to("cpu").to(device=b.device), nn.Conv2d(6, 2, 1)),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_of_movements_follows_every_edit(name):
+    move, last = CHAINS[name]
+    torch.manual_seed(0)
+    net, inputs = Chain(move, last).double(), torch.randn(2, 3, 4, 5).double()
+    traced = surgery.trace(net, inputs)
+    group = next(g for g in surgery.dimension_groups(traced) if g.name == "a")
+    assert group.editable, group.reason
+    for edited in (
+        surgery.widen(traced, {"a": 2.0}, seed=0),
+        surgery.widen(traced, {"a": 8}, seed=1),
+        surgery.reindex(traced, {"a": group.permutation(seed=1)}),
+    ):
+        assert surgery.verify(edited, net, inputs).max_rel <= 1e-10
+        assert surgery.verify(edited, net, inputs[:1, :, :3, :4]).max_rel <= 1e-10
+    slim = surgery.slim(traced, {"a": 0.5})
+    kept = surgery.masked(traced, surgery.split_masks(traced, {"a": 0.5}))
+    assert surgery.verify(slim, kept, inputs).max_rel <= 1e-10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The checker
 
 

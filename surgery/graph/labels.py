@@ -104,7 +104,7 @@ def reshaped(
 
 def sliced(fields: Fields, index: tuple[Any, ...], rank: int) -> tuple[Fields, list[Field]]:
     """Fields after basic indexing with ints, slices, None and Ellipsis; and those of which one position is picked."""
-    index = _full_index(index, rank)
+    index = full_index(index, rank)
     result: list[Field] = []
     picked: list[Field] = []
     place: dict[int, int | None] = {}
@@ -146,7 +146,8 @@ def runs(ids: Ids, fence: NDArray[np.bool_]) -> tuple[Ids, Ids]:
     return start, np.concatenate(([0], np.cumsum(breaks))).astype(np.int64)
 
 
-def _full_index(index: tuple[Any, ...], rank: int) -> tuple[Any, ...]:
+def full_index(index: tuple[Any, ...], rank: int) -> tuple[Any, ...]:
+    """The index with a slice for each dim that it leaves out or that its ellipsis stands for."""
     used = sum(1 for i in index if i is not None and i is not Ellipsis)
     if not any(i is Ellipsis for i in index):
         index = (*index, Ellipsis)

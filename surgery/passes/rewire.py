@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import EditError
 from surgery.graph.dims import Dimensions
-from surgery.graph.labels import Field, Ids, Labelled
+from surgery.graph.labels import Field, Ids, Labelled, full_index
 from surgery.graph.ops import Op, Rule, rule_for
 from surgery.graph.propagate import Silent
 from surgery.graph.rewrites import Site
@@ -302,31 +302,34 @@ class _Rewiring:
         if len(changed) != 1 or len(changed[0].dims) != 1:
             raise EditError(f"{_where(node)} cannot follow the edit")
         asked = changed[0]
-        dim = asked.dims[0]
         chain = [node]
         while True:
             parent = _source(chain[-1])
             if not isinstance(parent, fx.Node):
                 raise EditError(f"{_where(node)} cannot follow the edit: it is not a selection of what it reads")
             value = self.record(parent)
-            if isinstance(value, Labelled) and parent not in self.stale and value.ndim == out.ndim:
-                held = value.at(dim)
-                if held is not None and held.dims == asked.dims:
-                    places = self.selection(chain, value, dim)
-                    if places is not None:
-                        break
+            found = None
+            if isinstance(value, Labelled) and parent not in self.stale:
+                found = self.selection(chain, value, asked)
+            if found is not None:
+                break
             if self.takes_piece(chain[-1]) or self.is_movement(parent):
                 chain.append(parent)
                 continue
             raise EditError(f"{_where(node)} cannot follow the edit: it is not a selection of what it reads")
-        index = self.positions(held, asked, places)
+        index = self.positions(found.held, asked, found.places)
         new, read = self.new[node.name], self.new[parent.name]
         with self.copy.inserting_before(new):
-            if (np.diff(index) == 1).all():
+            if found.order != tuple(range(len(found.order))):
+                read = self.copy.call_function(torch.permute, (read, found.order))
+            dim = found.order.index(found.held.dims[0])
+            if read is self.new[parent.name] and (np.diff(index) == 1).all():
                 selected = self.copy.call_function(torch.narrow, (read, dim, int(index[0]), len(index)))
             else:
                 constant = self.copy.get_attr(self.constant(torch.from_numpy(index)))
                 selected = self.copy.call_function(torch.index_select, (read, dim, constant))
+            if found.then is not None:
+                selected = self.copy.call_function(operator.getitem, (selected, found.then))
         selected.meta["path"] = new.meta.get("path", "")
         new.replace_all_uses_with(selected)
         self.new[node.name] = selected
@@ -336,30 +339,45 @@ class _Rewiring:
         leaf = self.source.get_submodule(str(node.target)) if node.op == "call_module" else None
         return node.op.startswith("call") and rule_for(node, leaf).movement
 
-    def selection(self, chain: list[fx.Node], start: Labelled, dim: int) -> Ids | None:
-        """The positions along ``dim`` that the ops select from ``start``; None where they do anything else."""
-        first = _source(chain[-1])
+    def selection(self, chain: list[fx.Node], start: Labelled, asked: Field) -> _Selection | None:
+        """What the ops select from ``start`` along the axis that is asked for; None where they do anything else."""
         numbers = torch.arange(start.value.numel()).reshape(start.shape)
-        env: dict[fx.Node, Any] = {first: numbers}
-        result: Any = numbers
+        for result, dim, then in self.replayed(chain, numbers, asked.dims[0]):
+            along = result[tuple(slice(None) if d == dim else 0 for d in range(result.ndim))]
+            for held in start.fields:
+                if len(held.dims) > 1:
+                    continue
+                axis = held.dims[0]
+                places = (along // numbers.stride(axis)) % start.shape[axis]
+                for order in _orders(numbers, result, axis, dim):
+                    expected = numbers.permute(order).index_select(dim, places)
+                    if result.shape == expected.shape and torch.equal(result, expected):
+                        return _Selection(held, order, np.asarray(places.numpy(), dtype=np.int64), then)
+        return None
+
+    def replayed(
+        self, chain: list[fx.Node], numbers: torch.Tensor, dim: int
+    ) -> Iterator[tuple[torch.Tensor, int, tuple[Any, ...] | None]]:
+        """What the ops make of ``numbers``, and the dim of it that is meant; also up to the last op's index if it has
+        one that does more than to select along ``dim``, and the rest of that index."""
+        env: dict[fx.Node, Any] = {_source(chain[-1]): numbers}
         for node in reversed(chain):
+            args: Any
+            kwargs: Any
             args, kwargs = fx.map_arg(
                 (node.args, node.kwargs), lambda n: env[n] if n in env else _plain(self.record(n))
             )
             if node.op == "call_module":
-                result = self.source.get_submodule(str(node.target))(*args, **kwargs)
+                env[node] = self.source.get_submodule(str(node.target))(*args, **kwargs)
             elif node.op == "call_method":
-                result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                env[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
-                result = node.target(*args, **kwargs)  # type: ignore[operator]
-            env[node] = result
-        stride = int(np.prod(start.shape[dim + 1 :]))
-        along = result[tuple(slice(None) if d == dim else 0 for d in range(result.ndim))]
-        places = (along // stride) % start.shape[dim]
-        same = result.shape == numbers.index_select(dim, places).shape
-        if not same or not torch.equal(result, numbers.index_select(dim, places)):
-            return None
-        return np.asarray(places.numpy(), dtype=np.int64)
+                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        yield env[chain[0]], dim, None
+        parts = _parted(chain[0], args, dim)
+        if parts is not None:
+            index, rest, axis = parts
+            yield args[0][index], axis, rest
 
     def positions(self, held: Field, asked: Field, places: Ids) -> Ids:
         """For each position asked for, the position in the new layout of the axis that holds it."""
@@ -393,6 +411,57 @@ class _Rewiring:
             leaf = self.source.get_submodule(str(node.target)) if node.op == "call_module" else None
             if node.op == "get_attr" or number or rule_for(node, leaf).movement:
                 self.copy.erase_node(node)
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """Positions of one axis of a value, taken after its axes were put in another order."""
+
+    held: Field
+    """The axis that is selected from."""
+    order: tuple[int, ...]
+    places: Ids
+    then: tuple[Any, ...] | None
+    """An index that leaves the axis whole, to be taken last."""
+
+
+def _parted(node: fx.Node, args: Any, dim: int) -> tuple[tuple[Any, ...], tuple[Any, ...], int] | None:
+    """Indexing in two steps: the axis that becomes ``dim`` of the result first, the rest then; and that axis. None
+    where there is no rest, or the node does anything else."""
+    if node.target is not operator.getitem or not isinstance(args[0], torch.Tensor):
+        return None
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    if not all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in index):
+        return None
+    index = full_index(index, args[0].ndim)
+    at = [k for k, i in enumerate(index) if not isinstance(i, int)][dim]
+    then = tuple(slice(None) if k == at else i for k, i in enumerate(index))
+    if index[at] is None or all(i == slice(None) for i in then):
+        return None
+    axis = sum(i is not None for i in index[:at])
+    return tuple(index[at] if d == axis else slice(None) for d in range(args[0].ndim)), then, axis
+
+
+def _orders(numbers: torch.Tensor, result: torch.Tensor, held: int, dim: int) -> Iterator[tuple[int, ...]]:
+    """Orders of dims in which a selection from ``numbers`` along ``held`` may give ``result``, where it is ``dim``.
+
+    As they are or, where no two dims of size 1 could be mistaken for each other, such that numbers are as far apart.
+    """
+    if numbers.ndim != result.ndim:
+        return
+    if held == dim:
+        yield tuple(range(numbers.ndim))
+    origin = {dim: held}
+    for d in range(result.ndim):
+        if d != dim and result.shape[d] > 1:
+            ends = result.select(d, 1).flatten()[0] - result.flatten()[0]
+            near = (s for s in range(numbers.ndim) if numbers.shape[s] > 1 and numbers.stride(s) == int(ends))
+            origin[d] = next(near, -1)
+    rest = [d for d in range(result.ndim) if d not in origin]
+    if len(rest) == 1:
+        origin[rest[0]] = next((s for s in range(numbers.ndim) if s not in origin.values()), -1)
+    if set(origin.values()) == set(range(numbers.ndim)):
+        yield tuple(origin[d] for d in range(numbers.ndim))
 
 
 def _source(node: fx.Node) -> Any:
