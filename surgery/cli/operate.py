@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +31,9 @@ from surgery.deploy.cost import cost
 from surgery.deploy.outputs import refuse_folder
 from surgery.deploy.units import mebibytes, quantity
 from surgery.graph.tracing import example_inputs
+from surgery.passes.apply import apply
 from surgery.passes.deepen import deepen as deepen_module
+from surgery.passes.recipe import recipe
 from surgery.passes.slim import masked, split_masks
 from surgery.passes.slim import slim as slim_module
 from surgery.passes.verify import Verification, verify
@@ -74,8 +77,12 @@ def widen(
     wish = one_or_per_layer("--width", width, float, int_or_float)
     before = open_model(model, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
     after = widen_module(before, wish, seed=seed, round_to=round_to)
+    verified = None
+    if check:  # in float64 all through: the means of a stream's channels are rounded to the weights' dtype
+        exact = copy.deepcopy(before).double()
+        verified = _compare(apply(exact, recipe(after).steps[len(recipe(before).steps) :]), exact)
     left = unwidened(before, wish, round_to=round_to)
-    _finish(before, after, out, verified=_compare(after, before) if check else None, as_json=as_json, left=left)
+    _finish(before, after, out, verified=verified, as_json=as_json, left=left)
 
 
 def deepen(

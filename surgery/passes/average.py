@@ -7,7 +7,8 @@ values at the copies and its bias, set to 0, at the means. Layers that read a me
 
 This holds where everything that is written into the stream is linear in its channels, and alike for each of them: an
 output row of a layer that is the mean of the others then writes the mean. `normalised_streams` follows the graph to see
-whether it is so.
+whether it is so. A mean is rounded to the dtype of the weights: the function is kept to 1e-10 in float64, and of a
+float32 model to the precision of float32.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def normalised_streams(module: nn.Module, dims: Dimensions, group: DimensionGrou
     whole = np.arange(group.start, group.start + group.units)
     for member in group.members:
         if member.role != "consumer" and not np.array_equal(np.sort(dims.axis_units[member.name, member.axis]), whole):
-            raise EditError(f"{member} holds a part of the stream")
+            raise EditError(f"{member} does not hold each channel of the stream once")
     walk = _Walk(module, dims, group)
     paths = {path for path, _ in dims.books.graphs.values()}
     for scope, (path, _) in dims.books.graphs.items():

@@ -135,8 +135,10 @@ def _index(module: nn.Module, dims: Dimensions, group: DimensionGroup, units: in
             if rest:
                 normalised_streams(module, dims, group)
         except EditError as error:
+            more = f" and {len(group.mixed) - 2} more" if len(group.mixed) > 3 else ""
+            norms = ", ".join(group.mixed[: 2 if more else 3]) + more
             raise EditError(
-                f"group {group.name!r} is normalised over by {', '.join(group.mixed)}: "
+                f"group {group.name!r} is normalised over by {norms}: "
                 f"only whole factors are exact, not {group.units} to {units} units ({error})"
             ) from error
         return places * copies + [MEAN] * rest
