@@ -127,3 +127,26 @@ def test_unknown_names_are_refused_with_close_ones(dense):
         surgery.slim(dense("resnet18", 102), {"fc": 0.5})
     with pytest.raises(surgery.UsageError, match=r"unknown parameter 'conv\.weight'"):
         surgery.masked(dense("resnet18", 102), {"conv.weight": torch.ones(1)})
+
+
+class Read(nn.Module):
+    """A layer that reads as many channels as one position is repeated to."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.c = nn.Conv2d(3, 1, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        return self.c(self.a(x).expand(-1, 6, -1, -1))
+
+
+def test_every_group_is_found_by_its_own_name():
+    net, inputs = Read(), torch.randn(2, 3, 4, 4)
+    traced = surgery.trace(net, inputs)
+    slim = surgery.slim(traced, {"input of c": 0.5})
+    assert slim.get_submodule("c").weight.shape == (2, 3, 1, 1)
+    assert surgery.verify(slim, surgery.masked(traced, surgery.split_masks(traced, {"input of c": 0.5})), inputs).ok
+    with pytest.raises(surgery.EditError, match="group 'input of a' cannot be edited: network input"):
+        surgery.widen(traced, {"input of a": 2.0})
+    with pytest.raises(surgery.UsageError, match="unknown layer 'inputs of c'; did you mean 'input of c'"):
+        surgery.widen(traced, {"inputs of c": 2.0})

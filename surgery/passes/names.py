@@ -17,13 +17,13 @@ T = TypeVar("T")
 def resolve(dims: Dimensions, module: nn.Module, wishes: Mapping[str, T]) -> dict[DimensionGroup, T]:
     """The group, or groups, that each name means.
 
-    A name is a layer that produces channels, a container (all layers inside), or a glob over layer names. Where
-    several names reach one group the most specific decides: a layer before a glob before a container, a longer name
-    before a shorter one.
+    A name is a group's own, a layer that produces channels, a container (all layers inside), or a glob over layer
+    names. Where several names reach one group the most specific decides: a layer before a glob before a container, a
+    longer name before a shorter one.
 
     Raises:
         UsageError: a name matches nothing, or two equally specific names disagree.
-        EditError: a layer is named whose group cannot be edited, or a container or glob in which no group can.
+        EditError: a group, or a layer of it, is named that cannot be edited, or a container or glob in which none can.
     """
     result: dict[DimensionGroup, T] = {}
     rank: dict[DimensionGroup, tuple[int, int]] = {}
@@ -40,8 +40,9 @@ def resolve(dims: Dimensions, module: nn.Module, wishes: Mapping[str, T]) -> dic
 
 def _matches(dims: Dimensions, module: nn.Module, name: str) -> tuple[list[DimensionGroup], tuple[int, int]]:
     layers = dims.layers
-    if name in layers:
-        group = layers[name]
+    own = {g.name: g for g in dims.groups}
+    group = own.get(name) or layers.get(name)
+    if group is not None:
         if not group.editable:
             raise EditError(f"group {group.name!r} cannot be edited: {group.reason}")
         return [group], (2, len(name))
@@ -51,7 +52,7 @@ def _matches(dims: Dimensions, module: nn.Module, name: str) -> tuple[list[Dimen
         found, kind = {g: None for layer, g in layers.items() if layer.startswith(f"{name}.") or not name}, 0
     if not found:
         containers = (n for n, m in module.named_modules() if n and any(True for _ in m.children()))
-        raise unknown_name("layer", name, [*layers, *containers])
+        raise unknown_name("layer", name, dict.fromkeys([*layers, *containers, *own]))
     editable = [g for g in found if g.editable]
     if not editable:
         raise EditError(f"nothing that {name!r} matches can be edited: {next(iter(found)).reason}")
