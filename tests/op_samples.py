@@ -46,7 +46,7 @@ class Sample:
 
 
 SAMPLES: list[Sample] = []
-NO_SAMPLE = {"cuda": "needs a device that tests do not have", "mT": "is no method, but an attribute"}
+NO_SAMPLE = {"cuda": "needs a device that tests do not have"}
 
 
 def sample(op: Any, *args: Any, free: str = "", wrong: str = "", **kwargs: Any) -> None:
@@ -437,7 +437,14 @@ for op in (torch.transpose, "transpose", torch.swapaxes, "swapaxes"):
     sample(op, t(2, 3, 4), 1, 2, free="0:0,1,2")
     sample(op, t(2, 3, 4), -1, 0, free="0:0,1,2")
 sample(torch.transpose, t(2, 3, 4), dim0=0, dim1=-1, free="0:0,1,2")
-sample("t", t(3, 4), free="0:0,1")
+for op in (torch.t, "t"):
+    sample(op, t(3, 4), free="0:0,1")
+for name in ("T", "mT", "H", "data"):
+    sample(getattr, t(3, 4), name, free="0:0,1")
+sample(getattr, t(2, 3, 4), "mT", free="0:0,1,2")
+for op in (torch.select, "select"):
+    sample(op, t(2, 6, 5), 1, 3, free="0:0,2")
+    sample(op, t(2, 6, 5), dim=-1, index=-2, free="0:0,1")
 FACTORS = "the other factors of an axis are not tied to the axes beside them"
 for op in (torch.cat, torch.concat, torch.concatenate):
     sample(op, [t(2, 3), t(2, 4)], 1, free="0.0:0,1 0.1:0,1", wrong=FACTORS)

@@ -87,6 +87,8 @@ CHAINS = {
     "some channels at some places": (lambda a, b: a[:, 1:5, None, :1, 1:], nn.Conv3d(4, 2, 1)),
     "the size of another": (lambda a, b: a.flatten(2).view_as(b) * 2, nn.Conv2d(6, 2, 1)),
     "as large as another": (lambda a, b: a.mean(3, keepdim=True).expand_as(b), nn.Conv2d(6, 2, 1)),
+    "the largest, by name": (lambda a, b: a.max(3).values.select(-1, 0), nn.Linear(6, 2)),
+    "turned by an attribute": (lambda a, b: a.mean(3).mT.data, nn.Linear(6, 2)),
     "on another device": (lambda a, b: a.cpu().to("cpu").to(device=b.device), nn.Conv2d(6, 2, 1)),
 }
 

@@ -207,5 +207,7 @@ def mutable(tree: Any) -> Any:
     """The tree with lists and dicts of its own, as generated code would pass them: some functions write to them."""
     if isinstance(tree, (list, tuple)) and not isinstance(tree, torch.Size):
         parts = [mutable(part) for part in tree]
+        if hasattr(tree, "n_sequence_fields"):  # what torch.max and its kin return
+            return type(tree)(parts)
         return parts if isinstance(tree, list) else type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
     return {k: mutable(v) for k, v in tree.items()} if isinstance(tree, dict) else tree

@@ -126,9 +126,20 @@ def _transpose(op: Op, input: Labelled, dim0: int, dim1: int) -> Fields:
     return permuted(input.fields, tuple(order))
 
 
-@oprule("t", "mT", movement=True)
+@oprule(torch.t, "t", movement=True)
 def _t(op: Op, input: Labelled) -> Fields:
     return _transpose(op, input, -1, -2) if input.ndim > 1 else input.fields
+
+
+@oprule(getattr, movement=True)
+def _attribute(op: Op, input: Any, name: str, *default: Any) -> Any:
+    """An attribute of a tensor that is a tensor, or of a named tuple; numbers such as ``shape`` hold no channels."""
+    if not isinstance(input, Labelled):
+        found = getattr(input, name)
+        return found.fields if isinstance(found, Labelled) else unknown(op, input)
+    if name in ("mT", "T", "H"):
+        return permuted(input.fields, tuple(reversed(range(input.ndim)))) if name != "mT" else _t(op, input)
+    return input.fields if name == "data" else unknown(op, input, why=f"reads .{name} of it")
 
 
 @oprule(torch.cat, torch.concat, torch.concatenate, movement=True)
@@ -212,6 +223,11 @@ def _getitem(op: Op, input: Labelled, index: Any) -> Fields:
     for f in fields:
         op.cut(f)
     return fields
+
+
+@oprule(torch.select, "select", movement=True)
+def _select(op: Op, input: Labelled, dim: int, index: int) -> Fields:
+    return _getitem(op, input, (*[slice(None)] * (dim % input.ndim), index))  # type: ignore[no-any-return]
 
 
 def _picked(op: Op, input: Labelled, index: tuple[Any, ...]) -> Fields:
