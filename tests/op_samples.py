@@ -299,6 +299,17 @@ for op in (F.prelu, torch.prelu):
     sample(op, t(2, 3, 4), w(1), free="0:0,1,2")
 sample(nn.Embedding(7, 4), ints(7, 2, 3), free="weight:1")
 sample(nn.Embedding(7, 4, padding_idx=0), ints(7, 5), free="weight:1")
+sample(F.embedding, ints(7, 2, 3), w(7, 4), free="1:1")
+sample(F.embedding, ints(7, 5), weight=w(7, 4), padding_idx=0, max_norm=None, free="weight:1")
+sample(F.embedding, ints(7, 5), w(7, 4), max_norm=1.0)
+sample(torch.embedding, w(7, 4), ints(7, 2, 3), free="0:1")
+sample(nn.EmbeddingBag(7, 4), ints(7, 2, 3), free="weight:1")
+sample(nn.EmbeddingBag(7, 4, mode="sum"), ints(7, 2, 3), per_sample_weights=t(2, 3), free="weight:1")
+sample(nn.EmbeddingBag(7, 4, mode="max"), ints(7, 5), torch.tensor([0, 2]), free="weight:1")
+for layer in (nn.RNN, nn.LSTM, nn.GRU):
+    sample(layer(4, 3), t(5, 2, 4))
+for layer in (nn.RNNCell, nn.LSTMCell, nn.GRUCell):
+    sample(layer(4, 3), t(2, 4))
 sample(nn.LocalResponseNorm(3), t(2, 4, 5), free="0:0,2")
 sample(F.local_response_norm, t(2, 4, 5, 3), size=3, free="0:0,2,3")
 

@@ -947,7 +947,13 @@ def mha(self, x):
     return self.d(self.a(y, y, y)[0].mean(1))
 
 
-@odd((2, 5, 8), p=linear(8, 8), a=lambda: nn.LSTM(8, 6, batch_first=True), d=linear(6, 5), frozen=("a has no rule",))
+@odd(
+    (2, 5, 8),
+    p=linear(8, 8),
+    a=lambda: nn.LSTM(8, 6, batch_first=True),
+    d=linear(6, 5),
+    frozen=("a is a recurrent layer, which is left alone",),
+)
 def lstm(self, x):
     return self.d(self.a(self.p(x))[0][:, -1])
 

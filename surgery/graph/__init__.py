@@ -1,5 +1,13 @@
 """What a model is: its traced graph, the rules of its ops, and its dimension groups."""
 
-from surgery.graph import attention, contraction, movement, norms, oprules, visionrules  # fill the rule table
+from surgery.graph import (  # fill the rule table
+    attention,
+    contraction,
+    embedding,
+    movement,
+    norms,
+    oprules,
+    visionrules,
+)
 
-__all__ = ["attention", "contraction", "movement", "norms", "oprules", "visionrules"]
+__all__ = ["attention", "contraction", "embedding", "movement", "norms", "oprules", "visionrules"]
