@@ -161,6 +161,8 @@ class _Walk:
         """Whether the node normalises over one axis, which holds every unit of the group once."""
         norms = [n for n in self.dims.books.norms if n.key == (scope, node.name)]
         wanted = np.arange(self.group.start, self.group.start + self.group.units)
+        if any(len(norm.shape) > 1 for norm in norms):
+            return False  # over positions too
         return len(norms) == 1 and np.array_equal(np.sort(self.dims.unit_of[norms[0].ids].ravel()), wanted)
 
 
