@@ -144,6 +144,49 @@ def test_a_user_adds_and_checks_a_rule_in_a_few_lines(rule):
     assert surgery.check_rule(torch.special.expit, x(2, 3, 4)).free == {("0", 0), ("0", 1), ("0", 2)}
 
 
+def _gated(x, gain):
+    return torch.logcumsumexp(x[None], 0)[0] * gain[:, None, None]
+
+
+@torch.fx.wrap
+def wrapped(x, gain):
+    return _gated(x, gain)
+
+
+class Gated(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.a, self.gain, self.b = nn.Conv2d(3, 6, 1), nn.Parameter(torch.rand(6)), nn.Conv2d(6, 2, 1)
+        self.function = function
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(_gated(y, self.gain) if self.function == "plain" else wrapped(y, gain=self.gain))
+
+
+@pytest.mark.parametrize("function", ["plain", "wrapped"])
+def test_a_python_function_with_a_rule_is_called_as_a_whole(rule, function):
+    net, inputs = Gated(function).double(), x(2, 3, 4, 5).double()
+
+    def group():
+        traced = surgery.trace(net, inputs)
+        return traced, next(g for g in surgery.dimension_groups(traced) if g.name == "a")
+
+    assert not group()[1].editable
+    before = _gated, wrapped
+
+    @rule(_gated, wrapped)
+    def gated(op, x, gain):
+        op.per_position(x, 1, gain.at(0))
+        return x.fields
+
+    traced, found = group()
+    assert (_gated, wrapped) == before
+    assert found.editable, found.reason
+    assert not found.frozen.any()
+    assert surgery.verify(surgery.widen(traced, {"a": 2.0}), net, inputs).max_rel <= 1e-10
+
+
 def test_an_op_that_mixes_channels_is_not_elementwise(rule):
     rule(mixing)(lambda op, x: op.elementwise(x))
     with pytest.raises(

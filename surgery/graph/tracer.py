@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import TraceError
 from surgery.graph.guards import Values, expect, user_line
-from surgery.graph.ops import has_module_rule
+from surgery.graph.ops import _FUNCTIONS, has_module_rule
 
 _KEYS, _VALUES, _ITEMS = (
     type(view) for view in (dict[Any, Any]().keys(), dict[Any, Any]().values(), dict[Any, Any]().items())
@@ -123,7 +123,7 @@ class GuardingTracer(fx.Tracer):
 
     def create_node(self, kind: str, target: Any, *rest: Any, **named: Any) -> fx.Node:
         self._settle()
-        return super().create_node(kind, target, *rest, **named)
+        return super().create_node(kind, getattr(target, _LEAF, target), *rest, **named)
 
     def _settle(self) -> None:
         """Guard the numbers that Python took, other than in the instruction whose result this node will be."""
@@ -146,6 +146,10 @@ class ModeBranchError(Exception):
 
 _FACTORIES = ("zeros", "ones", "full", "empty", "rand", "randn", "arange", "linspace", "tensor", "as_tensor")
 """Functions of torch that take sizes rather than tensors: fx does not see them by itself."""
+
+
+_LEAF = "_surgery_leaf"
+"""Where what stands in for a function while tracing has the function (`symbolic_functions`)."""
 
 
 @dataclass(frozen=True)
@@ -238,23 +242,49 @@ class Tracer(GuardingTracer):
 def symbolic_factories(tracer: Tracer) -> Iterator[None]:
     """While tracing, making a tensor of a size that the graph computes is a node of the graph."""
 
-    def symbolic(function: Any) -> Any:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
-                return tracer.create_proxy("call_function", function, args, kwargs)
-            return function(*args, **kwargs)
-
-        return call
-
     original = {name: getattr(torch, name) for name in _FACTORIES}
     try:
         for name, function in original.items():
-            setattr(torch, name, symbolic(function))
+            setattr(torch, name, _symbolic(function, tracer))
         yield
     finally:
         for name, function in original.items():
             setattr(torch, name, function)
+
+
+@contextmanager
+def symbolic_functions(root: nn.Module, tracer: Tracer) -> Iterator[None]:
+    """While tracing, calling a Python function that has a rule is a node of the graph, wherever a module of its package
+    or of a layer's knows it by name. torch's own functions need no help."""
+    functions = {f for f in _FUNCTIONS if isinstance(f, FunctionType) and not f.__module__.startswith("torch.")}
+    packages = {f.__module__.partition(".")[0] for f in functions} - {"surgery"}
+    packages |= {type(m).__module__.partition(".")[0] for m in root.modules()} - {"torch"}
+    places = [
+        (module.__dict__, name, value)
+        for path, module in list(sys.modules.items())
+        if path.partition(".")[0] in packages and hasattr(module, "__dict__")
+        for name, value in list(module.__dict__.items())
+        if isinstance(value, FunctionType) and value in functions
+    ]
+    wrapped = {function: _symbolic(function, tracer) for function in functions}
+    try:
+        for names, name, function in places:
+            names[name] = wrapped[function]
+        yield
+    finally:
+        for names, name, function in places:
+            names[name] = function
+
+
+def _symbolic(function: Any, tracer: Tracer) -> Any:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not tracer.values.busy and any(isinstance(v, fx.Proxy) for v in pytree.tree_leaves((args, kwargs))):
+            return tracer.create_proxy("call_function", function, args, kwargs)
+        return function(*args, **kwargs)
+
+    setattr(call, _LEAF, function)
+    return call
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from surgery.errors import TraceError, UsageError
 from surgery.graph.guards import Values
 from surgery.graph.traced import TracedModule, copy_hooks, shelled
-from surgery.graph.tracer import ModeBranchError, Tracer, symbolic_factories, symbolic_modes
+from surgery.graph.tracer import ModeBranchError, Tracer, symbolic_factories, symbolic_functions, symbolic_modes
 
 _STARS = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
 _VIEWS_OF_DICTS = ("items", "keys", "values")
@@ -92,7 +92,7 @@ def _register_plain_tensors(root: nn.Module, graph: fx.Graph | None) -> None:
 def _trace_mode(root: nn.Module, given: Arguments, modal: set[str], *, training: bool) -> tuple[Tracer, fx.Graph]:
     tracer = Tracer(modal, training, Values(root, given.values))
     try:
-        with symbolic_modes(root, tracer), symbolic_factories(tracer):
+        with symbolic_modes(root, tracer), symbolic_factories(tracer), symbolic_functions(root, tracer):
             graph = tracer.trace(root, given.constants)
     except ModeBranchError:
         raise
