@@ -456,12 +456,10 @@ sample(getattr, t(2, 3, 4), "mT", free="0:0,1,2")
 for op in (torch.select, "select"):
     sample(op, t(2, 6, 5), 1, 3, free="0:0,2")
     sample(op, t(2, 6, 5), dim=-1, index=-2, free="0:0,1")
-FACTORS = "the other factors of an axis are not tied to the axes beside them"
 for op in (torch.cat, torch.concat, torch.concatenate):
-    sample(op, [t(2, 3), t(2, 4)], 1, free="0.0:0,1 0.1:0,1", wrong=FACTORS)
-    sample(op, (t(2, 3, 5), t(2, 1, 5), t(2, 4, 5)), dim=-2, free="0.0:0,1,2 0.1:0,2 0.2:0,1,2",
-           wrong=FACTORS)  # fmt: skip
-sample(torch.cat, tensors=[t(2, 3), t(4, 3)], axis=0, free="tensors.0:0,1 tensors.1:0,1", wrong=FACTORS)
+    sample(op, [t(2, 3), t(2, 4)], 1, free="0.0:0,1 0.1:0,1")
+    sample(op, (t(2, 3, 5), t(2, 1, 5), t(2, 4, 5)), dim=-2, free="0.0:0,1,2 0.1:0,2 0.2:0,1,2")  # fmt: skip
+sample(torch.cat, tensors=[t(2, 3), t(4, 3)], axis=0, free="tensors.0:0,1 tensors.1:0,1")
 sample(torch.stack, [t(2, 3), t(2, 3), t(2, 3)], free="0.0:0,1 0.2:0,1")
 sample(torch.stack, (t(2, 3), t(2, 3)), dim=-1, free="0.0:0,1 0.1:0,1")
 sample(torch.stack, (t(2, 3, 4), t(2, 3, 4)), 1, free="0.0:0,1,2 0.1:0,1,2")
@@ -521,12 +519,11 @@ sample("expand_as", t(3, 1), other=t(2, 3, 4), free="0:0 other:0,1,2")
 for op in (nn.ChannelShuffle(2), nn.ChannelShuffle(3)):
     sample(op, t(2, 6, 3, 5), free="0:0,1,2,3")
 sample(F.channel_shuffle, t(2, 6, 3), 3, free="0:0,1,2")
-SPACE = "axes of space are dropped, not frozen"
-sample(nn.PixelShuffle(2), t(2, 8, 3, 5), free="0:0,1", wrong=SPACE)
-sample(F.pixel_shuffle, t(12, 2, 5), 2, free="0:0", wrong=SPACE)
-sample(F.pixel_shuffle, t(2, 8, 3, 5), upscale_factor=2, free="0:0,1", wrong=SPACE)
-sample(nn.PixelUnshuffle(2), t(2, 3, 4, 6), free="0:0,1", wrong=SPACE)
-sample(F.pixel_unshuffle, t(3, 4, 6), 2, free="0:0", wrong=SPACE)
+sample(nn.PixelShuffle(2), t(2, 8, 3, 5), free="0:0,1")
+sample(F.pixel_shuffle, t(12, 2, 5), 2, free="0:0")
+sample(F.pixel_shuffle, t(2, 8, 3, 5), upscale_factor=2, free="0:0,1")
+sample(nn.PixelUnshuffle(2), t(2, 3, 4, 6), free="0:0,1")
+sample(F.pixel_unshuffle, t(3, 4, 6), 2, free="0:0")
 sample(F.unfold, t(2, 3, 4, 5), 2, free="0:0,1")
 sample(F.unfold, t(3, 4, 5), kernel_size=(2, 3), padding=1)
 sample(nn.Unfold(2, stride=2), t(2, 3, 4, 6), free="0:0,1")

@@ -146,22 +146,29 @@ def _attribute(op: Op, input: Any, name: str, *default: Any) -> Any:
 def _cat(op: Op, tensors: Any, dim: int = 0, axis: int | None = None) -> Fields:
     rank = len(op.shape)
     dim = (dim if axis is None else axis) % rank
+    parts = [t.at(dim) for t in tensors]
+    whole = len({None if f is None else f.dims for f in parts}) == 1 and parts[0] is not None
     fields: list[Field] = []
-    along: list[Any] = []
-    for t in tensors:
-        f, rest = op.axis(t, dim)
-        for g in rest:
-            op.meet(fields, g)
+    along: list[Field] = []
+    others: list[Labelled] = []
+    for t, part in zip(tensors, parts, strict=True):
+        f, rest = (part, tuple(g for g in t.fields if g is not part)) if whole else op.axis(t, dim)
         if f is None:
             ids = op.run.fresh(t.shape[dim])
             op.run.freeze(ids, f"{op.name} takes it from an axis that holds no channels")
             f = Field((dim,), ids)
         along.append(f)
-    fields = [op.beside(f, list(tensors), rank) for f in fields]
-    if any(t.at(dim) is not None for t in tensors):
+        others.append(Labelled(t.value, rest))
+        for g in rest:
+            op.meet(fields, g)
+    fields = [op.beside(f, others, rank) for f in fields]
+    if any(part is not None for part in parts):
         for f in along:
             op.run.edge(f.key, op.key, op.name)
-        fields.append(Field((dim,), np.concatenate([f.ids for f in along])))
+        dims = along[0].dims
+        fields.append(Field(dims, np.concatenate([f.ids for f in along], axis=dims.index(dim))))
+        if len(dims) > 1:
+            op.grid(fields[-1])
     return tuple(fields)
 
 
@@ -342,8 +349,8 @@ def _channel_shuffle(op: Op, input: Labelled, groups: int | None = None) -> Fiel
 @oprule(nn.PixelShuffle, F.pixel_shuffle)
 def _pixel_shuffle(op: Op, input: Labelled, upscale_factor: int | None = None) -> Fields:
     """Each channel of the output is made of ``r * r`` channels of the input, which go together."""
-    f, rest = op.axis(input, input.ndim - 3)
-    rest = tuple(g for g in rest if max(g.dims) < input.ndim - 3)
+    f, _ = op.axis(input, input.ndim - 3)
+    rest = tuple(g for g in op.keep(input, [-2, -1]) if max(g.dims) < input.ndim - 3)
     if f is None:
         return rest
     channels = f.ids.reshape(op.shape[-3], -1)
@@ -354,8 +361,8 @@ def _pixel_shuffle(op: Op, input: Labelled, upscale_factor: int | None = None) -
 
 @oprule(nn.PixelUnshuffle, F.pixel_unshuffle)
 def _pixel_unshuffle(op: Op, input: Labelled, downscale_factor: int | None = None) -> Fields:
-    f, rest = op.axis(input, input.ndim - 3)
-    rest = tuple(g for g in rest if max(g.dims) < input.ndim - 3)
+    f, _ = op.axis(input, input.ndim - 3)
+    rest = tuple(g for g in op.keep(input, [-2, -1]) if max(g.dims) < input.ndim - 3)
     return rest if f is None else (*rest, Field(f.dims, np.repeat(f.ids, op.shape[-3] // f.ids.size), f.key))
 
 
