@@ -276,9 +276,10 @@ class Op:
             elif set(coarse.dims) <= set(fine.dims):
                 self.run.tie_ids(_spread(coarse, fine), fine.ids)
                 result[k] = fine
-            else:
-                self.freeze(f, f"{self.name} mixes its factors")
-                self.freeze(g, f"{self.name} mixes its factors")
+            else:  # as heads x queries and heads x keys: what they have in common is chosen as a whole
+                f, g = (self.across(h, set(h.dims) - common) for h in (f, g))
+                self.tie(f, g)
+                result[k] = g
             return
         result.append(f)
 
