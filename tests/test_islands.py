@@ -490,3 +490,9 @@ def test_a_detector_is_saved_and_rebuilt(tmp_path):
     slim = surgery.slim(surgery.trace(model, images, source=source), 0.5)
     again = surgery.load(surgery.save(slim, tmp_path / "slim"))
     assert surgery.verify(again, slim, images).max_abs == 0.0
+
+
+def test_outputs_that_are_empty_prove_nothing():
+    model = get_model("ssdlite320_mobilenet_v3_large", weights=None, weights_backbone=None, score_thresh=1.0).eval()
+    with pytest.raises(surgery.UsageError, match="the outputs are empty"):
+        surgery.verify(model, model, ([torch.rand(3, 64, 64)],))

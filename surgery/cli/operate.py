@@ -28,6 +28,7 @@ from surgery.cli.options import (
 from surgery.cli.output import emit, table
 from surgery.deploy.checkpoint import RECIPE, save
 from surgery.deploy.cost import cost
+from surgery.deploy.detectors import comparable
 from surgery.deploy.outputs import refuse_folder
 from surgery.deploy.units import mebibytes, quantity
 from surgery.graph.tracing import example_inputs
@@ -143,7 +144,8 @@ def slim(
 
 def _compare(after: nn.Module, expected: nn.Module) -> Verification:
     args, kwargs = example_inputs(after)
-    check = verify(after, expected, args, kwargs=kwargs, dtype=torch.float64, tolerance=EXACT)
+    both = (comparable(after), comparable(expected))
+    check = verify(*both, args, kwargs=kwargs, dtype=torch.float64, tolerance=EXACT)
     return check.raise_if_different()
 
 

@@ -25,6 +25,7 @@ from surgery.cli.options import (
 )
 from surgery.cli.output import emit, table
 from surgery.deploy.cost import cost, weight_macs
+from surgery.deploy.detectors import comparable
 from surgery.deploy.draw import draw
 from surgery.deploy.group_cost import GroupCost, group_costs
 from surgery.deploy.units import mebibytes, quantity
@@ -227,7 +228,8 @@ def verify(
     """Check that two models compute the same; exit with 1 if they do not."""
     first, second = open_pair(model, reference, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
     args, kwargs = example_inputs(first)
-    check = verify_modules(first, second, args, kwargs=kwargs, dtype=torch.float64, tolerance=tolerance)
+    both = (comparable(first), comparable(second))
+    check = verify_modules(*both, args, kwargs=kwargs, dtype=torch.float64, tolerance=tolerance)
     rows = [[check.dtype, f"{check.max_abs:.2e}", f"{check.max_rel:.2e}", f"{check.tolerance:.0e}"]]
     said = "the same" if check.ok else "different"
     emit(

@@ -75,6 +75,27 @@ def raw_outputs(module: nn.Module, batch: Tensor, regions: Sequence[Tensor] | No
     return outputs
 
 
+class RawOutputs(nn.Module):
+    """A detection model as its network: called with a list of images, it gives `raw_outputs` on fixed regions.
+
+    What a detection model returns depends on thresholds and on the order of scores, and may be empty.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Sequence[Tensor], *targets: Any) -> dict[str, Tensor]:
+        """Images of any sizes (3, height, width) in; targets are not looked at."""
+        batch = image_batch(self.module, images)
+        return raw_outputs(self.module, batch, regions_of(batch))
+
+
+def comparable(module: nn.Module) -> nn.Module:
+    """What of a module is compared with another's: the module, or the network of a detection model."""
+    return RawOutputs(module) if is_detector(module) else module
+
+
 def regions_of(batch: Tensor, count: int = 8) -> list[Tensor]:
     """``count`` boxes in each image of the batch, from an eighth of it to all of it, the same at every call."""
     height, width = batch.shape[-2:]

@@ -72,13 +72,15 @@ def verify(
         train: compare in ``train()`` rather than in ``eval()``; both copies see the same random numbers.
 
     Raises:
-        UsageError: the outputs do not have the same structure and shapes.
+        UsageError: the outputs do not have the same structure and shapes, or are empty.
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     first, second = (_outputs(m, args, kwargs or {}, dtype, train, seed) for m in (a, b))
     if len(first) != len(second) or any(x.shape != y.shape for x, y in zip(first, second, strict=False)):
         shapes = [[tuple(t.shape) for t in side] for side in (first, second)]
         raise UsageError(f"outputs have different shapes: {shapes[0]} and {shapes[1]}")
+    if not any(t.numel() for t in first):
+        raise UsageError("the outputs are empty on these inputs: there is nothing to compare")
     max_abs = max_rel = 0.0
     for x, y in zip(first, second, strict=False):
         difference = _magnitude(x.double() - y.double())
