@@ -46,7 +46,7 @@ class Sample:
 
 
 SAMPLES: list[Sample] = []
-NO_SAMPLE = {"cuda": "needs a device that tests do not have"}
+NO_SAMPLE = {"cuda": "needs a device that tests do not have", "mT": "is an attribute, sampled as one"}
 
 
 def sample(op: Any, *args: Any, free: str = "", wrong: str = "", **kwargs: Any) -> None:

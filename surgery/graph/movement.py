@@ -126,7 +126,7 @@ def _transpose(op: Op, input: Labelled, dim0: int, dim1: int) -> Fields:
     return permuted(input.fields, tuple(order))
 
 
-@oprule(torch.t, "t", movement=True)
+@oprule(torch.t, "t", "mT", movement=True)  # outside graphs the attribute is met as a method
 def _t(op: Op, input: Labelled) -> Fields:
     return _transpose(op, input, -1, -2) if input.ndim > 1 else input.fields
 
