@@ -77,7 +77,9 @@ class _Run:
         self.inputs = _double(given if isinstance(given, tuple) else (given,))
         self.targets: tuple[Any, ...] = ()
         if self.entry.targets:
-            self.targets = (_double(catalogue.example_targets(self.entry.small_source, batch, self.entry.smallest)),)
+            targets = catalogue.example_targets(self.entry.small_source, batch, self.entry.smallest)
+            # torchvision takes keypoints in float32 alone
+            self.targets = ([{k: v if k == "keypoints" else _double(v) for k, v in t.items()} for t in targets],)
         self.counted = tuple(torch.cat([t, t])[:2] for t in self.inputs if isinstance(t, torch.Tensor))
         if self.entry.targets:
             self.counted = (torch.empty(2, *self.entry.input_size),)

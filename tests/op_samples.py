@@ -20,7 +20,7 @@ from torchvision.models.video import mvit
 from torchvision.models.video import swin_transformer as swin_transformer_3d
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from surgery.graph import heads
+from surgery.graph import heads, lengths
 from surgery.passes.check import _bare
 
 P = nn.Parameter
@@ -392,6 +392,7 @@ sample(nn.Softmax(dim=-1), t(2, 3, 4), free="0:0,1")
 sample(nn.LogSoftmax(dim=0), t(2, 3), free="0:1")
 sample(F.normalize, t(2, 3, 4), free="0:0,2")
 sample(F.normalize, t(2, 3, 4), p=1.0, dim=-1, free="0:0,1")
+sample(lengths.scaled_normalize, t(2, 3, 4), scale=2**0.5, free="0:0,2")
 sample(F.glu, t(2, 6, 3), 1, free="0:0,1,2")
 sample(F.glu, t(3, 8), free="0:0,1")
 sample(nn.GLU(1), t(2, 6, 3), free="0:0,1,2")

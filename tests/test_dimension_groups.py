@@ -270,7 +270,7 @@ def test_norms_with_positional_arguments_are_not_misread():
     def normalized(self, x):
         return self.b(F.normalize(self.a(x), 2, 1)).mean(2)
 
-    for forward, why in ((positional, "reason"), (normalized, "single")):
+    for forward, why in ((positional, "reason"), (normalized, "mixed")):
         traced, _ = net(forward, (2, 3, 4), a=nn.Conv1d(3, 4, 1), b=nn.Conv1d(4, 2, 1))
         assert getattr(groups(traced)["a"], why)  # cut by the first, measured by the second
 

@@ -103,3 +103,19 @@ def test_wels_masks_leave_statistics_as_they_are():
     masked = surgery.masked(module, masks)
     assert type(masked.get_submodule("layer")) is nn.LayerNorm
     assert not surgery.verify(masked, module, x).ok
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, float("inf")])
+def test_a_length_of_channels_with_copies_is_the_length_of_one_of_each(p):
+    def length(net, x):
+        return net.out(F.normalize(net.a(x), p=p, dim=-1, eps=0.5))
+
+    module, x = traced(length)
+    wide = surgery.widen(module, 2.0)
+    assert wide.get_parameter("a.weight").shape == (16, 4)
+    for edited in (wide, surgery.widen(wide, 3.0)):
+        assert surgery.verify(edited, module, x).max_rel <= 1e-12
+    slim = surgery.slim(wide, 0.3)
+    assert surgery.verify(slim, surgery.masked(wide, surgery.split_masks(wide, 0.3)), x).max_rel <= 1e-12
+    with pytest.raises(surgery.EditError, match="only whole factors are exact"):
+        surgery.widen(module, {"a": 12})

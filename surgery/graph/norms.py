@@ -15,6 +15,7 @@ from torch import nn
 
 from surgery.graph import rewrites
 from surgery.graph.labels import Field, Fields, Labelled
+from surgery.graph.lengths import scaled_normalize
 from surgery.graph.ops import Op, oprule
 
 
@@ -97,3 +98,16 @@ def _group_norm(op: Op, x: Labelled, groups: int, *vectors: Labelled | None) -> 
         op.together(channels)
         op.mixes(f, 1, 1)
     return (*rest, f)
+
+
+@oprule(F.normalize, scaled_normalize, rewrite=rewrites.normalize)
+def _normalize(
+    op: Op, input: Labelled, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None, *, scale: float = 1.0
+) -> Fields:
+    """Divided by a length, to which copies add, all in equal numbers."""
+    f = input.at(dim)
+    if f is None or len(f.dims) > 1:
+        return input.fields if f is None else op.keep(input, [dim])
+    op.run.books.sums.append(((op.key[1], op.key[2]), f.ids.ravel()))
+    op.run.books.mixed.append((f.ids.ravel(), op.name))
+    return input.fields

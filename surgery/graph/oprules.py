@@ -341,18 +341,6 @@ def _along(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:
     return op.keep(input, range(input.ndim) if dim is None else [dim])
 
 
-@oprule(F.normalize)
-def _normalize(op: Op, input: Labelled, p: float = 2.0, dim: int = 1, *rest: Any, **named: Any) -> Fields:
-    """Divided by a length, to which copies would add."""
-    f = input.at(dim)
-    if f is None:
-        return input.fields
-    if len(f.dims) > 1:
-        return op.keep(input, [dim])
-    op.sums(f, "measures its length")
-    return input.fields
-
-
 @oprule(nn.Softmax, nn.LogSoftmax)
 def _along_module(op: Op, input: Labelled) -> Fields:
     return op.keep(input, range(input.ndim) if op.module.dim is None else [op.module.dim])

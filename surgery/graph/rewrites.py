@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from surgery.graph import heads
+from surgery.graph.lengths import scaled_normalize
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Site:
     """Their old shapes."""
     computed: Mapping[fx.Node, tuple[int, ...]]
     """Values of the arguments that are shapes computed in the graph."""
+    copies: int
+    """How often every channel of the first output is there, where that is equally often; else 1."""
     tensors: Mapping[fx.Node, tuple[tuple[int, ...], tuple[int, ...]]]
     """Old and new shapes of the arguments that are tensors, positional or not."""
 
@@ -137,6 +140,17 @@ def windowed_attention(site: Site) -> None:
     first = ("input", "qkv_weight", "proj_weight", "relative_position_bias", "window_size", "num_heads")
     node.args = tuple(given.pop(name) for name in first)
     node.kwargs = given
+
+
+def normalize(site: Site) -> None:
+    """``F.normalize`` over channels with copies gives back the old values, times the length that copies add."""
+    if site.copies == 1:
+        return
+    kwargs = {name: value for name, value in site.node.kwargs.items() if name != "out"}
+    given = dict(inspect.signature(scaled_normalize).bind(*site.node.args, **kwargs).arguments)
+    p = given.get("p", 2.0)
+    given["scale"] = given.get("scale", 1.0) * (1.0 if math.isinf(p) else site.copies ** (1 / p))
+    site.node.target, site.node.args, site.node.kwargs = scaled_normalize, (given.pop("input"),), given
 
 
 def reshape(site: Site) -> None:

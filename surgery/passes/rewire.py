@@ -195,6 +195,7 @@ class _Rewiring:
                     tuple(self.shape(v) if isinstance(v, Labelled) else None for v in inputs),
                     tuple(v.shape if isinstance(v, Labelled) else None for v in inputs),
                     self.computed(new),
+                    self.copies(outs[0]),
                     self.tensors(new),
                 )
             )
@@ -208,6 +209,13 @@ class _Rewiring:
             if isinstance(value, tuple) and not any(isinstance(v, Labelled) for v in value):
                 found[n] = value
         return found
+
+    def copies(self, value: Labelled) -> int:
+        """How often each channel of the value is there after the edit, where that is equally often."""
+        units = [self.dims.unit_of[f.ids].ravel() for f in value.fields if self.layout(f) is not None]
+        counts = np.unique(self.layouts.copies[np.concatenate(units)]) if units else np.ones(1, dtype=np.int64)
+        counts = counts[counts > 0]
+        return int(counts[0]) if len(counts) == 1 else 1
 
     def tensors(self, new: fx.Node) -> dict[fx.Node, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Old and new shapes of the tensors that a new node reads."""
