@@ -39,8 +39,8 @@ class Site:
     """Their old shapes."""
     computed: Mapping[fx.Node, tuple[int, ...]]
     """Values of the arguments that are shapes computed in the graph."""
-    copies: int
-    """How often every channel of the first output is there, where that is equally often; else 1."""
+    copies: Mapping[int, int]
+    """For each dim of the first output how often every channel along it is there, where that is equally often."""
     tensors: Mapping[fx.Node, tuple[tuple[int, ...], tuple[int, ...]]]
     """Old and new shapes of the arguments that are tensors, positional or not."""
 
@@ -144,12 +144,12 @@ def windowed_attention(site: Site) -> None:
 
 def normalize(site: Site) -> None:
     """``F.normalize`` over channels with copies gives back the old values, times the length that copies add."""
-    if site.copies == 1:
-        return
     kwargs = {name: value for name, value in site.node.kwargs.items() if name != "out"}
     given = dict(inspect.signature(scaled_normalize).bind(*site.node.args, **kwargs).arguments)
-    p = given.get("p", 2.0)
-    given["scale"] = given.get("scale", 1.0) * (1.0 if math.isinf(p) else site.copies ** (1 / p))
+    p, copies = given.get("p", 2.0), site.copies.get(given.get("dim", 1) % len(site.shapes[0]), 1)
+    if copies == 1:
+        return
+    given["scale"] = given.get("scale", 1.0) * (1.0 if math.isinf(p) else copies ** (1 / p))
     site.node.target, site.node.args, site.node.kwargs = scaled_normalize, (given.pop("input"),), given
 
 

@@ -113,7 +113,7 @@ def _follow_outside(module: nn.Module, dims: Dimensions, layouts: Layouts) -> No
                 inputs=tuple(_shape(v, dims, layouts) if isinstance(v, Labelled) else None for v in call.args),
                 before=tuple(v.shape if isinstance(v, Labelled) else None for v in call.args),
                 computed={},
-                copies=1,
+                copies={},
                 tensors={},
                 old=tuple(out.shape for out in labelled_leaves(call.out)),
             )

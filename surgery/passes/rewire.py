@@ -210,12 +210,15 @@ class _Rewiring:
                 found[n] = value
         return found
 
-    def copies(self, value: Labelled) -> int:
-        """How often each channel of the value is there after the edit, where that is equally often."""
-        units = [self.dims.unit_of[f.ids].ravel() for f in value.fields if self.layout(f) is not None]
-        counts = np.unique(self.layouts.copies[np.concatenate(units)]) if units else np.ones(1, dtype=np.int64)
-        counts = counts[counts > 0]
-        return int(counts[0]) if len(counts) == 1 else 1
+    def copies(self, value: Labelled) -> dict[int, int]:
+        """For each dim of the value how often each of its channels is there after the edit, where equally often."""
+        found = {}
+        for f in value.fields:
+            counts = np.unique(self.layouts.copies[self.dims.unit_of[f.ids]])
+            counts = counts[counts > 0]
+            if len(f.dims) == 1 and len(counts) == 1:
+                found[f.dims[0]] = int(counts[0])
+        return found
 
     def tensors(self, new: fx.Node) -> dict[fx.Node, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Old and new shapes of the tensors that a new node reads."""
