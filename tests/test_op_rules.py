@@ -113,6 +113,24 @@ def test_a_chain_of_movements_follows_every_edit(name):
     assert surgery.verify(slim, kept, inputs).max_rel <= 1e-10
 
 
+class Turned(nn.Module):
+    """Python that is not traced reads an attribute of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        y = self.a(x if x.sum() < 1e9 else -x)
+        return self.b(y.mT.contiguous().mT.data)
+
+
+def test_an_attribute_that_turns_axes_is_followed_outside_graphs_too():
+    net, inputs = Turned().double(), torch.randn(2, 4, 3).double()
+    traced = surgery.trace(net, inputs)
+    assert surgery.verify(surgery.widen(traced, {"a": 2.0}), net, inputs).max_rel <= 1e-10
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The checker
 
