@@ -229,6 +229,8 @@ def _prelu_function(op: Op, input: Labelled, weight: Labelled) -> Fields:
 def _embedding_module(op: Op, input: Labelled) -> Fields:
     weight = op.param("weight")
     assert weight is not None
+    if op.module.max_norm is not None:
+        op.freeze(weight.at(1), f"{op.name} limits its length")
     op.freeze(weight.at(0), "vocabulary")
     op.produces(weight.at(1))
     return _with(op.keep(input, range(input.ndim)), weight.at(1), op.shape, -1)

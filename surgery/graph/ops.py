@@ -43,7 +43,11 @@ _MODULES: dict[type[nn.Module], Rule] = {}
 def oprule(
     *targets: Any, rewrite: Callable[[Site], None] | None = None, movement: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as the rule of ``targets``: functions, method names and module classes."""
+    """Register the decorated function as the rule of ``targets``: functions, method names and module classes.
+
+    A layer whose class has a rule is called as a whole by traced models, and so is a Python function that has one, where
+    the model calls it by a global name.
+    """
 
     def register(relate: Callable[..., Any]) -> Callable[..., Any]:
         rule = Rule(relate, rewrite, movement)

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from surgery.errors import TraceError, UsageError
 from surgery.graph.grids import Grid
 from surgery.graph.labels import Field, Fields, Ids, Labelled, Pairing, mutable
-from surgery.graph.ops import Norm, Op, rule_for, unknown
+from surgery.graph.ops import Norm, Op, has_module_rule, rule_for, unknown
 from surgery.graph.rewrites import Site
 from surgery.graph.traced import TracedModule
 from surgery.graph.twins import Twins
@@ -349,7 +349,9 @@ class Run(Ledger):
         value = operator.attrgetter(target)(module)
         if not isinstance(value, torch.Tensor):
             return value
-        return self.tensor(value, [d for d, size in enumerate(value.shape) if size > 1])
+        owner = module.get_submodule(target.rpartition(".")[0])
+        whole = has_module_rule(owner)  # the layer may be called too, and its axes of size 1 are channels
+        return self.tensor(value, [d for d, size in enumerate(value.shape) if size > 1 or whole])
 
     def tensor(self, value: torch.Tensor | None, dims: Iterable[int] | None = None) -> Labelled | None:
         """A parameter or buffer with its axes (all, or ``dims``) labelled; the same ids wherever it is used."""
