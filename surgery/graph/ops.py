@@ -45,8 +45,8 @@ def oprule(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as the rule of ``targets``: functions, method names and module classes.
 
-    A layer whose class has a rule is called as a whole by traced models, and so is a Python function that has one, where
-    the model calls it by a global name.
+    A layer whose class has a rule is called as a whole by traced models, and so is a Python function that has one,
+    where the model calls it by a global name.
     """
 
     def register(relate: Callable[..., Any]) -> Callable[..., Any]:
