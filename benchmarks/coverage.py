@@ -53,19 +53,24 @@ def main() -> None:
     options = parser.parse_args()
     names = selected(options.models)
     out = options.out or (RESULTS if options.merge or not options.models else None)
-    old = _old_rows(out) if options.merge and out is not None else {}
+    before = _before(out) if options.merge and out is not None else {"models": [], "runs": []}
+    old = {row["model"]: row for row in before["models"]}
     start = time.perf_counter()
     rows = old | run(names, options.jobs, 60 * options.minutes, options.gib * 2**30)
     minutes = round((time.perf_counter() - start) / 60, 1)
-    summary = {
+    this = {
         "command": "python benchmarks/coverage.py " + " ".join(sys.argv[1:]),
         "date": date.today().isoformat(),
+        "minutes": minutes,
+        "models": len(names),
+    }
+    summary = {
+        "runs": [*before["runs"], this],
         "device": environment().cpu,
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "jobs": options.jobs,
         "limits": {"minutes": options.minutes, "gib": options.gib},
-        "minutes": minutes,
         "models": [rows[name] for name in catalogue.CATALOGUE if name in rows],
     }
     good = sum(not row["failures"] for row in summary["models"])
@@ -159,9 +164,10 @@ def _row(one: _Running, said: str) -> dict[str, Any]:
     return row
 
 
-def _old_rows(out: Path) -> dict[str, dict[str, Any]]:
+def _before(out: Path) -> dict[str, Any]:
+    """What the folder has of earlier runs."""
     file = out / "coverage.json"
-    return {row["model"]: row for row in json.loads(file.read_text())["models"]} if file.is_file() else {}
+    return json.loads(file.read_text()) if file.is_file() else {"models": [], "runs": []}
 
 
 if __name__ == "__main__":

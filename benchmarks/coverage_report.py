@@ -35,10 +35,14 @@ def markdown(summary: dict[str, Any]) -> str:
     rows = summary["models"]
     good = sum(not row["failures"] for row in rows)
     limits = summary["limits"]
+    runs = "; then ".join(
+        f"`{run['command'].strip()}` ({run['models']} models, {run['date']}, {run['minutes']} minutes)"
+        for run in summary["runs"]
+    )
     head = (
         "# Coverage\n\n"
-        f"{good} of {len(rows)} models without a failure. `{summary['command'].strip()}`, {summary['date']}, torch "
-        f"{summary['torch']}, torchvision {summary['torchvision']}, {summary['device']}, {summary['minutes']} minutes; "
+        f"{good} of {len(rows)} models without a failure. {runs}; torch "
+        f"{summary['torch']}, torchvision {summary['torchvision']}, {summary['device']}; "
         f"limits {limits['minutes']:g} minutes a model and {limits['gib']:g} GiB in all. Errors are relative, in "
         "float64; `save, load` is of the slim model. A cost is a fraction of the dense model's, the ideal in brackets: "
         "every channel axis changed in full, attention by whole heads. Groups that are left alone are the network's "
