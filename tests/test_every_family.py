@@ -45,7 +45,10 @@ STAGES = {
 
 HEADS = "shares it among heads, or other parts of an axis"
 LEFT = {
-    "vision transformer": {"add combines it with an axis that holds no channels", "getitem picks positions of it"},
+    "vision transformer": {
+        *("add combines it with an axis that holds no channels", "contracts it with an axis that does not change"),
+        *("getitem picks positions of it", "normalises over it"),
+    },
     "swin": {"_get_relative_position_bias holds positions in it"},
     "swin v2": {"values of a buffer"},
     "swin 3d": {"_get_relative_position_bias holds positions in it"},

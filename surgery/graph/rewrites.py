@@ -225,7 +225,7 @@ def _unpacked(shape: Any, site: Site) -> Any:
         return shape
     graph = site.node.graph
     with graph.inserting_before(site.node):
-        return tuple(graph.call_function(operator.getitem, (shape, k)) for k in range(len(size)))
+        return tuple(_computed(site, operator.getitem, (shape, k)) for k in range(len(size)))
 
 
 def _resized(shape: Any, site: Site, first: int = 0) -> Any:
@@ -243,8 +243,15 @@ def _scaled(size: Any, new: int, old: int, site: Site) -> Any:
     graph, factor = site.node.graph, math.gcd(new, old)
     with graph.inserting_before(site.node):
         for function, number in ((operator.mul, new // factor), (operator.floordiv, old // factor)):
-            size = size if number == 1 else graph.call_function(function, (size, number))
+            size = size if number == 1 else _computed(site, function, (size, number))
     return size
+
+
+def _computed(site: Site, function: Any, args: tuple[Any, ...]) -> fx.Node:
+    """A new node, of the module that the site is in."""
+    node = site.node.graph.call_function(function, args)
+    node.meta["path"] = site.node.meta.get("path", "")
+    return node
 
 
 def tensor(site: Site, signature: tuple[str, ...], name: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

@@ -82,6 +82,9 @@ class _Rewiring:
                 self.stale.add(node)
         if replaced:
             self.sweep()
+        for node in reversed(self.copy.nodes):
+            if "path" not in node.meta and node.users:  # a new node is where its reader is
+                node.meta["path"] = next(iter(node.users)).meta.get("path", "")
         self.copy.lint()
 
     def record(self, node: fx.Node) -> Any:
