@@ -22,7 +22,7 @@ from surgery.graph.rewrites import Site
 from surgery.graph.tracing import info, with_info
 from surgery.passes.average import Expansion
 from surgery.passes.insert import insert_identity
-from surgery.passes.layout import Layout, Layouts
+from surgery.passes.layout import Layout, Layouts, changed_tensors
 from surgery.passes.recipe import MEAN, InsertIdentity, Recipe, Reindex, Step
 from surgery.passes.rewire import rewire
 from surgery.passes.shares import shared_out
@@ -189,18 +189,9 @@ def _some(units: Any) -> str:
 def _gathered(module: nn.Module, dims: Dimensions, layouts: Layouts, expansion: Expansion) -> dict[int, Any]:
     """A `deepcopy` memo that maps each changed tensor to its new version."""
     memo: dict[int, Any] = {}
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        axes: dict[int, Layout] = {}
-        read: list[int] = []
-        for axis in range(tensor.ndim):
-            units = dims.axis_units.get((name, axis))
-            layout = None if units is None else layouts.of(units)
-            if layout is not None:
-                axes[axis] = layout
-                if "consumer" in dims.books.axes[name, axis].roles:
-                    read.append(axis)
-        if axes:
-            memo[id(tensor)] = _like(tensor, _gather(name, tensor.detach(), axes, read, layouts, expansion))
+    for name, tensor, axes in changed_tensors(module, dims, layouts):
+        read = [axis for axis in axes if "consumer" in dims.books.axes[name, axis].roles]
+        memo[id(tensor)] = _like(tensor, _gather(name, tensor.detach(), axes, read, layouts, expansion))
     return memo
 
 

@@ -7,11 +7,13 @@ were tied before an edit are laid out alike after it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from surgery.graph.dims import DimensionGroup, Dimensions
 from surgery.graph.labels import Ids, runs
@@ -73,6 +75,10 @@ class Layouts:
         self._by_source = np.argsort(self.source, kind="stable")
         self._count: Ids = np.bincount(self.source, minlength=dims.count)
         self._begin = np.cumsum(self._count) - self._count
+        self.further: NDArray[np.bool_] = self.is_mean | (
+            np.arange(len(self.source)) != self._by_source[self._begin[self.source]]
+        )
+        """For each new unit, whether it is a mean or a copy of a unit that one before it copies."""
         self._cache: dict[tuple[bytes, tuple[int, ...]], Layout | None] = {}
 
     def of(self, units: Ids) -> Layout | None:
@@ -98,6 +104,21 @@ class Layouts:
         old = _ragged(start[stretch], length[stretch])
         unit = np.repeat(new, length[stretch])
         return Layout(old, unit, _rectangle(old, units.shape))
+
+
+def changed_tensors(
+    module: nn.Module, dims: Dimensions, layouts: Layouts
+) -> Iterator[tuple[str, torch.Tensor, dict[int, Layout]]]:
+    """Each parameter and buffer that an edit changes, once, by its first name, and the new layouts of its axes."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        axes: dict[int, Layout] = {}
+        for axis in range(tensor.ndim):
+            units = dims.axis_units.get((name, axis))
+            layout = None if units is None else layouts.of(units)
+            if layout is not None:
+                axes[axis] = layout
+        if axes:
+            yield name, tensor, axes
 
 
 def _ragged(first: Ids, count: Ids) -> Ids:
