@@ -1,0 +1,114 @@
+"""Where the tensors of an edited module come from: what a state that belongs to weights needs to follow them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from surgery.errors import UsageError
+from surgery.graph.dims import dimensions
+from surgery.graph.labels import Ids
+from surgery.passes.apply import apply
+from surgery.passes.layout import Layouts, changed_tensors
+from surgery.passes.recipe import MEAN, Reindex, Step, recipe
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """An axis that was gathered.
+
+    Attributes:
+        old: for each position the old one that it copies, or `MEAN` for the mean of all; int64, shape (n,).
+        new: for each position whether it was made by an edit: a further copy of what another position holds too, or a
+            mean; bool, shape (n,).
+    """
+
+    old: Tensor
+    new: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """The tensor, by its qualified name, that an edited one was gathered from; for each axis how, or None as it was."""
+
+    name: str
+    axes: tuple[Axis | None, ...]
+
+
+def origins(before: nn.Module, after: nn.Module) -> dict[str, Origin | None]:
+    """Where each parameter and buffer of ``after`` comes from, which passes made from ``before``.
+
+    Args:
+        before: a traced module.
+        after: a module whose recipe begins with that of ``before``.
+
+    Returns:
+        by qualified name, tied tensors under each of theirs; None for what an inserted layer brought.
+
+    The edits are composed, whatever layers they inserted in between. For several that gather, the modules in between
+    are made again, one at a time.
+
+    Raises:
+        UsageError: ``after`` was not made from ``before``.
+    """
+    moved: dict[str, list[Axis | None]] = {}
+    steps = _steps_between(before, after)
+    last = max((k for k, step in enumerate(steps) if isinstance(step, Reindex)), default=-1)
+    module = before
+    for k, step in enumerate(steps[: last + 1]):
+        if isinstance(step, Reindex):
+            _follow(module, step, moved)
+        if k < last:
+            module = apply(module, step)
+    old, new = _tensors(before), _tensors(after)
+    first = {id(tensor): name for name, tensor in reversed(old.items())}
+    found: dict[str, Origin | None] = dict.fromkeys(new)
+    for name in filter(old.__contains__, new):
+        axes = moved.get(first[id(old[name])], [None] * old[name].ndim)
+        expected = tuple(
+            size if axis is None else len(axis.old) for axis, size in zip(axes, old[name].shape, strict=True)
+        )
+        if tuple(new[name].shape) != expected:
+            raise UsageError(
+                f"{name} has the shape {tuple(new[name].shape)}, where the recipe makes {expected} of the other "
+                f"module's {tuple(old[name].shape)}: the module was not made from that one"
+            )
+        found[name] = Origin(name, tuple(axes))
+    return found
+
+
+def _steps_between(before: nn.Module, after: nn.Module) -> Sequence[Step]:
+    done, steps = recipe(before).steps, recipe(after).steps
+    if steps[: len(done)] != done:
+        raise UsageError("the module was not made from the other one: its recipe does not begin with the other's")
+    return steps[len(done) :]
+
+
+def _follow(module: nn.Module, step: Reindex, moved: dict[str, list[Axis | None]]) -> None:
+    """Compose what a step does to the tensors of ``module`` with what was done to them before."""
+    dims = dimensions(module)
+    layouts = Layouts(dims, {dims.find(name): index for name, index in step.indices.items()}, {})
+    for name, tensor, axes in changed_tensors(module, dims, layouts):
+        known = moved.setdefault(name, [None] * tensor.ndim)
+        for axis, layout in axes.items():
+            unit = layout.unit
+            known[axis] = _composed(known[axis], layout.old, layouts.is_mean[unit], layouts.further[unit])
+
+
+def _composed(first: Axis | None, old: Ids, mean: NDArray[np.bool_], further: NDArray[np.bool_]) -> Axis:
+    places, new = torch.from_numpy(old), torch.from_numpy(further)
+    source = places if first is None else first.old[places]
+    return Axis(
+        old=source.masked_fill(torch.from_numpy(mean), MEAN),
+        new=new if first is None else new | first.new[places],
+    )
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
