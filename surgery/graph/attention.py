@@ -64,7 +64,13 @@ def _bias(vector: Labelled | None) -> Field | None:
 # torch
 
 
-@oprule(nn.MultiheadAttention, heads.HeadAttention, rewrite=rewrites.multihead_attention)
+@oprule(
+    nn.MultiheadAttention,
+    heads.HeadAttention,
+    rewrite=rewrites.multihead_attention,
+    linear="writes",
+    zeros=("out_proj.weight", "out_proj.bias"),
+)
 def _multihead_attention(
     op: Op,
     query: Labelled,
@@ -150,7 +156,10 @@ def _is_read(node: fx.Node, part: int) -> bool:
 @oprule(
     swin_transformer.shifted_window_attention,
     swin_transformer_3d.shifted_window_attention_3d,
+    heads.windowed_attention,
     rewrite=rewrites.windowed_attention,
+    linear="writes",
+    zeros=("proj_weight", "proj_bias"),
 )
 def _shifted_window_attention(
     op: Op,
@@ -181,9 +190,6 @@ def _shifted_window_attention(
     written = _finish(op, proj_weight, _bias(proj_bias), inner, num_heads, size)
     others = tuple(f for f in others if input.ndim - 1 not in f.dims)
     return (*others, *(Field((input.ndim - 1,), f.ids, f.key) for f in written))
-
-
-oprule(heads.windowed_attention, rewrite=rewrites.windowed_attention)(_shifted_window_attention)
 
 
 @oprule(swin_transformer._get_relative_position_bias, swin_transformer_3d._get_relative_position_bias)

@@ -91,7 +91,7 @@ def _beside(
     return f
 
 
-@oprule(torch.einsum)
+@oprule(torch.einsum, linear="writes")
 def _einsum(op: Op, equation: str, *operands: Any) -> Fields:
     operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
     terms, arrow, out = equation.replace(" ", "").partition("->")
@@ -103,7 +103,8 @@ def _einsum(op: Op, equation: str, *operands: Any) -> Fields:
     return contracted(op, operands, letters, out)
 
 
-@oprule(torch.matmul, operator.matmul, torch.mm, torch.bmm, torch.mv, "matmul", "mm", "bmm", "mv", "__matmul__")
+@oprule(torch.matmul, operator.matmul, torch.mm, torch.bmm, torch.mv, "matmul", "mm", "bmm", "mv", "__matmul__",
+        linear="writes")  # fmt: skip
 def _matmul(op: Op, input: Labelled, other: Labelled) -> Fields:
     left, right, out = _matmul_letters(input.ndim, other.ndim)
     return contracted(op, (input, other), (left, right), out)

@@ -26,7 +26,7 @@ def _looked_up(op: Op, weight: Labelled, *read: Labelled | None) -> Fields:
     return () if written is None else (Field((len(op.shape) - 1,), written.ids, written.key),)
 
 
-@oprule(F.embedding)
+@oprule(F.embedding, linear="writes")
 def _embedding_function(
     op: Op, input: Labelled, weight: Labelled, padding_idx: Any = None, max_norm: Any = None, *rest: Any, **named: Any
 ) -> Fields:
@@ -35,7 +35,7 @@ def _embedding_function(
     return _looked_up(op, weight, input)
 
 
-@oprule(torch.embedding)
+@oprule(torch.embedding, linear="writes")
 def _embedding_kernel(op: Op, weight: Labelled, indices: Labelled, *rest: Any, **named: Any) -> Fields:
     return _looked_up(op, weight, indices)
 

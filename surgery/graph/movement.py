@@ -313,12 +313,12 @@ def _index_select(op: Op, input: Labelled, dim: int, index: Labelled) -> Fields:
     return tuple(Field(g.dims, g.ids[index.constant.cpu().numpy()], g.key) if g is f else g for g in input.fields)
 
 
-@oprule("expand", torch.broadcast_to, "broadcast_to", rewrite=rewrites.reshape)
+@oprule("expand", torch.broadcast_to, "broadcast_to", rewrite=rewrites.reshape, linear="first")
 def _expand(op: Op, input: Labelled, *sizes: Any, **named: Any) -> Fields:
     return _expanded(op, input, None)
 
 
-@oprule("expand_as", rewrite=rewrites.reshape)
+@oprule("expand_as", rewrite=rewrites.reshape, linear="first")
 def _expand_as(op: Op, input: Labelled, other: Labelled) -> Fields:
     return _sized_like(op, _expanded(op, input, other), other)
 

@@ -19,13 +19,13 @@ from surgery.graph.lengths import scaled_normalize
 from surgery.graph.ops import Op, oprule
 
 
-@oprule(nn.LayerNorm, rewrite=rewrites.layer_norm)
+@oprule(nn.LayerNorm, rewrite=rewrites.layer_norm, zeros=("weight", "bias"))
 def _layer_norm_module(op: Op, input: Labelled) -> Fields:
     rank = len(op.module.normalized_shape)
     return _layer_norm(op, input, rank, op.param("weight", rank), op.param("bias", rank))
 
 
-@oprule(F.layer_norm, rewrite=rewrites.layer_norm_function)
+@oprule(F.layer_norm, rewrite=rewrites.layer_norm_function, zeros=("weight", "bias"))
 def _layer_norm_function(
     op: Op,
     input: Labelled,
@@ -64,12 +64,12 @@ def _layer_norm(op: Op, x: Labelled, rank: int, *vectors: Labelled | None) -> Fi
     return tuple(fields)
 
 
-@oprule(nn.GroupNorm, rewrite=rewrites.group_norm)
+@oprule(nn.GroupNorm, rewrite=rewrites.group_norm, zeros=("weight", "bias"))
 def _group_norm_module(op: Op, input: Labelled) -> Fields:
     return _group_norm(op, input, op.module.num_groups, op.param("weight"), op.param("bias"))
 
 
-@oprule(F.group_norm, torch.group_norm, rewrite=rewrites.group_norm_function)
+@oprule(F.group_norm, torch.group_norm, rewrite=rewrites.group_norm_function, zeros=("weight", "bias"))
 def _group_norm_function(
     op: Op,
     input: Labelled,

@@ -121,19 +121,22 @@ def _with(fields: Fields, f: Field | None, shape: tuple[int, ...], dim: int) -> 
     return fields if f is None else (*fields, Field((dim % len(shape),), f.ids, f.key))
 
 
-@oprule(nn.Linear, rewrite=rewrites.linear)
+_WEIGHT_AND_BIAS = ("weight", "bias")
+
+
+@oprule(nn.Linear, rewrite=rewrites.linear, linear="writes", zeros=_WEIGHT_AND_BIAS)
 def _linear_module(op: Op, input: Labelled) -> Fields:
     weight = op.param("weight")
     assert weight is not None
     return _linear(op, input, weight.at(0), weight.at(1), op.param("bias"))
 
 
-@oprule(F.linear)
+@oprule(F.linear, linear="writes", zeros=_WEIGHT_AND_BIAS)
 def _linear_function(op: Op, input: Labelled, weight: Labelled, bias: Labelled | None = None) -> Fields:
     return _linear(op, input, weight.at(0), weight.at(1), bias)
 
 
-@oprule(nn.Conv1d, nn.Conv2d, nn.Conv3d, rewrite=rewrites.conv)
+@oprule(nn.Conv1d, nn.Conv2d, nn.Conv3d, rewrite=rewrites.conv, linear="writes", zeros=_WEIGHT_AND_BIAS)
 def _conv_module(op: Op, input: Labelled) -> Fields:
     depthwise = op.module.groups > 1 and op.module.groups == op.module.in_channels
     weight = op.param("weight", dims=1 if depthwise else 2)
@@ -141,7 +144,8 @@ def _conv_module(op: Op, input: Labelled) -> Fields:
     return _conv(op, input, weight, op.param("bias"), op.module.groups, False, weight.ndim - 2)
 
 
-@oprule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, rewrite=rewrites.conv_transpose)
+@oprule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, rewrite=rewrites.conv_transpose,
+        linear="writes", zeros=_WEIGHT_AND_BIAS)  # fmt: skip
 def _conv_transpose_module(op: Op, input: Labelled, output_size: Any = None) -> Fields:
     depthwise = op.module.groups > 1 and op.module.groups == op.module.in_channels
     weight = op.param("weight", dims=1 if depthwise else 2)
@@ -149,7 +153,8 @@ def _conv_transpose_module(op: Op, input: Labelled, output_size: Any = None) -> 
     return _conv(op, input, weight, op.param("bias"), op.module.groups, True, weight.ndim - 2)
 
 
-@oprule(F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, rewrite=rewrites.conv_function)
+@oprule(F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, rewrite=rewrites.conv_function,
+        linear="writes", zeros=_WEIGHT_AND_BIAS)  # fmt: skip
 def _conv_function(
     op: Op,
     input: Labelled,
@@ -163,7 +168,8 @@ def _conv_function(
     return _conv(op, input, weight, bias, groups, False, weight.ndim - 2)
 
 
-@oprule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, rewrite=rewrites.conv_transpose_function)
+@oprule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, rewrite=rewrites.conv_transpose_function,
+        linear="writes", zeros=_WEIGHT_AND_BIAS)  # fmt: skip
 def _conv_transpose_function(
     op: Op,
     input: Labelled,
@@ -178,12 +184,13 @@ def _conv_transpose_function(
     return _conv(op, input, weight, bias, groups, True, weight.ndim - 2)
 
 
-@oprule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, rewrite=rewrites.batch_norm)
+@oprule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, rewrite=rewrites.batch_norm,
+        zeros=_WEIGHT_AND_BIAS)  # fmt: skip
 def _batch_norm_module(op: Op, input: Labelled) -> Fields:
     return _normalised(op, input, *map(op.param, ("weight", "bias", "running_mean", "running_var")))
 
 
-@oprule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, rewrite=rewrites.batch_norm)
+@oprule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, rewrite=rewrites.batch_norm, zeros=_WEIGHT_AND_BIAS)
 def _instance_norm_module(op: Op, input: Labelled) -> Fields:
     dim = input.ndim - 1 - int(op.module._get_no_batch_dim() - 1)
     if dim != 1:
@@ -191,7 +198,7 @@ def _instance_norm_module(op: Op, input: Labelled) -> Fields:
     return _batch_norm_module(op, input)  # type: ignore[no-any-return]
 
 
-@oprule(F.batch_norm)
+@oprule(F.batch_norm, zeros=_WEIGHT_AND_BIAS)
 def _batch_norm_function(
     op: Op,
     input: Labelled,
@@ -225,7 +232,7 @@ def _prelu_function(op: Op, input: Labelled, weight: Labelled) -> Fields:
     return op.elementwise(input)
 
 
-@oprule(nn.Embedding, rewrite=rewrites.embedding)
+@oprule(nn.Embedding, rewrite=rewrites.embedding, linear="writes")
 def _embedding_module(op: Op, input: Labelled) -> Fields:
     weight = op.param("weight")
     assert weight is not None
@@ -245,32 +252,42 @@ def _named(namespace: Any, names: str) -> list[Any]:
 
 
 _ELEMENTWISE_FUNCTIONS: list[Any] = [
-    *_named(operator, "add sub mul truediv floordiv pow neg mod iadd isub imul itruediv"),
+    *_named(operator, "floordiv pow neg mod"),
     *_named(operator, "lt le gt ge eq ne and_ or_ invert"),
-    *_named(torch, "add sub mul div true_divide pow neg abs exp log sqrt rsqrt square reciprocal sign sin cos erf"),
+    *_named(torch, "pow neg abs exp log sqrt rsqrt square reciprocal sign sin cos erf"),
     *_named(torch, "relu sigmoid tanh clamp where maximum minimum lerp addcmul addcdiv"),
     *_named(torch, "logical_and logical_or logical_not isnan isfinite"),
     *_named(F, "relu relu6 elu celu selu leaky_relu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh"),
     *_named(F, "softplus softsign logsigmoid tanhshrink threshold"),
-    *_named(F, "dropout alpha_dropout dropout1d dropout2d dropout3d feature_alpha_dropout"),
-    torchvision.ops.stochastic_depth,
+    *_named(F, "alpha_dropout feature_alpha_dropout"),
 ]
 _ELEMENTWISE_METHODS = (
-    *("add", "sub", "mul", "div", "pow", "neg", "abs", "exp", "log", "sqrt", "rsqrt", "square", "reciprocal", "sign"),
+    *("pow", "neg", "abs", "exp", "log", "sqrt", "rsqrt", "square", "reciprocal", "sign"),
     *("relu", "sigmoid", "tanh", "clamp", "erf", "where", "maximum", "minimum", "masked_fill"),
-    *("add_", "sub_", "mul_", "div_", "relu_", "sigmoid_", "tanh_", "clamp_", "masked_fill_"),
-    *("lt", "le", "gt", "ge", "eq", "ne", "requires_grad_"),
-    *("float", "double", "half", "bfloat16", "long", "int", "bool", "to", "type", "type_as", "cpu", "cuda"),
+    *("relu_", "sigmoid_", "tanh_", "clamp_", "masked_fill_"),
+    *("lt", "le", "gt", "ge", "eq", "ne", "long", "int", "bool"),
 )
 _ELEMENTWISE_MODULES: list[type[nn.Module]] = [
     *_named(nn, "ReLU ReLU6 ELU CELU SELU LeakyReLU RReLU GELU SiLU Mish Hardswish Hardsigmoid Hardtanh Sigmoid Tanh"),
     *_named(nn, "Softplus Softsign LogSigmoid Tanhshrink Threshold"),
-    *_named(nn, "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout"),
-    torchvision.ops.StochasticDepth,
+    *_named(nn, "AlphaDropout FeatureAlphaDropout"),
 ]
+_SUMS = (*_named(operator, "add sub iadd isub"), torch.add, torch.sub, "add", "sub", "add_", "sub_")
+_PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+_QUOTIENTS = (operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_")
+_DROPOUTS: list[Any] = [
+    *(getattr(nn, f"Dropout{n}") for n in ("", "1d", "2d", "3d")),
+    *(getattr(F, f"dropout{n}") for n in ("", "1d", "2d", "3d")),
+    *(torchvision.ops.StochasticDepth, torchvision.ops.stochastic_depth),
+]
+_CASTS = ("float", "double", "half", "bfloat16", "to", "type", "type_as", "cpu", "cuda", "requires_grad_")
 
 
 @oprule(*_ELEMENTWISE_FUNCTIONS, *_ELEMENTWISE_METHODS, *_ELEMENTWISE_MODULES)
+@oprule(*_SUMS, linear="sum")
+@oprule(*_PRODUCTS, linear="product")
+@oprule(*_QUOTIENTS, linear="quotient")
+@oprule(*_DROPOUTS, *_CASTS, linear="first")
 def _elementwise(op: Op, *operands: Any, **named: Any) -> Fields:
     return op.elementwise(*operands, *named.values())
 
@@ -280,13 +297,22 @@ def _elementwise(op: Op, *operands: Any, **named: Any) -> Fields:
 
 
 @oprule(
-    *(getattr(nn, f"{kind}Pool{n}d") for kind in ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax") for n in (1, 2, 3)),
+    *(getattr(nn, f"{kind}Pool{n}d") for kind in ("Max", "AdaptiveMax") for n in (1, 2, 3)),
+    *(getattr(F, f"{kind}_pool{n}d") for kind in ("max", "adaptive_max") for n in (1, 2, 3)),
+    *(getattr(torch, f"max_pool{n}d") for n in (1, 2, 3)),
+    within=True,
+)
+@oprule(
+    *(getattr(nn, f"{kind}Pool{n}d") for kind in ("Avg", "AdaptiveAvg") for n in (1, 2, 3)),
+    *(getattr(F, f"{kind}_pool{n}d") for kind in ("avg", "adaptive_avg") for n in (1, 2, 3)),
+    *(torch.avg_pool1d, torch.adaptive_avg_pool1d),
+    linear="first",
+    within=True,
+)
+@oprule(
     *(getattr(nn, f"LPPool{n}d") for n in (1, 2)),
     *(getattr(nn, f"{kind}Pad{n}d") for kind in ("Zero", "Constant", "Reflection", "Replication") for n in (1, 2, 3)),
-    *(getattr(F, f"{kind}_pool{n}d") for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)),
     *(getattr(F, f"lp_pool{n}d") for n in (1, 2)),
-    *(getattr(torch, f"max_pool{n}d") for n in (1, 2, 3)),
-    *(torch.avg_pool1d, torch.adaptive_avg_pool1d),
 )
 def _spatial(op: Op, input: Labelled, *rest: Any, **named: Any) -> Any:
     cls = next((c for c in type(op.module).__mro__ if c.__name__[-1:] == "d" and c.__name__[-2:-1].isdigit()), None)
@@ -308,10 +334,11 @@ def _pad(op: Op, input: Labelled, pad: Any, *rest: Any, **named: Any) -> Fields:
     return op.keep(input, dims)
 
 
+@oprule(torch.mean, "mean", torch.sum, "sum", linear="first")
 @oprule(
-    torch.mean, torch.sum, torch.amax, torch.amin, torch.var, torch.std, torch.any, torch.all, torch.prod,
+    torch.amax, torch.amin, torch.var, torch.std, torch.any, torch.all, torch.prod,
     torch.max, torch.min, torch.logsumexp,
-    "mean", "sum", "amax", "amin", "var", "std", "any", "all", "prod", "max", "min", "logsumexp",
+    "amax", "amin", "var", "std", "any", "all", "prod", "max", "min", "logsumexp",
 )  # fmt: skip
 def _reduce(op: Op, input: Labelled, *args: Any, **named: Any) -> Any:
     dim = named.get("dim", named.get("axis", args[0] if args else None))

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from surgery.errors import UsageError
 from surgery.graph.grids import Grid
 from surgery.graph.labels import Field, Fields, Ids, Labelled, moved
 from surgery.graph.rewrites import Site
@@ -33,6 +34,24 @@ class Rule:
     """Adapts the node's constants, or the layer's attributes, to an edit."""
     movement: bool = False
     """The op only moves data: its output can be had from its input by selecting positions."""
+    linear: str = ""
+    """How the op is linear, beyond only moving data: one of the keys of `LINEAR`, or empty."""
+    zeros: tuple[str, ...] = ()
+    """Parameters, as the layer or the rule names them, with which all of the op's first output is 0: those of what it
+    does last. An affine op needs an input that is 0 as well."""
+    within: bool = False
+    """Each number of the output lies between the least and the greatest of the input and 0, as in pooling."""
+
+
+LINEAR = {
+    "sum": "jointly linear in its operands, and alike for every channel: add, sub",
+    "first": "linear in its first operand, and alike for every channel: dropout, a mean",
+    "product": "linear in each of its operands: mul",
+    "quotient": "linear in its first operand, with a factor for each position: div",
+    "writes": "made of rows of weights, each of which gives a channel in the same way: Linear, Conv2d, matmul",
+    "affine": "a factor and a term for each channel that no batch changes: FrozenBatchNorm2d",
+}
+"""The words that say how an op is linear."""
 
 
 _FUNCTIONS: dict[Any, Rule] = {}
@@ -41,16 +60,24 @@ _MODULES: dict[type[nn.Module], Rule] = {}
 
 
 def oprule(
-    *targets: Any, rewrite: Callable[[Site], None] | None = None, movement: bool = False
+    *targets: Any,
+    rewrite: Callable[[Site], None] | None = None,
+    movement: bool = False,
+    linear: str = "",
+    zeros: tuple[str, ...] = (),
+    within: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as the rule of ``targets``: functions, method names and module classes.
 
     A layer whose class has a rule is called as a whole by traced models, and so is a Python function that has one,
-    where the model calls it by a global name.
+    where the model calls it by a global name. The other words are explained at `Rule`; without them nothing wrong is
+    done with the op, but `widen` and `deepen` find fewer ways through it.
     """
+    if linear and linear not in LINEAR:
+        raise UsageError(f"unknown word {linear!r} for how an op is linear: one of {', '.join(map(repr, LINEAR))}")
 
     def register(relate: Callable[..., Any]) -> Callable[..., Any]:
-        rule = Rule(relate, rewrite, movement)
+        rule = Rule(relate, rewrite, movement, linear, zeros, within)
         for target in targets:
             if isinstance(target, str):
                 _METHODS[target] = rule

@@ -33,7 +33,7 @@ def _roi_align_kernel(op: Op, input: Labelled, rois: Any, *rest: Any, **named: A
     return _roi_align(op, input, rois)
 
 
-@oprule(FrozenBatchNorm2d)
+@oprule(FrozenBatchNorm2d, linear="affine", zeros=("bias", "running_mean"))
 def _frozen_batch_norm(op: Op, x: Labelled) -> Fields:
     """A factor and a term for each channel, made of statistics that no mode changes."""
     for name in ("weight", "bias", "running_mean", "running_var"):

@@ -14,44 +14,22 @@ float32 model to the precision of float32.
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import fx, nn
 
 from surgery.errors import EditError
-from surgery.graph import heads, rewrites
+from surgery.graph import rewrites
 from surgery.graph.dims import DimensionGroup, Dimensions
 from surgery.graph.ops import Norm, rule_for
 from surgery.graph.propagate import labelled_leaves
 from surgery.graph.traced import TracedModule
+from surgery.passes.kept import in_copy
 from surgery.passes.recipe import MEAN
-
-_WRITERS: tuple[type[nn.Module], ...] = (
-    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    nn.Embedding, nn.MultiheadAttention,
-)  # fmt: skip
-_WRITING_FUNCTIONS = {
-    *(F.linear, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, F.embedding, torch.einsum),
-    *(torch.matmul, operator.matmul, torch.mm, torch.bmm, "matmul", "mm", "bmm"),
-    torchvision.models.swin_transformer.shifted_window_attention,
-    torchvision.models.video.swin_transformer.shifted_window_attention_3d,
-    heads.windowed_attention,
-}
-_SUMS = {operator.add, operator.sub, operator.iadd, operator.isub, torch.add, torch.sub, "add", "sub", "add_", "sub_"}
-_PRODUCTS = {operator.mul, operator.imul, operator.truediv, torch.mul, torch.div, "mul", "div", "mul_", "div_"}
-_ALIKE: set[Any] = {
-    *(torch.mean, torch.sum, "mean", "sum", "expand", "expand_as", F.avg_pool2d, F.adaptive_avg_pool2d),
-    *(F.dropout, torchvision.ops.stochastic_depth, "to", "float", "double", "half", "requires_grad_"),
-    *(nn.Dropout, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d),
-    torchvision.ops.StochasticDepth,
-}
-"""Ops that do the same linear thing to every channel, besides those that only move data."""
 
 
 def normalised_streams(module: nn.Module, dims: Dimensions, group: DimensionGroup) -> list[Norm]:
@@ -133,15 +111,13 @@ class _Walk:
             if kept and self.spans(scope, node) and leaf.weight is not None:
                 self.norms.add((scope, node.name))
             return False
-        target = target if leaf is None else next((c for c in type(leaf).__mro__ if c in _WRITERS), type(leaf))
-        if target in _WRITERS or target in _WRITING_FUNCTIONS:
+        rule = rule_for(node, leaf)
+        if rule.linear == "writes":
             roles = self.roles(path, node)
             return "producer" in roles or (kept and "per-channel" not in roles)
-        if target in _SUMS:
-            return kept
-        if target in _PRODUCTS:
+        if rule.linear in ("product", "quotient"):
             return kept and node.args[0] in read and sum(argument in read for argument in node.args) == 1
-        return kept and (target in _ALIKE or rule_for(node, leaf).movement)
+        return kept and (rule.linear in ("sum", "first") or rule.movement)
 
     def roles(self, path: str, node: fx.Node) -> set[str]:
         """What a node's parameters do with the group, but for contracting over it."""
@@ -215,10 +191,7 @@ class Expansion:
                 layer: Any = module.get_submodule(norm.path)
                 layer.eps *= eta * eta
                 continue
-            scope, name = norm.key
-            owner: Any = module.get_submodule(self.dims.books.graphs[scope][0])
-            graph = owner.graphs[-1] if scope.endswith(":train") else owner.graph
-            node = next(n for n in graph.nodes if n.name == name)
+            owner, node = in_copy(module, self.dims, *norm.key)
             signature = ("input", "normalized_shape", "weight", "bias", "eps")
             rewrites.set_argument(node, signature, "eps", eta * eta * rewrites.argument(node, signature, "eps", 1e-5))
             owner.recompile()

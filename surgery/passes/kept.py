@@ -115,16 +115,15 @@ def normalise_over(module: nn.Module, dims: Dimensions, keep: NDArray[np.bool_])
             layer.register_buffer("keep", entries.to(device), persistent=False)
             layer.__class__ = own
             continue
-        owner, graph = _graph(module, dims, scope, name)
-        node = next(node for node in graph.nodes if node.name == name)
+        owner, node = in_copy(module, dims, scope, name)
         if node.target not in (F.layer_norm, F.group_norm, torch.group_norm):
             raise EditError(f"{name}: channels cannot be left out of its statistics")
         layer_norm = node.target is F.layer_norm
         original: Any = F.layer_norm if layer_norm else F.group_norm
         given = dict(inspect.signature(original).bind(*node.args, **node.kwargs).arguments)
         given.pop("normalized_shape", None)
-        with graph.inserting_before(node):
-            mask = _constant(module, owner, graph, entries)
+        with node.graph.inserting_before(node):
+            mask = _constant(module, owner, node.graph, entries)
         node.target = layer_norm_over if layer_norm else group_norm_over
         node.args, node.kwargs = (given.pop("input"), mask), given
         owner.recompile()
@@ -136,8 +135,7 @@ def sum_over(module: nn.Module, dims: Dimensions, keep: NDArray[np.bool_]) -> No
         units = dims.unit_of[ids]
         if keep[units].all():
             continue
-        owner, graph = _graph(module, dims, scope, name)
-        node = next(node for node in graph.nodes if node.name == name)
+        owner, node = in_copy(module, dims, scope, name)
         for source in node.all_input_nodes:
             value = dims.books.nodes.get((scope, source.name))
             if not isinstance(value, Labelled):
@@ -146,19 +144,21 @@ def sum_over(module: nn.Module, dims: Dimensions, keep: NDArray[np.bool_]) -> No
                 if np.isin(dims.unit_of[f.ids], units).any():
                     flags = torch.from_numpy(keep[dims.unit_of[f.ids]])
                     shape = [size if d in f.dims else 1 for d, size in enumerate(value.shape)]
-                    with graph.inserting_before(node):
-                        mask = _constant(module, owner, graph, flags.reshape(shape))
-                        node.replace_input_with(source, graph.call_function(operator.mul, (source, mask)))
+                    with node.graph.inserting_before(node):
+                        mask = _constant(module, owner, node.graph, flags.reshape(shape))
+                        node.replace_input_with(source, node.graph.call_function(operator.mul, (source, mask)))
         owner.recompile()
 
 
-def _graph(module: nn.Module, dims: Dimensions, scope: str, name: str) -> tuple[TracedModule, fx.Graph]:
-    """The graph of that scope in ``module``, and the module that owns it."""
+def in_copy(module: nn.Module, dims: Dimensions, scope: str, name: str) -> tuple[TracedModule, fx.Node]:
+    """The node of that name in that scope's graph in ``module``, a copy of what ``dims`` was made from, and the
+    module that owns the graph."""
     if scope not in dims.books.graphs:
         raise EditError(f"{name} is called by Python outside the traced parts: channels cannot be left out of it")
     owner = module.get_submodule(dims.books.graphs[scope][0])
     assert isinstance(owner, TracedModule)
-    return owner, owner.graphs[-1] if scope.endswith(":train") else owner.graph
+    graph = owner.graphs[-1] if scope.endswith(":train") else owner.graph
+    return owner, next(node for node in graph.nodes if node.name == name)
 
 
 def _constant(module: nn.Module, owner: TracedModule, graph: fx.Graph, keep: Tensor) -> fx.Node:
