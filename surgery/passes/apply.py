@@ -23,9 +23,10 @@ from surgery.graph.tracing import info, with_info
 from surgery.passes.average import Expansion
 from surgery.passes.insert import insert_identity
 from surgery.passes.layout import Layout, Layouts, changed_tensors
-from surgery.passes.recipe import MEAN, InsertIdentity, Recipe, Reindex, Step
+from surgery.passes.noise import draws, perturbed
+from surgery.passes.recipe import MEAN, InsertIdentity, Noise, Recipe, Reindex, Step
 from surgery.passes.rewire import rewire
-from surgery.passes.shares import shared_out
+from surgery.passes.shares import Draw, shared_out
 
 
 def apply(module: nn.Module, edit: Recipe | Step | Iterable[Step]) -> nn.Module:
@@ -60,7 +61,8 @@ def reindex(
         module: a traced module.
         indices: for each group, named by any layer that produces it, the old unit for each new one. Dropping, copying
             and moving units are all indices: ``[0, 1]`` keeps two, ``[0, 1, 1]`` copies the second.
-        shares: for a group with copies, the factor with which consumers weigh each new unit; by default even.
+        shares: for a group with copies, the factor with which consumers weigh each new unit, 0 for a mean; by default
+            even.
 
     Raises:
         UsageError: an unknown name, an index out of range or empty, shares of a unit's copies that do not sum to 1.
@@ -91,7 +93,7 @@ def _reindex(module: nn.Module, step: Reindex) -> nn.Module:
     layouts = Layouts(dims, indices, shares)
     _check_readers(dims, layouts)
     _check_mixed(dims, layouts)
-    result = copy.deepcopy(module, _gathered(module, dims, layouts, expansion))
+    result = copy.deepcopy(module, _gathered(module, dims, layouts, expansion, step.noise))
     rewire(module, result, dims, layouts)
     expansion.adjust(result)
     _follow_outside(result, dims, layouts)
@@ -153,11 +155,12 @@ def _check(group: DimensionGroup, index: Sequence[int], shares: Sequence[float] 
         if both:
             raise EditError(f"{where} cannot hold copies: {', '.join(both)} is both written and read")
     if shares is not None:
-        if len(places) < len(index):
-            raise UsageError(f"{where}: an index with means takes no shares")
-        if len(shares) != len(places):
-            raise UsageError(f"{where}: {len(shares)} shares for {len(places)} units")
-        total = np.bincount(places, weights=np.asarray(shares), minlength=group.units)
+        if len(shares) != len(index):
+            raise UsageError(f"{where}: {len(shares)} shares for {len(index)} units")
+        factors, means = np.asarray(shares), np.asarray(index) == MEAN
+        if factors[means].any():
+            raise UsageError(f"{where}: the share of a mean must be 0")
+        total = np.bincount(places, weights=factors[~means], minlength=group.units)
         if not np.allclose(total[copies > 0], 1.0, atol=1e-9):
             raise UsageError(f"{where}: the shares of a unit's copies must sum to 1")
 
@@ -186,12 +189,16 @@ def _some(units: Any) -> str:
     return f"{shown}, …" if len(units) > 6 else shown
 
 
-def _gathered(module: nn.Module, dims: Dimensions, layouts: Layouts, expansion: Expansion) -> dict[int, Any]:
+def _gathered(
+    module: nn.Module, dims: Dimensions, layouts: Layouts, expansion: Expansion, noise: Noise | None
+) -> dict[int, Any]:
     """A `deepcopy` memo that maps each changed tensor to its new version."""
     memo: dict[int, Any] = {}
     for name, tensor, axes in changed_tensors(module, dims, layouts):
-        read = [axis for axis in axes if "consumer" in dims.books.axes[name, axis].roles]
-        memo[id(tensor)] = _like(tensor, _gather(name, tensor.detach(), axes, read, layouts, expansion))
+        roles = {axis: dims.books.axes[name, axis].roles for axis in axes}
+        read = [axis for axis in axes if "consumer" in roles[axis]]
+        draw = {} if noise is None else draws(noise, name, tensor, roles)
+        memo[id(tensor)] = _like(tensor, _gather(name, tensor.detach(), axes, read, layouts, expansion, draw))
     return memo
 
 
@@ -202,9 +209,15 @@ def _gather(
     read: Sequence[int],
     layouts: Layouts,
     expansion: Expansion,
+    draw: Mapping[int, Draw],
 ) -> torch.Tensor:
     result = tensor
-    for axis in sorted(axes, key=lambda a: len(axes[a].old) / tensor.shape[a]):
+
+    def turn(axis: int) -> tuple[bool, float]:
+        """The least grown first; with noise those that are read last, so that each new row has noise of its own."""
+        return bool(draw) and axis in read, len(axes[axis].old) / tensor.shape[axis]
+
+    for axis in sorted(axes, key=turn):
         old = axes[axis].old
         share = layouts.share[axes[axis].unit]
         index = torch.from_numpy(old).to(tensor.device)
@@ -214,16 +227,19 @@ def _gather(
             before, result = result, result.index_select(axis, index)
             if axis in read:
                 copies = torch.from_numpy(np.flatnonzero(~means)).to(tensor.device)
-                shared = shared_out(before, axis, torch.from_numpy(old[~means]), torch.from_numpy(share[~means]))
+                kept = torch.from_numpy(old[~means]), torch.from_numpy(share[~means])
+                shared = shared_out(before, axis, *kept, draw.get(axis))
                 result = result.index_fill(axis, places, 0.0).index_copy(axis, copies, shared)
             else:
                 result = expansion.fill(name, before, result, axis, places)
         elif axis in read and (share != 1.0).any():
-            result = shared_out(result, axis, torch.from_numpy(old), torch.from_numpy(share))
+            result = shared_out(result, axis, torch.from_numpy(old), torch.from_numpy(share), draw.get(axis))
         elif len(old) and old[-1] - old[0] + 1 == len(old) and bool((np.diff(old) == 1).all()):
             result = result.narrow(axis, int(old[0]), len(old))
         else:
             result = result.index_select(axis, index)
+        if axis in draw and axis not in read:
+            result = perturbed(result, axis, np.where(means, MEAN, old), draw[axis])
     return result
 
 

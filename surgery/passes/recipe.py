@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from torch import nn
 
-from surgery.errors import UsageError
+from surgery.errors import UsageError, unknown_name
 from surgery.graph.tracing import info
 
 SCHEMA = 1
 MEAN = -1
 """The entry of an index that stands for the mean of all units of its group (`surgery.passes.average`)."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Noise on the weights of copies, so that they learn different things (`surgery.passes.noise`).
+
+    Attributes:
+        kind: ``"zero-sum"``: on the weights that read a copied unit, adding up to zero over its copies: exact.
+            ``"plain"``: on the weights that write the copies, all but the first: inexact.
+        scale: its standard deviation, in those of the weight that it is added to.
+        seed: of the draws; each axis of each parameter has draws of its own.
+    """
+
+    kind: str
+    scale: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("zero-sum", "plain"):
+            raise unknown_name("kind of noise", self.kind, ("zero-sum", "plain"))
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise UsageError(f"noise must be a number above 0, not {self.scale}")
 
 
 @dataclass(frozen=True)
@@ -24,12 +47,14 @@ class Reindex:
     Attributes:
         indices: for each group, by name, the old unit that each new unit copies, or `MEAN`.
         shares: for each group that is named, and each new unit, the factor of the layers that contract over it; the
-            factors of one old unit's copies sum to 1. By default copies share evenly (Net2WiderNet, section 3.1 of
-            Chen et al. 2016).
+            factors of one old unit's copies sum to 1, that of a mean is 0. By default copies share evenly
+            (Net2WiderNet, section 3.1 of Chen et al. 2016).
+        noise: on the weights of the copies.
     """
 
     indices: Mapping[str, tuple[int, ...]]
     shares: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    noise: Noise | None = None
 
 
 @dataclass(frozen=True)
@@ -101,15 +126,17 @@ def _step(data: dict[str, Any]) -> Step:
     values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
     if cls is Reindex:
         indices = {name: tuple(_expand_runs(index)) for name, index in values["indices"].items()}
-        return Reindex(indices, {name: tuple(map(float, s)) for name, s in values.get("shares", {}).items()})
+        shares = {name: tuple(map(float, s)) for name, s in values.get("shares", {}).items()}
+        return Reindex(indices, shares, Noise(**values["noise"]) if values.get("noise") else None)
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # type: ignore[no-any-return]
 
 
 def _encode(values: dict[str, Any]) -> dict[str, Any]:
     if "indices" in values:
         values["indices"] = {name: _runs(index) for name, index in values["indices"].items()}
-        if not values["shares"]:
-            del values["shares"]
+        for optional in ("shares", "noise"):
+            if not values[optional]:
+                del values[optional]
     return values
 
 

@@ -14,45 +14,92 @@ from surgery.graph.dims import DimensionGroup, Dimensions, dimensions
 from surgery.passes.apply import apply
 from surgery.passes.average import normalised_streams
 from surgery.passes.names import resolve
-from surgery.passes.recipe import MEAN, Reindex
+from surgery.passes.recipe import MEAN, Noise, Reindex
 
 Width = float | int
 
+MAPPINGS = ("random", "balanced")
+SYMMETRY = ("uneven", "zero-sum", "noise")
 
-def widen(module: nn.Module, width: float | Mapping[str, Width], *, seed: int = 0, round_to: int = 1) -> nn.Module:
+
+def widen(
+    module: nn.Module,
+    width: float | Mapping[str, Width],
+    *,
+    mapping: str = "random",
+    break_symmetry: str | None = None,
+    noise: float = 0.05,
+    seed: int = 0,
+    round_to: int = 1,
+) -> nn.Module:
     """Widen a network without changing what it computes.
 
-    New channels copy random old ones (the paper's mapping g: the old channels first, then uniform draws), and the
-    layers that read a channel divide its weights by the number of its copies.
+    New channels copy old ones, and the layers that read a channel share its weights out among its copies.
 
     Args:
         module: a traced module.
         width: a factor of at least 1 for every group, or for each of some layers, containers or globs a factor
-            (``float``) or an absolute width in channels (``int``).
+            (``float``) or an absolute width in channels (``int``). A container or glob stands for every group that a
+            layer in it produces, each of which gets the factor, or the width. The most specific name decides: a layer
+            before a glob before a container, a longer name before a shorter one.
+        mapping: ``"random"``: the paper's mapping g, the old channels first, then uniform draws. ``"balanced"``: each
+            channel is copied as often as the others, or once more; drawn is which. What a LayerNorm or GroupNorm
+            normalises over is always copied whole.
+        break_symmetry: copies that are read with equal weights get equal gradients, and unless there is dropout stay
+            equal in training. None: the paper's even split, which leaves them so. ``"uneven"``: each copy is read with
+            a factor of its own, drawn around the even one. ``"zero-sum"``: the even split, and noise on each weight
+            that reads a copy, adding up to zero over the copies of a channel; it is limited to half of the copy's share
+            of the weight, so that the shares can add up to it without rounding. ``"noise"``: the paper's noise on the
+            weights that write the copies, all but the first: *inexact*, the network no longer computes the same.
+        noise: standard deviation of ``"zero-sum"`` and ``"noise"``, in those of the weight that it is added to.
         seed: of the draws; the same for the same group, whatever else is widened.
-        round_to: new widths are rounded up to a multiple of this.
+        round_to: new widths, absolute ones too, are rounded up to a multiple of this, in channels.
 
     One factor for every group leaves alone what cannot grow by it exactly (`unwidened`).
 
     Raises:
-        UsageError: a factor below 1, a width below the present one or not made of whole units, an unknown name.
+        UsageError: a factor below 1, a width below the present one or not made of whole units, an unknown name,
+            mapping or way to break the symmetry, a ``noise`` that is not above 0.
         EditError: a named layer cannot be widened exactly by that much.
     """
-    return apply(module, widen_plan(module, width, seed=seed, round_to=round_to))
+    step = widen_plan(
+        module, width, mapping=mapping, break_symmetry=break_symmetry, noise=noise, seed=seed, round_to=round_to
+    )
+    return apply(module, step)
 
 
-def widen_plan(module: nn.Module, width: float | Mapping[str, Width], *, seed: int = 0, round_to: int = 1) -> Reindex:
+def widen_plan(
+    module: nn.Module,
+    width: float | Mapping[str, Width],
+    *,
+    mapping: str = "random",
+    break_symmetry: str | None = None,
+    noise: float = 0.05,
+    seed: int = 0,
+    round_to: int = 1,
+) -> Reindex:
     """The step that `widen` takes."""
-    return Reindex(_plan(module, width, seed, round_to)[0])
+    if mapping not in MAPPINGS:
+        raise UsageError(f"mapping must be 'random' or 'balanced', not {mapping!r}")
+    if break_symmetry is not None and break_symmetry not in SYMMETRY:
+        raise UsageError(f"break_symmetry must be 'uneven', 'zero-sum', 'noise' or None, not {break_symmetry!r}")
+    indices = _plan(module, width, mapping, seed, round_to)[0]
+    if break_symmetry == "uneven":
+        return Reindex(
+            indices, {name: shares for name, index in indices.items() if (shares := _uneven(name, index, seed))}
+        )
+    if break_symmetry is None:
+        return Reindex(indices)
+    return Reindex(indices, noise=Noise("zero-sum" if break_symmetry == "zero-sum" else "plain", float(noise), seed))
 
 
 def unwidened(module: nn.Module, width: float | Mapping[str, Width], *, round_to: int = 1) -> dict[str, str]:
     """The editable groups that `widen` leaves as they are, for growing them would not be exact, and why."""
-    return _plan(module, width, 0, round_to)[1]
+    return _plan(module, width, "random", 0, round_to)[1]
 
 
 def _plan(
-    module: nn.Module, width: float | Mapping[str, Width], seed: int, round_to: int
+    module: nn.Module, width: float | Mapping[str, Width], mapping: str, seed: int, round_to: int
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """The index of each group that grows, and why others do not."""
     if round_to < 1:
@@ -67,7 +114,7 @@ def _plan(
     left: dict[str, str] = {}
     for group, wish in wishes.items():
         try:
-            index = _index(module, dims, group, _units(group, wish, round_to), seed)
+            index = _index(module, dims, group, _units(group, wish, round_to), mapping, seed)
         except EditError as error:
             if named:
                 raise
@@ -111,13 +158,18 @@ def _units(group: DimensionGroup, wish: Width, round_to: int) -> int:
     else:
         if wish < group.size or wish % channels:
             whole = f" and a multiple of {channels}" if channels > 1 else ""
-            raise UsageError(f"width of {group.name!r} must be at least its {group.size} channels{whole}, not {wish}")
+            factor = f" (a factor is a float: {wish}.0)" if 0 < wish < 10 else ""
+            raise UsageError(
+                f"width of {group.name!r} must be at least its {group.size} channels{whole}, not {wish}{factor}"
+            )
         units = wish // channels
-    step = math.ceil(round_to / channels)
+    step = round_to // math.gcd(round_to, channels)
     return math.ceil(units / step) * step if units > group.units else units
 
 
-def _index(module: nn.Module, dims: Dimensions, group: DimensionGroup, units: int, seed: int) -> list[int]:
+def _index(
+    module: nn.Module, dims: Dimensions, group: DimensionGroup, units: int, mapping: str, seed: int
+) -> list[int]:
     """The old units in order, then for each class its share of new copies; behind whole copies of what is normalised
     over, its mean."""
     extra = units - group.units
@@ -148,5 +200,28 @@ def _index(module: nn.Module, dims: Dimensions, group: DimensionGroup, units: in
     for number in np.unique(classes):
         inside = np.flatnonzero(classes == number)
         count = bounds[inside[-1] + 1] - bounds[inside[0]]
-        places += [int(u) for u in random.choice(free[inside], size=count)]
+        even, more = divmod(count, len(inside)) if mapping == "balanced" else (0, count)
+        drawn = random.choice(free[inside], size=more, replace=mapping == "random")
+        places += [*map(int, np.tile(free[inside], even)), *map(int, drawn)]
     return places
+
+
+def _uneven(name: str, index: tuple[int, ...], seed: int) -> tuple[float, ...]:
+    """For each new unit of a group its share of what its copies are read with, drawn; none where there are no copies.
+
+    A share is the even one times a factor of 1/3 to 3, in few binary digits: the shares of a unit sum to 1 exactly.
+    """
+    places = np.asarray(index)
+    held = np.flatnonzero(places != MEAN)
+    old = places[held]
+    copies = np.bincount(old)
+    if copies.max() < 2:
+        return ()
+    draws = np.random.default_rng([seed, zlib.crc32(name.encode()), 1]).uniform(0.5, 1.5, len(old))
+    grid = 2.0 ** (8 + np.ceil(np.log2(copies[old])))
+    share = np.round(draws / np.bincount(old, weights=draws)[old] * grid) / grid
+    first = np.unique(old, return_index=True)[1]
+    share[first] += 1 - np.bincount(old, weights=share)[old[first]]
+    shares = np.zeros(len(places))
+    shares[held] = share
+    return tuple(map(float, shares))
