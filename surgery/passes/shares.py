@@ -5,8 +5,8 @@ the narrow one by float32 rounding however it is evaluated. So each share is rou
 ulp, and the last copy takes what is left, which is such a multiple too. Their sum is then the weight, in exact
 arithmetic and in any dtype; no share is off by more than an ulp of the weight for each copy.
 
-Noise between the shares keeps all that, as long as no share outgrows the weight: it is centred over the copies of one
-old position, and reduced where it would be more than half of a copy's own share.
+Noise between the shares keeps all that as long as no share outgrows the weight: so it is at most half of the share that
+it is added to, and the last copy takes it back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 Draw = Callable[[Sequence[int]], torch.Tensor]
-"""Makes noise of a shape, on the CPU."""
+"""Makes noise of a shape."""
 
 
 def shared_out(
@@ -29,54 +29,38 @@ def shared_out(
         old: for each new position the old one that it copies, int64, shape (n,), on the CPU.
         share: for each new position its factor, float64, shape (n,), on the CPU; the factors of one old position's
             copies sum to 1.
-        draw: noise to add to the shares of each old position that has several, each weight's for itself. What is added
-            is the noise less its mean over the copies, times the largest factor up to 1 with which it is for none of
-            them more than half of its share; a weight of 0 stays 0.
+        draw: makes noise for the shares of old positions that have several copies: it is added to all but the last
+            copy, limited to half of the share (a weight of 0 stays 0), and taken from the last.
 
     Returns:
         the new weight; over the copies of one old position it sums to ``weight`` there, without rounding.
     """
-    shape = [-1 if a == axis else 1 for a in range(weight.ndim)]
-    device = weight.device
-    result = weight.index_select(axis, old.to(device)) * share.to(device, weight.dtype).view(shape)
+    size, device = weight.shape[axis], weight.device
     if draw is None:  # a power of two times a weight needs no rounding
-        apart = torch.bincount(old[torch.frexp(share).mantissa.abs() != 0.5], minlength=weight.shape[axis]) > 0
+        apart = torch.bincount(old[torch.frexp(share).mantissa.abs() != 0.5], minlength=size)[old] > 0
     else:
-        apart = torch.bincount(old, minlength=weight.shape[axis]) > 1
-    places = apart[old].nonzero().squeeze(1)
-    if len(places):
-        part = _split(weight, axis, old[places].to(device), share[places].to(device).view(shape), draw)
-        result.index_copy_(axis, places.to(device), part)
-    return result
+        apart = torch.bincount(old, minlength=size)[old] > 1
+    last = _last_of_each(old, size)
+    result = weight.new_empty([len(old) if a == axis else n for a, n in enumerate(weight.shape)])
 
+    def put(where: torch.Tensor, values: torch.Tensor) -> None:
+        result.index_copy_(axis, where.nonzero().squeeze(1).to(device), values.to(weight.dtype))
 
-def _split(weight: torch.Tensor, axis: int, old: torch.Tensor, share: torch.Tensor, draw: Draw | None) -> torch.Tensor:
-    """As `shared_out`, with any share: rounded to ulps, and the rest in the last copy."""
+    def shares(where: torch.Tensor) -> torch.Tensor:
+        return share[where].to(device).view([-1 if a == axis else 1 for a in range(weight.ndim)])
+
+    put(~apart, weight.index_select(axis, old[~apart].to(device)) * shares(~apart).to(weight.dtype))
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    last = _last_of_each(old, weight.shape[axis]).view(share.shape)
-    parts = exact.index_select(axis, old)
-    wanted = parts * share.to(exact.dtype)
+    others = old[apart & ~last].to(device)
+    whole = exact.index_select(axis, others)
+    parts = whole * shares(apart & ~last).to(exact.dtype)
     if draw is not None:
-        room = torch.minimum(wanted.abs() / 2, (parts.abs() - wanted.abs()).clamp(min=0))
-        wanted = wanted + _zero_sum(draw(parts.shape).to(exact), room, axis, old, weight.shape[axis])
-    rounded = _to_ulps(wanted, parts, weight.dtype)
-    given = torch.zeros_like(exact).index_add(axis, old, torch.where(last, 0.0, rounded))
-    rest = parts - given.index_select(axis, old)
-    return torch.where(last, rest, rounded).to(weight.dtype)
-
-
-def _zero_sum(noise: torch.Tensor, room: torch.Tensor, axis: int, old: torch.Tensor, size: int) -> torch.Tensor:
-    """``noise`` without its mean over the copies of each old position, reduced so that none is beyond its ``room``."""
-    whole = list(noise.shape)
-    whole[axis] = size
-    count = torch.bincount(old, minlength=size).clamp(min=1)
-    count = count.view([-1 if a == axis else 1 for a in range(noise.ndim)])
-    mean = noise.new_zeros(whole).index_add(axis, old, noise) / count
-    noise = noise - mean.index_select(axis, old)
-    where = old.view([-1 if a == axis else 1 for a in range(noise.ndim)]).expand_as(noise)
-    fits = torch.where(noise == 0, 1.0, room / noise.abs())
-    factor = noise.new_ones(whole).scatter_reduce(axis, where, fits, "amin")
-    return noise * factor.index_select(axis, old)
+        room = parts.abs() / 2
+        parts += draw(parts.shape).to(exact).clamp(-room, room)
+    parts = _to_ulps(parts, whole, weight.dtype)
+    put(apart & ~last, parts)
+    put(apart & last, exact.index_add(axis, others, parts, alpha=-1).index_select(axis, old[apart & last].to(device)))
+    return result
 
 
 def _last_of_each(old: torch.Tensor, size: int) -> torch.Tensor:
@@ -88,6 +72,7 @@ def _last_of_each(old: torch.Tensor, size: int) -> torch.Tensor:
 
 def _to_ulps(values: torch.Tensor, whole: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``values`` rounded to multiples of the ulp that ``whole`` has as a number of type ``dtype``."""
-    digits = 1 - round(torch.log2(torch.tensor(torch.finfo(dtype).eps)).item())
-    exponent = torch.frexp(whole).exponent
-    return torch.ldexp(torch.round(torch.ldexp(values, digits - exponent)), exponent - digits)
+    beyond = torch.copysign(
+        whole, values
+    )  # a sum that is not smaller than whole is such a multiple, and so is the rest
+    return (values + beyond).to(dtype).to(values.dtype) - beyond
