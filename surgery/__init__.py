@@ -12,7 +12,7 @@ from surgery.graph.tracing import example_inputs, trace
 from surgery.passes.apply import apply, reindex
 from surgery.passes.check import RuleCheck, check_rule
 from surgery.passes.deepen import deepen
-from surgery.passes.recipe import InsertIdentity, Recipe, Reindex, recipe
+from surgery.passes.recipe import InsertBlock, InsertIdentity, Recipe, Reindex, recipe
 from surgery.passes.slim import masked, slim, split_masks
 from surgery.passes.verify import Verification, verify
 from surgery.passes.widen import unwidened, widen
@@ -22,6 +22,7 @@ __all__ = [
     "DimensionGroup",
     "EditError",
     "ExportError",
+    "InsertBlock",
     "InsertIdentity",
     "Member",
     "Recipe",

@@ -24,7 +24,7 @@ def operated():
 
 def test_recipes_survive_json(operated):
     recipe = surgery.recipe(operated)
-    assert [type(s).__name__ for s in recipe.steps] == ["Reindex", "InsertIdentity", "Reindex"]
+    assert [type(s).__name__ for s in recipe.steps] == ["Reindex", "InsertBlock", "Reindex"]
     assert surgery.Recipe.from_json(recipe.to_json()) == recipe
     assert json.loads(recipe.to_json())["steps"][2]["indices"]["conv1"] == ["0:32"]
 

@@ -24,7 +24,8 @@ from surgery.passes.average import Expansion
 from surgery.passes.insert import insert_identity
 from surgery.passes.layout import Layout, Layouts, changed_tensors
 from surgery.passes.noise import draws, perturbed
-from surgery.passes.recipe import MEAN, InsertIdentity, Noise, Recipe, Reindex, Step
+from surgery.passes.recipe import MEAN, InsertBlock, InsertIdentity, Noise, Recipe, Reindex, Step
+from surgery.passes.replicate import insert_block
 from surgery.passes.rewire import rewire
 from surgery.passes.shares import Draw, shared_out
 
@@ -45,7 +46,7 @@ def apply(module: nn.Module, edit: Recipe | Step | Iterable[Step]) -> nn.Module:
             result = _reindex(result, step)
         else:
             result = copy.deepcopy(module) if result is module else result
-            insert_identity(result, step)
+            insert_block(result, step) if isinstance(step, InsertBlock) else insert_identity(result, step)
         with_info(result, steps=(*before, step))
     return copy.deepcopy(module) if result is module else result
 
@@ -80,7 +81,7 @@ def reindex(
 
 
 def _steps(edit: Step | Iterable[Step]) -> Sequence[Step]:
-    return (edit,) if isinstance(edit, (Reindex, InsertIdentity)) else tuple(edit)
+    return (edit,) if isinstance(edit, (Reindex, InsertIdentity, InsertBlock)) else tuple(edit)
 
 
 def _reindex(module: nn.Module, step: Reindex) -> nn.Module:

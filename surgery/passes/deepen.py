@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import fx, nn
 
@@ -13,53 +16,126 @@ from surgery.graph.dims import Dimensions, dimensions
 from surgery.graph.labels import Labelled
 from surgery.graph.tracing import TracedModule, info
 from surgery.passes.apply import apply
-from surgery.passes.insert import Site, activation_of, output_sites
-from surgery.passes.recipe import InsertIdentity
+from surgery.passes.blocks import IDEMPOTENT, Flow, find_block
+from surgery.passes.moments import calibrate
+from surgery.passes.recipe import InsertBlock, InsertIdentity
+from surgery.passes.replicate import copied_blocks, zero_names
+from surgery.passes.sites import Site, activation_of, is_called, local_name, output_sites
 
-IDEMPOTENT = frozenset({"ReLU", "ReLU6"})
-"""Activations with phi(phi(x)) = phi(x), behind which an identity layer and the same activation change nothing."""
+FORMS = ("layer", "residual", "block")
 
 _GATES = frozenset({"Sigmoid", "Hardsigmoid"})
 """Activations that scale something else rather than feed a layer."""
 
 
-def deepen(module: nn.Module, places: Mapping[str, int] | Iterable[str] | str, *, seed: int = 0) -> nn.Module:
-    """Insert layers that compute the identity, and can learn.
+def deepen(
+    module: nn.Module,
+    places: Mapping[str, int] | Iterable[str] | str,
+    *,
+    form: str | None = None,
+    kernel: int | Sequence[int] | None = None,
+    calibration: Any = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Insert layers or blocks that compute the identity, and can learn.
 
-    Behind an idempotent activation (ReLU, ReLU6) this is an identity convolution or linear layer with BatchNorm, where
-    the place has any, and the activation: Net2DeeperNet. Anywhere else it is a residual block whose last layer is zero.
-    With BatchNorm the function is kept in ``eval()``; in ``train()`` the new layer normalises by batch statistics.
+    ``form`` says what is inserted:
+
+    - ``"layer"``: an identity convolution or linear layer, BatchNorm where the place has any, and the activation
+      (Net2DeeperNet). Only where the activation changes nothing: behind ReLU and ReLU6, and behind pools and
+      concatenations of what they give; or without one, where the value is no activation's.
+    - ``"residual"``: a block with a skip connection whose last layer is zero. Anywhere.
+    - ``"block"``: a copy of the block at the end of a container, its last layers zero (LLaMA-Pro): a ResNet's or an
+      inverted residual block, a layer of a Transformer, whatever adds layers to a skip connection. Of a layer, it is
+      the smallest block that the layer is in.
+
+    By default it is a block at the end of containers that have one; else a layer where it can be, else residual. All
+    are exact in ``eval()``, and blocks in ``train()`` as well, as nothing is normalised on the way through them. The
+    BatchNorm behind an identity convolution normalises by the batch in ``train()``; its weight and bias are set to the
+    standard deviation and mean of what it is given, so that little changes there (Net2Net, section 3.2).
 
     Args:
         module: a traced module.
-        places: layers and containers, or how many layers behind each: ``{"layer3": 2}``. Behind a container means at
+        places: layers and containers, or how many to insert behind each: ``{"layer3": 2}``. Behind a container means at
             its end; behind a layer means behind the normalisation and activation that follow it. Globs match layers.
+        form: what is inserted; by default what fits.
+        kernel: size of the identity convolutions, odd; one for each direction or the same for all. By default that of
+            the named layer where it is odd, else 3. With a kernel the default is to insert layers, no blocks.
+        calibration: a batch of the model's inputs (a tensor, or a tuple of positional inputs) whose activations'
+            statistics the BatchNorms are set to. By default those that the BatchNorms before them predict.
         seed: of the random first layers of residual blocks.
 
     Raises:
-        UsageError: an unknown name or a count below 1.
-        EditError: a place without one output, or whose output has no channels.
+        UsageError: an unknown name or form, a count below 1, a kernel that is even or has another number of directions
+            than the place.
+        EditError: a place without one output, or whose output has no channels; a form that is not exact there.
     """
-    return apply(module, deepen_plan(module, places, seed=seed))
+    steps = deepen_plan(module, places, form=form, kernel=kernel, seed=seed)
+    result = apply(module, steps)
+    if calibration is not None:
+        layers = [s for s in steps if isinstance(s, InsertIdentity) and s.form == "layer" and s.norm]
+        calibrate(result, [f"{s.name}.norm" for s in layers], calibration)
+    return result
 
 
 def deepen_plan(
-    module: nn.Module, places: Mapping[str, int] | Iterable[str] | str, *, seed: int = 0
-) -> tuple[InsertIdentity, ...]:
+    module: nn.Module,
+    places: Mapping[str, int] | Iterable[str] | str,
+    *,
+    form: str | None = None,
+    kernel: int | Sequence[int] | None = None,
+    seed: int = 0,
+) -> tuple[InsertIdentity | InsertBlock, ...]:
     """The steps that `deepen` takes."""
     info(module)
+    if form is not None and form not in FORMS:
+        raise unknown_name("form", form, FORMS)
+    if form == "block" and kernel is not None:
+        raise UsageError("a copied block has the kernels of the block it is a copy of: give a form or a kernel")
+    sizes = kernel if kernel is None or isinstance(kernel, int) else tuple(kernel)
+    given = () if sizes is None else (sizes,) if isinstance(sizes, int) else sizes
+    if any(size < 1 or size % 2 == 0 for size in given):
+        raise UsageError(f"the kernel of an identity must be odd in each direction, not {kernel}")
     dims = dimensions(module)
     taken = {name for name, _ in module.named_modules()}
-    steps = []
+    steps: list[InsertIdentity | InsertBlock] = []
     for name, count in _expanded(module, places).items():
         if count < 1:
             raise UsageError(f"the number of layers behind {name!r} must be at least 1, not {count}")
         site = next(iter(output_sites(module, name)))
+        like = _block(module, dims, site, name, form) if kernel is None else None
         for _ in range(count):
-            new = _free_name(module, name, taken)
+            new = _free_name(module, name, "identity", taken) if like is None else _copy_name(module, name, like, taken)
             taken.add(new)
-            steps.append(_step(dims, site, name, new, seed))
+            if like is None:
+                steps.append(_step(dims, site, name, new, form, sizes, seed))
+            else:
+                steps.append(_copy(module, dims, name, like, new))
     return tuple(steps)
+
+
+def _block(module: nn.Module, dims: Dimensions, site: Site, name: str, form: str | None) -> str | None:
+    """What to copy behind ``name``: the name of a container, or an empty one for a block that has none."""
+    if form not in (None, "block") or (form is None and is_called(site, name)):
+        return None
+    like = ""
+    if not is_called(site, name):
+        found = find_block(Flow(dims, site), site.node, local_name(name, site.path))
+        like = f"{site.path}.{found[0]}".lstrip(".") if found is not None and found[0] else ""
+    try:
+        copied_blocks(module, dims, name, like)
+    except EditError:
+        if form is None:
+            return None
+        raise
+    return like
+
+
+def _copy(module: nn.Module, dims: Dimensions, after: str, like: str, name: str) -> InsertBlock:
+    zeros = {zero_names(site, block, like, name) for site, _, block in copied_blocks(module, dims, after, like)}
+    if len(zeros) > 1:
+        raise EditError(f"{like or after!r} ends in other layers in training than in evaluation")
+    return InsertBlock(after, name, like, zeros.pop())
 
 
 def _expanded(module: nn.Module, places: Mapping[str, int] | Iterable[str] | str) -> dict[str, int]:
@@ -79,23 +155,33 @@ def _expanded(module: nn.Module, places: Mapping[str, int] | Iterable[str] | str
     return result
 
 
-def _step(dims: Dimensions, site: Site, after: str, name: str, seed: int) -> InsertIdentity:
-    scope = next(s for s, (path, graph) in dims.books.graphs.items() if path == site.path and graph is site.graph)
-    value = dims.books.nodes[scope, site.node.name]
+def _step(
+    dims: Dimensions,
+    site: Site,
+    after: str,
+    name: str,
+    form: str | None,
+    kernel: int | tuple[int, ...] | None,
+    seed: int,
+) -> InsertIdentity:
+    flow = Flow(dims, site)
+    value = flow.value(site.node)
     where = f"the output of {after!r}"
     if not isinstance(value, Labelled):
         raise EditError(f"{where} is not one tensor")
     spatial, channels = _kind(dims, value, where)
-    activation = activation_of(site.owner, site.node)
-    idempotent = activation in IDEMPOTENT
-    norm = spatial > 0 and _normalised(site, after)
+    own = activation_of(site.owner, site.node)
+    again = own if own in IDEMPOTENT else "ReLU" if not own and flow.range(site.node)[0] >= 0 else ""
+    if form == "layer" and own and not again:
+        raise EditError(f"{where} is that of a {own}, which changes it when applied again: use form='residual'")
+    layer = form == "layer" or (form is None and bool(again))
     return InsertIdentity(
         after=after,
         name=name,
-        form="layer" if idempotent else "residual",
-        kernel=_kernel(site, after, value, spatial),
-        norm=norm,
-        activation=activation if idempotent else _nearest_activation(site),
+        form="layer" if layer else "residual",
+        kernel=_kernel(site, after, value, spatial, kernel),
+        norm=spatial > 0 and _normalised(site, after),
+        activation=again if layer else _nearest_activation(site),
         channels=channels,
         seed=zlib.crc32(f"{seed} {name}".encode()),
     )
@@ -117,9 +203,17 @@ def _kind(dims: Dimensions, value: Labelled, where: str) -> tuple[int, int]:
     return min(places, key=lambda place: bool(dims.frozen[dims.unit_of[place[0].ids]].all()))[1]
 
 
-def _kernel(site: Site, after: str, value: Labelled, spatial: int) -> tuple[int, ...]:
-    """The named layer's own kernel where it is odd, else 3; 1 along axes of size 1."""
-    named = site.owner.get_submodule(after[len(site.path) + 1 :] if site.path else after)
+def _kernel(
+    site: Site, after: str, value: Labelled, spatial: int, kernel: int | tuple[int, ...] | None
+) -> tuple[int, ...]:
+    """As asked for; else the named layer's own kernel where it is odd, else 3, and 1 along axes of size 1."""
+    if isinstance(kernel, int):
+        return (kernel,) * spatial
+    if kernel is not None:
+        if len(kernel) != spatial:
+            raise UsageError(f"a kernel of {len(kernel)} sizes for the output of {after!r}, which takes {spatial}")
+        return kernel
+    named = site.owner.get_submodule(local_name(after, site.path))
     own = getattr(named, "kernel_size", None)
     sizes = own if isinstance(own, tuple) and len(own) == spatial else (3,) * spatial
     return tuple(1 if size == 1 else k if k % 2 else 3 for k, size in zip(sizes, value.shape[2:], strict=False))
@@ -127,7 +221,7 @@ def _kernel(site: Site, after: str, value: Labelled, spatial: int) -> tuple[int,
 
 def _normalised(site: Site, after: str) -> bool:
     """Whether convolutions at the place are followed by BatchNorm: those inside a container, or around a layer."""
-    local = after[len(site.path) + 1 :] if site.path else after
+    local = local_name(after, site.path)
     named = site.owner.get_submodule(local)
     norms = nn.modules.batchnorm._BatchNorm
     if any(True for _ in named.children()):
@@ -154,18 +248,32 @@ def _nearest_activation(site: Site) -> str:
     return found
 
 
-def _free_name(module: nn.Module, after: str, taken: set[str]) -> str:
+def _free_name(module: nn.Module, after: str, what: str, taken: set[str]) -> str:
     """The next number in a container of numbered children; else a name of its own beside the layer."""
     named = module.get_submodule(after)
     children = [n for n, _ in named.named_children()]
-    number = 0
     if children and all(n.isdigit() for n in children):
-        number = max(map(int, children)) + 1
-        pattern = f"{after}.{{}}"
-    elif isinstance(named, TracedModule) and after:  # Python calls it: what is beside it is not in its graph
-        pattern = f"{after}.identity{{}}"
-    else:
-        pattern = f"{after}_identity{{}}"
-    while pattern.format(number) in taken:
-        number += 1
-    return pattern.format(number)
+        return _numbered(f"{after}.", max(map(int, children)) + 1, taken)
+    if isinstance(named, TracedModule) and after:  # Python calls it: what is beside it is not in its graph
+        return _numbered(f"{after}.{what}", 0, taken)
+    return _numbered(f"{after}_{what}", 0, taken)
+
+
+def _copy_name(module: nn.Module, after: str, like: str, taken: set[str]) -> str:
+    """The next number, where what is copied is the last of numbered siblings; else a name of its own beside it."""
+    if not like:
+        return _free_name(module, after, "block", taken)
+    parent, _, child = like.rpartition(".")
+    number = re.search(r"\d+$", child)
+    if number is None:
+        return _numbered(f"{like}_copy", 0, taken)
+    stem = child[: number.start()]
+    siblings = [n for n, _ in module.get_submodule(parent).named_children()]
+    last = max(int(n[len(stem) :]) for n in siblings if re.fullmatch(re.escape(stem) + r"\d+", n))
+    if int(number[0]) < last:
+        return _numbered(f"{like}_copy", 0, taken)
+    return _numbered(f"{parent}.{stem}".lstrip("."), last + 1, taken)
+
+
+def _numbered(stem: str, first: int, taken: set[str]) -> str:
+    return next(name for n in itertools.count(first) if (name := f"{stem}{n}") not in taken)

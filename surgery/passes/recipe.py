@@ -83,8 +83,28 @@ class InsertIdentity:
     seed: int = 0
 
 
-Step = Reindex | InsertIdentity
-_STEPS: dict[str, type[Any]] = {cls.__name__: cls for cls in (Reindex, InsertIdentity)}
+@dataclass(frozen=True)
+class InsertBlock:
+    """Insert a copy of a block behind it, whose last layers are 0, so that it hands on what it is given (LLaMA-Pro, ACL
+    2024).
+
+    Attributes:
+        after: qualified name of the container behind whose output the copy stands; of a layer in the block, where no
+            container is the block.
+        name: qualified name of the copy.
+        like: qualified name of the container that is copied; empty where none is the block. Then it is the smallest
+            block at the end of ``after``, or that ``after`` is in.
+        zeros: qualified names of the copy's tensors that are 0.
+    """
+
+    after: str
+    name: str
+    like: str
+    zeros: tuple[str, ...]
+
+
+Step = Reindex | InsertIdentity | InsertBlock
+_STEPS: dict[str, type[Any]] = {cls.__name__: cls for cls in (Reindex, InsertIdentity, InsertBlock)}
 
 
 @dataclass(frozen=True)
