@@ -19,41 +19,55 @@ def resolve(dims: Dimensions, module: nn.Module, wishes: Mapping[str, T]) -> dic
 
     A name is a group's own, a layer that produces channels, a container (all layers inside), or a glob over layer
     names. Where several names reach one group the most specific decides: a layer before a glob before a container, a
-    longer name before a shorter one.
+    longer glob before a shorter one, a container before those that it is in.
 
     Raises:
-        UsageError: a name matches nothing, or two equally specific names disagree.
+        UsageError: a name matches nothing, or two names disagree of which neither is more specific.
         EditError: a group, or a layer of it, is named that cannot be edited, or a container or glob in which none can.
     """
+    found = {name: _matches(dims, module, name) for name in wishes}
     result: dict[DimensionGroup, T] = {}
-    rank: dict[DimensionGroup, tuple[int, int]] = {}
-    for name, wish in wishes.items():
-        groups, precision = _matches(dims, module, name)
+    decided: dict[DimensionGroup, str] = {}
+    for name in sorted(found, key=lambda n: (found[n][1], len(n)), reverse=True):
+        groups, kind = found[name]
         for group in groups:
-            before = rank.get(group, (-1, 0))
-            if before == precision and result[group] != wish:
-                raise UsageError(f"{name!r} asks for {wish} of group {group.name!r}, another name for {result[group]}")
-            if precision >= before:
-                result[group], rank[group] = wish, precision
-    return result
+            other = decided.setdefault(group, name)
+            wish = result.setdefault(group, wishes[name])
+            if other != name and wish != wishes[name] and found[other][1] == kind and not _decides(other, name, kind):
+                raise UsageError(
+                    f"{other!r} asks for {wish} of group {group.name!r}, {name!r} for {wishes[name]}"
+                    + (f": name {group.name!r} as well to decide" if kind < _LAYER else "")
+                )
+    return {group: result[group] for name in wishes for group in found[name][0]}
 
 
-def _matches(dims: Dimensions, module: nn.Module, name: str) -> tuple[list[DimensionGroup], tuple[int, int]]:
+_CONTAINER, _GLOB, _LAYER = range(3)
+
+
+def _decides(name: str, other: str, kind: int) -> bool:
+    """Whether a name is more specific than another of its kind that is not longer."""
+    if kind == _CONTAINER:
+        return not other or name.startswith(f"{other}.")
+    return kind == _GLOB and len(name) > len(other)
+
+
+def _matches(dims: Dimensions, module: nn.Module, name: str) -> tuple[list[DimensionGroup], int]:
+    """The groups that a name means, and what kind of name it is."""
     layers = dims.layers
     own = {g.name: g for g in dims.groups}
     group = own.get(name) or layers.get(name)
     if group is not None:
         if not group.editable:
             raise EditError(f"group {group.name!r} cannot be edited: {group.reason}")
-        return [group], (2, len(name))
+        return [group], _LAYER
     if any(c in name for c in "*?["):
-        found, kind = {g: None for layer, g in layers.items() if fnmatchcase(layer, name)}, 1
+        found, kind = {g: None for layer, g in layers.items() if fnmatchcase(layer, name)}, _GLOB
     else:
-        found, kind = {g: None for layer, g in layers.items() if layer.startswith(f"{name}.") or not name}, 0
+        found, kind = {g: None for layer, g in layers.items() if layer.startswith(f"{name}.") or not name}, _CONTAINER
     if not found:
         containers = (n for n, m in module.named_modules() if n and any(True for _ in m.children()))
         raise unknown_name("layer", name, dict.fromkeys([*layers, *containers, *own]))
     editable = [g for g in found if g.editable]
     if not editable:
         raise EditError(f"nothing that {name!r} matches can be edited: {next(iter(found)).reason}")
-    return editable, (kind, len(name))
+    return editable, kind

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
+from numbers import Integral, Real
 
 import numpy as np
 from torch import nn
@@ -41,7 +42,7 @@ def widen(
         width: a factor of at least 1 for every group, or for each of some layers, containers or globs a factor
             (``float``) or an absolute width in channels (``int``). A container or glob stands for every group that a
             layer in it produces, each of which gets the factor, or the width. The most specific name decides: a layer
-            before a glob before a container, a longer name before a shorter one.
+            before a glob before a container, a longer glob before a shorter one, a container before those it is in.
         mapping: ``"random"``: the paper's mapping g, the old channels first, then uniform draws. ``"balanced"``: each
             channel is copied as often as the others, or once more; drawn is which. What a LayerNorm or GroupNorm
             normalises over is always copied whole.
@@ -109,7 +110,7 @@ def _plan(
     if isinstance(width, Mapping):
         wishes = resolve(dims, module, width)
     else:
-        wishes = dict.fromkeys((g for g in dims.groups if g.editable), float(width))
+        wishes = dict.fromkeys((g for g in dims.groups if g.editable), _number(width))
     indices: dict[str, tuple[int, ...]] = {}
     left: dict[str, str] = {}
     for group, wish in wishes.items():
@@ -148,21 +149,29 @@ def _drop_uneven(dims: Dimensions, indices: dict[str, tuple[int, ...]], left: di
                         uneven = True
 
 
+def _number(width: object) -> float:
+    if isinstance(width, bool) or not isinstance(width, Real):
+        raise UsageError(f"a width is a factor (float) or, for a name, a number of channels (int), not {width!r}")
+    return float(width)
+
+
 def _units(group: DimensionGroup, wish: Width, round_to: int) -> int:
     """The number of units that a factor or an absolute width asks for."""
     channels = group.size // group.units
-    if isinstance(wish, float):
-        if not (math.isfinite(wish) and wish >= 1):
-            raise UsageError(f"a widening factor must be at least 1, not {wish}")
-        units = math.floor(group.units * wish + 0.5)
-    else:
-        if wish < group.size or wish % channels:
+    number = _number(wish)
+    if isinstance(wish, Integral):
+        width = int(wish)
+        if width < group.size or width % channels:
             whole = f" and a multiple of {channels}" if channels > 1 else ""
-            factor = f" (a factor is a float: {wish}.0)" if 0 < wish < 10 else ""
+            hint = f" (a factor is a float: {number})" if 0 < width < 10 else ""
             raise UsageError(
-                f"width of {group.name!r} must be at least its {group.size} channels{whole}, not {wish}{factor}"
+                f"width of {group.name!r} must be at least its {group.size} channels{whole}, not {width}{hint}"
             )
-        units = wish // channels
+        units = width // channels
+    else:
+        if not (math.isfinite(number) and number >= 1):
+            raise UsageError(f"a widening factor must be at least 1, not {wish}")
+        units = math.floor(group.units * number + 0.5)
     step = round_to // math.gcd(round_to, channels)
     return math.ceil(units / step) * step if units > group.units else units
 
