@@ -1,6 +1,7 @@
 """Model surgery on torch.fx graphs: widen, deepen, slim, export and measure, exactly."""
 
 from surgery.deploy.benchmark import benchmark, compare
+from surgery.deploy.changes import Changes, changes
 from surgery.deploy.checkpoint import load, save
 from surgery.deploy.cost import cost
 from surgery.deploy.export import export_onnx
@@ -19,12 +20,14 @@ from surgery.passes.widen import unwidened, widen
 from surgery.version import __version__
 
 __all__ = [
+    "Changes",
     "DimensionGroup",
     "EditError",
     "ExportError",
     "InsertBlock",
     "InsertIdentity",
     "Member",
+    "Noise",
     "Recipe",
     "Reindex",
     "RuleCheck",
@@ -36,6 +39,7 @@ __all__ = [
     "__version__",
     "apply",
     "benchmark",
+    "changes",
     "check_rule",
     "compare",
     "cost",
