@@ -58,7 +58,7 @@ class Flow:
     """A graph, the layers it runs, and what the analysis knows of its values."""
 
     def __init__(self, dims: Dimensions, site: Site) -> None:
-        self.owner, self.graph = site.owner, site.graph
+        self.dims, self.owner, self.path, self.graph = dims, site.owner, site.path, site.graph
         graphs = dims.books.graphs
         self.scope = next(s for s, (path, graph) in graphs.items() if path == site.path and graph is site.graph)
         self.values = dims.books.nodes
@@ -89,7 +89,10 @@ class Flow:
         if node not in known:
             known[node] = -math.inf, math.inf
             rule = self.rule(node)
-            if rule is not None and (found := _RANGES.get(activation_of(self.owner, node))):
+            inner = [flow._ranges(end, {}) for flow, _, end in self._called(node)]
+            if inner:
+                known[node] = min(r[0] for r in inner), max(r[1] for r in inner)
+            elif rule is not None and (found := _RANGES.get(activation_of(self.owner, node))):
                 known[node] = found
             elif rule is not None and (rule.movement or rule.within):
                 given = [self._ranges(n, known) for n in self.tensors(node)]
@@ -176,7 +179,8 @@ class Flow:
         """Values that a value may be equal to, and what has to be 0 for that."""
         rule = self.rule(node)
         if rule is None:
-            return []
+            zeros = self._zeros_inside(node)
+            return [] if zeros is None else [(node.all_input_nodes[0], zeros)]
         if rule.linear == "sum":
             operands = [n for n in node.all_input_nodes if self.holds_tensors(n)]
             if len(operands) != 2 or len(node.args) != 2:
@@ -187,6 +191,29 @@ class Flow:
             read = self.tensors(node)
             return [(read[0], frozenset())] if len(read) == 1 else []
         return []
+
+    def _called(self, node: fx.Node) -> list[tuple[Flow, fx.Node, fx.Node]]:
+        """The graphs of a traced module that a node calls on one tensor, with their first input and their output."""
+        leaf = self.leaf(node)
+        read = [n for n in node.all_input_nodes if self.holds_tensors(n)]
+        if not isinstance(leaf, TracedModule) or node.args[:1] != tuple(read) or leaf._forward_hooks or leaf._forward_pre_hooks:
+            return []
+        result = []
+        for graph in leaf.graphs:
+            entry, end = next(iter(graph.nodes)), graph.output_node().args[0]
+            if entry.op == "placeholder" and isinstance(end, fx.Node):
+                path = f"{self.path}.{node.target}".lstrip(".")
+                result.append((Flow(self.dims, Site(leaf, path, graph, end)), entry, end))
+        return result if len(result) == len(leaf.graphs) else []
+
+    def _zeros_inside(self, node: fx.Node) -> frozenset[Zero] | None:
+        """What to set to 0 for a traced module that a node calls to hand on what it is given."""
+        found = [
+            next((block.zeros for block in flow.blocks(end) if block.entry is entry), None)
+            for flow, entry, end in self._called(node)
+        ]
+        inside = _all(found)
+        return None if inside is None else frozenset(Zero(f"{node.target}.{z.holder}", z.tensor) for z in inside)
 
     def _is_identity(self, entry: fx.Node, path: tuple[fx.Node, ...]) -> bool:
         """Whether the ops on the way from ``entry``, whose branches are 0, give what they are given: tried on numbers
@@ -209,7 +236,9 @@ class Flow:
         for node in reversed(path):
             args, kwargs = fx.map_arg((node.args, node.kwargs), given)
             leaf, target = self.leaf(node), node.target
-            if leaf is not None:
+            if isinstance(leaf, TracedModule):
+                env[node] = args[0]  # as `_zeros_inside` has seen
+            elif leaf is not None:
                 if leaf._forward_hooks or leaf._forward_pre_hooks:
                     return False
                 env[node] = leaf.forward(*args, **kwargs)

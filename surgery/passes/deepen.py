@@ -14,7 +14,7 @@ from torch import fx, nn
 from surgery.errors import EditError, UsageError, unknown_name
 from surgery.graph.dims import Dimensions, dimensions
 from surgery.graph.labels import Labelled
-from surgery.graph.tracing import TracedModule, info
+from surgery.graph.tracing import info
 from surgery.passes.apply import apply
 from surgery.passes.blocks import IDEMPOTENT, Flow, find_block
 from surgery.passes.moments import calibrate
@@ -105,7 +105,7 @@ def deepen_plan(
         site = next(iter(output_sites(module, name)))
         like = _block(module, dims, site, name, form) if kernel is None else None
         for _ in range(count):
-            new = _free_name(module, name, "identity", taken) if like is None else _copy_name(module, name, like, taken)
+            new = _new_name(module, site, name, like, taken)
             taken.add(new)
             if like is None:
                 steps.append(_step(dims, site, name, new, form, sizes, seed))
@@ -248,21 +248,21 @@ def _nearest_activation(site: Site) -> str:
     return found
 
 
-def _free_name(module: nn.Module, after: str, what: str, taken: set[str]) -> str:
+def _free_name(module: nn.Module, site: Site, after: str, what: str, taken: set[str]) -> str:
     """The next number in a container of numbered children; else a name of its own beside the layer."""
     named = module.get_submodule(after)
     children = [n for n, _ in named.named_children()]
     if children and all(n.isdigit() for n in children):
         return _numbered(f"{after}.", max(map(int, children)) + 1, taken)
-    if isinstance(named, TracedModule) and after:  # Python calls it: what is beside it is not in its graph
+    if site.path == after and after:  # Python calls it: what is beside it is not in its graph
         return _numbered(f"{after}.{what}", 0, taken)
     return _numbered(f"{after}_{what}", 0, taken)
 
 
-def _copy_name(module: nn.Module, after: str, like: str, taken: set[str]) -> str:
-    """The next number, where what is copied is the last of numbered siblings; else a name of its own beside it."""
+def _new_name(module: nn.Module, site: Site, after: str, like: str | None, taken: set[str]) -> str:
+    """Of a copy the next number, where what is copied is the last of numbered siblings; else a name beside it."""
     if not like:
-        return _free_name(module, after, "block", taken)
+        return _free_name(module, site, after, "identity" if like is None else "block", taken)
     parent, _, child = like.rpartition(".")
     number = re.search(r"\d+$", child)
     if number is None:

@@ -45,6 +45,8 @@ def output_sites(module: nn.Module, name: str) -> Iterator[Site]:
         if path and not f"{name}.".startswith(f"{path}."):
             continue
         local = local_name(name, path)
+        if path and not local and found:
+            continue  # a graph around it calls it
         for graph in owner.graphs:
             node = _output_node(owner, graph, local)
             if node is not None:
@@ -89,6 +91,8 @@ def _output_node(owner: TracedModule, graph: fx.Graph, name: str) -> fx.Node | N
 def is_called(site: Site, name: str) -> bool:
     """Whether the site's graph calls ``name`` as a whole: it is a layer, not a container."""
     local = local_name(name, site.path)
+    if isinstance(site.owner.get_submodule(local), TracedModule):
+        return False
     return any(n.op == "call_module" and n.target == local for n in site.graph.nodes)
 
 
