@@ -13,7 +13,7 @@ from surgery.graph.tracing import example_inputs, trace
 from surgery.passes.apply import apply, reindex
 from surgery.passes.check import RuleCheck, check_rule
 from surgery.passes.deepen import deepen
-from surgery.passes.recipe import InsertBlock, InsertIdentity, Recipe, Reindex, recipe
+from surgery.passes.recipe import InsertBlock, InsertIdentity, Noise, Recipe, Reindex, recipe
 from surgery.passes.slim import masked, slim, split_masks
 from surgery.passes.verify import Verification, verify
 from surgery.passes.widen import unwidened, widen

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -26,11 +27,13 @@ from surgery.cli.options import (
     per_layer,
 )
 from surgery.cli.output import emit, table
+from surgery.deploy.changes import HEADER, changes
 from surgery.deploy.checkpoint import RECIPE, save
 from surgery.deploy.cost import cost
 from surgery.deploy.detectors import comparable
 from surgery.deploy.outputs import refuse_folder
 from surgery.deploy.units import mebibytes, quantity
+from surgery.errors import UsageError
 from surgery.graph.tracing import example_inputs
 from surgery.passes.apply import apply
 from surgery.passes.deepen import deepen as deepen_module
@@ -41,7 +44,16 @@ from surgery.passes.verify import Verification, verify
 from surgery.passes.widen import unwidened
 from surgery.passes.widen import widen as widen_module
 
-Out = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write: recipe.json and weights.safetensors.")]
+SHOWN = 40
+"""Up to how many layers a dry run lists for people."""
+
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="The folder to write: recipe.json and weights.safetensors. Needed unless --dry-run."
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would change, and write nothing.")]
 Check = Annotated[bool, typer.Option("--verify/--no-verify", help="Run both models and compare them before writing.")]
 RoundTo = Annotated[int, typer.Option(help="Round numbers of channels up to a multiple of this.")]
 
@@ -55,7 +67,6 @@ def register(app: typer.Typer) -> None:
 
 def widen(
     model: Model,
-    out: Out,
     width: Annotated[
         list[str],
         typer.Option(
@@ -64,54 +75,74 @@ def widen(
             "LAYER=CHANNELS (layer1.0.conv1=96).",
         ),
     ],
+    out: Out = None,
+    mapping: Annotated[
+        str, typer.Option(help="Which channels are copied: random (the paper's draws) or balanced (all equally often).")
+    ] = "random",
+    break_symmetry: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WAY",
+            help="How copies come to learn different things: uneven (uneven shares of the weights that read them) or "
+            "zero-sum (noise on those weights), which are exact; or noise, the paper's on the copies' own weights, "
+            "which is not. [default: not at all]",
+        ),
+    ] = None,
+    noise: Annotated[float, typer.Option(help="Standard deviation of the noise, in those of each weight.")] = 0.05,
     round_to: RoundTo = 1,
     input_shape: InputShape = None,
     weights: Weights = "none",
     seed: Seed = 0,
     trust: Trust = False,
     check: Check = True,
+    dry_run: DryRun = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a model wider without changing what it computes (Net2Net)."""
-    refuse_folder(out, marker=RECIPE, force=force)
+    folder = _folder(out, dry_run, force)
     wish = one_or_per_layer("--width", width, float, int_or_float)
     before = open_model(model, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
-    after = widen_module(before, wish, seed=seed, round_to=round_to)
-    verified = None
-    if check:  # in float64 all through: the means of a stream's channels are rounded to the weights' dtype
-        exact = copy.deepcopy(before).double()
-        verified = _compare(apply(exact, recipe(after).steps[len(recipe(before).steps) :]), exact)
+    after = widen_module(
+        before, wish, mapping=mapping, break_symmetry=break_symmetry, noise=noise, seed=seed, round_to=round_to
+    )
     left = unwidened(before, wish, round_to=round_to)
-    _finish(before, after, out, verified=verified, as_json=as_json, left=left)
+
+    def compared() -> Verification:
+        """In float64 all through: the means of a stream's channels are rounded to the weights' dtype."""
+        exact = copy.deepcopy(before).double()
+        return _compare(apply(exact, recipe(after).steps[len(recipe(before).steps) :]), exact)
+
+    plain = break_symmetry == "noise"
+    _finish(before, after, folder, compared if check else None, as_json=as_json, left=left, inexact=plain)
 
 
 def deepen(
     model: Model,
-    out: Out,
     at: Annotated[
         list[str],
         typer.Option(metavar="PLACE", help="LAYER, or LAYER=COUNT, as often as you like: where to insert layers."),
     ],
+    out: Out = None,
     input_shape: InputShape = None,
     weights: Weights = "none",
     seed: Seed = 0,
     trust: Trust = False,
     check: Check = True,
+    dry_run: DryRun = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a model deeper without changing what it computes (Net2Net)."""
-    refuse_folder(out, marker=RECIPE, force=force)
+    folder = _folder(out, dry_run, force)
     places = per_layer("--at", [item if "=" in item else f"{item}=1" for item in at], int)
     before = open_model(model, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
     after = deepen_module(before, places, seed=seed)
-    _finish(before, after, out, verified=_compare(after, before) if check else None, as_json=as_json)
+    _finish(before, after, folder, (lambda: _compare(after, before)) if check else None, as_json=as_json)
 
 
 def slim(
     model: Model,
-    out: Out,
     rate: Annotated[
         list[str],
         typer.Option(
@@ -119,12 +150,14 @@ def slim(
             help="The split rate, in (0, 1]: what is kept of every layer; or, as often as you like, LAYER=RATE.",
         ),
     ],
+    out: Out = None,
     round_to: RoundTo = 1,
     input_shape: InputShape = None,
     weights: Weights = "none",
     seed: Seed = 0,
     trust: Trust = False,
     check: Check = True,
+    dry_run: DryRun = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -132,45 +165,83 @@ def slim(
 
     It is compared with the dense model whose other channels are switched off.
     """
-    refuse_folder(out, marker=RECIPE, force=force)
+    folder = _folder(out, dry_run, force)
     wish = one_or_per_layer("--rate", rate, float, float)
     before = open_model(model, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
     after = slim_module(before, wish, round_to=round_to)
-    verified = None
-    if check:
-        verified = _compare(after, masked(before, split_masks(before, wish, round_to=round_to)))
-    _finish(before, after, out, verified=verified, as_json=as_json)
+
+    def compared() -> Verification:
+        return _compare(after, masked(before, split_masks(before, wish, round_to=round_to)))
+
+    _finish(before, after, folder, compared if check else None, as_json=as_json)
+
+
+def _folder(out: Path | None, dry_run: bool, force: bool) -> Path | None:
+    """The folder to write, looked at before any work is done for it; none for a dry run."""
+    if dry_run:
+        return None
+    if out is None:
+        raise UsageError("Missing option '--out': name the folder to write, or see what would change with --dry-run")
+    refuse_folder(out, marker=RECIPE, force=force)
+    return out
 
 
 def _compare(after: nn.Module, expected: nn.Module) -> Verification:
     args, kwargs = example_inputs(after)
     both = (comparable(after), comparable(expected))
-    check = verify(*both, args, kwargs=kwargs, dtype=torch.float64, tolerance=EXACT)
-    return check.raise_if_different()
+    return verify(*both, args, kwargs=kwargs, dtype=torch.float64, tolerance=EXACT)
 
 
 def _finish(
     before: nn.Module,
     after: nn.Module,
-    out: Path,
+    folder: Path | None,
+    compare: Callable[[], Verification] | None,
     *,
-    verified: Verification | None,
     as_json: bool,
     left: Mapping[str, str] | None = None,
+    inexact: bool = False,
 ) -> None:
-    """Save what was made and say what it costs."""
+    """Verify and save what was made, unless it is a dry run, and say what it costs."""
+    alone = {} if left is None else {"left_alone": dict(left)}
+    reasons = [f"left alone: {reason}" for reason in (left or {}).values()]
+    if folder is None:
+        _show(before, after, as_json, alone, reasons)
+        return
+    verified = compare() if compare else None
+    if verified and not (inexact and math.isfinite(verified.max_rel)):
+        verified.raise_if_different()
     figures = {"before": cost(before), "after": cost(after)}
-    save(after, out, force=True)  # what was there has been looked at before
+    save(after, folder, force=True)  # what was there has been looked at before
     rows = [[name, quantity(c.params), quantity(c.macs), mebibytes(c.bytes)] for name, c in figures.items()]
     equal = f"verified in {verified.dtype}: relative difference {verified.max_rel:.1e}" if verified else "not verified"
+    if inexact:
+        by = f"; here by {verified.max_rel:.1e} of its magnitude, in {verified.dtype}" if verified else ""
+        equal = f"inexact by choice: noise on the weights of copies changes the output{by}"
     emit(
         {
-            "out": str(out),
+            "out": str(folder),
             **{name: c.to_dict() for name, c in figures.items()},
             "verification": verified.to_dict() if verified else None,
-            **({} if left is None else {"left_alone": dict(left)}),
+            **({"inexact_by_choice": True} if inexact else {}),
+            **alone,
         },
         as_json,
         table("", ["", "parameters", "MACs an input", "size"], rows),
-        note="\n".join([equal, *(f"left alone: {reason}" for reason in (left or {}).values()), f"saved to {out}"]),
+        note="\n".join([equal, *reasons, f"saved to {folder}"]),
+    )
+
+
+def _show(
+    before: nn.Module, after: nn.Module, as_json: bool, alone: Mapping[str, object], reasons: Sequence[str]
+) -> None:
+    """Say what a dry run would change."""
+    found = changes(before, after)
+    rows = found.rows()
+    more = [f"and {len(rows) - SHOWN} more layers (--json lists all)"] if len(rows) > SHOWN else []
+    emit(
+        {"dry_run": True, **found.to_dict(), **alone},
+        as_json,
+        *([table("", HEADER, rows[:SHOWN], text=HEADER)] if rows else []),
+        note="\n".join([*more, found.summary(), *reasons, "nothing was written"]),
     )
