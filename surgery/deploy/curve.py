@@ -11,7 +11,7 @@ import numpy as np
 from surgery.deploy.benchmark import BenchmarkResult, Ratio
 from surgery.deploy.environment import Environment
 from surgery.training.data import Normalisation
-from surgery.training.loop import History, Score
+from surgery.training.history import History, Score
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from surgery.graph import tracing
 from surgery.graph.tracing import trace
 from surgery.passes.slim import slim
 from surgery.training.data import Data, load_data
-from surgery.training.loop import History, Progress, Score, evaluate, train
+from surgery.training.history import History, Score
+from surgery.training.loop import Progress, evaluate, train
 
 ONNX_FILE = "model.onnx"
 MARKER = "tradeoff.json"

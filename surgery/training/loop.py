@@ -6,20 +6,25 @@ own loss and leaves this file as it is.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol, cast
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from surgery.errors import UsageError, unknown_name
 from surgery.training.data import Data, Images
+from surgery.training.growth import Growth, Stage, count, grown, grown_record, rehearse, stages
+from surgery.training.history import Epoch, Grown, History, Score
+from surgery.training.optimizer import transfer_optimizer
 
 Batch = tuple[Tensor, Tensor]
 """Images (N, C, H, W) and labels (N,)."""
@@ -34,62 +39,19 @@ class Progress(Protocol):
     def __call__(self, task: str, done: int, total: int) -> None: ...
 
 
-@dataclass(frozen=True)
-class Score:
-    """How many of the test images were classified correctly."""
-
-    correct: int
-    total: int
-
-    @property
-    def accuracy(self) -> float:
-        return self.correct / self.total
-
-    def interval(self, z: float = 1.96) -> tuple[float, float]:
-        """Wilson's interval for the accuracy; ``z`` is the normal quantile, 1.96 for 95 %."""
-        n, p = self.total, self.accuracy
-        centre = p + z * z / (2 * n)
-        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        scale = 1 + z * z / n
-        return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One pass over the training images: mean loss, learning rate at its end, score on the test images, seconds."""
-
-    loss: float
-    lr: float
-    score: Score | None
-    seconds: float
-
-
-@dataclass(frozen=True)
-class History:
-    """What happened in training, epoch by epoch."""
-
-    epochs: tuple[Epoch, ...]
-    steps: int
-
-    @property
-    def seconds(self) -> float:
-        return sum(epoch.seconds for epoch in self.epochs)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 def train(
     model: nn.Module,
     data: Data,
     *,
     epochs: int,
-    lr: float = 0.02,
+    optimizer: str = "sgd",
+    lr: float | None = None,
     batch_size: int = 64,
     momentum: float = 0.9,
-    weight_decay: float = 5e-4,
+    weight_decay: float | None = None,
     label_smoothing: float = 0.0,
     schedule: str = "one-cycle",
+    grow: Mapping[int, Growth] | None = None,
     seed: int = 0,
     loss_fn: LossFn | None = None,
     test_each_epoch: bool = False,
@@ -99,41 +61,60 @@ def train(
 ) -> History:
     """Train ``model`` in place on ``data.train`` and return how it went. The model is left in its mode of before.
 
-    Stochastic gradient descent with Nesterov momentum. ``lr`` is the peak learning rate: ``one-cycle`` warms up to it
-    over the first quarter of the steps and anneals to zero, ``cosine`` begins at it (`SCHEDULES`). Weight decay spares
-    biases and norms. ``loss_fn`` is `classification_loss` unless given. The order of the images and all
-    other randomness come from ``seed``; the global random state is left as it was. ``progress`` is called after each
-    step.
+    ``optimizer`` is ``sgd``, with Nesterov momentum, or ``adamw``, whose first beta is ``momentum`` (`OPTIMIZERS`, with
+    the ``lr`` and ``weight_decay`` that each has by default). ``lr`` is the peak learning rate: ``one-cycle`` warms up
+    to it over the first quarter of the steps and anneals to zero, ``cosine`` begins at it (`SCHEDULES`). Weight decay
+    spares biases and norms. ``loss_fn`` is `classification_loss` unless given. The order of the images and all other
+    randomness come from ``seed``; the global random state is left as it was. ``progress`` is called after each step.
 
-    Raises `UsageError` where there is nothing to train on, or a setting is out of range; `FloatingPointError` where the
-    loss stops being a number.
+    ``grow`` says what grows before which epoch, counted from 0: ``{0: Growth(images=0.3), 4: Growth(images=1.0,
+    widen=1.5)}``. A copy of the model is trained then, and `History.model` is what became of it; the optimiser's state
+    follows the weights, and the schedule, a fraction of all steps to come, goes on. What cannot be grown as asked is
+    refused before the training begins.
+
+    Raises `UsageError` where there is nothing to train on, or a setting is out of range; what `surgery.widen` and
+    `surgery.deepen` raise; `FloatingPointError` where the loss stops being a number.
     """
-    _check_settings(data, epochs, lr, batch_size, schedule)
+    _check_settings(data, epochs, optimizer, lr, batch_size, schedule)
     loss_fn = loss_fn or classification_loss(label_smoothing)
+    plan = stages(data, epochs, grow or {}, seed)
+    if grow:
+        rehearse(model, plan, seed)
+        model = copy.deepcopy(model)
     device = _device(model)
-    loader = _loader(data.train, batch_size, workers, shuffle=True, seed=seed)
-    total = epochs * len(loader)
-    optimizer = torch.optim.SGD(_parameter_groups(model, weight_decay), lr=lr, momentum=momentum, nesterov=momentum > 0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: SCHEDULES[schedule](step / total))
+    rule = OPTIMIZERS[optimizer]
+    peak = rule.lr if lr is None else lr
+    groups = _parameter_groups(model, rule.weight_decay if weight_decay is None else weight_decay)
+    descent = rule.make(groups, peak, momentum)
+    total = sum(stage.epochs * len(_loader(stage.images, batch_size, shuffle=True)) for stage in plan)
+    done = 0
     history: list[Epoch] = []
-    with _mode(model, training=True), _random_state(seed, device):
-        for _ in range(epochs):
-            started, summed = time.perf_counter(), 0.0
-            for images, labels in loader:
-                loss = loss_fn(model, (images.to(device), labels.to(device)))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                scheduler.step()
-                summed += loss.item()
-                if progress is not None:
-                    progress(task, scheduler.last_epoch, total)
-            if not math.isfinite(summed):
-                raise FloatingPointError(f"the loss of {task} is {summed} after {scheduler.last_epoch} steps: lower lr")
-            score = evaluate(model, data.test) if test_each_epoch else None
-            rate = float(optimizer.param_groups[0]["lr"])
-            history.append(Epoch(summed / len(loader), rate, score, time.perf_counter() - started))
-    return History(tuple(history), total)
+    growths: list[Grown] = []
+    loader = _loader(plan[0].images, batch_size, workers, shuffle=True, seed=seed)
+    with _random_state(seed, device):
+        for stage in plan:
+            if stage.growth is not None:
+                tests = data.test if test_each_epoch else None
+                model, descent, record = _grow(model, descent, stage, stage.growth, batch_size, tests, seed)
+                growths.append(record)
+            if loader.dataset is not stage.images:
+                loader = _loader(stage.images, batch_size, workers, shuffle=True, seed=seed)
+            with _mode(model, training=True):
+                for _ in range(stage.epochs):
+                    started, summed = time.perf_counter(), 0.0
+                    for images, labels in loader:
+                        _set_rate(descent, peak * SCHEDULES[schedule](done / total))
+                        summed += _step(model, (images.to(device), labels.to(device)), descent, loss_fn)
+                        done += 1
+                        if progress is not None:
+                            progress(task, done, total)
+                    if not math.isfinite(summed):
+                        raise FloatingPointError(f"the loss of {task} is {summed} after {done} steps: lower lr")
+                    score = evaluate(model, data.test) if test_each_epoch else None
+                    rate = peak * SCHEDULES[schedule](done / total)
+                    seconds = time.perf_counter() - started
+                    history.append(Epoch(count(stage.images), summed / len(loader), rate, score, seconds))
+    return History(tuple(history), total, tuple(growths), model if grow else None)
 
 
 def classification_loss(label_smoothing: float = 0.0) -> LossFn:
@@ -183,12 +164,46 @@ def evaluate(
     return Score(correct, total)
 
 
-def _check_settings(data: Data, epochs: int, lr: float, batch_size: int, schedule: str) -> None:
+def _step(model: nn.Module, batch: Batch, descent: Optimizer, loss_fn: LossFn) -> float:
+    loss = loss_fn(model, batch)
+    descent.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    descent.step()
+    return loss.item()
+
+
+def _set_rate(descent: Optimizer, lr: float) -> None:
+    for group in descent.param_groups:
+        group["lr"] = lr
+
+
+def _grow(
+    model: nn.Module,
+    descent: Optimizer,
+    stage: Stage,
+    growth: Growth,
+    batch_size: int,
+    tests: Images | None,
+    seed: int,
+) -> tuple[nn.Module, Optimizer, Grown]:
+    """The model and its optimiser after the growth before ``stage``, and what it did, scored on ``tests``."""
+    started = time.perf_counter()
+    larger = grown(model, growth, seed)
+    if larger is not model:
+        descent = transfer_optimizer(descent, model, larger, new=growth.state)
+    score = None if tests is None else evaluate(larger, tests)
+    batch, _ = next(iter(_loader(stage.images, batch_size, shuffle=False)))
+    return larger, descent, grown_record(stage, model, larger, batch.to(_device(model)), score, started)
+
+
+def _check_settings(data: Data, epochs: int, optimizer: str, lr: float | None, batch_size: int, schedule: str) -> None:
+    if optimizer not in OPTIMIZERS:
+        raise unknown_name("optimizer", optimizer, OPTIMIZERS)
     if schedule not in SCHEDULES:
         raise unknown_name("schedule", schedule, SCHEDULES)
     if epochs < 1:
         raise UsageError(f"epochs is {epochs}: it must be at least 1")
-    if not lr > 0:
+    if lr is not None and not lr > 0:
         raise UsageError(f"the learning rate is {lr}: it must be above 0")
     if batch_size < 2:
         raise UsageError(f"the batch size is {batch_size}: batch statistics need at least 2")
@@ -202,7 +217,7 @@ def _device(model: object) -> torch.device:
 
 
 def _loader(
-    images: Images, batch_size: int, workers: int, *, shuffle: bool, seed: int = 0
+    images: Images, batch_size: int, workers: int = 0, *, shuffle: bool, seed: int = 0
 ) -> DataLoader[tuple[Tensor, Any]]:
     """A shuffling loader drops the last, smaller batch, whose batch statistics would be noisier than the others'.
 
@@ -210,7 +225,7 @@ def _loader(
     """
     return DataLoader(
         images,
-        batch_size=min(batch_size, len(cast(Any, images))),
+        batch_size=min(batch_size, count(images)),
         shuffle=shuffle,
         drop_last=shuffle,
         generator=torch.Generator().manual_seed(seed),
@@ -225,6 +240,27 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How an optimiser is made of parameter groups, the peak learning rate and momentum; what is usual with it."""
+
+    make: Callable[[list[dict[str, Any]], float, float], Optimizer]
+    lr: float
+    weight_decay: float
+
+
+def _sgd(groups: list[dict[str, Any]], lr: float, momentum: float) -> Optimizer:
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+
+
+def _adamw(groups: list[dict[str, Any]], lr: float, momentum: float) -> Optimizer:
+    return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999))
+
+
+OPTIMIZERS: Mapping[str, Descent] = {"sgd": Descent(_sgd, 0.02, 5e-4), "adamw": Descent(_adamw, 1e-3, 1e-2)}
+"""What descends the loss."""
 
 
 def _one_cycle(t: float) -> float:

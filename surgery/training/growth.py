@@ -1,0 +1,173 @@
+"""Growing in the middle of training: a wider and deeper model, and more data (Net2Net's lifelong learning).
+
+Chen, Goodfellow, Shlens 2016, section 1: a system that goes on learning is given more data and needs more capacity, and
+should not begin anew each time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Subset, TensorDataset
+
+from surgery.deploy.cost import cost
+from surgery.errors import UsageError, unknown_name
+from surgery.passes.deepen import deepen
+from surgery.passes.recipe import Recipe, recipe
+from surgery.passes.verify import verify
+from surgery.passes.widen import Width, widen
+from surgery.training.data import Data, Images
+from surgery.training.history import Grown, Score
+from surgery.training.optimizer import NEW
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What grows before an epoch: the model in width, then in depth, and the training images.
+
+    Attributes:
+        widen: as in `surgery.widen`.
+        deepen: as in `surgery.deepen`.
+        images: the training images from then on: another data set, or the fraction in (0, 1] of the whole of
+            ``data.train``. A fraction is one of each class, drawn by the training's seed; a larger one contains a
+            smaller one.
+        state: what the optimiser's state of further copies begins with: ``"copied"`` or ``"zero"``
+            (`surgery.transfer_optimizer`).
+        widen_options: more for `surgery.widen`. The symmetry between copies is broken by ``"zero-sum"`` noise unless
+            ``break_symmetry`` says otherwise; the seed is the training's unless ``seed`` does.
+        deepen_options: more for `surgery.deepen`.
+    """
+
+    widen: float | Mapping[str, Width] | None = None
+    deepen: Mapping[str, int] | Iterable[str] | str | None = None
+    images: float | Images | None = None
+    state: str = "copied"
+    widen_options: Mapping[str, Any] = field(default_factory=dict)
+    deepen_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def changes_model(self) -> bool:
+        return self.widen is not None or self.deepen is not None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Epochs of a training in which nothing grows, and the growth before them."""
+
+    first: int
+    epochs: int
+    images: Images
+    growth: Growth | None
+
+
+def stages(data: Data, epochs: int, grow: Mapping[int, Growth], seed: int) -> tuple[Stage, ...]:
+    """The stages of a training of ``epochs`` epochs that grows before those that ``grow`` has.
+
+    Raises:
+        UsageError: an epoch that there is not, a growth of nothing, an unknown ``state``, a fraction out of range, or fewer
+            images than before.
+    """
+    for epoch, growth in grow.items():
+        if epoch not in range(epochs):
+            raise UsageError(f"grow has epoch {epoch}: this training has epochs 0 to {epochs - 1}")
+        if not growth.changes_model and growth.images is None:
+            raise UsageError(f"the growth before epoch {epoch} has nothing to grow: give it widen, deepen or images")
+        if growth.state not in NEW:
+            raise unknown_name("state of new channels", growth.state, NEW)
+    result: list[Stage] = []
+    images = data.train
+    for first, end in itertools.pairwise([*sorted({0, *grow}), epochs]):
+        step = grow.get(first)
+        if step is not None and step.images is not None:
+            before, images = images, _images(data, step.images, first, seed)
+            if result and count(images) < count(before):
+                raise UsageError(
+                    f"before epoch {first} the training images would go from {count(before)} to {count(images)}: "
+                    "data can only grow"
+                )
+        result.append(Stage(first, end - first, images, step))
+    return tuple(result)
+
+
+def grown(model: nn.Module, growth: Growth, seed: int) -> nn.Module:
+    """``model`` after ``growth``; the same object where only the data grows.
+
+    Raises what `surgery.widen` and `surgery.deepen` do.
+    """
+    if growth.widen is not None:
+        options = {"break_symmetry": "zero-sum", "seed": seed, **growth.widen_options}
+        model = widen(model, growth.widen, **options)
+    if growth.deepen is not None:
+        model = deepen(model, growth.deepen, **{"seed": seed, **growth.deepen_options})
+    return model
+
+
+def rehearse(model: nn.Module, plan: Sequence[Stage], seed: int) -> None:
+    """Let ``model`` grow as planned, so that what cannot be done is refused before the training and not in it."""
+    for stage in plan:
+        if stage.growth is not None:
+            model = grown(model, stage.growth, seed)
+
+
+def grown_record(
+    stage: Stage, before: nn.Module, after: nn.Module, batch: Tensor, score: Score | None, started: float
+) -> Grown:
+    """What the growth before ``stage`` did, which began at the time ``started``; ``batch`` is of images."""
+    if after is before:
+        return Grown(stage.first, count(stage.images), (), None, None, None, score, time.perf_counter() - started)
+    steps = Recipe(None, recipe(after).steps[len(recipe(before).steps) :])
+    return Grown(
+        epoch=stage.first,
+        images=count(stage.images),
+        steps=tuple(json.loads(steps.to_json())["steps"]),
+        before=cost(before, batch),
+        after=cost(after, batch),
+        check=verify(after, before, batch),
+        score=score,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _images(data: Data, wanted: float | Images, epoch: int, seed: int) -> Images:
+    if not isinstance(wanted, (int, float)):
+        return wanted
+    if not 0 < wanted <= 1:
+        raise UsageError(f"the fraction of images from epoch {epoch} on is {wanted}: it must be above 0 and at most 1")
+    return data.train if wanted == 1 else _fraction(data.train, wanted, seed)
+
+
+def _fraction(images: Images, fraction: float, seed: int) -> Images:
+    """So much of each class, at least one image; those of a smaller fraction are among those of a larger one."""
+    labels = _labels(images)
+    random = np.random.default_rng(seed)
+    chosen: list[int] = []
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        chosen += members[: max(1, round(fraction * len(members)))].tolist()
+    return Subset(images, sorted(chosen))
+
+
+def _labels(images: Images) -> NDArray[np.int64]:
+    """The label of each image, without reading the images where the data set has its labels in a list."""
+    if isinstance(images, Subset):
+        return _labels(images.dataset)[np.asarray(images.indices, dtype=np.int64)]
+    if isinstance(images, TensorDataset):
+        return np.asarray(images.tensors[1], dtype=np.int64)
+    for name in ("targets", "labels", "_labels", "y"):  # torchvision's
+        known = getattr(images, name, None)
+        if known is not None and len(known) == count(images):
+            return np.asarray(known, dtype=np.int64)
+    return np.asarray([int(images[k][1]) for k in range(count(images))], dtype=np.int64)
+
+
+def count(images: Images) -> int:
+    """How many images there are."""
+    return len(cast(Any, images))
