@@ -13,10 +13,16 @@ from surgery.graph.tracing import example_inputs, trace
 from surgery.passes.apply import apply, reindex
 from surgery.passes.check import RuleCheck, check_rule
 from surgery.passes.deepen import deepen
+from surgery.passes.origins import Origin, origins
 from surgery.passes.recipe import InsertBlock, InsertIdentity, Noise, Recipe, Reindex, recipe
 from surgery.passes.slim import masked, slim, split_masks
 from surgery.passes.verify import Verification, verify
 from surgery.passes.widen import unwidened, widen
+from surgery.training.data import load_data
+from surgery.training.growth import Growth
+from surgery.training.history import History
+from surgery.training.loop import evaluate, train
+from surgery.training.optimizer import transfer_optimizer
 from surgery.version import __version__
 
 __all__ = [
@@ -24,10 +30,13 @@ __all__ = [
     "DimensionGroup",
     "EditError",
     "ExportError",
+    "Growth",
+    "History",
     "InsertBlock",
     "InsertIdentity",
     "Member",
     "Noise",
+    "Origin",
     "Recipe",
     "Reindex",
     "RuleCheck",
@@ -45,11 +54,14 @@ __all__ = [
     "cost",
     "deepen",
     "dimension_groups",
+    "evaluate",
     "example_inputs",
     "export_onnx",
     "load",
+    "load_data",
     "masked",
     "oprule",
+    "origins",
     "recipe",
     "reindex",
     "save",
@@ -57,6 +69,8 @@ __all__ = [
     "split_masks",
     "trace",
     "tradeoff",
+    "train",
+    "transfer_optimizer",
     "unwidened",
     "verify",
     "widen",

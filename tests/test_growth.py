@@ -292,6 +292,12 @@ def test_what_cannot_grow_is_refused_before_the_training(digits, grow, message):
         train(plain(), digits, epochs=3, grow=grow, loss_fn=no_step)
 
 
+def test_batch_statistics_need_more_than_one_image(digits):
+    one_class = replace(digits, train=TensorDataset(torch.zeros(5, 3, 8, 8), torch.zeros(5, dtype=torch.int64)))
+    with pytest.raises(surgery.UsageError, match="from epoch 0 on there would be 1 training images: 2 are needed"):
+        train(plain(), one_class, epochs=1, grow={0: Growth(images=0.2)})
+
+
 def test_a_model_that_was_not_traced_cannot_grow(digits):
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
     with pytest.raises(surgery.UsageError, match="Sequential is not a traced module: pass it through surgery"):

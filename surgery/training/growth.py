@@ -72,8 +72,8 @@ def stages(data: Data, epochs: int, grow: Mapping[int, Growth], seed: int) -> tu
     """The stages of a training of ``epochs`` epochs that grows before those that ``grow`` has.
 
     Raises:
-        UsageError: an epoch that there is not, a growth of nothing, an unknown ``state``, a fraction out of range, or fewer
-            images than before.
+        UsageError: an epoch that there is not, a growth of nothing, an unknown ``state``, a fraction out of range,
+            fewer images than before, or fewer than 2.
     """
     for epoch, growth in grow.items():
         if epoch not in range(epochs):
@@ -93,6 +93,8 @@ def stages(data: Data, epochs: int, grow: Mapping[int, Growth], seed: int) -> tu
                     f"before epoch {first} the training images would go from {count(before)} to {count(images)}: "
                     "data can only grow"
                 )
+            if count(images) < 2:
+                raise UsageError(f"from epoch {first} on there would be {count(images)} training images: 2 are needed")
         result.append(Stage(first, end - first, images, step))
     return tuple(result)
 
