@@ -267,6 +267,7 @@ class Body(nn.Module):
         self.kind = kind
         self.a, self.b, self.skip = (nn.Linear(6, 6) for _ in range(3))
         self.norm, self.bare = nn.LayerNorm(6), nn.LayerNorm(6, elementwise_affine=False)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.b(F.gelu(self.a(x)))
@@ -286,6 +287,8 @@ class Body(nn.Module):
             return x + F.relu(y)
         if self.kind == "norm without weights":
             return x + self.bare(y)
+        if self.kind == "weights of an attention":
+            return x + self.attention(x, x, x)[1]
         if self.kind == "overwritten":
             z = x.relu_()
             return x + self.b(z)
@@ -303,13 +306,13 @@ class Whole(nn.Module):
 
 REFUSED = [
     *("no skip", "a skip that changes", "normalised behind", "activated behind", "subtracted from", "turned"),
-    *("activated branch", "norm without weights", "overwritten"),
+    *("activated branch", "norm without weights", "overwritten", "weights of an attention"),
 ]
 
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_no_block_is_refused_and_gets_layers_by_default(kind):
-    traced, x = traced_of(lambda: Whole(kind), 5, 4)
+    traced, x = traced_of(lambda: Whole(kind), 5, 6, 4)
     with pytest.raises(
         surgery.EditError, match="'body' has no block at its end that could be copied: that takes a skip"
     ):
@@ -359,6 +362,21 @@ def test_a_block_that_others_look_into_is_refused():
             return self.head(torch.cat([x + self.b(inner), inner], 1))
 
     traced, _ = traced_of(Tapped, 5, 6)
+    with pytest.raises(surgery.EditError, match="no block"):
+        surgery.deepen(traced, ["b"], form="block")
+
+
+def test_a_block_that_reads_other_activations_is_refused():
+    class Conditioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.tanh(self.stem(x))
+            return self.head(y + self.b(F.gelu(self.a(y)) * x))
+
+    traced, _ = traced_of(Conditioned, 5, 6)
     with pytest.raises(surgery.EditError, match="no block"):
         surgery.deepen(traced, ["b"], form="block")
 
