@@ -103,6 +103,91 @@ def test_identity_batch_norm_is_exact_in_float64_also_when_built_in_float32(resn
     assert surgery.verify(deep, twin, torch.randn(2, 3, 32, 32), dtype=torch.float64).max_rel <= 1e-10
 
 
+def widths(module: nn.Module) -> dict[str, int]:
+    """The new widths of the groups that grew."""
+    return {name: len(index) for name, index in surgery.recipe(module).steps[-1].indices.items()}
+
+
+LAYER3 = ("layer3.0.conv1", "layer3.0.conv2", "layer3.1.conv1")
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        ({"layer3": 2.0}, dict.fromkeys(LAYER3, 512)),
+        ({"layer3": 300}, dict.fromkeys(LAYER3, 300)),
+        ({"layer3": 2.0, "layer3.0.conv1": 300}, {**dict.fromkeys(LAYER3, 512), "layer3.0.conv1": 300}),
+        ({"layer3.0.conv1": 300, "layer3": 2.0}, {**dict.fromkeys(LAYER3, 512), "layer3.0.conv1": 300}),
+        ({"layer3.0": 300, "layer3": 2.0}, {**dict.fromkeys(LAYER3, 300), "layer3.1.conv1": 512}),
+        ({"layer3": 2.0, "": 1.0}, dict.fromkeys(LAYER3, 512)),
+        ({"layer3.*.conv1": 300, "layer3": 2.0}, {**dict.fromkeys(LAYER3, 300), "layer3.0.conv2": 512}),
+        ({"layer3.?.conv*": 1.0, "layer3.0.conv*": 300}, {"layer3.0.conv1": 300, "layer3.0.conv2": 300}),
+        ({"layer3.0.conv2": 300}, {"layer3.0.conv2": 300}),
+        ({"layer3.0.bn2": 300, "layer3.1.conv2": 300}, {"layer3.0.conv2": 300}),
+    ],
+)
+def test_the_most_specific_name_decides(resnet, width, expected):
+    wide = surgery.widen(resnet, width)
+    assert widths(wide) == expected
+    assert surgery.verify(wide, resnet, torch.randn(2, 3, 32, 32).double()).max_rel <= 1e-10
+
+
+def test_new_widths_are_rounded_up_and_old_ones_stay(resnet):
+    assert set(widths(surgery.widen(resnet, 1.1, round_to=48)).values()) == {96, 144, 288, 576}
+    assert widths(surgery.widen(resnet, {"layer1.0.conv1": 97, "layer2": 1.0}, round_to=8)) == {"layer1.0.conv1": 104}
+
+
+def test_widths_of_attention_are_rounded_up_to_whole_heads_that_make_a_multiple():
+    net = nn.MultiheadAttention(36, 3, batch_first=True)  # heads of 12
+    x = torch.randn(2, 5, 36)
+    traced = surgery.trace(Attention(net), x)
+    (heads,) = (g for g in surgery.dimension_groups(traced) if g.units == 3 and g.editable)
+    wide = surgery.widen(traced, {heads.name: 5 / 3}, round_to=8)
+    assert widths(wide) == {heads.name: 6}
+    assert wide.get_submodule("layer").out_proj.weight.shape == (36, 72)
+    assert surgery.verify(wide, traced, x, dtype=torch.float64).max_rel <= 1e-10
+
+
+class Attention(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        (
+            {"layer1.0": 80, "layer1.1": 96},
+            "'layer1.0' asks for 80 of group 'conv1', 'layer1.1' for 96: name 'conv1' as",
+        ),
+        ({"layer1.?.conv1": 96, "layer1.*.conv1": 80}, r"'layer1\.\?\.conv1' asks for 96 of .*: name 'layer1.0.conv1'"),
+        ({"conv1": 80, "layer1.0.conv2": 96}, "'layer1.0.conv2' asks for 96 of group 'conv1', 'conv1' for 80$"),
+        ({"layer3": 96}, "width of 'layer3.0.conv1' must be at least its 256 channels, not 96$"),
+        ({"layer3": 2}, r"must be at least its 256 channels, not 2 \(a factor is a float: 2.0\)"),
+        ({"layer3": "2"}, "a width is a factor .* not '2'"),
+        ({"layer3": True}, "a width is a factor .* not True"),
+        ("1.5", "a width is a factor .* not '1.5'"),
+    ],
+)
+def test_names_that_disagree_and_widths_that_are_none_are_refused(resnet, width, message):
+    with pytest.raises(surgery.UsageError, match=message):
+        surgery.widen(resnet, width)
+
+
+def test_the_group_itself_decides_where_containers_disagree(resnet):
+    wide = surgery.widen(resnet, {"layer1.0": 80, "layer1.1": 96, "conv1": 70})
+    assert widths(wide) == {"conv1": 70, "layer1.0.conv1": 80, "layer1.1.conv1": 96}
+
+
+def test_round_to_must_be_positive(resnet):
+    with pytest.raises(surgery.UsageError, match="round_to must be at least 1, not 0"):
+        surgery.widen(resnet, 1.5, round_to=0)
+
+
 @pytest.mark.parametrize(
     ("width", "message"),
     [

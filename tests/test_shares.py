@@ -31,6 +31,40 @@ def test_the_shares_of_a_weight_sum_to_it_in_exact_arithmetic(dtype):
     assert ((result.double() - even).abs() <= 8 * torch.finfo(dtype).eps * weight.double()[:, old].abs()).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_noise_between_shares_leaves_their_sum_as_exact(dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(5, 6, 1, generator=generator) * torch.tensor([1e-3, 1, 50, 1, 1]).view(-1, 1, 1)).to(dtype)
+    weight[3, 1] = 0.0
+    old = torch.tensor([*range(6), 0, 1, 1, 2, 2, 2])
+    share = 1.0 / torch.bincount(old)[old].double()
+    asked = []
+
+    def draw(shape):
+        asked.append(torch.randn(shape, generator=generator))
+        return asked[-1]
+
+    result = shared_out(weight, 1, old, share, draw)
+    assert result.dtype == dtype
+    assert asked[0].shape == (5, 6, 1)  # all copies but the last of each
+    for row in range(5):
+        for column in range(6):
+            copies = [Fraction(v.item()) for v in result[row, old == column, 0]]
+            whole = Fraction(weight[row, column, 0].item())
+            assert sum(copies) == whole
+            ulp = abs(whole) * Fraction(torch.finfo(dtype).eps)
+            assert all(abs(part - whole / len(copies)) <= abs(whole) / len(copies) / 2 + ulp for part in copies[:-1])
+    assert (result[:, 0] != result[:, 6]).sum() >= 4
+
+
+def test_shares_of_either_sign_sum_to_the_weight_too():
+    weight = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+    old, share = torch.tensor([0, 1, 2, 2, 2]), torch.tensor([1.0, 1.0, 1.3, -0.4, 0.1], dtype=torch.float64)
+    result = shared_out(weight, 1, old, share)
+    assert torch.equal(result[:, 2:].double().sum(1), weight[:, 2].double())
+    assert torch.allclose(result[:, 3], -0.4 * weight[:, 2], rtol=1e-6)
+
+
 def test_uneven_shares_sum_to_the_weight_too():
     weight = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
     old, share = torch.tensor([0, 1, 1, 1]), torch.tensor([1.0, 0.2, 0.7, 0.1], dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TypeVar
@@ -19,7 +20,7 @@ def resolve(dims: Dimensions, module: nn.Module, wishes: Mapping[str, T]) -> dic
 
     A name is a group's own, a layer that produces channels, a container (all layers inside), or a glob over layer
     names. Where several names reach one group the most specific decides: a layer before a glob before a container, a
-    longer glob before a shorter one, a container before those that it is in.
+    glob that spells out more letters before one with fewer, a container before those that it is in.
 
     Raises:
         UsageError: a name matches nothing, or two names disagree of which neither is more specific.
@@ -28,7 +29,7 @@ def resolve(dims: Dimensions, module: nn.Module, wishes: Mapping[str, T]) -> dic
     found = {name: _matches(dims, module, name) for name in wishes}
     result: dict[DimensionGroup, T] = {}
     decided: dict[DimensionGroup, str] = {}
-    for name in sorted(found, key=lambda n: (found[n][1], len(n)), reverse=True):
+    for name in sorted(found, key=lambda n: (found[n][1], _letters(n)), reverse=True):
         groups, kind = found[name]
         for group in groups:
             other = decided.setdefault(group, name)
@@ -45,10 +46,15 @@ _CONTAINER, _GLOB, _LAYER = range(3)
 
 
 def _decides(name: str, other: str, kind: int) -> bool:
-    """Whether a name is more specific than another of its kind that is not longer."""
+    """Whether a name is more specific than another of its kind that has no more letters."""
     if kind == _CONTAINER:
         return not other or name.startswith(f"{other}.")
-    return kind == _GLOB and len(name) > len(other)
+    return kind == _GLOB and _letters(name) > _letters(other)
+
+
+def _letters(name: str) -> int:
+    """How many characters of a name stand for themselves."""
+    return len(re.sub(r"\[.*?\]|[*?]", "", name))
 
 
 def _matches(dims: Dimensions, module: nn.Module, name: str) -> tuple[list[DimensionGroup], int]:

@@ -42,7 +42,7 @@ def widen(
         width: a factor of at least 1 for every group, or for each of some layers, containers or globs a factor
             (``float``) or an absolute width in channels (``int``). A container or glob stands for every group that a
             layer in it produces, each of which gets the factor, or the width. The most specific name decides: a layer
-            before a glob before a container, a longer glob before a shorter one, a container before those it is in.
+            before a glob before a container; of globs that with more letters, of containers the inner one.
         mapping: ``"random"``: the paper's mapping g, the old channels first, then uniform draws. ``"balanced"``: each
             channel is copied as often as the others, or once more; drawn is which. What a LayerNorm or GroupNorm
             normalises over is always copied whole.
