@@ -107,7 +107,7 @@ def test_every_parameter_of_the_grown_model_learns_and_copies_part(digits):
     stem = start.model.stem.weight.detach()
     (index,) = (i for name, i in surgery.recipe(start.model).steps[0].indices.items() if name == "stem")
     for new, old_unit in enumerate(index[8:], 8):
-        assert not torch.equal(stem[new], stem[old_unit])
+        assert (stem[new] - stem[old_unit]).abs().max() > 1e-4  # 1e-8, from rounding, with even shares
 
 
 def test_the_symmetry_of_copies_is_broken_by_zero_sum_noise_unless_told_otherwise(digits):

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from surgery.errors import UsageError
 from surgery.training.data import load_data
-from surgery.training.loop import SCHEDULES, Score, classification_loss, evaluate, train
+from surgery.training.history import Score
+from surgery.training.loop import SCHEDULES, classification_loss, evaluate, train
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,21 @@ def test_training_learns_the_digits(digits):
     assert [epoch.score.accuracy for epoch in history.epochs][-1] == evaluate(model, digits.test).accuracy
     assert history.epochs[-1].loss < history.epochs[0].loss
     assert history.steps == 4 * (1438 // 64)
+
+
+def test_adamw_is_another_row_of_the_table(digits):
+    model = small_net()
+    history = train(model, digits, epochs=4, optimizer="adamw", lr=0.01)
+    assert evaluate(model, digits.test).accuracy > 0.93
+    assert history.epochs[-1].images == 1438
+
+
+@pytest.mark.parametrize(("optimizer", "lr", "weight_decay"), [("sgd", 0.02, 5e-4), ("adamw", 1e-3, 1e-2)])
+def test_each_optimizer_has_its_usual_rate_and_decay(digits, optimizer, lr, weight_decay):
+    usual, named = small_net(), small_net()
+    train(usual, digits, epochs=1, optimizer=optimizer)
+    train(named, digits, epochs=1, optimizer=optimizer, lr=lr, weight_decay=weight_decay)
+    assert torch.equal(usual[0].weight, named[0].weight)
 
 
 def test_the_same_seed_trains_the_same_weights_and_another_seed_others(digits):
@@ -165,6 +181,7 @@ def test_wilsons_interval_is_that_of_the_textbook():
         ({"lr": 0.0}, "the learning rate is 0.0: it must be above 0"),
         ({"lr": float("nan")}, "the learning rate is nan: it must be above 0"),
         ({"batch_size": 1}, "the batch size is 1: batch statistics need at least 2"),
+        ({"optimizer": "adam"}, "unknown optimizer 'adam'; did you mean 'adamw'"),
         ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'"),
     ],
 )
