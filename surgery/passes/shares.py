@@ -72,7 +72,6 @@ def _last_of_each(old: torch.Tensor, size: int) -> torch.Tensor:
 
 def _to_ulps(values: torch.Tensor, whole: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``values`` rounded to multiples of the ulp that ``whole`` has as a number of type ``dtype``."""
-    beyond = torch.copysign(
-        whole, values
-    )  # a sum that is not smaller than whole is such a multiple, and so is the rest
+    # A sum that is no smaller than whole is such a multiple, and so is what it is larger by.
+    beyond = torch.copysign(whole, values)
     return (values + beyond).to(dtype).to(values.dtype) - beyond
