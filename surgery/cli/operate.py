@@ -22,6 +22,7 @@ from surgery.cli.options import (
     Trust,
     Weights,
     int_or_float,
+    kernel_size,
     one_or_per_layer,
     open_model,
     per_layer,
@@ -124,6 +125,17 @@ def deepen(
         typer.Option(metavar="PLACE", help="LAYER, or LAYER=COUNT, as often as you like: where to insert layers."),
     ],
     out: Out = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="What to insert: layer (an identity layer), residual (a block whose last layer is zero) or block (a "
+            "copy of the block at the end of a stage, its last layers zero). [default: what fits]"
+        ),
+    ] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Of identity convolutions, odd: 3, or one for each direction as in 1,7."),
+    ] = None,
     input_shape: InputShape = None,
     weights: Weights = "none",
     seed: Seed = 0,
@@ -137,7 +149,7 @@ def deepen(
     folder = _folder(out, dry_run, force)
     places = per_layer("--at", [item if "=" in item else f"{item}=1" for item in at], int)
     before = open_model(model, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
-    after = deepen_module(before, places, seed=seed)
+    after = deepen_module(before, places, form=form, kernel=kernel_size(kernel), seed=seed)
     _finish(before, after, folder, (lambda: _compare(after, before)) if check else None, as_json=as_json)
 
 

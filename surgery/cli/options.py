@@ -135,6 +135,15 @@ def int_or_float(text: str) -> int | float:
         return float(text)
 
 
+def kernel_size(text: str | None) -> int | list[int] | None:
+    """``"3"`` as one size for every direction, ``"1,7"`` as one for each."""
+    try:
+        sizes = None if text is None else [int(part) for part in text.replace("x", ",").split(",")]
+    except ValueError:
+        raise UsageError(f"--kernel {text!r} is neither a number nor of the form 1,7") from None
+    return sizes[0] if sizes is not None and len(sizes) == 1 else sizes
+
+
 def numbers(option: str, text: str) -> list[float]:
     """``"1.0,0.5"`` as a list of numbers."""
     try:

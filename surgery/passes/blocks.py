@@ -196,7 +196,12 @@ class Flow:
         """The graphs of a traced module that a node calls on one tensor, with their first input and their output."""
         leaf = self.leaf(node)
         read = [n for n in node.all_input_nodes if self.holds_tensors(n)]
-        if not isinstance(leaf, TracedModule) or node.args[:1] != tuple(read) or leaf._forward_hooks or leaf._forward_pre_hooks:
+        if (
+            not isinstance(leaf, TracedModule)
+            or node.args[:1] != tuple(read)
+            or leaf._forward_hooks
+            or leaf._forward_pre_hooks
+        ):
             return []
         result = []
         for graph in leaf.graphs:

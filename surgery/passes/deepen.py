@@ -228,7 +228,7 @@ def _normalised(site: Site, after: str) -> bool:
         return any(isinstance(m, norms) for m in named.modules())
     seen: fx.Node | None = site.node
     for _ in range(3):  # activation, normalisation, layer
-        if seen is None or (seen.op == "call_module" and seen.target == local):
+        if seen is None or (seen.op == "call_module" and seen.target == local and not activation_of(site.owner, seen)):
             return False
         if seen.op == "call_module" and isinstance(site.owner.get_submodule(str(seen.target)), norms):
             return True
