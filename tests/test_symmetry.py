@@ -220,8 +220,9 @@ def test_plain_noise_leaves_means_alone():
 
 
 def test_zero_sum_noise_has_the_spread_asked_for_and_is_each_weights_own(residual):
-    even = surgery.widen(residual, 2.0, mapping="balanced")
-    wide = surgery.widen(residual, 2.0, mapping="balanced", break_symmetry="zero-sum", noise=0.01)
+    width = {"stem": 3.0, "inner": 2.0}
+    even = surgery.widen(residual, width, mapping="balanced")
+    wide = surgery.widen(residual, width, mapping="balanced", break_symmetry="zero-sum", noise=0.01)
     added = wide.get_parameter("outer.weight") - even.get_parameter("outer.weight")
     assert added.std().item() == pytest.approx(0.01 * residual.get_parameter("outer.weight").std().item(), rel=0.1)
     stream = torch.tensor(surgery.recipe(wide).steps[0].indices["stem"])

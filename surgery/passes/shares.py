@@ -33,7 +33,8 @@ def shared_out(
             copy, limited to half of the share (a weight of 0 stays 0), and taken from the last.
 
     Returns:
-        the new weight; over the copies of one old position it sums to ``weight`` there, without rounding.
+        the new weight; over the copies of one old position it sums to ``weight`` there, without rounding as long as no
+        copy is larger than the weight.
     """
     size, device = weight.shape[axis], weight.device
     if draw is None:  # a power of two times a weight needs no rounding
