@@ -344,6 +344,47 @@ def test_weights_that_are_read_twice_are_not_set_to_zero():
         surgery.deepen(traced, ["a"], form="block")
 
 
+@pytest.mark.parametrize("kind", ["parametrized", "not learned", "hook"])
+def test_layers_whose_output_is_not_that_of_their_own_weights_are_not_set_to_zero(kind):
+    def make() -> nn.Module:
+        whole = Whole("plain")
+        if kind == "parametrized":
+            torch.nn.utils.parametrizations.weight_norm(whole.body.b)
+        elif kind == "not learned":
+            weight = whole.body.b.weight.detach()
+            del whole.body.b.weight
+            whole.body.b.register_buffer("weight", weight)
+        else:
+            whole.body.b.register_forward_hook(lambda module, given, output: output + 1)
+        return whole
+
+    traced, x = traced_of(make, 5, 6, 4)
+    with pytest.raises(surgery.EditError, match="no block"):
+        surgery.deepen(traced, ["body"], form="block")
+    assert surgery.verify(surgery.deepen(traced, ["body"]), traced, x).max_rel <= EXACT
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_every_graph_that_runs_a_stage_gets_the_block(train):
+    class Modal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.body, self.head, self.aux = nn.Linear(4, 6), Body("plain"), nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.body(self.stem(x))
+            return self.head(x) + self.aux(x) if self.training else self.head(x)
+
+    traced, x = traced_of(Modal, 5, 4)
+    deep = surgery.deepen(traced, ["body"], form="block")
+    assert len(deep.graphs) == 2
+    assert surgery.verify(deep, traced, x, train=train).max_rel <= EXACT
+    woken = awake(deep).train(train)
+    assert not torch.allclose(woken(x), traced.train(train)(x))
+    graph = woken.graphs[train]
+    assert [n.target for n in graph.nodes if str(n.target).startswith("body_copy0")] == ["body_copy0.a", "body_copy0.b"]
+
+
 def test_an_inverted_residual_without_a_skip_is_refused():
     traced, _ = torchvision_model("mobilenet_v2", 32)()
     with pytest.raises(surgery.EditError, match=r"'features\.17' has no block at its end"):

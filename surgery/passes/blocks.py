@@ -148,8 +148,11 @@ class Flow:
         leaf = self.leaf(node)
         if leaf is not None:
             tensors = {name: _tensor(leaf, name) for name in rule.zeros}
-            if tensors[rule.zeros[0]] is None:
+            if tensors[rule.zeros[0]] is None or leaf._forward_hooks:
                 return None
+            settable = {id(t) for t in (*leaf.parameters(), *(leaf.buffers() if rule.linear == "affine" else ()))}
+            if any(tensor is not None and id(tensor) not in settable for tensor in tensors.values()):
+                return None  # computed from others, or never learned
             return frozenset(Zero(str(node.target), name) for name, tensor in tensors.items() if tensor is not None)
         try:
             given = inspect.signature(rule.relate).bind(None, *node.args, **node.kwargs).arguments

@@ -50,7 +50,7 @@ def deepen(
       the smallest block that the layer is in.
 
     By default it is a block at the end of containers that have one; else a layer where it can be, else residual. All
-    are exact in ``eval()``, and blocks in ``train()`` as well, as nothing is normalised on the way through them. The
+    are exact in ``eval()``, and blocks in ``train()`` as well (their dropout draws random numbers of its own). The
     BatchNorm behind an identity convolution normalises by the batch in ``train()``; its weight and bias are set to the
     standard deviation and mean of what it is given, so that little changes there (Net2Net, section 3.2).
 
