@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,13 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import EditError
 from surgery.graph.dims import Dimensions
-from surgery.graph.labels import Field, Ids, Labelled, full_index
+from surgery.graph.labels import Field, Ids, Labelled
 from surgery.graph.ops import Op, Rule, rule_for
 from surgery.graph.propagate import Silent
 from surgery.graph.rewrites import Site
 from surgery.graph.tracing import TracedModule
 from surgery.passes.layout import Layout, Layouts
+from surgery.passes.selection import find_selection, first_input
 
 
 def rewire(old: nn.Module, new: nn.Module, dims: Dimensions, layouts: Layouts) -> None:
@@ -318,13 +319,13 @@ class _Rewiring:
         asked = changed[0]
         chain = [node]
         while True:
-            parent = _source(chain[-1])
+            parent = first_input(chain[-1])
             if not isinstance(parent, fx.Node):
                 raise EditError(f"{_where(node)} cannot follow the edit: it is not a selection of what it reads")
             value = self.record(parent)
             found = None
             if isinstance(value, Labelled) and parent not in self.stale:
-                found = self.selection(chain, value, asked)
+                found = find_selection(self.source, self.record, chain, value, asked)
             if found is not None:
                 break
             if self.takes_piece(chain[-1]) or self.is_movement(parent):
@@ -352,46 +353,6 @@ class _Rewiring:
     def is_movement(self, node: fx.Node) -> bool:
         leaf = self.source.get_submodule(str(node.target)) if node.op == "call_module" else None
         return node.op.startswith("call") and rule_for(node, leaf).movement
-
-    def selection(self, chain: list[fx.Node], start: Labelled, asked: Field) -> _Selection | None:
-        """What the ops select from ``start`` along the axis that is asked for; None where they do anything else."""
-        numbers = torch.arange(start.value.numel()).reshape(start.shape)
-        for result, dim, then in self.replayed(chain, numbers, asked.dims[0]):
-            along = result[tuple(slice(None) if d == dim else 0 for d in range(result.ndim))]
-            for held in start.fields:
-                if len(held.dims) > 1:
-                    continue
-                axis = held.dims[0]
-                places = (along // numbers.stride(axis)) % start.shape[axis]
-                for order in _orders(numbers, result, axis, dim):
-                    expected = numbers.permute(order).index_select(dim, places)
-                    if result.shape == expected.shape and torch.equal(result, expected):
-                        return _Selection(held, order, np.asarray(places.numpy(), dtype=np.int64), then)
-        return None
-
-    def replayed(
-        self, chain: list[fx.Node], numbers: torch.Tensor, dim: int
-    ) -> Iterator[tuple[torch.Tensor, int, tuple[Any, ...] | None]]:
-        """What the ops make of ``numbers``, and the dim of it that is meant; also up to the last op's index if it has
-        one that does more than to select along ``dim``, and the rest of that index."""
-        env: dict[fx.Node, Any] = {_source(chain[-1]): numbers}
-        for node in reversed(chain):
-            args: Any
-            kwargs: Any
-            args, kwargs = fx.map_arg(
-                (node.args, node.kwargs), lambda n: env[n] if n in env else _plain(self.record(n))
-            )
-            if node.op == "call_module":
-                env[node] = self.source.get_submodule(str(node.target))(*args, **kwargs)
-            elif node.op == "call_method":
-                env[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        yield env[chain[0]], dim, None
-        parts = _parted(chain[0], args, dim)
-        if parts is not None:
-            index, rest, axis = parts
-            yield args[0][index], axis, rest
 
     def positions(self, held: Field, asked: Field, places: Ids) -> Ids:
         """For each position asked for, the position in the new layout of the axis that holds it."""
@@ -425,62 +386,6 @@ class _Rewiring:
             leaf = self.source.get_submodule(str(node.target)) if node.op == "call_module" else None
             if node.op == "get_attr" or number or rule_for(node, leaf).movement:
                 self.copy.erase_node(node)
-
-
-@dataclass(frozen=True)
-class _Selection:
-    """Positions of one axis of a value, taken after its axes were put in another order."""
-
-    held: Field
-    """The axis that is selected from."""
-    order: tuple[int, ...]
-    places: Ids
-    then: tuple[Any, ...] | None
-    """An index that leaves the axis whole, to be taken last."""
-
-
-def _parted(node: fx.Node, args: Any, dim: int) -> tuple[tuple[Any, ...], tuple[Any, ...], int] | None:
-    """Indexing in two steps: the axis that becomes ``dim`` of the result first, the rest then; and that axis. None
-    where there is no rest, or the node does anything else."""
-    if node.target is not operator.getitem or not isinstance(args[0], torch.Tensor):
-        return None
-    index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    if not all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in index):
-        return None
-    index = full_index(index, args[0].ndim)
-    at = [k for k, i in enumerate(index) if not isinstance(i, int)][dim]
-    then = tuple(slice(None) if k == at else i for k, i in enumerate(index))
-    if index[at] is None or all(i == slice(None) for i in then):
-        return None
-    axis = sum(i is not None for i in index[:at])
-    return tuple(index[at] if d == axis else slice(None) for d in range(args[0].ndim)), then, axis
-
-
-def _orders(numbers: torch.Tensor, result: torch.Tensor, held: int, dim: int) -> Iterator[tuple[int, ...]]:
-    """Orders of dims in which a selection from ``numbers`` along ``held`` may give ``result``, where it is ``dim``.
-
-    As they are or, where no two dims of size 1 could be mistaken for each other, such that numbers are as far apart.
-    """
-    if numbers.ndim != result.ndim:
-        return
-    if held == dim:
-        yield tuple(range(numbers.ndim))
-    origin = {dim: held}
-    for d in range(result.ndim):
-        if d != dim and result.shape[d] > 1:
-            ends = result.select(d, 1).flatten()[0] - result.flatten()[0]
-            near = (s for s in range(numbers.ndim) if numbers.shape[s] > 1 and numbers.stride(s) == int(ends))
-            origin[d] = next(near, -1)
-    rest = [d for d in range(result.ndim) if d not in origin]
-    if len(rest) == 1:
-        origin[rest[0]] = next((s for s in range(numbers.ndim) if s not in origin.values()), -1)
-    if set(origin.values()) == set(range(numbers.ndim)):
-        yield tuple(origin[d] for d in range(numbers.ndim))
-
-
-def _source(node: fx.Node) -> Any:
-    """What a node reads first, also where it is named."""
-    return node.args[0] if node.args else next((node.kwargs[k] for k in ("input", "tensor") if k in node.kwargs), None)
 
 
 def _first_shape(tree: Any) -> tuple[int, ...]:
@@ -523,10 +428,6 @@ def _replace_by_number(node: fx.Node, number: int) -> None:
 
 def _labelled(tree: Any) -> Iterable[Labelled]:
     return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Labelled))
-
-
-def _plain(value: Any) -> Any:
-    return value.constant if isinstance(value, Labelled) and value.constant is not None else value
 
 
 def _where(node: fx.Node) -> str:
