@@ -16,11 +16,12 @@ from surgery.graph.dims import Dimensions, dimensions
 from surgery.graph.labels import Labelled
 from surgery.graph.tracing import info
 from surgery.passes.apply import apply
-from surgery.passes.blocks import IDEMPOTENT, Flow, find_block
+from surgery.passes.blocks import IDEMPOTENT, Flow
 from surgery.passes.moments import calibrate
 from surgery.passes.recipe import InsertBlock, InsertIdentity
 from surgery.passes.replicate import copied_blocks, zero_names
 from surgery.passes.sites import Site, activation_of, is_called, local_name, output_sites
+from surgery.passes.stages import find_block
 
 FORMS = ("layer", "residual", "block")
 

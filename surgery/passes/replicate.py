@@ -11,9 +11,10 @@ from torch import fx, nn
 
 from surgery.errors import EditError
 from surgery.graph.dims import Dimensions, dimensions
-from surgery.passes.blocks import Block, Flow, Zero, block_of
+from surgery.passes.blocks import Block, Flow, Zero
 from surgery.passes.recipe import InsertBlock
 from surgery.passes.sites import Site, activation_of, is_called, local_name, output_sites
+from surgery.passes.stages import block_of
 
 
 def insert_block(module: nn.Module, step: InsertBlock) -> None:
