@@ -1,0 +1,119 @@
+"""Does growing a trained network save training? Net2Net against random padding and training from scratch.
+
+    python benchmarks/net2net.py                                        # mnist5k: benchmarks/results/net2net-mnist5k.*
+    python benchmarks/net2net.py --dataset torchvision:CIFAR10 --data-root DIR --model resnet18 --deepen layer3=1
+
+For each seed a teacher is trained: the student's architecture with ``--teacher-rate`` of its channels. From it come a
+net as wide as the student and a deeper one. Each is trained three ways, with the optimiser, peak learning rate and
+shape of the schedule that the teacher had:
+
+    net2net   the function-preserving transformation (Chen, Goodfellow, Shlens 2016)
+    padding   the teacher's weights where it has some, random ones in new channels and layers
+    scratch   random weights everywhere
+
+All three are given ``--budget`` of the epochs (the schedule decays as much faster), and net2net and scratch all of them
+as well. The measure is the paper's: how many epochs until the test accuracy that the net trained from scratch, given
+all epochs, ends with. Training images are shifted, turned, sheared and scaled at random; test images are as they are.
+
+Every run is written to the JSON file when it ends; runs that are there are not run again, so a killed benchmark goes on
+where it was. ``--draw`` only draws what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from net2net_report import draw, markdown
+from net2net_run import ARMS, GROWTHS, Settings, run_seed
+
+from surgery.deploy.environment import environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="mnist5k", help="as surgery.load_data has it")
+    parser.add_argument("--data-root", help="where a torchvision data set is kept")
+    parser.add_argument(
+        "--model", default="inception", help="inception: the small one beside this file; or torchvision's"
+    )
+    parser.add_argument("--deepen", action="append", metavar="PLACE=COUNT", help="where the deeper net has more layers")
+    parser.add_argument("--teacher-rate", type=float, default=0.3**0.5, help="the paper's sqrt(0.3), by default")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--budget", type=float, default=0.5, help="fraction of the epochs that grown nets are given")
+    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--schedule", default="cosine")
+    parser.add_argument("--break-symmetry", default="zero-sum", help="none, uneven, zero-sum or noise")
+    parser.add_argument("--noise", type=float, default=0.5)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, one thread each")
+    parser.add_argument("--out", type=Path, help="the JSON file; a picture and a table are put beside it")
+    parser.add_argument("--draw", action="store_true", help="train nothing")
+    options = parser.parse_args()
+    out = options.out or RESULTS / f"net2net-{options.dataset.replace(':', '-')}.json"
+    if options.draw:
+        report(json.loads(out.read_text()), out)
+        return
+    settings = Settings(
+        dataset=options.dataset,
+        data_root=options.data_root,
+        model=options.model,
+        deepen={place: int(count) for place, _, count in (p.partition("=") for p in options.deepen or ())},
+        teacher_rate=options.teacher_rate,
+        epochs=options.epochs,
+        budget=options.budget,
+        lr=options.lr,
+        schedule=options.schedule,
+        break_symmetry=None if options.break_symmetry == "none" else options.break_symmetry,
+        noise=options.noise,
+    )
+    document = opened(out, settings)
+    try:
+        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+            seeds = [s for s in range(options.seeds) if not complete(document, s)]
+            for done in as_completed([pool.submit(run_seed, settings, seed) for seed in seeds]):
+                document["runs"] += done.result()
+                document["runs"].sort(key=lambda run: run["seed"])
+                out.write_text(json.dumps(document, indent=1) + "\n")
+    except KeyboardInterrupt:
+        sys.exit("stopped: what was finished is in " + str(out))
+    report(document, out)
+
+
+def opened(out: Path, settings: Settings) -> dict[str, Any]:
+    """What the file has already, if it is of these settings; else a new document."""
+    if out.exists():
+        document: dict[str, Any] = json.loads(out.read_text())
+        if document["settings"] != settings.to_dict():
+            sys.exit(f"{out} was made with other settings: move it away, or name another file with --out")
+        return document
+    out.parent.mkdir(parents=True, exist_ok=True)
+    command = "python benchmarks/net2net.py " + " ".join(sys.argv[1:])
+    return {
+        "command": command.strip(),
+        "environment": environment().to_dict(),
+        "settings": settings.to_dict(),
+        "runs": [],
+    }
+
+
+def complete(document: dict[str, Any], seed: int) -> bool:
+    return sum(run["seed"] == seed for run in document["runs"]) == 1 + len(GROWTHS) * len(ARMS)
+
+
+def report(document: dict[str, Any], out: Path) -> None:
+    draw(document, out.with_suffix(".png"))
+    text = markdown(document)
+    out.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
