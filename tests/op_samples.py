@@ -21,7 +21,7 @@ from torchvision.models.video import swin_transformer as swin_transformer_3d
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from surgery.graph import heads, lengths
-from surgery.passes.check import _bare
+from surgery.passes.probe import bare_axes
 
 P = nn.Parameter
 
@@ -147,7 +147,7 @@ for module in (nn.ReLU(), nn.ReLU6(), nn.ELU(), nn.CELU(), nn.SELU(), nn.LeakyRe
     sample(module, t(4), free="0:0")
 sample(nn.Dropout1d(), t(3, 4), free="0:0,1")
 sample(nn.Dropout2d(), t(2, 3, 4, 5), free="0:0,1,2,3")
-sample(_bare, t(2, 3), [1], free="0:0")
+sample(bare_axes, t(2, 3), [1], free="0:0")
 for op in (torch.zeros_like, torch.ones_like):
     sample(op, t(3, 4), free="0:0,1")
 sample(torch.full_like, t(3, 4), 0.5, free="0:0,1")

@@ -18,7 +18,8 @@ from torch import nn
 
 import surgery
 from surgery.graph import ops, rewrites
-from surgery.passes.check import _checked, _Sample, _Variant
+from surgery.passes import probe
+from surgery.passes.check import _checked
 
 EVERYTHING = int(os.environ.get("SURGERY_EXAMPLES", "0")) >= 1000
 
@@ -36,7 +37,7 @@ def test_a_rule_holds_for_its_samples(sample):
             check = surgery.check_rule(sample.op, *sample.args, **sample.kwargs)
             assert sample.free <= check.free, {axis: check.frozen.get(axis) for axis in sample.free - check.free}
         else:
-            _checked(_Sample(sample.op, sample.args, sample.kwargs), _Variant())
+            _checked(probe.Sample(sample.op, sample.args, sample.kwargs), probe.Variant())
 
 
 def first_of_its_rule(sample: Sample) -> bool:
