@@ -1,22 +1,24 @@
 """Does growing a trained network save training? Net2Net against random padding and training from scratch.
 
-    python benchmarks/net2net.py                                        # mnist5k: benchmarks/results/net2net-mnist5k.*
+    python benchmarks/net2net.py                                      # benchmarks/results/net2net-mnist5k.{json,md,png}
+    python benchmarks/net2net.py --schedule cosine --lr 0.05 --budget 0.5 --out FILE.json
     python benchmarks/net2net.py --dataset torchvision:CIFAR10 --data-root DIR --model resnet18 --deepen layer3=1
 
 For each seed a teacher is trained: the student's architecture with ``--teacher-rate`` of its channels. From it come a
-net as wide as the student and a deeper one. Each is trained three ways, with the optimiser, peak learning rate and
-shape of the schedule that the teacher had:
+net as wide as the student and a deeper one. Each is trained three ways, with the same optimiser, learning rate and
+order of images:
 
     net2net   the function-preserving transformation (Chen, Goodfellow, Shlens 2016)
     padding   the teacher's weights where it has some, random ones in new channels and layers
     scratch   random weights everywhere
 
-All three are given ``--budget`` of the epochs (the schedule decays as much faster), and net2net and scratch all of them
-as well. The measure is the paper's: how many epochs until the test accuracy that the net trained from scratch, given
-all epochs, ends with. Training images are shifted, turned, sheared and scaled at random; test images are as they are.
+The measure is the paper's: after how many epochs the test accuracy is the one that the net trained from scratch ends
+with. For that the median of its last three epochs is taken, since single epochs scatter. With ``--budget`` below 1 all
+three are given that fraction of the epochs, over which the schedule decays, and net2net and scratch all of them as
+well. Training images are shifted, turned, sheared and scaled at random; test images are as they are.
 
-Every run is written to the JSON file when it ends; runs that are there are not run again, so a killed benchmark goes on
-where it was. ``--draw`` only draws what is there.
+The runs of a seed are written to the JSON file when they end, and are not run again: a killed benchmark goes on where
+it was. ``--draw`` only draws what is there.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from net2net_report import draw, markdown
-from net2net_run import ARMS, GROWTHS, Settings, run_seed
+from net2net_run import GROWTHS, Settings, run_seed
 
 from surgery.deploy.environment import environment
 
@@ -47,9 +49,9 @@ def main() -> None:
     parser.add_argument("--deepen", action="append", metavar="PLACE=COUNT", help="where the deeper net has more layers")
     parser.add_argument("--teacher-rate", type=float, default=0.3**0.5, help="the paper's sqrt(0.3), by default")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--budget", type=float, default=0.5, help="fraction of the epochs that grown nets are given")
-    parser.add_argument("--lr", type=float, default=0.05)
-    parser.add_argument("--schedule", default="cosine")
+    parser.add_argument("--budget", type=float, default=1.0, help="fraction of the epochs that grown nets are given")
+    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--schedule", default="constant")
     parser.add_argument("--break-symmetry", default="zero-sum", help="none, uneven, zero-sum or noise")
     parser.add_argument("--noise", type=float, default=0.5)
     parser.add_argument("--seeds", type=int, default=5)
@@ -77,7 +79,7 @@ def main() -> None:
     document = opened(out, settings)
     try:
         with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-            seeds = [s for s in range(options.seeds) if not complete(document, s)]
+            seeds = [s for s in range(options.seeds) if not complete(document, settings, s)]
             for done in as_completed([pool.submit(run_seed, settings, seed) for seed in seeds]):
                 document["runs"] += done.result()
                 document["runs"].sort(key=lambda run: run["seed"])
@@ -104,8 +106,8 @@ def opened(out: Path, settings: Settings) -> dict[str, Any]:
     }
 
 
-def complete(document: dict[str, Any], seed: int) -> bool:
-    return sum(run["seed"] == seed for run in document["runs"]) == 1 + len(GROWTHS) * len(ARMS)
+def complete(document: dict[str, Any], settings: Settings, seed: int) -> bool:
+    return sum(run["seed"] == seed for run in document["runs"]) == 1 + len(GROWTHS) * len(settings.arms)
 
 
 def report(document: dict[str, Any], out: Path) -> None:

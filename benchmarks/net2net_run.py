@@ -20,8 +20,8 @@ from surgery.training.data import Data
 from surgery.training.loop import LossFn, classification_loss
 
 GROWTHS = ("wider", "deeper")
-ARMS = (("net2net", True), ("padding", True), ("scratch", True), ("net2net", False), ("scratch", False))
-"""How a net gets its weights, and whether it is given the budget or all epochs."""
+ARMS = ("net2net", "padding", "scratch")
+"""How a net gets its weights."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,13 @@ class Settings:
     break_symmetry: str | None
     noise: float
 
+    @property
+    def arms(self) -> tuple[tuple[str, int], ...]:
+        """How the nets of each growth get their weights, and how many epochs they are given."""
+        short = max(1, round(self.budget * self.epochs))
+        full = () if short == self.epochs else (("net2net", self.epochs), ("scratch", self.epochs))
+        return (*((arm, short) for arm in ARMS), *full)
+
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "data_root": None}  # where the files lie is nobody's business
 
@@ -56,9 +63,8 @@ def run_seed(settings: Settings, seed: int) -> list[dict[str, Any]]:
     for growth in GROWTHS:
         net = grown(settings, growth, teacher, student, seed)
         error = surgery.verify(net, teacher, batch, dtype=torch.float64).max_rel
-        for arm, short in ARMS:
+        for arm, epochs in settings.arms:
             start = {"net2net": copy.deepcopy, "padding": padded(teacher, seed), "scratch": fresh(seed)}[arm](net)
-            epochs = max(1, round(settings.budget * settings.epochs)) if short else settings.epochs
             record = run(settings, data, start, seed, growth=growth, arm=arm, epochs=epochs)
             if arm == "net2net":
                 record["float64_error"] = error

@@ -63,9 +63,10 @@ def train(
 
     ``optimizer`` is ``sgd``, with Nesterov momentum, or ``adamw``, whose first beta is ``momentum`` (`OPTIMIZERS`, with
     the ``lr`` and ``weight_decay`` that each has by default). ``lr`` is the peak learning rate: ``one-cycle`` warms up
-    to it over the first quarter of the steps and anneals to zero, ``cosine`` begins at it (`SCHEDULES`). Weight decay
-    spares biases and norms. ``loss_fn`` is `classification_loss` unless given. The order of the images and all other
-    randomness come from ``seed``; the global random state is left as it was. ``progress`` is called after each step.
+    to it over the first quarter of the steps and anneals to zero, ``cosine`` begins at it, ``constant`` stays at it
+    (`SCHEDULES`). Weight decay spares biases and norms. ``loss_fn`` is `classification_loss` unless given. The order of
+    the images and all other randomness come from ``seed``; the global random state is left as it was. ``progress`` is
+    called after each step.
 
     ``grow`` says what grows before which epoch, counted from 0: ``{0: Growth(images=0.3), 4: Growth(images=1.0,
     widen=1.5)}``. A copy of the model is trained then, and `History.model` is what became of it; the optimiser's state
@@ -275,7 +276,11 @@ def _cosine(t: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * t))
 
 
-SCHEDULES: Mapping[str, Callable[[float], float]] = {"one-cycle": _one_cycle, "cosine": _cosine}
+def _constant(t: float) -> float:
+    return 1.0
+
+
+SCHEDULES: Mapping[str, Callable[[float], float]] = {"one-cycle": _one_cycle, "cosine": _cosine, "constant": _constant}
 """The learning rate's fraction of its peak, by the fraction of the training that is done."""
 
 
