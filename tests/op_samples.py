@@ -21,6 +21,7 @@ from torchvision.models.video import swin_transformer as swin_transformer_3d
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from surgery.graph import heads, lengths
+from surgery.graph.maxout import Maxout
 from surgery.passes.probe import bare_axes
 
 P = nn.Parameter
@@ -397,6 +398,8 @@ sample(F.glu, t(2, 6, 3), 1, free="0:0,1,2")
 sample(F.glu, t(3, 8), free="0:0,1")
 sample(nn.GLU(1), t(2, 6, 3), free="0:0,1,2")
 sample(nn.GLU(), t(3, 8), free="0:0,1")
+sample(Maxout(2), t(2, 6, 3), free="0:0,1,2")
+sample(Maxout(3, dim=-1), t(2, 3, 6), free="0:0,1,2")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Ops that only move data

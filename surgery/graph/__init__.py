@@ -4,10 +4,11 @@ from surgery.graph import (  # fill the rule table
     attention,
     contraction,
     embedding,
+    maxout,
     movement,
     norms,
     oprules,
     visionrules,
 )
 
-__all__ = ["attention", "contraction", "embedding", "movement", "norms", "oprules", "visionrules"]
+__all__ = ["attention", "contraction", "embedding", "maxout", "movement", "norms", "oprules", "visionrules"]

@@ -14,11 +14,13 @@ from torch import fx, nn
 from surgery.errors import EditError, UsageError, unknown_name
 from surgery.graph.dims import Dimensions, dimensions
 from surgery.graph.labels import Labelled
+from surgery.graph.maxout import Maxout
 from surgery.graph.tracing import info
 from surgery.passes.apply import apply
 from surgery.passes.blocks import IDEMPOTENT, Flow
+from surgery.passes.dense import dense_edit
 from surgery.passes.moments import calibrate
-from surgery.passes.recipe import InsertBlock, InsertIdentity
+from surgery.passes.recipe import InsertBlock, InsertDense, InsertIdentity, Step
 from surgery.passes.replicate import copied_blocks, zero_names
 from surgery.passes.sites import Site, activation_of, is_called, local_name, output_sites
 from surgery.passes.stages import find_block
@@ -44,7 +46,8 @@ def deepen(
 
     - ``"layer"``: an identity convolution or linear layer, BatchNorm where the place has any, and the activation
       (Net2DeeperNet). Only where the activation changes nothing: behind ReLU and ReLU6, and behind pools and
-      concatenations of what they give; or without one, where the value is no activation's.
+      concatenations of what they give; maxout, with the identity in each piece, where that is the activation before;
+      or without one, where the value is no activation's.
     - ``"residual"``: a block with a skip connection whose last layer is zero. Anywhere.
     - ``"block"``: a copy of the block at the end of a container, its last layers zero (LLaMA-Pro): a ResNet's or an
       inverted residual block, a layer of a Transformer, whatever adds layers to a skip connection. Of a layer, it is
@@ -86,7 +89,7 @@ def deepen_plan(
     form: str | None = None,
     kernel: int | Sequence[int] | None = None,
     seed: int = 0,
-) -> tuple[InsertIdentity | InsertBlock, ...]:
+) -> tuple[Step, ...]:
     """The steps that `deepen` takes."""
     info(module)
     if form is not None and form not in FORMS:
@@ -99,20 +102,38 @@ def deepen_plan(
         raise UsageError(f"the kernel of an identity must be odd in each direction, not {kernel}")
     dims = dimensions(module)
     taken = {name for name, _ in module.named_modules()}
-    steps: list[InsertIdentity | InsertBlock] = []
+    steps: list[Step] = []
     for name, count in _expanded(module, places).items():
         if count < 1:
             raise UsageError(f"the number of layers behind {name!r} must be at least 1, not {count}")
         site = next(iter(output_sites(module, name)))
-        like = _block(module, dims, site, name, form) if kernel is None else None
+        dense = _dense(module, site, name, form) if kernel is None else None
+        like = dense if dense is not None else _block(module, dims, site, name, form) if kernel is None else None
         for _ in range(count):
             new = _new_name(module, site, name, like, taken)
             taken.add(new)
-            if like is None:
+            if dense is not None:
+                steps.append(InsertDense(name, new, dense))
+                dense = new
+            elif like is None:
                 steps.append(_step(dims, site, name, new, form, sizes, seed))
             else:
                 steps.append(_copy(module, dims, name, like, new))
     return tuple(steps)
+
+
+def _dense(module: nn.Module, site: Site, name: str, form: str | None) -> str | None:
+    """The container that is the last layer of a dense block at the end of ``name``, or an empty name for one that no
+    container is; None where there is no dense block, or by default where it cannot have a further layer."""
+    if form not in (None, "block") or is_called(site, name):
+        return None
+    try:
+        edit = dense_edit(module, name)
+    except EditError:
+        if form is None:
+            return None
+        raise
+    return None if edit is None else edit.like
 
 
 def _block(module: nn.Module, dims: Dimensions, site: Site, name: str, form: str | None) -> str | None:
@@ -172,19 +193,24 @@ def _step(
         raise EditError(f"{where} is not one tensor")
     spatial, channels = _kind(dims, value, where)
     own = activation_of(site.owner, site.node)
+    nearest, pieces = _nearest_activation(site)
     again = own if own in IDEMPOTENT else "ReLU" if not own and flow.range(site.node)[0] >= 0 else ""
+    if nearest == "Maxout" and own in ("", "Maxout"):
+        again = nearest
     if form == "layer" and own and not again:
         raise EditError(f"{where} is that of a {own}, which changes it when applied again: use form='residual'")
     layer = form == "layer" or (form is None and bool(again))
+    activation = again if layer else nearest
     return InsertIdentity(
         after=after,
         name=name,
         form="layer" if layer else "residual",
         kernel=_kernel(site, after, value, spatial, kernel),
         norm=spatial > 0 and _normalised(site, after),
-        activation=again if layer else _nearest_activation(site),
+        activation=activation,
         channels=channels,
         seed=zlib.crc32(f"{seed} {name}".encode()),
+        pieces=pieces if activation == "Maxout" else 1,
     )
 
 
@@ -237,16 +263,18 @@ def _normalised(site: Site, after: str) -> bool:
     return False
 
 
-def _nearest_activation(site: Site) -> str:
-    """The last activation computed before the place; ReLU where there is none."""
-    found = "ReLU"
+def _nearest_activation(site: Site) -> tuple[str, int]:
+    """The last activation computed before the place, and its pieces if it is a maxout; ReLU where there is none."""
+    found, pieces = "ReLU", 1
     for node in site.graph.nodes:
         activation = activation_of(site.owner, node)
         if activation and activation not in _GATES:
             found = activation
+            layer = site.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+            pieces = layer.pieces if isinstance(layer, Maxout) else 1
         if node is site.node:
             break
-    return found
+    return found, pieces
 
 
 def _free_name(module: nn.Module, site: Site, after: str, what: str, taken: set[str]) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from surgery.errors import EditError, UsageError
+from surgery.graph.maxout import Maxout
 from surgery.passes.moments import EPS, predicted_moments, set_moments
 from surgery.passes.recipe import InsertIdentity
 from surgery.passes.sites import Site, local_name, output_sites
@@ -46,17 +47,19 @@ def _block(step: InsertIdentity, like: torch.Tensor) -> nn.Sequential:
     kind = "conv" if step.kernel else "linear"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(step.seed)
-        first, last = (_weights(step) for _ in range(2))
+        first, last = _weights(step, step.channels * step.pieces), _weights(step, step.channels)
     if step.form == "layer":
-        _set_identity(first)
+        _set_identity(first, step.pieces)
         layers[kind] = first
     elif step.form == "residual":
         layers[f"{kind}1"] = first
     else:
         raise UsageError(f"unknown form {step.form!r} of an identity: 'layer' or 'residual'")
     if step.norm:
-        layers["norm"] = _identity_norm(_BATCH_NORMS[max(len(step.kernel), 1)](step.channels, eps=EPS))
-    if step.activation:
+        layers["norm"] = _identity_norm(_BATCH_NORMS[max(len(step.kernel), 1)](step.channels * step.pieces, eps=EPS))
+    if step.activation == "Maxout":
+        layers["act"] = Maxout(step.pieces, dim=1 if step.kernel else -1)
+    elif step.activation:
         layers["act"] = getattr(nn, step.activation)()
     if step.form == "residual":
         for parameter in last.parameters():
@@ -65,16 +68,16 @@ def _block(step: InsertIdentity, like: torch.Tensor) -> nn.Sequential:
     return nn.Sequential(layers).to(like.device, like.dtype)
 
 
-def _weights(step: InsertIdentity) -> nn.Module:
+def _weights(step: InsertIdentity, outs: int) -> nn.Module:
     if not step.kernel:
-        return nn.Linear(step.channels, step.channels)
+        return nn.Linear(step.channels, outs)
     padding = tuple(k // 2 for k in step.kernel)
     conv = _CONVS[len(step.kernel)]
-    return conv(step.channels, step.channels, step.kernel, padding=padding, bias=not step.norm)
+    return conv(step.channels, outs, step.kernel, padding=padding, bias=not step.norm)
 
 
-def _set_identity(layer: nn.Module) -> None:
-    """A Dirac kernel, or the identity matrix; no bias."""
+def _set_identity(layer: nn.Module, pieces: int) -> None:
+    """A Dirac kernel, or the identity matrix, for each of the ``pieces`` of a unit; no bias."""
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             parameter.zero_()
@@ -82,7 +85,7 @@ def _set_identity(layer: nn.Module) -> None:
                 centre = parameter.data
                 for size in reversed(parameter.shape[2:]):
                     centre = centre[..., size // 2]
-                centre.fill_diagonal_(1.0)
+                centre.copy_(torch.eye(centre.shape[1]).repeat_interleave(pieces, 0))
 
 
 def _identity_norm(norm: nn.Module) -> nn.Module:

@@ -68,9 +68,10 @@ class InsertIdentity:
             with a skip connection whose last layer is zero.
         kernel: kernel size of the identity convolution, odd in each direction; empty for a linear layer.
         norm: whether a BatchNorm follows the identity layer.
-        activation: class name in `torch.nn` of the activation, or empty.
+        activation: class name in `torch.nn` of the activation, ``"Maxout"``, or empty.
         channels: number of channels of the value read.
         seed: of the random weights of a residual block's first layer.
+        pieces: of a maxout activation, each of them the identity; 1 for any other.
     """
 
     after: str
@@ -81,6 +82,7 @@ class InsertIdentity:
     activation: str
     channels: int
     seed: int = 0
+    pieces: int = 1
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,24 @@ class InsertBlock:
     zeros: tuple[str, ...]
 
 
-Step = Reindex | InsertIdentity | InsertBlock
-_STEPS: dict[str, type[Any]] = {cls.__name__: cls for cls in (Reindex, InsertIdentity, InsertBlock)}
+@dataclass(frozen=True)
+class InsertDense:
+    """Insert one more layer at the end of a dense block, made of its last one. Whatever reads the block reads the new
+    channels with weights of 0 (`surgery.passes.dense`).
+
+    Attributes:
+        after: qualified name of the container at whose end the dense block is.
+        name: qualified name of the new layer.
+        like: qualified name of the container that is the block's last layer; empty where none is.
+    """
+
+    after: str
+    name: str
+    like: str
+
+
+Step = Reindex | InsertIdentity | InsertBlock | InsertDense
+_STEPS: dict[str, type[Any]] = {cls.__name__: cls for cls in (Reindex, InsertIdentity, InsertBlock, InsertDense)}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from surgery.errors import EditError, unknown_name
+from surgery.graph.maxout import Maxout
 from surgery.graph.traced import TracedModule, traced_parts
 
 ACTIVATIONS: dict[object, str] = {
@@ -60,10 +61,11 @@ def output_sites(module: nn.Module, name: str) -> Iterator[Site]:
 
 
 def activation_of(owner: TracedModule, node: fx.Node) -> str:
-    """The class in `torch.nn` of an activation node; empty for any other node."""
+    """The class in `torch.nn` of an activation node, or ``"Maxout"``; empty for any other node."""
     if node.op == "call_module":
-        kind = type(owner.get_submodule(str(node.target))).__name__
-        return kind if kind in _LAYERS else ""
+        layer = owner.get_submodule(str(node.target))
+        kind = type(layer).__name__
+        return kind if kind in _LAYERS else "Maxout" if isinstance(layer, Maxout) else ""
     try:
         return ACTIVATIONS.get(node.target, "") if node.op in ("call_function", "call_method") else ""
     except TypeError:

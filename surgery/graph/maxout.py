@@ -1,0 +1,50 @@
+"""Maxout (Goodfellow et al., ICML 2013) as a layer, and its row of the rule table."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from surgery.errors import UsageError
+from surgery.graph.labels import Field, Fields, Labelled
+from surgery.graph.ops import Op, oprule
+
+
+class Maxout(nn.Module):
+    """Each unit is the largest of its ``pieces``, which an ordinary convolution or linear layer before it computes.
+
+    The pieces of a unit lie side by side: channels ``c * pieces`` to ``(c + 1) * pieces - 1`` of the input are those of
+    unit ``c``. Of equal pieces the first alone has a gradient, so that pieces which begin alike part as they learn.
+
+    Args:
+        pieces: linear pieces per unit, at least 1.
+        dim: the axis of the channels: 1 behind a convolution, -1 behind a linear layer of tokens.
+
+    Shape:
+        input (..., units * pieces, ...), output (..., units, ...).
+    """
+
+    def __init__(self, pieces: int, dim: int = 1) -> None:
+        super().__init__()
+        if pieces < 1:
+            raise UsageError(f"a maxout unit has at least 1 piece, not {pieces}")
+        self.pieces, self.dim = pieces, dim
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        dim = self.dim % input.ndim
+        return input.unflatten(dim, (-1, self.pieces)).max(dim + 1).values
+
+    def extra_repr(self) -> str:
+        return f"pieces={self.pieces}, dim={self.dim}"
+
+
+@oprule(Maxout, within=True)
+def _maxout(op: Op, input: Labelled) -> Fields:
+    """The pieces of a unit go together."""
+    f, rest = op.axis(input, op.module.dim)
+    if f is None:
+        return rest
+    pieces = f.ids.reshape(-1, op.module.pieces)
+    op.run.tie_ids(pieces[:, :1], pieces)
+    op.rows(pieces)
+    return (*rest, Field(f.dims, pieces[:, 0], f.key))
