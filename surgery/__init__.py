@@ -14,7 +14,7 @@ from surgery.passes.apply import apply, reindex
 from surgery.passes.check import RuleCheck, check_rule
 from surgery.passes.deepen import deepen
 from surgery.passes.origins import Origin, origins
-from surgery.passes.recipe import InsertBlock, InsertIdentity, Noise, Recipe, Reindex, recipe
+from surgery.passes.recipe import InsertBlock, InsertDense, InsertIdentity, Noise, Recipe, Reindex, recipe
 from surgery.passes.slim import masked, slim, split_masks
 from surgery.passes.verify import Verification, verify
 from surgery.passes.widen import unwidened, widen
@@ -33,6 +33,7 @@ __all__ = [
     "Growth",
     "History",
     "InsertBlock",
+    "InsertDense",
     "InsertIdentity",
     "Member",
     "Noise",

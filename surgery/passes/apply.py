@@ -21,10 +21,11 @@ from surgery.graph.propagate import labelled_leaves
 from surgery.graph.rewrites import Site
 from surgery.graph.tracing import info, with_info
 from surgery.passes.average import Expansion
+from surgery.passes.dense import dense_edit, insert_dense
 from surgery.passes.insert import insert_identity
 from surgery.passes.layout import Layout, Layouts, changed_tensors
 from surgery.passes.noise import draws, perturbed
-from surgery.passes.recipe import MEAN, InsertBlock, InsertIdentity, Noise, Recipe, Reindex, Step
+from surgery.passes.recipe import MEAN, InsertBlock, InsertDense, Noise, Recipe, Reindex, Step
 from surgery.passes.replicate import insert_block
 from surgery.passes.rewire import rewire
 from surgery.passes.shares import Draw, shared_out
@@ -44,6 +45,8 @@ def apply(module: nn.Module, edit: Recipe | Step | Iterable[Step]) -> nn.Module:
         before = info(result).steps
         if isinstance(step, Reindex):
             result = _reindex(result, step)
+        elif isinstance(step, InsertDense):
+            result = _deepened(result, step)
         else:
             result = copy.deepcopy(module) if result is module else result
             insert_block(result, step) if isinstance(step, InsertBlock) else insert_identity(result, step)
@@ -81,7 +84,16 @@ def reindex(
 
 
 def _steps(edit: Step | Iterable[Step]) -> Sequence[Step]:
-    return (edit,) if isinstance(edit, (Reindex, InsertIdentity, InsertBlock)) else tuple(edit)
+    return (edit,) if isinstance(edit, Step) else tuple(edit)
+
+
+def _deepened(module: nn.Module, step: InsertDense) -> nn.Module:
+    edit = dense_edit(module, step.after)
+    if edit is None or edit.like != step.like:
+        raise EditError(f"{step.after!r} does not end in a dense block whose last layer is {step.like!r}")
+    result = _reindex(module, edit.readers)
+    insert_dense(module, step, edit, result, _reindex(module, edit.wider))
+    return result
 
 
 def _reindex(module: nn.Module, step: Reindex) -> nn.Module:

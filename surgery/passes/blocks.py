@@ -171,7 +171,7 @@ class Flow:
         while open_ways:
             node, path, zeros = open_ways.pop()
             if zeros and self._is_identity(node, path):
-                nodes = self._region(node, end)
+                nodes = self.region(node, end)
                 if nodes is not None and self._read_once(nodes, zeros) and not self._overwrites(nodes, path, node):
                     yield Block(node, end, nodes, zeros)
             if not within or node is end or is_inside(node, within):
@@ -258,7 +258,7 @@ class Flow:
         last = env[path[0]]
         return isinstance(last, torch.Tensor) and torch.equal(last, x)
 
-    def _region(self, entry: fx.Node, end: fx.Node) -> tuple[fx.Node, ...] | None:
+    def region(self, entry: fx.Node, end: fx.Node) -> tuple[fx.Node, ...] | None:
         """The nodes that ``end`` is computed by from ``entry``, in order; None where they read other activations, or
         others read theirs."""
         back = self.before(end, entry)

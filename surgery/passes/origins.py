@@ -14,8 +14,9 @@ from surgery.errors import UsageError
 from surgery.graph.dims import dimensions
 from surgery.graph.labels import Ids
 from surgery.passes.apply import apply
+from surgery.passes.dense import dense_edit
 from surgery.passes.layout import Layouts, changed_tensors
-from surgery.passes.recipe import MEAN, Reindex, Step, recipe
+from surgery.passes.recipe import MEAN, InsertDense, Reindex, Step, recipe
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +59,10 @@ def origins(before: nn.Module, after: nn.Module) -> dict[str, Origin | None]:
     """
     moved: dict[str, list[Axis | None]] = {}
     steps = _steps_between(before, after)
-    last = max((k for k, step in enumerate(steps) if isinstance(step, Reindex)), default=-1)
+    last = max((k for k, step in enumerate(steps) if isinstance(step, (Reindex, InsertDense))), default=-1)
     module = before
     for k, step in enumerate(steps[: last + 1]):
-        if isinstance(step, Reindex):
-            _follow(module, step, moved)
+        _follow(module, step, moved)
         if k < last:
             module = apply(module, step)
     old, new = _tensors(before), _tensors(after)
@@ -89,15 +89,27 @@ def _steps_between(before: nn.Module, after: nn.Module) -> Sequence[Step]:
     return steps[len(done) :]
 
 
-def _follow(module: nn.Module, step: Reindex, moved: dict[str, list[Axis | None]]) -> None:
+def _follow(module: nn.Module, step: Step, moved: dict[str, list[Axis | None]]) -> None:
     """Compose what a step does to the tensors of ``module`` with what was done to them before."""
+    gathers, kept = _gathers(module, step)
+    if gathers is None:
+        return
     dims = dimensions(module)
-    layouts = Layouts(dims, {dims.find(name): index for name, index in step.indices.items()}, {})
+    layouts = Layouts(dims, {dims.find(name): index for name, index in gathers.indices.items()}, {})
     for name, tensor, axes in changed_tensors(module, dims, layouts):
+        if id(tensor) in kept:
+            continue
         known = moved.setdefault(name, [None] * tensor.ndim)
         for axis, layout in axes.items():
             unit = layout.unit
             known[axis] = _composed(known[axis], layout.old, layouts.is_mean[unit], layouts.further[unit])
+
+
+def _gathers(module: nn.Module, step: Step) -> tuple[Reindex | None, frozenset[int]]:
+    """How a step gathers what is there before it, and the ids of tensors that it leaves as they are."""
+    if isinstance(step, InsertDense) and (edit := dense_edit(module, step.after)) is not None:
+        return edit.readers, edit.kept
+    return (step if isinstance(step, Reindex) else None), frozenset()
 
 
 def _composed(first: Axis | None, old: Ids, mean: NDArray[np.bool_], further: NDArray[np.bool_]) -> Axis:
