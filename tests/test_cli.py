@@ -73,7 +73,7 @@ def test_models_are_listed_with_what_is_published_of_them(run):
     assert "resnet152" in out
     assert "vgg11" not in out
     listed = {model["name"]: model for model in json.loads(run("models", "--json")[1])["models"]}
-    assert listed.keys() == surgery.catalogue.CATALOGUE.keys()
+    assert listed.keys() == {**surgery.catalogue.CATALOGUE, **surgery.catalogue.FITNETS}.keys()
     resnet = listed["resnet18"]
     assert (resnet["params"], resnet["input_size"]) == (11_689_512, [3, 224, 224])
     assert (resnet["score"], listed["quantized_resnet18"]["score"]) == ("69.8% top-1", "69.8% top-1")

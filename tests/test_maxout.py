@@ -1,4 +1,4 @@
-"""Maxout behind a convolution or a linear layer: it widens, slims, deepens, exports and is saved like any other layer."""
+"""Maxout behind convolutions and linear layers: it widens, slims, deepens, exports and is saved like other layers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_unit_is_the_largest_of_the_pieces_beside_each_other():
 
 
 def test_a_unit_without_a_piece_is_an_error():
-    with pytest.raises(UsageError, match="^a maxout unit has at least 1 piece, not 0$"):
+    with pytest.raises(UsageError, match=r"^a maxout unit has at least 1 piece, not 0$"):
         Maxout(0)
 
 
@@ -129,7 +129,8 @@ def test_the_pieces_of_an_identity_layer_part_as_they_learn(traced, x):
     deep = surgery.deepen(traced, ["conv1"])
     deep(x).square().sum().backward()
     gradient = deep.conv1_identity0.conv.weight.grad.unflatten(0, (-1, 2))
-    assert gradient[:, 0].abs().sum() > 0 and gradient[:, 1].abs().sum() == 0
+    assert gradient[:, 0].abs().sum() > 0
+    assert gradient[:, 1].abs().sum() == 0
 
 
 def test_what_was_edited_can_be_edited_again_exported_and_saved(traced, x, tmp_path):

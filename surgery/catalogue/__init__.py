@@ -8,19 +8,23 @@ architecture can be rebuilt from text alone.
 from surgery.catalogue.building import build
 from surgery.catalogue.entries import CATALOGUE, Entry, Value
 from surgery.catalogue.examples import example_inputs, example_targets, inputs_of_shape, small_inputs
+from surgery.catalogue.fitnets import FITNETS, build_fitnet, fitnet_cost
 from surgery.catalogue.pretrained import WeightsWarning
 from surgery.catalogue.sources import Source, canonical, parse, published
 
 __all__ = [
     "CATALOGUE",
+    "FITNETS",
     "Entry",
     "Source",
     "Value",
     "WeightsWarning",
     "build",
+    "build_fitnet",
     "canonical",
     "example_inputs",
     "example_targets",
+    "fitnet_cost",
     "inputs_of_shape",
     "parse",
     "published",

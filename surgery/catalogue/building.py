@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from surgery.catalogue import pretrained
 from surgery.catalogue.entries import FROZEN_NORM, Value, text
+from surgery.catalogue.fitnets import build_fitnet
 from surgery.catalogue.sources import Source, parse
 from surgery.errors import UsageError
 
@@ -28,9 +30,9 @@ def build(
 ) -> nn.Module:
     """The module that ``source`` names, freshly initialised, in training mode.
 
-    ``source`` is a name of the catalogue, optionally with the prefix ``torchvision:`` and a query of builder keywords
-    (``resnet50?num_classes=10``), or ``package.module:factory``, which imports and calls your own code and so needs
-    ``trust``. ``weights`` is ``"DEFAULT"`` or another name of torchvision's weights of the model; where
+    ``source`` is a name of the catalogue, optionally with the prefix ``torchvision:`` or ``fitnets:``, and a query of
+    builder keywords (``resnet50?num_classes=10``), or ``package.module:factory``, which imports and calls your own code
+    and so needs ``trust``. ``weights`` is ``"DEFAULT"`` or another name of torchvision's weights of the model; where
     ``num_classes`` or another keyword differs from theirs, entries whose shape fits are copied, and a `UserWarning`
     names the others. ``seed`` makes the initial values reproducible and leaves the global random state as it was.
 
@@ -79,13 +81,17 @@ def _described(keywords: Mapping[str, Value]) -> str:
 
 
 def _call(source: Source, keywords: Mapping[str, Any]) -> nn.Module:
-    """torchvision's builder called; the keywords that are this catalogue's own are put into effect behind it."""
-    builder = cast(Callable[..., nn.Module], get_model_builder(source.name))
+    """The builder called; of torchvision's models the keywords that are this catalogue's own are put into effect behind
+    it."""
+    fitnet = partial(build_fitnet, source.name)
+    builder = fitnet if source.prefix == "fitnets" else cast(Callable[..., nn.Module], get_model_builder(source.name))
     keywords = dict(keywords)
     own = source.entry is not None and FROZEN_NORM in source.entry.pretrained
     eps = keywords.pop(FROZEN_NORM, None) if own else None
     try:
         module = builder(**keywords)
+    except UsageError:
+        raise
     except (TypeError, ValueError) as error:
         raise UsageError(
             f"model {source.name!r} cannot be built with {_described(source.keywords)}: {error}"

@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl, urlencode
 from torchvision.models import get_model_weights
 
 from surgery.catalogue.entries import CATALOGUE, Entry, Value, text
+from surgery.catalogue.fitnets import FITNETS
 from surgery.errors import UsageError, unknown_name
 
 
@@ -61,10 +62,16 @@ def parse(source: str, **keywords: Value | None) -> Source:
     merged: dict[str, Any] = {k: _value(v) for k, v in parse_qsl(query, keep_blank_values=True)}
     merged |= {k: v for k, v in keywords.items() if v is not None}
     weights = _named(merged.pop("weights", None))
+    if prefix == "fitnets" or (not prefix and name in FITNETS):
+        if name not in FITNETS:
+            raise unknown_name("model", name, FITNETS)
+        if weights is not None:
+            raise UsageError(f"{name!r} has no published weights")
+        return Source("fitnets", name, FITNETS[name], merged, None)
     if prefix not in ("", "torchvision"):
         return Source(prefix, name, None, merged, weights)
     if name not in CATALOGUE:
-        raise unknown_name("model", name, CATALOGUE)
+        raise unknown_name("model", name, CATALOGUE if prefix else [*CATALOGUE, *FITNETS])
     if _named(merged.pop("weights_backbone", None)) is not None:
         raise UsageError(f"{name!r} takes no weights_backbone here: pass weights= for those of the whole model")
     if name.startswith("quantized_") and merged.get("quantize"):

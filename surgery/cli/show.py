@@ -50,8 +50,8 @@ def models(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the models known by name, what they are called with, and what torchvision publishes of them."""
-    known = catalogue.CATALOGUE
+    """List the models known by name, what they are called with, and what is published of them."""
+    known = {**catalogue.CATALOGUE, **catalogue.FITNETS}
     if family is not None:
         families = {entry.family for entry in known.values()}
         known = {n: e for n, e in known.items() if fnmatchcase(e.family.lower(), family.lower())}
@@ -71,7 +71,11 @@ def models(
 
 
 def _published(entry: catalogue.Entry) -> dict[str, Any]:
-    meta = catalogue.published(entry.name)["DEFAULT"].meta
+    if entry.name in catalogue.FITNETS:
+        params, macs = catalogue.fitnet_cost(entry.name)
+        meta: Mapping[str, Any] = {"num_params": params, "_ops": macs / 1e9, "_metrics": {}}
+    else:
+        meta = catalogue.published(entry.name)["DEFAULT"].meta
     return {
         "name": entry.name,
         "family": entry.family,

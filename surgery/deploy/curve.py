@@ -103,7 +103,7 @@ class Tradeoff:
     @property
     def name(self) -> str:
         """The model's name without what its source says beside it."""
-        return self.source.removeprefix("torchvision:").partition("?")[0]
+        return self.source.removeprefix("torchvision:").removeprefix("fitnets:").partition("?")[0]
 
     @property
     def front(self) -> tuple[Point, ...]:

@@ -32,7 +32,7 @@ class Maxout(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         dim = self.dim % input.ndim
-        return input.unflatten(dim, (-1, self.pieces)).max(dim + 1).values
+        return torch.max(torch.unflatten(input, dim, (-1, self.pieces)), dim + 1).values
 
     def extra_repr(self) -> str:
         return f"pieces={self.pieces}, dim={self.dim}"
