@@ -13,6 +13,7 @@ from surgery.graph.tracing import example_inputs, trace
 from surgery.passes.apply import apply, reindex
 from surgery.passes.check import RuleCheck, check_rule
 from surgery.passes.deepen import deepen
+from surgery.passes.hints import HintPair, attach_hint
 from surgery.passes.origins import Origin, origins
 from surgery.passes.recipe import InsertBlock, InsertDense, InsertIdentity, Noise, Recipe, Reindex, recipe
 from surgery.passes.slim import masked, slim, split_masks
@@ -31,6 +32,7 @@ __all__ = [
     "EditError",
     "ExportError",
     "Growth",
+    "HintPair",
     "History",
     "InsertBlock",
     "InsertDense",
@@ -48,6 +50,7 @@ __all__ = [
     "VerificationError",
     "__version__",
     "apply",
+    "attach_hint",
     "benchmark",
     "changes",
     "check_rule",
