@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
 
 
 class SurgeryError(Exception):
@@ -30,9 +31,17 @@ class ExportError(SurgeryError):
     """A model could not be exported, or its export does not match it."""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
     """A `UsageError` for ``name``, which is no known ``kind``, listing the closest known names."""
     options = sorted(set(known))
-    close = difflib.get_close_matches(name, options, n=4, cutoff=0.5) or [o for o in options if name and name in o][:4]
+    text = name if isinstance(name, str) else ""
+    close = difflib.get_close_matches(text, options, n=4, cutoff=0.5) or [o for o in options if text and text in o][:4]
     hint = f"; did you mean {', '.join(map(repr, close))}?" if close else f" ({len(options)} are known)"
     return UsageError(f"unknown {kind} {name!r}{hint}")
+
+
+def whole_number(what: str, value: object, least: int) -> int:
+    """``value`` as an int; a `UsageError` that says ``what`` it is, where it is no whole number or below ``least``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise UsageError(f"{what} must be a whole number of at least {least}, not {value!r}")
+    return int(value)

@@ -187,6 +187,12 @@ def test_plain_noise_is_said_to_be_inexact_by_how_much_and_is_no_failure(run):
     assert not result["verification"]["ok"]
 
 
+def test_a_dry_run_says_that_plain_noise_is_inexact(run):
+    options = ["--width", "1.5", "--break-symmetry", "noise", "--dry-run"]
+    assert "inexact by choice: noise on the weights of copies changes the output" in run("widen", *MODEL, *options)[1]
+    assert json.loads(run("widen", *MODEL, *options, "--json")[1])["inexact_by_choice"]
+
+
 def test_any_other_difference_is_a_failure_and_nothing_is_written(run, monkeypatch):
     monkeypatch.setattr("surgery.cli.operate.EXACT", 0.0)
     code, out, err, there = run("widen", *MODEL, "--width", "1.5", "--break-symmetry", "zero-sum", "--out", "wide")

@@ -79,6 +79,10 @@ def test_one_kernel_size_is_for_linear_layers_too():
         ({"kernel": 2}, "the kernel of an identity must be odd in each direction, not 2"),
         ({"kernel": 0}, "the kernel of an identity must be odd in each direction, not 0"),
         ({"kernel": -1}, "the kernel of an identity must be odd in each direction, not -1"),
+        ({"kernel": "3"}, "the kernel of an identity must be odd in each direction, not 3"),
+        ({"kernel": 3.0}, "the kernel of an identity must be odd in each direction, not 3.0"),
+        ({"kernel": (3, None)}, r"the kernel of an identity must be odd in each direction, not \(3, None\)"),
+        ({"form": 3}, "unknown form 3"),
         ({"kernel": (3, 4)}, r"the kernel of an identity must be odd in each direction, not \(3, 4\)"),
         ({"kernel": (3, 3, 3)}, "a kernel of 3 sizes for the output of '0', which takes 2"),
         ({"kernel": ()}, "a kernel of 0 sizes for the output of '0', which takes 2"),
@@ -90,6 +94,14 @@ def test_bad_forms_and_kernels_are_refused(options, message):
     traced, _ = traced_of(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 3)), 2, 3, 8, 8)
     with pytest.raises(surgery.UsageError, match=message):
         surgery.deepen(traced, ["0"], **options)
+
+
+def test_the_whole_model_is_a_container_too():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 3))
+    traced, x = traced_of(model, 2, 3, 8, 8)
+    deep = surgery.deepen(traced, {"": 2})
+    assert [name for name, _ in deep.named_children()] == ["0", "1", "2", "3", "4"]
+    assert surgery.verify(deep, traced, x).max_rel <= EXACT
 
 
 def test_with_a_kernel_a_stage_gets_layers():
@@ -304,3 +316,30 @@ def test_a_model_without_data_can_be_deepened_to_see_what_it_costs():
     traced = trained(nn.ReLU).to("meta")
     deep = surgery.deepen(traced, ["act1"])
     assert deep.get_submodule("act1_identity0").norm.weight.device.type == "meta"
+
+
+class Halves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.left(x), self.right(x)
+
+
+class Chooses(nn.Module):
+    """Branches on a value: its halves are traced on their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Linear(4, 4), Halves())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self.part(x)
+        return left if left.sum() > right.sum() else right
+
+
+def test_a_place_without_one_output_is_called_by_its_whole_name():
+    traced, _ = traced_of(Chooses(), 2, 4)
+    with pytest.raises(surgery.EditError, match=r"'part.1' has 2 outputs \(\w+, \w+\): name a layer"):
+        surgery.deepen(traced, ["part.1"])

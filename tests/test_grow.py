@@ -184,8 +184,9 @@ def test_the_group_itself_decides_where_containers_disagree(resnet):
 
 
 def test_round_to_must_be_positive(resnet):
-    with pytest.raises(surgery.UsageError, match="round_to must be at least 1, not 0"):
-        surgery.widen(resnet, 1.5, round_to=0)
+    for step in (0, 1.5, "8"):
+        with pytest.raises(surgery.UsageError, match=f"round_to must be a whole number of at least 1, not {step!r}"):
+            surgery.widen(resnet, 1.5, round_to=step)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +197,7 @@ def test_round_to_must_be_positive(resnet):
         ({"conv1": 32}, "width of 'conv1' must be at least its 64 channels, not 32"),
         ({"cnv1": 2.0}, "unknown layer 'cnv1'; did you mean .*'conv1'"),
         ({"layer9.*": 2.0}, r"unknown layer 'layer9.\*'"),
+        ({3: 2.0}, "layers are named by strings, not 3"),
     ],
 )
 def test_bad_widths_are_refused(resnet, width, message):
@@ -206,8 +208,12 @@ def test_bad_widths_are_refused(resnet, width, message):
 def test_bad_places_are_refused(resnet):
     with pytest.raises(surgery.UsageError, match="unknown layer 'layer5'; did you mean 'layer"):
         surgery.deepen(resnet, ["layer5"])
-    with pytest.raises(surgery.UsageError, match="must be at least 1, not 0"):
-        surgery.deepen(resnet, {"layer1": 0})
+    for count in (0, 1.5, "2", True):
+        message = f"the number of layers behind 'layer1' must be a whole number of at least 1, not {count!r}"
+        with pytest.raises(surgery.UsageError, match=message):
+            surgery.deepen(resnet, {"layer1": count})
+    with pytest.raises(surgery.UsageError, match="layers are named by strings, not 3"):
+        surgery.deepen(resnet, [3])
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,12 @@ def test_options_reach_the_passes(digits):
     assert deep.kernel == (5, 5)
 
 
+def test_places_may_come_from_a_generator(digits):
+    growth = Growth(deepen=(name for name in ["0"]))
+    model = train(plain(), digits, epochs=1, grow={0: growth}).model
+    assert [step.after for step in surgery.recipe(model).steps] == ["0"]
+
+
 def test_the_same_seed_grows_and_trains_the_same_weights_and_another_seed_others(digits):
     grow = {0: Growth(images=0.4), 1: Growth(images=0.8, widen=1.5, deepen=["blocks"])}
     runs = [state(train(residual(), digits, epochs=2, grow=grow, seed=seed).model) for seed in (0, 0, 1)]
@@ -281,6 +287,9 @@ def test_data_alone_grow_for_a_model_that_was_not_traced(digits):
         ({2: Growth(widen=0.5)}, "a widening factor must be at least 1, not 0.5"),
         ({2: Growth(deepen=["7"])}, "unknown layer '7'"),
         ({1: Growth(widen=2.0), 2: Growth(widen={"0": 20})}, "width of '0' must be at least its 24 channels, not 20"),
+        ({1: 1.5}, r"grow is a mapping from epochs to surgery.Growth, not \{1: 1.5\}"),
+        ([Growth(widen=2.0)], r"grow is a mapping from epochs to surgery.Growth, not \["),
+        ({1.0: Growth(widen=2.0)}, "grow has epoch 1.0: this training has epochs 0 to 2"),
         ({2: Growth(widen=2.0, state="none")}, "unknown state of new channels 'none'"),
     ],
 )

@@ -305,6 +305,9 @@ def test_what_cannot_follow_is_refused(net):
         transfer_optimizer(optim.SGD(wide.parameters()), net, wide)
     with pytest.raises(surgery.UsageError, match="was not made from the other one"):
         transfer_optimizer(optim.SGD(wide.parameters()), wide, net)
+    other = surgery.trace(nn.Sequential(nn.Linear(3, 4)), torch.randn(2, 3))
+    with pytest.raises(surgery.UsageError, match=r"stem.weight is not in the edited module: it was not made from"):
+        transfer_optimizer(optim.SGD(net.parameters()), net, other)
     with pytest.raises(surgery.UsageError, match="unknown state of new channels 'zeros'; did you mean 'zero'"):
         transfer_optimizer(optim.SGD(net.parameters()), net, wide, new="zeros")
     factored = optim.Adafactor(net.parameters())

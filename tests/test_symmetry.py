@@ -310,6 +310,9 @@ def test_a_model_without_data_is_widened_with_noise_too(residual):
         ({"break_symmetry": "nose"}, "break_symmetry must be 'uneven', 'zero-sum', 'noise' or None, not 'nose'"),
         ({"break_symmetry": "zero-sum", "noise": 0}, "noise must be a number above 0, not 0.0"),
         ({"break_symmetry": "noise", "noise": float("nan")}, "noise must be a number above 0, not nan"),
+        ({"break_symmetry": "zero-sum", "noise": "much"}, "noise is a number, not 'much'"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, not -1"),
+        ({"seed": None}, "seed must be a whole number of at least 0, not None"),
     ],
 )
 def test_options_that_do_not_exist_are_refused(residual, options, message):

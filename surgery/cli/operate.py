@@ -45,6 +45,7 @@ from surgery.passes.verify import Verification, verify
 from surgery.passes.widen import unwidened
 from surgery.passes.widen import widen as widen_module
 
+INEXACT = "inexact by choice: noise on the weights of copies changes the output"
 SHOWN = 40
 """Up to how many layers a dry run lists for people."""
 
@@ -215,10 +216,12 @@ def _finish(
     inexact: bool = False,
 ) -> None:
     """Verify and save what was made, unless it is a dry run, and say what it costs."""
-    alone = {} if left is None else {"left_alone": dict(left)}
+    facts: dict[str, object] = {"inexact_by_choice": True} if inexact else {}
+    if left is not None:
+        facts["left_alone"] = dict(left)
     reasons = [f"left alone: {reason}" for reason in (left or {}).values()]
     if folder is None:
-        _show(before, after, as_json, alone, reasons)
+        _show(before, after, as_json, facts, [*([INEXACT] if inexact else []), *reasons])
         return
     verified = compare() if compare else None
     if verified and not (inexact and math.isfinite(verified.max_rel)):
@@ -229,14 +232,13 @@ def _finish(
     equal = f"verified in {verified.dtype}: relative difference {verified.max_rel:.1e}" if verified else "not verified"
     if inexact:
         by = f"; here by {verified.max_rel:.1e} of its magnitude, in {verified.dtype}" if verified else ""
-        equal = f"inexact by choice: noise on the weights of copies changes the output{by}"
+        equal = f"{INEXACT}{by}"
     emit(
         {
             "out": str(folder),
             **{name: c.to_dict() for name, c in figures.items()},
             "verification": verified.to_dict() if verified else None,
-            **({"inexact_by_choice": True} if inexact else {}),
-            **alone,
+            **facts,
         },
         as_json,
         table("", ["", "parameters", "MACs an input", "size"], rows),
@@ -245,14 +247,14 @@ def _finish(
 
 
 def _show(
-    before: nn.Module, after: nn.Module, as_json: bool, alone: Mapping[str, object], reasons: Sequence[str]
+    before: nn.Module, after: nn.Module, as_json: bool, facts: Mapping[str, object], reasons: Sequence[str]
 ) -> None:
     """Say what a dry run would change."""
     found = changes(before, after)
     rows = found.rows()
     more = [f"and {len(rows) - SHOWN} more layers (--json lists all)"] if len(rows) > SHOWN else []
     emit(
-        {"dry_run": True, **found.to_dict(), **alone},
+        {"dry_run": True, **found.to_dict(), **facts},
         as_json,
         *([table("", HEADER, rows[:SHOWN], text=HEADER)] if rows else []),
         note="\n".join([*more, found.summary(), *reasons, "nothing was written"]),

@@ -7,11 +7,12 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Any
 
 from torch import fx, nn
 
-from surgery.errors import EditError, UsageError, unknown_name
+from surgery.errors import EditError, UsageError, unknown_name, whole_number
 from surgery.graph.dims import Dimensions, dimensions
 from surgery.graph.labels import Labelled
 from surgery.graph.maxout import Maxout
@@ -96,16 +97,15 @@ def deepen_plan(
         raise unknown_name("form", form, FORMS)
     if form == "block" and kernel is not None:
         raise UsageError("a copied block has the kernels of the block it is a copy of: give a form or a kernel")
-    sizes = kernel if kernel is None or isinstance(kernel, int) else tuple(kernel)
-    given = () if sizes is None else (sizes,) if isinstance(sizes, int) else sizes
-    if any(size < 1 or size % 2 == 0 for size in given):
-        raise UsageError(f"the kernel of an identity must be odd in each direction, not {kernel}")
+    sizes = tuple(kernel) if isinstance(kernel, Sequence) else kernel
+    for size in () if sizes is None else sizes if isinstance(sizes, tuple) else (sizes,):
+        if isinstance(size, bool) or not isinstance(size, Integral) or size < 1 or size % 2 == 0:
+            raise UsageError(f"the kernel of an identity must be odd in each direction, not {kernel}")
     dims = dimensions(module)
     taken = {name for name, _ in module.named_modules()}
     steps: list[Step] = []
     for name, count in _expanded(module, places).items():
-        if count < 1:
-            raise UsageError(f"the number of layers behind {name!r} must be at least 1, not {count}")
+        count = whole_number(f"the number of layers behind {name!r}", count, 1)
         site = next(iter(output_sites(module, name)))
         dense = _dense(module, site, name, form) if kernel is None else None
         like = dense if dense is not None else _block(module, dims, site, name, form) if kernel is None else None
@@ -167,6 +167,8 @@ def _expanded(module: nn.Module, places: Mapping[str, int] | Iterable[str] | str
     layers = [n for n, m in module.named_modules() if n and not any(True for _ in m.children())]
     result: dict[str, int] = {}
     for name, count in counts.items():
+        if not isinstance(name, str):
+            raise UsageError(f"layers are named by strings, not {name!r}")
         if any(c in name for c in "*?["):
             matched = [n for n in layers if fnmatchcase(n, name)]
             if not matched:
@@ -282,10 +284,10 @@ def _free_name(module: nn.Module, site: Site, after: str, what: str, taken: set[
     named = module.get_submodule(after)
     children = [n for n, _ in named.named_children()]
     if children and all(n.isdigit() for n in children):
-        return _numbered(f"{after}.", max(map(int, children)) + 1, taken)
+        return _numbered(f"{after}.".lstrip("."), max(map(int, children)) + 1, taken)
     if site.path == after and after:  # Python calls it: what is beside it is not in its graph
         return _numbered(f"{after}.{what}", 0, taken)
-    return _numbered(f"{after}_{what}", 0, taken)
+    return _numbered(f"{after}_{what}" if after else what, 0, taken)
 
 
 def _new_name(module: nn.Module, site: Site, after: str, like: str | None, taken: set[str]) -> str:

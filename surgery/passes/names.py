@@ -59,6 +59,8 @@ def _letters(name: str) -> int:
 
 def _matches(dims: Dimensions, module: nn.Module, name: str) -> tuple[list[DimensionGroup], int]:
     """The groups that a name means, and what kind of name it is."""
+    if not isinstance(name, str):
+        raise UsageError(f"layers are named by strings, not {name!r}")
     layers = dims.layers
     own = {g.name: g for g in dims.groups}
     group = own.get(name) or layers.get(name)

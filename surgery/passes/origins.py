@@ -68,6 +68,9 @@ def origins(before: nn.Module, after: nn.Module) -> dict[str, Origin | None]:
     old, new = _tensors(before), _tensors(after)
     first = {id(tensor): name for name, tensor in reversed(old.items())}
     found: dict[str, Origin | None] = dict.fromkeys(new)
+    lost = [name for name in old if name not in new]
+    if lost:
+        raise UsageError(f"{lost[0]} is not in the edited module: it was not made from the other one")
     for name in filter(old.__contains__, new):
         axes = moved.get(first[id(old[name])], [None] * old[name].ndim)
         expected = tuple(

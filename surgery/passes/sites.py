@@ -49,7 +49,7 @@ def output_sites(module: nn.Module, name: str) -> Iterator[Site]:
         if path and not local and found:
             continue  # a graph around it calls it
         for graph in owner.graphs:
-            node = _output_node(owner, graph, local)
+            node = _output_node(owner, graph, local, name)
             if node is not None:
                 found = True
                 yield Site(owner, path, graph, node)
@@ -72,19 +72,19 @@ def activation_of(owner: TracedModule, node: fx.Node) -> str:
         return ""
 
 
-def _output_node(owner: TracedModule, graph: fx.Graph, name: str) -> fx.Node | None:
-    if not name:  # all of the graph
+def _output_node(owner: TracedModule, graph: fx.Graph, local: str, name: str) -> fx.Node | None:
+    if not local:  # all of the graph
         result = graph.output_node().args[0]
         if not isinstance(result, fx.Node):
             raise EditError("it has no single output: name a layer")
         return result
-    calls = [n for n in graph.nodes if n.op == "call_module" and n.target == name]
+    calls = [n for n in graph.nodes if n.op == "call_module" and n.target == local]
     if len(calls) > 1:
         raise EditError(f"{name!r} runs {len(calls)} times: a layer behind it would be shared")
     if calls:
         return _behind(owner, calls[0])
-    inside = [n for n in graph.nodes if n.op != "output" and is_inside(n, name)]
-    outputs = [n for n in inside if any(not is_inside(user, name) for user in n.users)]
+    inside = [n for n in graph.nodes if n.op != "output" and is_inside(n, local)]
+    outputs = [n for n in inside if any(not is_inside(user, local) for user in n.users)]
     if len(outputs) > 1:
         raise EditError(f"{name!r} has {len(outputs)} outputs ({', '.join(n.name for n in outputs)}): name a layer")
     return outputs[0] if outputs else None

@@ -10,7 +10,7 @@ from numbers import Integral, Real
 import numpy as np
 from torch import nn
 
-from surgery.errors import EditError, UsageError
+from surgery.errors import EditError, UsageError, whole_number
 from surgery.graph.dims import DimensionGroup, Dimensions, dimensions
 from surgery.passes.apply import apply
 from surgery.passes.average import normalised_streams
@@ -84,6 +84,7 @@ def widen_plan(
         raise UsageError(f"mapping must be 'random' or 'balanced', not {mapping!r}")
     if break_symmetry is not None and break_symmetry not in SYMMETRY:
         raise UsageError(f"break_symmetry must be 'uneven', 'zero-sum', 'noise' or None, not {break_symmetry!r}")
+    seed = whole_number("seed", seed, 0)
     indices = _plan(module, width, mapping, seed, round_to)[0]
     if break_symmetry == "uneven":
         return Reindex(
@@ -91,7 +92,8 @@ def widen_plan(
         )
     if break_symmetry is None:
         return Reindex(indices)
-    return Reindex(indices, noise=Noise("zero-sum" if break_symmetry == "zero-sum" else "plain", float(noise), seed))
+    kind = "zero-sum" if break_symmetry == "zero-sum" else "plain"
+    return Reindex(indices, noise=Noise(kind, _number("noise is a number", noise), seed))
 
 
 def unwidened(module: nn.Module, width: float | Mapping[str, Width], *, round_to: int = 1) -> dict[str, str]:
@@ -103,14 +105,13 @@ def _plan(
     module: nn.Module, width: float | Mapping[str, Width], mapping: str, seed: int, round_to: int
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """The index of each group that grows, and why others do not."""
-    if round_to < 1:
-        raise UsageError(f"round_to must be at least 1, not {round_to}")
+    round_to = whole_number("round_to", round_to, 1)
     dims = dimensions(module)
     named = isinstance(width, Mapping)
     if isinstance(width, Mapping):
         wishes = resolve(dims, module, width)
     else:
-        wishes = dict.fromkeys((g for g in dims.groups if g.editable), _number(width))
+        wishes = dict.fromkeys((g for g in dims.groups if g.editable), _number(_WIDTH, width))
     indices: dict[str, tuple[int, ...]] = {}
     left: dict[str, str] = {}
     for group, wish in wishes.items():
@@ -149,16 +150,19 @@ def _drop_uneven(dims: Dimensions, indices: dict[str, tuple[int, ...]], left: di
                         uneven = True
 
 
-def _number(width: object) -> float:
-    if isinstance(width, bool) or not isinstance(width, Real):
-        raise UsageError(f"a width is a factor (float) or, for a name, a number of channels (int), not {width!r}")
-    return float(width)
+_WIDTH = "a width is a factor (float) or, for a name, a number of channels (int)"
+
+
+def _number(what: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise UsageError(f"{what}, not {value!r}")
+    return float(value)
 
 
 def _units(group: DimensionGroup, wish: Width, round_to: int) -> int:
     """The number of units that a factor or an absolute width asks for."""
     channels = group.size // group.units
-    number = _number(wish)
+    number = _number(_WIDTH, wish)
     if isinstance(wish, Integral):
         width = int(wish)
         if width < group.size or width % channels:

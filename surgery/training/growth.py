@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -53,6 +53,10 @@ class Growth:
     widen_options: Mapping[str, Any] = field(default_factory=dict)
     deepen_options: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.deepen, Iterator):  # a rehearsal would use it up
+            object.__setattr__(self, "deepen", tuple(self.deepen))
+
     @property
     def changes_model(self) -> bool:
         return self.widen is not None or self.deepen is not None
@@ -75,8 +79,10 @@ def stages(data: Data, epochs: int, grow: Mapping[int, Growth], seed: int) -> tu
         UsageError: an epoch that there is not, a growth of nothing, an unknown ``state``, a fraction out of range,
             fewer images than before, or fewer than 2.
     """
+    if not isinstance(grow, Mapping) or not all(isinstance(growth, Growth) for growth in grow.values()):
+        raise UsageError(f"grow is a mapping from epochs to surgery.Growth, not {grow!r}")
     for epoch, growth in grow.items():
-        if epoch not in range(epochs):
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch not in range(epochs):
             raise UsageError(f"grow has epoch {epoch}: this training has epochs 0 to {epochs - 1}")
         if not growth.changes_model and growth.images is None:
             raise UsageError(f"the growth before epoch {epoch} has nothing to grow: give it widen, deepen or images")
