@@ -52,7 +52,8 @@ def deepen(
     - ``"residual"``: a block with a skip connection whose last layer is zero. Anywhere.
     - ``"block"``: a copy of the block at the end of a container, its last layers zero (LLaMA-Pro): a ResNet's or an
       inverted residual block, a layer of a Transformer, whatever adds layers to a skip connection. Of a layer, it is
-      the smallest block that the layer is in.
+      the smallest block that the layer is in. At the end of a dense block it is one more layer, a copy of the last one
+      that reads its output too; what reads the block reads the new channels with weights of 0.
 
     By default it is a block at the end of containers that have one; else a layer where it can be, else residual. All
     are exact in ``eval()``, and blocks in ``train()`` as well (their dropout draws random numbers of its own). The
@@ -110,7 +111,8 @@ def deepen_plan(
         dense = _dense(module, site, name, form) if kernel is None else None
         like = dense if dense is not None else _block(module, dims, site, name, form) if kernel is None else None
         for _ in range(count):
-            new = _new_name(module, site, name, like, taken)
+            inside = _numbered(f"{name}.layer", 0, taken) if dense is not None and not like else None
+            new = inside or _new_name(module, site, name, like, taken)
             taken.add(new)
             if dense is not None:
                 steps.append(InsertDense(name, new, dense))

@@ -38,7 +38,7 @@ class Layer:
     parts: tuple[fx.Node, ...]
     dim: int
     entry: fx.Node
-    """The concatenation of all parts but ``end``, which the layer reads."""
+    """The concatenation, in any order, of all parts but ``end``, which the layer reads."""
     end: fx.Node
     nodes: tuple[fx.Node, ...]
     """From ``entry``, which is not among them, to ``end``."""
@@ -120,11 +120,12 @@ def insert_dense(module: nn.Module, step: InsertDense, edit: DenseEdit, result: 
 
 def _last_layer(site: Site, flow: Flow) -> Layer | None:
     parts, dim = _joined(site.node)
+    joined = {node: own for node in flow.order for own, along in [_joined(node)] if own and along == dim}
     for end in reversed(parts):
         rest = [part for part in parts if part is not end]
         if not rest or len(rest) < len(parts) - 1 or set(end.users) != {site.node}:
             continue
-        entries = [node for node in flow.order if _joined(node) == (rest, dim)]
+        entries = [node for node, own in joined.items() if len(own) == len(rest) and set(own) == set(rest)]
         for entry in (*entries, *(rest if len(rest) == 1 else ())):
             nodes = flow.region(entry, end)
             if nodes is not None and any(isinstance(t, nn.Parameter) for t in _tensors(site.owner, nodes)):
@@ -163,7 +164,7 @@ def _tensors(owner: nn.Module, nodes: Iterable[fx.Node]) -> Iterator[torch.Tenso
 
 def _container(layer: Layer, flow: Flow, stage: str) -> str:
     """The outermost container in ``stage`` that runs nothing but the layer, and its own concatenations."""
-    read = [n for n in layer.nodes if n.op in ("call_module", "get_attr")]
+    read = [n for n in layer.nodes if _held(flow.owner, n) is not None]
     paths = [str(n.target).split(".")[: -1 if n.op == "get_attr" else None] for n in read]
     common = [names[0] for names in zip(*paths, strict=False)]
     while any(names[: len(common)] != common for names in paths):
@@ -269,14 +270,16 @@ def _insert(layer: Layer, step: InsertDense, result: nn.Module, wider: nn.Module
         twin.args, twin.kwargs = fx.map_arg((node.args, node.kwargs), found)
     cat, end, parts = found(site.node), found(layer.end), [found(part) for part in layer.parts]
     with graph.inserting_before(cat):
-        new = graph.call_function(torch.cat, ([*(part for part in parts if part is not end), end], layer.dim))
+        read = [layer.entry] if layer.entry in layer.parts else _joined(layer.entry)[0]
+        new = graph.call_function(torch.cat, ([*map(found, read), end], layer.dim))
         new.meta["path"] = path(layer.entry)
         copies = {found(layer.entry, theirs): new}
         for node in layer.nodes:
             twin = found(node, theirs)
             new = copies[twin] = graph.node_copy(twin, lambda n: copies[n] if n in copies else found(n))
             new.meta["path"] = path(node)
-            if _held(site.owner, node) is not None or (like and node.op == "get_attr"):
+            flag = node.op == "get_attr" and like and str(node.target).startswith(f"{like}.")
+            if flag or _held(site.owner, node) is not None:
                 new.target = local_name(renamed(site, str(node.target), step.like, step.name), site.path)
     at = parts.index(end) + 1
     cat.args, cat.kwargs = ([*parts[:at], new, *parts[at:]], layer.dim), {}
