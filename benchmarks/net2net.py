@@ -4,9 +4,9 @@
     python benchmarks/net2net.py --schedule cosine --lr 0.05 --budget 0.5 --out FILE.json
     python benchmarks/net2net.py --dataset torchvision:CIFAR10 --data-root DIR --model resnet18 --deepen layer3=1
 
-For each seed a teacher is trained: the student's architecture with ``--teacher-rate`` of its channels. From it come a
-net as wide as the student and a deeper one. Each is trained three ways, with the same optimiser, learning rate and
-order of images:
+For each seed a teacher is trained, for ``--teacher-epochs``: the student's architecture with ``--teacher-rate`` of its
+channels. From it come a net as wide as the student and a deeper one. Each is trained three ways, with the same
+optimiser, learning rate and order of images:
 
     net2net   the function-preserving transformation (Chen, Goodfellow, Shlens 2016)
     padding   the teacher's weights where it has some, random ones in new channels and layers
@@ -48,7 +48,8 @@ def main() -> None:
     )
     parser.add_argument("--deepen", action="append", metavar="PLACE=COUNT", help="where the deeper net has more layers")
     parser.add_argument("--teacher-rate", type=float, default=0.3**0.5, help="the paper's sqrt(0.3), by default")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--teacher-epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--budget", type=float, default=1.0, help="fraction of the epochs that grown nets are given")
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--schedule", default="constant")
@@ -69,6 +70,7 @@ def main() -> None:
         model=options.model,
         deepen={place: int(count) for place, _, count in (p.partition("=") for p in options.deepen or ())},
         teacher_rate=options.teacher_rate,
+        teacher_epochs=options.teacher_epochs,
         epochs=options.epochs,
         budget=options.budget,
         lr=options.lr,

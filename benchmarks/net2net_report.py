@@ -41,15 +41,16 @@ def markdown(document: dict[str, Any]) -> str:
         "",
         f"`{document['command']}`; {len(seeds)} seeds, {where['date'][:10]}, {where['cpu']}, torch "
         f"{where['versions']['torch']}. A teacher with {settings['teacher_rate']:.2f} of the channels of "
-        f"`{settings['model']}` is trained for {settings['epochs']} epochs (SGD, learning rate {settings['lr']:g}, "
-        f"{settings['schedule']} schedule), then grown; all nets are trained alike. Accuracies are of the test images, "
-        "the median over seeds with the least and the greatest; an accuracy at the end is the median of three epochs. "
+        f"`{settings['model']}` is trained for {settings['teacher_epochs']} epochs (SGD, learning rate "
+        f"{settings['lr']:g}, {settings['schedule']} schedule), then grown; all nets are trained alike. Accuracies are "
+        "of the test images, the median over seeds with the least and the greatest; an accuracy at the end is the "
+        "median of three epochs. "
         f"The target is what training from scratch ends with after {settings['epochs']} epochs, of the same seed.",
         "",
         "| net | weights | parameters | epochs | at step 0 | at the end | epochs to the target | seeds that reach it |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    teacher = selected(document, "", "teacher", settings["epochs"])
+    teacher = selected(document, "", "teacher", settings["teacher_epochs"])
     lines.append(_row("teacher", "random", teacher, None))
     for growth in ("wider", "deeper"):
         goal = targets(document, growth)

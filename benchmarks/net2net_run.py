@@ -33,6 +33,7 @@ class Settings:
     model: str
     deepen: Mapping[str, int]
     teacher_rate: float
+    teacher_epochs: int
     epochs: int
     budget: float
     lr: float
@@ -58,7 +59,7 @@ def run_seed(settings: Settings, seed: int) -> list[dict[str, Any]]:
     student = architecture(settings, data, seed)
     teacher = surgery.slim(student, settings.teacher_rate)
     initialise(teacher, seed)
-    runs = [run(settings, data, teacher, seed, growth="", arm="teacher", epochs=settings.epochs)]
+    runs = [run(settings, data, teacher, seed, growth="", arm="teacher", epochs=settings.teacher_epochs)]
     batch = torch.stack([data.test[k][0] for k in range(64)])
     for growth in GROWTHS:
         net = grown(settings, growth, teacher, student, seed)

@@ -14,12 +14,12 @@ class SmallInception(nn.Module):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        self.stem = _conv(3, 48, 3, stride=2)
-        self.first = _Inception(48, 24, 36, 24, 12)
+        self.stem = _conv(3, 32, 3, stride=2)
+        self.first = _Inception(32, 16, 24, 16, 8)
         self.shrink = nn.MaxPool2d(2)
-        self.second = _Inception(96, 48, 72, 48, 24)
+        self.second = _Inception(64, 32, 48, 32, 16)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(192, classes)
+        self.classifier = nn.Linear(128, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.second(self.shrink(self.first(self.stem(x))))

@@ -14,7 +14,8 @@ from torchvision.models import get_model
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import surgery
-from surgery.graph.tracing import TracedModule, info
+from surgery.errors import UsageError
+from surgery.graph.traced import TracedModule, info, is_traced
 
 EXACT = 1e-10
 X = torch.randn(3, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -496,3 +497,13 @@ def test_outputs_that_are_empty_prove_nothing():
     model = get_model("ssdlite320_mobilenet_v3_large", weights=None, weights_backbone=None, score_thresh=1.0).eval()
     with pytest.raises(surgery.UsageError, match="the outputs are empty"):
         surgery.verify(model, model, ([torch.rand(3, 64, 64)],))
+
+
+def test_a_model_with_parts_counts_as_traced_and_asking_changes_nothing():
+    model = Linked()
+    before = dict(model.__dict__)
+    assert not is_traced(model)
+    with pytest.raises(UsageError, match=r"Linked is not a traced module: pass it through surgery.trace first"):
+        surgery.recipe(model)
+    assert model.__dict__ == before
+    assert is_traced(surgery.trace(model.double(), X))

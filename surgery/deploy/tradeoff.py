@@ -24,7 +24,7 @@ from surgery.deploy.export import export_onnx
 from surgery.deploy.outputs import refuse_folder, staged_folder
 from surgery.deploy.report import write_report
 from surgery.errors import UsageError
-from surgery.graph import tracing
+from surgery.graph.traced import example_inputs, info, is_traced
 from surgery.graph.tracing import trace
 from surgery.passes.slim import slim
 from surgery.training.data import Data, load_data
@@ -111,7 +111,7 @@ def tradeoff(
             files = {c.folder: folder / c.folder / ONNX_FILE for c in candidates}
             comparison = compare(files, threads=settings.threads, min_seconds=_MEASURED_SECONDS, seed=seed)
         result = Tradeoff(
-            source=tracing.info(dense).source or type(source).__name__,
+            source=info(dense).source or type(source).__name__,
             data=_summary(data),
             settings=settings,
             points=tuple(_point(candidate, comparison) for candidate in candidates),
@@ -154,8 +154,8 @@ def _data_for(
             image_size = image_size or parsed.sample_size()[-1]
         elif parsed.entry is not None:
             least = parsed.entry.minimum
-    elif image_size is None and isinstance(source, tracing.TracedModule):
-        (images, *_), _named = tracing.example_inputs(source)
+    elif image_size is None and is_traced(source):
+        (images, *_), _named = example_inputs(source)
         image_size = images.shape[-1]
     return load_data(dataset, data_root=data_root, image_size=image_size, at_least=least, limit=limit)
 
@@ -169,7 +169,7 @@ def _dense(source: str | nn.Module, data: Data, *, weights: str | None, trust: b
         module = catalogue.build(source, **keywords, weights=weights, trust=trust, seed=seed)
         dense = trace(module, images, source=catalogue.canonical(source, **keywords, weights=weights))
     else:
-        dense = copy.deepcopy(source) if isinstance(source, tracing.TracedModule) else trace(source, images)
+        dense = copy.deepcopy(source) if is_traced(source) else trace(source, images)
     _refuse_misfit(dense, images, data)
     return dense.eval()
 

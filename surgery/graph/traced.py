@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import UsageError
 
-_INFO = "surgery"
+_INFO, _NOTES = "surgery", "_surgery"
 
 
 @dataclass(frozen=True)
@@ -179,10 +179,15 @@ def copy_hooks(source: nn.Module, target: nn.Module) -> None:
 
 def info(module: nn.Module) -> TraceInfo:
     """How ``module`` was traced. Raises `UsageError` for a module that `trace` did not make."""
-    found = _notes(module).get(_INFO)
-    if not isinstance(found, TraceInfo):
+    found = _found(module)
+    if found is None:
         raise UsageError(f"{type(module).__name__} is not a traced module: pass it through surgery.trace first")
     return found
+
+
+def is_traced(module: nn.Module) -> bool:
+    """Whether `trace` or a pass made ``module``, whole or with Python around the traced parts."""
+    return _found(module) is not None
 
 
 def with_info(module: nn.Module, **changes: Any) -> None:
@@ -192,14 +197,14 @@ def with_info(module: nn.Module, **changes: Any) -> None:
 
 def set_info(module: nn.Module, known: TraceInfo) -> None:
     """Remember how ``module`` was traced."""
-    _notes(module)[_INFO] = known
+    notes: dict[str, Any] = module.meta if isinstance(module, TracedModule) else module.__dict__.setdefault(_NOTES, {})
+    notes[_INFO] = known
 
 
-def _notes(module: nn.Module) -> dict[str, Any]:
-    if isinstance(module, TracedModule):
-        return module.meta
-    notes: dict[str, Any] = module.__dict__.setdefault("_surgery", {})
-    return notes
+def _found(module: nn.Module) -> TraceInfo | None:
+    notes = module.meta if isinstance(module, TracedModule) else module.__dict__.get(_NOTES, {})
+    found = notes.get(_INFO)
+    return found if isinstance(found, TraceInfo) else None
 
 
 def example_inputs(
