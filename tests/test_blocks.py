@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -477,3 +478,23 @@ def test_a_detection_backbone_gets_blocks():
 def test_a_word_for_how_an_op_is_linear_must_be_known():
     with pytest.raises(surgery.UsageError, match="unknown word 'affin' for how an op is linear: one of 'sum', 'first'"):
         surgery.oprule(torch.special.expit, linear="affin")
+
+
+def test_a_copy_of_a_frozen_block_learns():
+    traced = surgery.trace(
+        catalogue.build("resnet18?num_classes=10", seed=0).requires_grad_(False), torch.randn(2, 3, 32, 32)
+    )
+    deep = surgery.deepen(traced, ["layer2", "layer1.0.conv1"], form="block")
+    learns = {name for name, p in deep.named_parameters() if p.requires_grad}
+    assert learns == {name for name, origin in surgery.origins(traced, deep).items() if origin is None} & {
+        name for name, _ in deep.named_parameters()
+    }
+    assert any(name.startswith("layer2.2.") for name in learns)
+
+
+def test_a_recipe_whose_zeros_are_not_those_of_the_block_is_refused():
+    traced = surgery.trace(catalogue.build("resnet18?num_classes=10", seed=0), torch.randn(2, 3, 32, 32))
+    (step,) = surgery.recipe(surgery.deepen(traced, ["layer3"])).steps
+    for zeros in ((), ("conv1.weight",), ("layer3.2.none",)):
+        with pytest.raises(surgery.EditError, match=r"a copy of 'layer3\.1' is not the identity where"):
+            surgery.apply(traced, replace(step, zeros=zeros))

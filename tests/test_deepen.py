@@ -343,3 +343,51 @@ def test_a_place_without_one_output_is_called_by_its_whole_name():
     traced, _ = traced_of(Chooses(), 2, 4)
     with pytest.raises(surgery.EditError, match=r"'part.1' has 2 outputs \(\w+, \w+\): name a layer"):
         surgery.deepen(traced, ["part.1"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_norm_behind_an_identity_is_exact_in_16_bits_too(dtype, tmp_path):
+    model = randomised(catalogue.build("resnet18?num_classes=10", seed=0)).to(dtype).eval()
+    x = torch.randn(2, 3, 32, 32, dtype=dtype)
+    traced = surgery.trace(model, x, source="torchvision:resnet18?num_classes=10")
+    deep = surgery.deepen(traced, ["layer1.0.conv1", "layer2.0.conv1"], calibration=x)
+    norm = deep.get_submodule("layer1.0.conv1_identity0.norm")
+    assert {t.dtype for t in (norm.weight, norm.running_var)} == {dtype}
+    surgery.save(deep, tmp_path / "deep")
+    for result in (deep, surgery.load(tmp_path / "deep")):
+        assert surgery.verify(result, traced, x, dtype=torch.float64).max_rel <= EXACT
+
+
+class Mixed(nn.Module):
+    """A float32 part, and behind it a float64 one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low = nn.Conv2d(3, 4, 3, padding=1)
+        self.high = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.high(torch.relu(self.low(x)).double())
+
+
+def test_new_layers_have_the_dtype_and_the_memory_format_of_those_before_them():
+    model = Mixed().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 8, 8)
+    traced = surgery.trace(model, x)
+    deep = surgery.deepen(traced, ["low", "high.0"])
+    assert torch.equal(deep(x), traced(x))
+    new = {name: p for name, p in deep.named_parameters() if "identity" in name and p.ndim == 4}
+    assert {name.partition("_")[0]: w.dtype for name, w in new.items()} == {
+        "low": torch.float32,
+        "high.0": torch.float64,
+    }
+    assert all(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in new.values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_calibration_batch_without_statistics_is_refused(value):
+    traced = trained(nn.ReLU)
+    with pytest.raises(surgery.UsageError, match=r"gives act1_identity0\.norm no finite mean and variance"):
+        surgery.deepen(traced, ["act1"], calibration=torch.full_like(images(1), value))
+    with pytest.raises(surgery.UsageError, match=r"gives act1_identity0\.norm no finite mean and variance"):
+        surgery.deepen(traced, ["act1"], calibration=images(1)[:0])

@@ -22,7 +22,7 @@ from surgery.graph.rewrites import Site
 from surgery.graph.tracing import info, with_info
 from surgery.passes.average import Expansion
 from surgery.passes.dense import dense_edit, insert_dense
-from surgery.passes.insert import insert_identity
+from surgery.passes.insert import insert_identity, memory_format
 from surgery.passes.layout import Layout, Layouts, changed_tensors
 from surgery.passes.noise import draws, perturbed
 from surgery.passes.recipe import MEAN, InsertBlock, InsertDense, Noise, Recipe, Reindex, Step
@@ -258,11 +258,9 @@ def _gather(
 
 def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """``new`` with a storage of its own, as the kind of tensor that ``old`` is."""
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(old.ndim)
-    if channels_last and not old.is_contiguous() and old.is_contiguous(memory_format=channels_last):
-        new = new.clone(memory_format=channels_last)
-    elif new.untyped_storage().data_ptr() == old.untyped_storage().data_ptr():
-        new = new.clone(memory_format=torch.contiguous_format)
+    layout = memory_format(old)
+    if layout != torch.contiguous_format or new.untyped_storage().data_ptr() == old.untyped_storage().data_ptr():
+        new = new.clone(memory_format=layout)
     if isinstance(old, nn.Parameter):
         return nn.Parameter(new, requires_grad=old.requires_grad)
     return new

@@ -20,7 +20,8 @@ from surgery.graph.tracing import info
 from surgery.passes.apply import apply
 from surgery.passes.blocks import IDEMPOTENT, Flow
 from surgery.passes.dense import dense_edit
-from surgery.passes.moments import calibrate
+from surgery.passes.insert import weight_before
+from surgery.passes.moments import calibrate, identity_eps
 from surgery.passes.recipe import InsertBlock, InsertDense, InsertIdentity, Step
 from surgery.passes.replicate import copied_blocks, zero_names
 from surgery.passes.sites import Site, activation_of, is_called, local_name, output_sites
@@ -58,7 +59,8 @@ def deepen(
     By default it is a block at the end of containers that have one; else a layer where it can be, else residual. All
     are exact in ``eval()``, and blocks in ``train()`` as well (their dropout draws random numbers of its own). The
     BatchNorm behind an identity convolution normalises by the batch in ``train()``; its weight and bias are set to the
-    standard deviation and mean of what it is given, so that little changes there (Net2Net, section 3.2).
+    standard deviation and mean of what it is given, so that little changes there (Net2Net, section 3.2); not in 16
+    bits. What is inserted can learn, also where the model is frozen.
 
     Args:
         module: a traced module.
@@ -73,7 +75,7 @@ def deepen(
 
     Raises:
         UsageError: an unknown name or form, a count below 1, a kernel that is even or has another number of directions
-            than the place.
+            than the place, a calibration batch without finite statistics.
         EditError: a place without one output, or whose output has no channels; a form that is not exact there.
     """
     steps = deepen_plan(module, places, form=form, kernel=kernel, seed=seed)
@@ -118,7 +120,7 @@ def deepen_plan(
                 steps.append(InsertDense(name, new, dense))
                 dense = new
             elif like is None:
-                steps.append(_step(dims, site, name, new, form, sizes, seed))
+                steps.append(_step(module, dims, site, name, new, form, sizes, seed))
             else:
                 steps.append(_copy(module, dims, name, like, new))
     return tuple(steps)
@@ -182,6 +184,7 @@ def _expanded(module: nn.Module, places: Mapping[str, int] | Iterable[str] | str
 
 
 def _step(
+    module: nn.Module,
     dims: Dimensions,
     site: Site,
     after: str,
@@ -215,6 +218,7 @@ def _step(
         channels=channels,
         seed=zlib.crc32(f"{seed} {name}".encode()),
         pieces=pieces if activation == "Maxout" else 1,
+        eps=identity_eps(weight_before(module, site, spatial).dtype),
     )
 
 

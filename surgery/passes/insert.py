@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import OrderedDict
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
 from surgery.errors import EditError, UsageError
 from surgery.graph.maxout import Maxout
-from surgery.passes.moments import EPS, predicted_moments, set_moments
+from surgery.passes.moments import predicted_moments, set_moments
 from surgery.passes.recipe import InsertIdentity
 from surgery.passes.sites import Site, local_name, output_sites
 
@@ -21,7 +23,7 @@ _BATCH_NORMS: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d
 def insert_identity(module: nn.Module, step: InsertIdentity) -> None:
     """Insert the layers of ``step`` into ``module``, in every graph that computes what they read."""
     sites = list(output_sites(module, step.after))
-    block = _block(step, _like(module))
+    block = _block(step, weight_before(module, sites[0], len(step.kernel)))
     if step.form == "layer" and step.norm:
         moments = predicted_moments(sites[0].owner, sites[0].node)
         if moments is not None:
@@ -37,8 +39,25 @@ def insert_identity(module: nn.Module, step: InsertIdentity) -> None:
         site.owner.recompile()
 
 
-def _like(module: nn.Module) -> torch.Tensor:
-    return next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+def memory_format(tensor: torch.Tensor) -> torch.memory_format:
+    """Channels last, where a tensor is laid out so and not otherwise."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    if channels_last and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=channels_last):
+        return channels_last
+    return torch.contiguous_format
+
+
+def weight_before(module: nn.Module, site: Site, spatial: int) -> torch.Tensor:
+    """What new layers at a place are like in dtype, device and memory format: the nearest weight before it of a
+    convolution with as many spatial dims (0: of a linear layer); else any parameter before it, or any at all."""
+    last = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    found = None
+    for node in itertools.takewhile(lambda n: n is not site.node.next, site.graph.nodes):
+        for parameter in site.owner.get_submodule(str(node.target)).parameters() if node.op == "call_module" else ():
+            if parameter.is_floating_point():
+                last = parameter
+                found = parameter if parameter.ndim == spatial + 2 else found
+    return last if found is None else found
 
 
 def _block(step: InsertIdentity, like: torch.Tensor) -> nn.Sequential:
@@ -56,7 +75,8 @@ def _block(step: InsertIdentity, like: torch.Tensor) -> nn.Sequential:
     else:
         raise UsageError(f"unknown form {step.form!r} of an identity: 'layer' or 'residual'")
     if step.norm:
-        layers["norm"] = _identity_norm(_BATCH_NORMS[max(len(step.kernel), 1)](step.channels * step.pieces, eps=EPS))
+        norm = _BATCH_NORMS[max(len(step.kernel), 1)]
+        layers["norm"] = _identity_norm(norm(step.channels * step.pieces, eps=step.eps))
     if step.activation == "Maxout":
         layers["act"] = Maxout(step.pieces, dim=1 if step.kernel else -1)
     elif step.activation:
@@ -65,7 +85,7 @@ def _block(step: InsertIdentity, like: torch.Tensor) -> nn.Sequential:
         for parameter in last.parameters():
             nn.init.zeros_(parameter)
         layers[f"{kind}2"] = last
-    return nn.Sequential(layers).to(like.device, like.dtype)
+    return nn.Sequential(layers).to(like.device, like.dtype).to(memory_format=memory_format(like))
 
 
 def _weights(step: InsertIdentity, outs: int) -> nn.Module:
@@ -88,11 +108,10 @@ def _set_identity(layer: nn.Module, pieces: int) -> None:
                 centre.copy_(torch.eye(centre.shape[1]).repeat_interleave(pieces, 0))
 
 
-def _identity_norm(norm: nn.Module) -> nn.Module:
+def _identity_norm(norm: Any) -> nn.Module:
     """Statistics for which evaluation is the identity: the mean 0, the variance and ``eps`` adding up to 1."""
-    assert isinstance(norm.running_var, torch.Tensor)
-    norm.running_var.fill_(1.0 - EPS)
-    return norm
+    norm.running_var.fill_(1.0 - norm.eps)
+    return cast(nn.Module, norm)
 
 
 def _insert(site: Site, step: InsertIdentity, block: nn.Sequential) -> None:

@@ -13,17 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from surgery.errors import UsageError
 from surgery.graph.ops import rule_for
 from surgery.graph.traced import TracedModule
 from surgery.passes.sites import activation_of
 
-EPS = 2.0**-17
-"""Of an inserted BatchNorm: near the usual 1e-5, and such that a variance less ``EPS`` can be a float32."""
 _BITS = {torch.float32: 24, torch.float64: 53}
 _SUMS = ("add", "add_", "iadd")
 
 Moments = tuple[Tensor, Tensor]
 """Mean and variance of each channel, float64 of shape (channels,)."""
+
+
+def identity_eps(dtype: torch.dtype) -> float:
+    """``eps`` of an inserted BatchNorm: near the usual 1e-5, more in 16 bits; 1 less it is a number of ``dtype``."""
+    return max(2.0**-17, torch.finfo(dtype).eps / 2)
 
 
 def predicted_moments(owner: TracedModule, node: fx.Node) -> Moments | None:
@@ -80,10 +84,11 @@ def _positive_part(mean: Tensor, variance: Tensor) -> Moments:
 
 
 def set_moments(norm: nn.Module, mean: Tensor, variance: Tensor) -> None:
-    """Let a BatchNorm with ``eps = EPS`` be the identity in ``eval()``, with these statistics.
+    """Let a BatchNorm with an `identity_eps` be the identity in ``eval()``, with these statistics.
 
-    The weight is rounded to so few bits that its square less ``EPS`` is a number of the same dtype: the identity is
-    exact in every wider dtype too. For that, standard deviations are limited to those from 2**-8 to 8 in float32.
+    The weight is rounded to so few bits that its square less ``eps`` is a number of the same dtype: the identity is
+    exact in every wider dtype too. For that, standard deviations are limited to those from 2**-8 to 8 in float32. In
+    16 bits there is no room for it: the BatchNorm stays as it is.
     """
     layer: Any = norm
     bits = _BITS.get(layer.weight.dtype)
@@ -94,14 +99,14 @@ def set_moments(norm: nn.Module, mean: Tensor, variance: Tensor) -> None:
         or not (mean.isfinite() & variance.isfinite()).all()
     ):
         return
-    scale = (variance + EPS).sqrt().clamp(2.0**-8, 2.0 ** ((bits - 17) // 2))
+    scale = (variance + layer.eps).sqrt().clamp(2.0**-8, 2.0 ** ((bits - 17) // 2))
     mantissa, exponent = torch.frexp(scale)
     scale = torch.ldexp((mantissa * 2 ** (bits // 3)).round() / 2 ** (bits // 3), exponent)
     with torch.no_grad():
         for tensor, values in ((layer.weight, scale), (layer.bias, mean)):
             tensor.copy_(values)
         layer.running_mean.copy_(layer.bias)
-        layer.running_var.copy_(scale.square() - EPS)
+        layer.running_var.copy_(scale.square() - layer.eps)
 
 
 def calibrate(module: nn.Module, norms: Iterable[str], batch: Any) -> None:
@@ -111,6 +116,9 @@ def calibrate(module: nn.Module, norms: Iterable[str], batch: Any) -> None:
         module: runs once, in ``eval()``; its modes and the global RNG are as before.
         norms: qualified names.
         batch: its input, or a tuple of its positional inputs.
+
+    Raises:
+        UsageError: a BatchNorm has no finite statistics on that batch.
     """
     sums: dict[str, list[Tensor]] = {}
 
@@ -135,4 +143,7 @@ def calibrate(module: nn.Module, norms: Iterable[str], batch: Any) -> None:
             part.training = mode
     for name, (count, first, second) in sums.items():
         mean = first / count
-        set_moments(module.get_submodule(name), mean, (second / count - mean.square()).clamp(min=0))
+        variance = (second / count - mean.square()).clamp(min=0)
+        if not (mean.isfinite() & variance.isfinite()).all():
+            raise UsageError(f"the calibration batch gives {name} no finite mean and variance")
+        set_moments(module.get_submodule(name), mean, variance)

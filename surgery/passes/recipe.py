@@ -72,6 +72,7 @@ class InsertIdentity:
         channels: number of channels of the value read.
         seed: of the random weights of a residual block's first layer.
         pieces: of a maxout activation, each of them the identity; 1 for any other.
+        eps: of the BatchNorm, such that the variance that makes it the identity is a number of the weights' dtype.
     """
 
     after: str
@@ -83,6 +84,7 @@ class InsertIdentity:
     channels: int
     seed: int = 0
     pieces: int = 1
+    eps: float = 2.0**-17
 
 
 @dataclass(frozen=True)

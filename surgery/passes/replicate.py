@@ -20,6 +20,8 @@ from surgery.passes.stages import block_of
 def insert_block(module: nn.Module, step: InsertBlock) -> None:
     """Insert the block of ``step`` into ``module``, in every graph that computes what it reads."""
     found = copied_blocks(module, dimensions(module), step.after, step.like)
+    if any(zero_names(site, block, step.like, step.name) != step.zeros for site, _, block in found):
+        raise EditError(f"a copy of {step.like or step.after!r} is not the identity where {list(step.zeros)} are 0")
     parent, _, child = step.name.rpartition(".")
     container = module.get_submodule(parent)
     if hasattr(container, child):
@@ -36,6 +38,8 @@ def insert_block(module: nn.Module, step: InsertBlock) -> None:
     with torch.no_grad():
         for name in step.zeros:
             operator.attrgetter(name)(module).zero_()
+    for parameter in new.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     for site, end, block in found:
         _insert(site, step, end, block, names)
         site.owner.recompile()
