@@ -111,7 +111,7 @@ class HintPair(nn.Module):
     ) -> None:
         super().__init__()
         self.names = tuple(names)
-        self._prefix = tuple(student.state_dict(keep_vars=True))
+        self._prefix = tuple(_tensors(student))
         like = next((p for p in student.parameters() if p.is_floating_point()), torch.empty(0))
         held: nn.Module = regressors[0] if len(names) == 1 else nn.ModuleList(regressors)
         at = next(n for n in ("regressor", *(f"regressor_{k}" for k in range(len(whole._modules) + 1)))
@@ -154,8 +154,8 @@ class HintPair(nn.Module):
         Raises:
             UsageError: a tensor of the prefix has no counterpart of its shape in ``student``.
         """
-        own, result = self.student.state_dict(), copy.deepcopy(student)
-        known = result.state_dict()
+        own, result = _tensors(self.student), copy.deepcopy(student)
+        known = _tensors(result)
         for name in self._prefix:
             if name not in known or known[name].shape != own[name].shape:
                 found = f"has it as {tuple(known[name].shape)}" if name in known else "has none"
@@ -189,6 +189,14 @@ def hint_loss(guided: Tensor | Sequence[Tensor], hint: Tensor | Sequence[Tensor]
         )
     dtype = torch.promote_types(torch.promote_types(guided.dtype, hint.dtype), torch.float32)
     return (guided.to(dtype) - hint.to(dtype)).square().flatten(1).sum(1).mean() / 2
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by all of their names."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
 
 
 class _Tap:

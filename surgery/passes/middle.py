@@ -25,7 +25,8 @@ def middle(module: nn.Module, flow: Flow, *, deeper: bool) -> str:
         UsageError: there is no such value.
     """
     depth = _depths(flow)
-    waist = [n for n in _waist(flow) if isinstance(flow.value(n), Labelled) and flow.value(n).ndim > 2]
+    end = flow.graph.output_node()
+    waist = [n for n in _waist(flow) if end not in n.users and isinstance(flow.value(n), Labelled)]
     half = max(depth.values(), default=0) / 2
     best: dict[int, list[fx.Node]] = {}
     for node in reversed(waist):

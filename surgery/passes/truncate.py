@@ -7,7 +7,6 @@ not need are gone, and the others keep their names.
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -98,8 +97,6 @@ def _written(flow: Flow, node: fx.Node) -> set[int]:
     first = node.args[0] if node.args else None
     if not node.op.startswith("call_") or not isinstance(first, fx.Node):
         return set()
-    if node.target is operator.setitem:
-        return _storages(flow, first)
     rule = flow.rule(node)
     return set() if rule is None or rule.movement else _storages(flow, first) & _storages(flow, node)
 
@@ -113,14 +110,17 @@ def _tree(module: nn.Module, graphs: Sequence[fx.Graph]) -> nn.Module:
     memo: dict[int, Any] = {}
     root = nn.Module()
     root.training = module.training
-    named = {(str(n.target), n.op) for graph in graphs for n in graph.nodes if n.op in ("call_module", "get_attr")}
-    for target, op in sorted(named, key=lambda item: (item[0].count("."), item[1])):
+    order = {name: k for k, (name, _) in enumerate(module.named_modules(remove_duplicate=False))}
+    named = {(str(n.target), n.op) for graph in graphs for n in graph.nodes}
+    layers, tensors = ([target for target, op in named if op == wanted] for wanted in ("call_module", "get_attr"))
+    for target in sorted(layers, key=order.__getitem__):
         path, _, name = target.rpartition(".")
         holder, source = _container(root, module, path)
-        if op == "call_module":
-            if name not in holder._modules:
-                holder.add_module(name, copy.deepcopy(source.get_submodule(name), memo))
-        elif not hasattr(holder, name):
+        holder.add_module(name, copy.deepcopy(source.get_submodule(name), memo))
+    for target in sorted(tensors):
+        path, _, name = target.rpartition(".")
+        holder, source = _container(root, module, path)
+        if not hasattr(holder, name):
             _hand_over(source, holder, name, memo)
     return root
 
