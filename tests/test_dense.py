@@ -258,6 +258,12 @@ def test_an_edited_block_gets_layers_too(case, train):
         assert surgery.verify(deep, edited, x, train=train).max_rel <= EXACT
 
 
+def test_the_last_layer_and_the_new_one_are_places_themselves(case):
+    _, x, _, like, name, _, deep = case
+    deeper = surgery.deepen(deep, [name, *([like] if like else [])])
+    assert surgery.verify(deeper, deep, x).max_rel <= EXACT
+
+
 def test_dense_layers_are_replayed_from_json(case):
     traced, _, place, *_ = case
     deep = surgery.deepen(traced, {place: 2})
@@ -338,16 +344,28 @@ def test_a_dry_run_prints_what_reads_the_new_layer():
 # What cannot have a further layer
 
 
-class Tapped(nn.Module):
-    """The last layer's output is read besides the concatenation."""
+class Behind(nn.Module):
+    """Something is done to the concatenation."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a = layer(6, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, self.a(x)], 1) + 1
+
+
+class Tapped(nn.Module):
+    """The last layer's output is read besides the concatenation, if only to no effect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = layer(6, 4), layer(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.a(x)
-        return torch.cat([x, y], 1) + y.mean()
+        self.b(y)
+        return torch.cat([x, y], 1)
 
 
 class Sum(nn.Module):
@@ -419,6 +437,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Stage(Shared(), channels=12),
         "the dense block at the end of 'stage' shares weights of its last layer with others",
     ),
+    "something behind": (lambda: Stage(Behind(), channels=10), "'stage' has no block at its end that could be copied"),
     "read elsewhere": (lambda: Stage(Tapped(), channels=10), "'stage' has no block at its end that could be copied"),
 }
 
