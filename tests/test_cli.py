@@ -243,6 +243,10 @@ TRADEOFF = ["tradeoff", SMALL, "--dataset", "digits", "--out", "made"]
         (["slim", SMALL, *PIXELS, "--rate", "featurs=0.5", *OUT], "unknown layer 'featurs'; did you mean 'features'"),
         (["widen", SMALL, *PIXELS, "--width", "clasifier.1=2.0", *OUT], "unknown layer 'clasifier.1'; did you mean "),
         (["deepen", SMALL, *PIXELS, "--at", "fc=1", *OUT], "unknown layer 'fc'"),
+        (
+            ["deepen", SMALL, *PIXELS, "--at", "fc=1.5", *OUT],
+            "--at 'fc=1.5' is not of the form LAYER=COUNT, a whole number",
+        ),
         (["deepen", SMALL, *PIXELS, "--at", "features.0", "--form", "blok", *OUT], "unknown form 'blok'"),
         (["deepen", SMALL, *PIXELS, "--at", "features.0", "--kernel", "three", *OUT], "--kernel 'three' is neither"),
         (["deepen", SMALL, *PIXELS, "--at", "features.0", "--kernel", "1,3,3", *OUT], "a kernel of 3 sizes"),

@@ -477,3 +477,11 @@ def test_a_kernel_or_a_form_asks_for_other_layers():
         deep = surgery.deepen(traced, ["features.denseblock1"], **options)
         assert type(surgery.recipe(deep).steps[0]) is surgery.InsertIdentity
         assert surgery.verify(deep, traced, x).max_rel <= EXACT
+
+
+def test_a_further_layer_of_a_frozen_model_learns():
+    model = models.densenet.DenseNet(4, (2, 2), 8, num_classes=10).requires_grad_(False)
+    traced = surgery.trace(model, torch.randn(2, 3, 32, 32))
+    deep = surgery.deepen(traced, ["features.denseblock1"])
+    learns = {name for name, p in deep.named_parameters() if p.requires_grad}
+    assert learns == {name for name, _ in deep.named_parameters() if "denseblock1.denselayer3." in name} != set()

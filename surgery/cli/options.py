@@ -123,7 +123,8 @@ def per_layer(option: str, items: Sequence[str], part: Callable[[str], T]) -> di
         except ValueError:
             name = ""
         if not name:
-            raise UsageError(f"{option} {item!r} is not of the form LAYER=NUMBER")
+            what = "COUNT, a whole number" if part is int else "NUMBER"
+            raise UsageError(f"{option} {item!r} is not of the form LAYER={what}")
     return values
 
 

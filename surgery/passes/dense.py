@@ -110,6 +110,8 @@ def insert_dense(module: nn.Module, step: InsertDense, edit: DenseEdit, result: 
                 if not step.like:
                     taken = operator.attrgetter(str(node.target))(wider.get_submodule(path))
                     _put(new, str(node.target).replace(".", "_"), taken)
+    for parameter in new.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     for layer in edit.layers:
         _insert(layer, step, result, wider)
 
