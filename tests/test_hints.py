@@ -184,6 +184,16 @@ def test_a_regressor_leads_from_any_shape_to_any_other(case):
     assert pair.loss(images(3, 3, 24, 24)).isfinite()  # of another batch size
 
 
+def test_the_channels_are_those_that_layers_read_where_neither_axis_can_be_edited():
+    x = images(2, 5, 16)
+    layers = (nn.TransformerEncoderLayer(16, 2, width, batch_first=True) for width in (32, 48))
+    student, teacher = (
+        surgery.trace(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), x) for layer in layers
+    )
+    pair = surgery.attach_hint(student, teacher, "layers.0", "layers.0")
+    assert repr(pair.regressor[0]) == "Linear(in_features=16, out_features=16, bias=True)"
+
+
 @pytest.mark.parametrize("rank", [1, 3])
 def test_maps_of_other_ranks_are_convolved_in_their_own(rank):
     sizes = {1: (9, 7), 3: ((4, 5, 6), (2, 5, 4))}[rank]
@@ -523,8 +533,7 @@ def test_nothing_that_is_given_is_changed_or_shared(student, teacher, x):
     state = torch.get_rng_state()
     pair = surgery.attach_hint(student, teacher, "conv2", "conv2")
     assert torch.equal(torch.get_rng_state(), state)
-    assert pair.student.training
-    pair.train()
+    assert all(m.training for m in pair.student.modules())
     optimizer = torch.optim.SGD(pair.parameters(), 0.1)
     pair.loss(x).backward()
     optimizer.step()

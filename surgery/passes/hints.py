@@ -8,16 +8,18 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from surgery.errors import EditError, UsageError
+from surgery.errors import EditError, TraceError, UsageError
 from surgery.graph.dims import Dimensions, dimensions
+from surgery.graph.guards import Values
 from surgery.graph.labels import Labelled
 from surgery.graph.maxout import Maxout
 from surgery.graph.traced import TracedModule, example_inputs, info
+from surgery.graph.whole import bound_arguments
 from surgery.passes.blocks import Flow
 from surgery.passes.middle import middle
 from surgery.passes.regressors import Layout, make_regressor, match
@@ -210,18 +212,22 @@ class _Tap:
         self.value: Labelled = value
 
     def layout(self, dims: Dimensions, shape: tuple[int, ...]) -> Layout:
-        """Where the channels are: on the axis that the analysis says; of two the one that can be edited. Where it knows
-        of none, axis 1 of maps and the last axis of others."""
+        """Where the channels are: on the axis that the analysis says; of two the one that can be edited, or is read by
+        a layer. Where it knows of none, axis 1 of maps and the last axis of others."""
         if not 2 <= len(shape) <= 5:
             raise EditError(
                 f"{self.where} has the shape {shape}: a regressor needs a batch axis, channels, and up to 3 others"
             )
+        books = dims.books.axes
+        read = np.concatenate(
+            [u for at, u in dims.axis_units.items() if "consumer" in books[at].roles] or [np.zeros(0, np.int64)]
+        )
         axes = [
-            (bool(dims.frozen[dims.unit_of[field.ids]].all()), axis)
+            (bool(dims.frozen[units := dims.unit_of[field.ids]].all()), not np.isin(units, read).any(), axis)
             for axis in (1, len(shape) - 1)
             if (field := self.value.at(axis)) is not None and field.dims == (axis,)
         ]
-        axis = min(axes)[1] if axes else 1 if len(shape) > 3 else len(shape) - 1
+        axis = min(axes)[2] if axes else 1 if len(shape) > 3 else len(shape) - 1
         last = axis == len(shape) - 1
         return Layout(shape[axis], tuple(shape[1:-1] if last else shape[2:]), last)
 
@@ -292,19 +298,17 @@ def _output_shapes(
     args, kwargs = example_inputs(student.module)
     found = []
     for network, module in zip((student, teacher), truncated, strict=True):
-        mode = FakeTensorMode()
         try:
-            with FakeCopyMode(mode):
-                fake = copy.deepcopy(module).eval()
-            inputs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
-            with mode, torch.no_grad():
-                found.append([tuple(out.shape) for out in fake(*inputs[0], **inputs[1])])
-        except Exception as error:  # torch's own, of many kinds
+            values = Values(module, bound_arguments(module, args, kwargs).values)
+            computed = {node: values.of(node) for node in module.graph.nodes if node.op != "output"}
+        except (TraceError, UsageError) as error:
             shapes = [tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             raise UsageError(
                 f"the {network.what} cannot be called on the student's example inputs {shapes}, so there is nothing to "
-                f"compare: trace both with the same inputs ({str(error).strip().splitlines()[0]})"
+                f"compare: trace both with the same inputs ({error})"
             ) from error
+        outputs: Any = module.graph.output_node().args[0]
+        found.append([tuple(computed[node].shape) for node in outputs])
     return list(zip(*found, strict=True))
 
 
