@@ -128,10 +128,9 @@ def _panel(axes: Axes, document: dict[str, Any], growth: str) -> None:
     axes.axhline(target, color="#222222", linewidth=0.8)
     axes.annotate(
         f"from scratch, {settings['epochs']} epochs: {target:.1%}",
-        (settings["epochs"], target),
-        xytext=(0, -11),
+        (0, target),
+        xytext=(4, -11),
         textcoords="offset points",
-        ha="right",
         fontsize=8.5,
     )
     axes.set_title(growth, loc="left", fontsize=12)
