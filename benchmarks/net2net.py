@@ -1,7 +1,8 @@
 """Does growing a trained network save training? Net2Net against random padding and training from scratch.
 
     python benchmarks/net2net.py                                      # benchmarks/results/net2net-mnist5k.{json,md,png}
-    python benchmarks/net2net.py --schedule cosine --lr 0.05 --budget 0.5 --out FILE.json
+    python benchmarks/net2net.py --schedule cosine --lr 0.05 --epochs 12 --teacher-epochs 12 --budget 0.5 --seeds 2 \\
+        --out benchmarks/results/net2net-mnist5k-cosine.json
     python benchmarks/net2net.py --dataset torchvision:CIFAR10 --data-root DIR --model resnet18 --deepen layer3=1
 
 For each seed a teacher is trained, for ``--teacher-epochs``: the student's architecture with ``--teacher-rate`` of its

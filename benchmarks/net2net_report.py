@@ -25,7 +25,11 @@ def selected(document: dict[str, Any], growth: str, arm: str, epochs: int) -> li
 def targets(document: dict[str, Any], growth: str) -> dict[int, float]:
     """For each seed the accuracy that training from scratch ends with: the median of its last three epochs."""
     full = document["settings"]["epochs"]
-    return {r["seed"]: median(r["accuracy"][-3:]) for r in selected(document, growth, "scratch", full)}
+    return {r["seed"]: _final(r) for r in selected(document, growth, "scratch", full)}
+
+
+def _final(run: dict[str, Any]) -> float:
+    return median(run["accuracy"][1:][-3:])
 
 
 def epochs_to(run: dict[str, Any], accuracy: float) -> float:
@@ -69,7 +73,7 @@ def markdown(document: dict[str, Any]) -> str:
 
 def _row(net: str, arm: str, runs: Sequence[dict[str, Any]], goal: dict[int, float] | None) -> str:
     cells = [net, arm, f"{runs[0]['params']:,}", str(runs[0]["epochs"])]
-    cells += [_spread([r["accuracy"][0] for r in runs]), _spread([median(r["accuracy"][-3:]) for r in runs])]
+    cells += [_spread([r["accuracy"][0] for r in runs]), _spread([_final(r) for r in runs])]
     if goal is None:
         cells += ["", ""]
     else:

@@ -14,6 +14,7 @@ from torch import nn
 from torchvision import models
 from torchvision.models import convnext, swin_transformer, video
 from torchvision.models.video import mvit
+from torchvision.ops import StochasticDepth
 
 import surgery
 from surgery import catalogue
@@ -147,3 +148,17 @@ def build_family(name: str) -> Family:
     inputs = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     x = inputs if len(inputs) > 1 else inputs[0]
     return Family(name, model, surgery.trace(model, x, source=f"torchvision:{name}"), x)
+
+
+def traced_of(make: Callable[[], nn.Module], *shape: int) -> tuple[nn.Module, torch.Tensor]:
+    """The model in float64, with random norms and nothing that is random in training."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = randomised(make()).double().eval()
+        x = torch.randn(shape, dtype=torch.float64)
+    for module in model.modules():
+        if isinstance(module, (nn.Dropout, StochasticDepth)):
+            module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    return surgery.trace(model, x), x

@@ -10,31 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_family, randomised
+from conftest import build_family, randomised, traced_of
 from torch import nn
 from torchvision import models
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
-from torchvision.ops import StochasticDepth
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import surgery
 from surgery import catalogue
 
 EXACT = 1e-10
-
-
-def traced_of(make: Callable[[], nn.Module], *shape: int) -> tuple[nn.Module, torch.Tensor]:
-    """The model in float64, with random norms and nothing that is random in training."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = randomised(make()).double().eval()
-        x = torch.randn(shape, dtype=torch.float64)
-    for module in model.modules():
-        if isinstance(module, (nn.Dropout, StochasticDepth)):
-            module.p = 0.0
-        elif isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
-    return surgery.trace(model, x), x
 
 
 def torchvision_model(name: str, size: int) -> Callable[[], tuple[nn.Module, torch.Tensor]]:

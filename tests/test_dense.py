@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomised
+from conftest import traced_of
 from torch import nn
 from torchvision import models
 from typer.testing import CliRunner
@@ -20,15 +20,6 @@ from surgery import catalogue
 from surgery.cli import app
 
 EXACT = 1e-10
-
-
-def traced_of(make: Callable[[], nn.Module], *shape: int) -> tuple[nn.Module, torch.Tensor]:
-    """The model in float64, with random norms."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = randomised(make()).double().eval()
-        x = torch.randn(shape, dtype=torch.float64)
-    return surgery.trace(model, x), x
 
 
 def layer(read: int, written: int) -> nn.Sequential:

@@ -171,6 +171,14 @@ def traced_parts(module: nn.Module) -> Iterator[tuple[str, TracedModule]]:
     return ((path, part) for path, part in module.named_modules() if isinstance(part, TracedModule))
 
 
+def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by qualified name, tied ones under each of theirs."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
 def copy_hooks(source: nn.Module, target: nn.Module) -> None:
     for name, value in source.__dict__.items():
         if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs"):

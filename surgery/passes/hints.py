@@ -18,7 +18,7 @@ from surgery.graph.dims import Dimensions, dimensions
 from surgery.graph.guards import Values
 from surgery.graph.labels import Labelled
 from surgery.graph.maxout import Maxout
-from surgery.graph.traced import TracedModule, example_inputs, info
+from surgery.graph.traced import TracedModule, example_inputs, info, named_tensors
 from surgery.graph.whole import bound_arguments
 from surgery.passes.blocks import Flow
 from surgery.passes.middle import middle
@@ -113,7 +113,7 @@ class HintPair(nn.Module):
     ) -> None:
         super().__init__()
         self.names = tuple(names)
-        self._prefix = tuple(_tensors(student))
+        self._prefix = tuple(named_tensors(student))
         like = next((p for p in student.parameters() if p.is_floating_point()), torch.empty(0))
         held: nn.Module = regressors[0] if len(names) == 1 else nn.ModuleList(regressors)
         at = next(n for n in ("regressor", *(f"regressor_{k}" for k in range(len(whole._modules) + 1)))
@@ -156,8 +156,8 @@ class HintPair(nn.Module):
         Raises:
             UsageError: a tensor of the prefix has no counterpart of its shape in ``student``.
         """
-        own, result = _tensors(self.student), copy.deepcopy(student)
-        known = _tensors(result)
+        own, result = named_tensors(self.student), copy.deepcopy(student)
+        known = named_tensors(result)
         for name in self._prefix:
             if name not in known or known[name].shape != own[name].shape:
                 found = f"has it as {tuple(known[name].shape)}" if name in known else "has none"
@@ -191,14 +191,6 @@ def hint_loss(guided: Tensor | Sequence[Tensor], hint: Tensor | Sequence[Tensor]
         )
     dtype = torch.promote_types(torch.promote_types(guided.dtype, hint.dtype), torch.float32)
     return (guided.to(dtype) - hint.to(dtype)).square().flatten(1).sum(1).mean() / 2
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by all of their names."""
-    return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
 
 
 class _Tap:

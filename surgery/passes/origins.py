@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from surgery.errors import UsageError
 from surgery.graph.dims import dimensions
 from surgery.graph.labels import Ids
+from surgery.graph.traced import named_tensors
 from surgery.passes.apply import apply
 from surgery.passes.dense import dense_edit
 from surgery.passes.layout import Layouts, changed_tensors
@@ -65,7 +66,7 @@ def origins(before: nn.Module, after: nn.Module) -> dict[str, Origin | None]:
         _follow(module, step, moved)
         if k < last:
             module = apply(module, step)
-    old, new = _tensors(before), _tensors(after)
+    old, new = named_tensors(before), named_tensors(after)
     first = {id(tensor): name for name, tensor in reversed(old.items())}
     found: dict[str, Origin | None] = dict.fromkeys(new)
     lost = [name for name in old if name not in new]
@@ -122,8 +123,3 @@ def _composed(first: Axis | None, old: Ids, mean: NDArray[np.bool_], further: ND
         old=source.masked_fill(torch.from_numpy(mean), MEAN),
         new=new if first is None else new | first.new[places],
     )
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    parameters = module.named_parameters(remove_duplicate=False)
-    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
