@@ -213,7 +213,10 @@ def compare(
                 environment=here,
             )
     baseline, *others = candidates
-    ratios = {name: _ratio(times, samples[0], confidence, rng) for name, times in zip(others, samples[1:], strict=True)}
+    ratios = {
+        name: ratio_of_medians(times, samples[0], confidence, rng)
+        for name, times in zip(others, samples[1:], strict=True)
+    }
     return Comparison(baseline, results, ratios)
 
 
@@ -318,10 +321,11 @@ def _doubts(times: np.ndarray[Any, Any], settled: bool) -> Iterator[str]:
         yield f"noisy: the interquartile range is {(p75 - p25) / p50:.0%} of the median"
 
 
-def _ratio(
+def ratio_of_medians(
     times: np.ndarray[Any, Any], baseline: np.ndarray[Any, Any], confidence: float, rng: np.random.Generator
 ) -> Ratio:
-    """Ratio of medians, with the percentile interval of a paired, circular block bootstrap (Politis, Romano 1992)."""
+    """Ratio of the medians of two candidates that took turns, one time of each for every round, with the percentile
+    interval of a paired, circular block bootstrap (Politis, Romano 1992)."""
     count = len(times)
     length = round(count ** (1 / 3))
     starts = rng.integers(count, size=(_RESAMPLES, -(-count // length), 1))
