@@ -12,6 +12,7 @@ from torchvision import datasets
 
 from surgery.errors import UsageError
 from surgery.training.data import load_data, stratified_split
+from surgery.training.growth import Growth, stages
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +163,64 @@ def test_parts_with_other_classes_are_refused(tmp_path):
 def test_a_folder_without_class_folders_is_refused(tmp_path):
     with pytest.raises(UsageError, match="must hold one folder of images for each class"):
         load_data(f"imagefolder:{tmp_path}")
+
+
+def _readings(data, index, count=200):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return [data.train[index][0] for _ in range(count)]
+
+
+def _crops(image, black, margin):
+    """Every place from which the padded image can be cropped."""
+    side = image.shape[-1]
+    padded = torch.tensor(black).view(3, 1, 1).repeat(1, side + 2 * margin, side + 2 * margin)
+    padded[:, margin:-margin, margin:-margin] = image
+    places = range(2 * margin + 1)
+    return [padded[:, y : y + side, x : x + side] for y in places for x in places]
+
+
+def test_flipped_images_are_mirrored_half_of_the_time_and_test_images_never():
+    plain, data = load_data("digits", limit=50), load_data("digits", limit=50, augment="flip")
+    assert (plain.augment, data.augment) == ("none", "flip")
+    image, label = plain.train[3]
+    read = _readings(data, 3)
+    mirrored = [torch.equal(one, image.flip(2)) for one in read]
+    assert 60 < sum(mirrored) < 140
+    assert all(flipped or torch.equal(one, image) for one, flipped in zip(read, mirrored, strict=True))
+    assert data.train[3][1] == label
+    assert data.counts == (50, 50)
+    assert all(torch.equal(data.test[k][0], plain.test[k][0]) for k in range(50))
+
+
+def test_crops_come_from_anywhere_within_an_eighth_of_the_side_around_which_all_is_black():
+    data = load_data("digits", image_size=16, limit=10, augment="flip-crop")
+    image = load_data("digits", image_size=16, limit=10).train[0][0]
+    black = [-m / s for m, s in zip(data.normalisation.mean, data.normalisation.std, strict=True)]
+    crops = _crops(image, black, margin=2)
+    possible = [*crops, *(crop.flip(2) for crop in crops)]
+    read = _readings(data, 0)
+    seen = [min(k for k, crop in enumerate(possible) if torch.allclose(one, crop)) for one in read]
+    assert {k >= len(crops) for k in seen} == {True, False}
+    assert len(set(seen)) > 25
+
+
+def test_augmentation_comes_from_torchs_random_state():
+    data = load_data("digits", limit=20, augment="flip-crop")
+    first, again = (torch.stack(_readings(data, 0, count=10)) for _ in range(2))
+    assert torch.equal(first, again)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        assert not torch.equal(first, torch.stack([data.train[0][0] for _ in range(10)]))
+
+
+def test_choosing_among_augmented_images_by_class_reads_none_of_them(monkeypatch):
+    data = load_data("digits", limit=100, augment="flip")
+    monkeypatch.setattr(type(data.train), "__getitem__", lambda *_: pytest.fail("an image was read"))
+    (stage,) = stages(data, 1, {0: Growth(images=0.5)}, seed=0)
+    assert len(stage.images) == pytest.approx(50, abs=5)
+
+
+def test_an_unknown_augmentation_is_refused():
+    with pytest.raises(UsageError, match="unknown augmentation 'flips'; did you mean 'flip', 'flip-crop'"):
+        load_data("digits", augment="flips")

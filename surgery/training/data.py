@@ -18,8 +18,20 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from surgery.errors import UsageError, unknown_name
+from surgery.training.augment import Transform, augmentation
 
-Images = Dataset[tuple[Tensor, Any]]
+Images = Dataset[tuple[Any, ...]]
+"""Items are (image, label), and whatever further tensors belong to the image, such as a teacher's outputs for it."""
+
+
+class Derived(Dataset[tuple[Any, ...]]):
+    """The images of another data set in its order and with its labels, changed or with something beside them."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(cast(Any, self.images))
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,8 @@ class Normalisation:
 class Data:
     """A data set ready for a model: items are (image, label), images float32 (3, image_size, image_size), normalised.
 
-    Grey images are repeated to three channels, since that is what torchvision's models read.
+    Grey images are repeated to three channels, since that is what torchvision's models read. ``augment`` says how the
+    training images change from one reading to the next (`surgery.training.augment.AUGMENTATIONS`).
     """
 
     source: str
@@ -44,6 +57,7 @@ class Data:
     image_size: int
     normalisation: Normalisation
     channels: int = 3
+    augment: str = "none"
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -59,6 +73,7 @@ def load_data(
     at_least: int = 1,
     seed: int = 0,
     limit: int | None = None,
+    augment: str = "none",
 ) -> Data:
     """The data set that ``spec`` names.
 
@@ -70,7 +85,10 @@ def load_data(
     Where the set has no test part, a fifth of each class is set apart by ``seed``; the default makes the same split
     every time. ``limit`` keeps at most so many images of each part, drawn by ``seed``.
 
-    Raises `UsageError` for a set that is unknown, cannot be read or cannot be fetched.
+    ``augment`` changes the training images at random each time they are read: ``flip`` mirrors them half of the
+    time, ``flip-crop`` also pads them by an eighth of their side and crops them back. Test images stay as they are.
+
+    Raises `UsageError` for a set that is unknown, cannot be read or cannot be fetched, and for an unknown ``augment``.
     """
     kind, _, rest = spec.partition(":")
     if spec in _PACKAGED:
@@ -84,7 +102,7 @@ def load_data(
     else:
         known = [*_PACKAGED, *(f"torchvision:{name}" for name in _TORCHVISION), "imagefolder:DIR"]
         raise unknown_name("data set", spec, known)
-    return data if limit is None else _limited(data, limit, seed)
+    return _augmented(data if limit is None else _limited(data, limit, seed), augment)
 
 
 def stratified_split(labels: Sequence[int], *, fraction: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -287,3 +305,20 @@ def _limited(data: Data, limit: int, seed: int) -> Data:
 
     train, test = data.counts
     return replace(data, train=some(data.train, train), test=some(data.test, test))
+
+
+class _Augmented(Derived):
+    def __init__(self, images: Images, transform: Transform) -> None:
+        super().__init__(images)
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        image, *others = self.images[index]
+        return (self.transform(image), *others)
+
+
+def _augmented(data: Data, name: str) -> Data:
+    norm = data.normalisation
+    black = [-mean / std for mean, std in zip(norm.mean, norm.std, strict=True)]
+    transform = augmentation(name, data.image_size, black)
+    return data if transform is None else replace(data, train=_Augmented(data.train, transform), augment=name)

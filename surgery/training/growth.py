@@ -24,7 +24,7 @@ from surgery.passes.deepen import deepen
 from surgery.passes.recipe import Recipe, recipe
 from surgery.passes.verify import verify
 from surgery.passes.widen import Width, widen
-from surgery.training.data import Data, Images
+from surgery.training.data import Data, Derived, Images
 from surgery.training.history import Grown, Score
 from surgery.training.optimizer import NEW
 
@@ -167,6 +167,8 @@ def _labels(images: Images) -> NDArray[np.int64]:
     """The label of each image, without reading the images where the data set has its labels in a list."""
     if isinstance(images, Subset):
         return _labels(images.dataset)[np.asarray(images.indices, dtype=np.int64)]
+    if isinstance(images, Derived):
+        return _labels(images.images)
     if isinstance(images, TensorDataset):
         return np.asarray(images.tensors[1], dtype=np.int64)
     for name in ("targets", "labels", "_labels", "y"):  # torchvision's
