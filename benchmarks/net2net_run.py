@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import surgery
 from surgery import catalogue
 from surgery.training.data import Data
-from surgery.training.loop import LossFn, classification_loss
+from surgery.training.loop import Batch, LossFn, classification_loss
 
 GROWTHS = ("wider", "deeper")
 ARMS = ("net2net", "padding", "scratch")
@@ -174,9 +174,9 @@ def run(
 def augmented(loss: LossFn) -> LossFn:
     """``loss`` on images turned by up to 15 degrees, shifted by a 14th, scaled and sheared by up to 15 %."""
 
-    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, labels = batch
-        return loss(model, (distorted(images), labels))
+    def loss_fn(model: nn.Module, batch: Batch, epoch: float) -> Tensor:
+        images, *others = batch
+        return loss(model, (distorted(images), *others), epoch)
 
     return loss_fn
 

@@ -294,7 +294,7 @@ def test_data_alone_grow_for_a_model_that_was_not_traced(digits):
     ],
 )
 def test_what_cannot_grow_is_refused_before_the_training(digits, grow, message):
-    def no_step(net, batch):
+    def no_step(*_):
         raise AssertionError("training began")
 
     with pytest.raises(surgery.UsageError, match=message):

@@ -96,7 +96,7 @@ def test_the_loss_is_a_hook(digits):
     last = model[6].weight.clone()
     seen = []
 
-    def towards_one(net, batch):
+    def towards_one(net, batch, epoch):
         images, labels = batch
         seen.append((images.shape[0], labels.shape[0], net.training))
         return (net[0].weight - 1).square().sum()
@@ -192,4 +192,4 @@ def test_settings_out_of_range_are_refused(digits, settings, message):
 
 def test_a_loss_that_is_no_number_stops_the_training(digits):
     with pytest.raises(FloatingPointError, match=r"the loss of fit is nan after 22 steps: lower lr"):
-        train(small_net(), digits, epochs=2, loss_fn=lambda net, _: net[0].weight.sum() * float("nan"), task="fit")
+        train(small_net(), digits, epochs=2, loss_fn=lambda net, *_: net[0].weight.sum() * float("nan"), task="fit")

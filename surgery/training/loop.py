@@ -8,29 +8,35 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from surgery.errors import UsageError, unknown_name
 from surgery.training.data import Data, Images
+from surgery.training.descent import OPTIMIZERS, SCHEDULES, parameter_groups, set_rate
+from surgery.training.engine import Engine, random_state, seed_everything
 from surgery.training.growth import Growth, Stage, count, grown, grown_record, rehearse, stages
-from surgery.training.history import Epoch, Grown, History, Score
+from surgery.training.history import Epoch, History, Score
+from surgery.training.loading import EpochOrder, loader
 from surgery.training.optimizer import transfer_optimizer
+from surgery.training.resume import Checkpoint, Progressed, Saved, digest
 
-Batch = tuple[Tensor, Tensor]
-"""Images (N, C, H, W) and labels (N,)."""
+Batch = tuple[Tensor, ...]
+"""Images (N, C, H, W), labels (N,), and whatever else the items of the data set have."""
 
-LossFn = Callable[[nn.Module, Batch], Tensor]
-"""From a model in training mode and a batch on its device to the scalar loss to descend."""
+LossFn = Callable[[nn.Module, Batch, float], Tensor]
+"""From a model in training mode, a batch on its device, and the number of epochs done so far, with the fraction of the
+one it is in, to the scalar loss to descend: a mean over the samples."""
 
 
 class Progress(Protocol):
@@ -54,68 +60,226 @@ def train(
     grow: Mapping[int, Growth] | None = None,
     seed: int = 0,
     loss_fn: LossFn | None = None,
+    after_step: Callable[[nn.Module], None] | None = None,
     test_each_epoch: bool = False,
+    precision: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    identity: Mapping[str, Any] | None = None,
     workers: int = 0,
     progress: Progress | None = None,
     task: str = "train",
 ) -> History:
     """Train ``model`` in place on ``data.train`` and return how it went. The model is left in its mode of before.
 
-    ``optimizer`` is ``sgd``, with Nesterov momentum, or ``adamw``, whose first beta is ``momentum`` (`OPTIMIZERS`, with
-    the ``lr`` and ``weight_decay`` that each has by default). ``lr`` is the peak learning rate: ``one-cycle`` warms up
-    to it over the first quarter of the steps and anneals to zero, ``cosine`` begins at it, ``constant`` stays at it
-    (`SCHEDULES`). Weight decay spares biases and norms. ``loss_fn`` is `classification_loss` unless given. The order of
-    the images and all other randomness come from ``seed``; the global random state is left as it was. ``progress`` is
-    called after each step.
+    It is trained where it is, and under ``accelerate launch`` in as many processes as there are, each of which takes
+    its share of every batch: the same batches and the same losses, up to rounding, as in one process. (BatchNorm
+    normalises by each process's share, and dropout draws anew in each; the model should be the same in all of them.)
 
-    ``grow`` says what grows before which epoch, counted from 0: ``{0: Growth(images=0.3), 4: Growth(images=1.0,
-    widen=1.5)}``. A copy of the model is trained then, and `History.model` is what became of it; the optimiser's state
-    follows the weights, and the schedule, a fraction of all steps to come, goes on. What cannot be grown as asked is
-    refused before the training begins.
+    Args:
+        optimizer: ``sgd``, with Nesterov momentum, ``adamw``, whose first beta is ``momentum``, or ``rmsprop``, whose
+            decay it is (`OPTIMIZERS`, with the ``lr`` and ``weight_decay`` that each has by default). Weight decay
+            spares biases and norms.
+        lr: the peak learning rate: ``one-cycle`` warms up to it over the first quarter of the steps and anneals to
+            zero, ``cosine`` begins at it, ``constant`` stays at it (`SCHEDULES`).
+        batch_size: of all processes together.
+        grow: what grows before which epoch, counted from 0: ``{0: Growth(images=0.3), 4: Growth(images=1.0,
+            widen=1.5)}``. A copy of the model is trained then, and `History.model` is what became of it; the
+            optimiser's state follows the weights, and the schedule, a fraction of all steps to come, goes on. What
+            cannot be grown as asked is refused before the training begins.
+        seed: of the order of the images and all other randomness of torch. It and the number of a step say what is
+            random in the step. The global random state is left as it was.
+        loss_fn: `classification_loss` unless given.
+        after_step: called with the model after each step.
+        precision: ``no``, ``bf16`` or ``fp16`` (automatic mixed precision: weights stay as they are); by default
+            ``no``, or what ``accelerate launch`` was told.
+        checkpoint: a file that is written after each epoch, and from which the training goes on where it was cut off,
+            to the same weights. One that is over is not done again.
+        checkpoint_every: write it every so many steps, too. Continued in the middle of an epoch, images that are
+            augmented in ``workers`` are not what they would have been.
+        identity: what, besides the settings above and the model's weights, makes a training another one, such as the
+            settings of ``loss_fn``: a checkpoint of another one is refused. Plain JSON data.
+        workers: processes that read images; 0 reads them in this one.
+        progress: called after each step, with ``task``.
 
-    Raises `UsageError` where there is nothing to train on, or a setting is out of range; what `surgery.widen` and
-    `surgery.deepen` raise; `FloatingPointError` where the loss stops being a number.
+    Raises:
+        UsageError: nothing to train on, a setting out of range, or another training's checkpoint; and what
+            `surgery.widen` and `surgery.deepen` raise.
+        FloatingPointError: the loss stops being a number.
     """
-    _check_settings(data, epochs, optimizer, lr, batch_size, schedule)
-    loss_fn = loss_fn or classification_loss(label_smoothing)
+    _check_settings(data, epochs, optimizer, lr, batch_size, schedule, checkpoint_every)
     plan = stages(data, epochs, grow or {}, seed)
     if grow:
         rehearse(model, plan, seed)
         model = copy.deepcopy(model)
-    device = _device(model)
+    engine = Engine(_device(model), precision)
+    if batch_size % engine.processes:
+        raise UsageError(f"a batch of {batch_size} images cannot be shared among {engine.processes} processes equally")
     rule = OPTIMIZERS[optimizer]
-    peak = rule.lr if lr is None else lr
-    groups = _parameter_groups(model, rule.weight_decay if weight_decay is None else weight_decay)
-    descent = rule.make(groups, peak, momentum)
-    total = sum(stage.epochs * len(_loader(stage.images, batch_size, shuffle=True)) for stage in plan)
-    done = 0
-    history: list[Epoch] = []
-    growths: list[Grown] = []
-    loader = _loader(plan[0].images, batch_size, workers, shuffle=True, seed=seed)
-    with _random_state(seed, device):
+    settings: dict[str, Any] = {
+        "epochs": epochs,
+        "optimizer": optimizer,
+        "lr": rule.lr if lr is None else lr,
+        "momentum": momentum,
+        "weight_decay": rule.weight_decay if weight_decay is None else weight_decay,
+        "label_smoothing": label_smoothing,
+        "batch_size": batch_size,
+        "schedule": schedule,
+        "precision": engine.precision,
+        "seed": seed,
+    }
+    file = None
+    if checkpoint is not None:
+        file = Checkpoint(Path(checkpoint), {**settings, **_identity(model, data, plan), **(identity or {})})
+    saved = None if file is None else file.read()
+    engine.wait()  # a process may not write what another one has not read yet
+    model.to(engine.device)
+    run = _Run(
+        model=model,
+        descent=rule.make(parameter_groups(model, settings["weight_decay"]), settings["lr"], momentum),
+        engine=engine,
+        data=data,
+        settings=settings,
+        total=sum(stage.epochs * _steps_of_epoch(stage.images, batch_size) for stage in plan),
+        loss_fn=loss_fn or classification_loss(label_smoothing),
+        after_step=after_step,
+        test_each_epoch=test_each_epoch,
+        checkpoint=file,
+        checkpoint_every=checkpoint_every,
+        workers=workers,
+        progress=progress if engine.main else None,
+        task=task,
+        saved=saved,
+    )
+    with random_state(engine.device):
+        return run.through(plan, returns_model=bool(grow))
+
+
+@dataclass
+class _Run:
+    """A training under way."""
+
+    model: nn.Module
+    descent: Optimizer
+    engine: Engine
+    data: Data
+    settings: Mapping[str, Any]
+    total: int
+    loss_fn: LossFn
+    after_step: Callable[[nn.Module], None] | None
+    test_each_epoch: bool
+    checkpoint: Checkpoint | None
+    checkpoint_every: int | None
+    workers: int
+    progress: Progress | None
+    task: str
+    saved: Saved | None
+
+    def through(self, plan: Sequence[Stage], *, returns_model: bool) -> History:
+        """From the beginning, or from where it was cut off, to the end."""
+        self.at = self.saved.progressed if self.saved else Progressed()
+        growths = list(self.at.growths)
         for stage in plan:
             if stage.growth is not None:
-                tests = data.test if test_each_epoch else None
-                model, descent, record = _grow(model, descent, stage, stage.growth, batch_size, tests, seed)
-                growths.append(record)
-            if loader.dataset is not stage.images:
-                loader = _loader(stage.images, batch_size, workers, shuffle=True, seed=seed)
-            with _mode(model, training=True):
-                for _ in range(stage.epochs):
-                    started, summed = time.perf_counter(), 0.0
-                    for images, labels in loader:
-                        _set_rate(descent, peak * SCHEDULES[schedule](done / total))
-                        summed += _step(model, (images.to(device), labels.to(device)), descent, loss_fn)
-                        done += 1
-                        if progress is not None:
-                            progress(task, done, total)
-                    if not math.isfinite(summed):
-                        raise FloatingPointError(f"the loss of {task} is {summed} after {done} steps: lower lr")
-                    score = evaluate(model, data.test) if test_each_epoch else None
-                    rate = peak * SCHEDULES[schedule](done / total)
-                    seconds = time.perf_counter() - started
-                    history.append(Epoch(count(stage.images), summed / len(loader), rate, score, seconds))
-    return History(tuple(history), total, tuple(growths), model if grow else None)
+                if growths:
+                    growths.pop(0)
+                    self._take(grown(self.model, stage.growth, self.settings["seed"]), stage.growth)
+                else:
+                    self._restore()
+                    self._grow(stage, stage.growth)
+            if len(self.at.epochs) < stage.first + stage.epochs:
+                self._restore()
+                self._train(stage)
+        self._restore()
+        if self.checkpoint is not None and self.engine.main:
+            self.checkpoint.save(self.at, self.model, None, None)
+        model = self.model if returns_model else None
+        return History(tuple(self.at.epochs), self.total, tuple(self.at.growths), model)
+
+    def _restore(self) -> None:
+        """What the checkpoint has, once the model has grown to the size that it had."""
+        if self.saved is not None:
+            self.saved.restore(self.model, self.descent, self.engine.scaler)
+            self.saved = None
+            if self.progress is not None:
+                self.progress(self.task, self.at.steps, self.total)
+
+    def _take(self, larger: nn.Module, growth: Growth) -> None:
+        if larger is not self.model:
+            self.descent = transfer_optimizer(self.descent, self.model, larger, new=growth.state)
+            self.model = larger
+
+    def _grow(self, stage: Stage, growth: Growth) -> None:
+        started, before = time.perf_counter(), self.model
+        self._take(grown(before, growth, self.settings["seed"]), growth)
+        score = self._score() if self.test_each_epoch else None
+        batch, *_ = next(iter(loader(stage.images, self.settings["batch_size"])))
+        record = grown_record(stage, before, self.model, batch.to(self.engine.device), score, started)
+        self.at.growths.append(record)
+
+    def _train(self, stage: Stage) -> None:
+        """The epochs of a stage that are still to come."""
+        order = EpochOrder(stage.images, self.settings["seed"])
+        whole = loader(stage.images, self.settings["batch_size"], self.workers, order=order)
+        batches = self.engine.shared(whole)
+        step = self.engine.stepper(_Objective(self.model, self.loss_fn), self.descent)
+        with _mode(self.model, training=True):
+            while len(self.at.epochs) < stage.first + stage.epochs:
+                started = time.perf_counter() - self.at.seconds
+                order.begin(len(self.at.epochs), self.at.within * (whole.batch_size or 1), whole)
+                self._steps(iter(batches), step, _steps_of_epoch(stage.images, self.settings["batch_size"]), started)
+                score = self._score() if self.test_each_epoch else None
+                loss, seconds = self.at.summed / self.at.within, time.perf_counter() - started
+                self.at.epochs.append(Epoch(count(stage.images), loss, self._rate(), score, seconds))
+                self.at.within, self.at.summed, self.at.seconds = 0, 0.0, 0.0
+                self._save()
+
+    def _steps(self, batches: Iterator[Batch], step: Callable[..., float], count: int, started: float) -> None:
+        """The steps of an epoch that are still to come."""
+        seed, rank, device = self.settings["seed"], self.engine.rank, self.engine.device
+        while self.at.within < count:
+            seed_everything(seed, rank, self.at.steps)
+            batch = tuple(tensor.to(device) for tensor in next(batches))
+            set_rate(self.descent, self._rate())
+            self.at.summed += step(batch, len(self.at.epochs) + self.at.within / count)
+            self.at.steps += 1
+            self.at.within += 1
+            if self.after_step is not None:
+                self.after_step(self.model)
+            if self.progress is not None:
+                self.progress(self.task, self.at.steps, self.total)
+            if self.checkpoint_every and self.at.steps % self.checkpoint_every == 0 and self.at.within < count:
+                self.at.seconds = time.perf_counter() - started
+                self._save()
+        self._check()
+
+    def _rate(self) -> float:
+        return float(self.settings["lr"] * SCHEDULES[self.settings["schedule"]](self.at.steps / self.total))
+
+    def _score(self) -> Score:
+        return _evaluate(self.model, self.data.test, self.engine, workers=self.workers)
+
+    def _save(self) -> None:
+        self._check()
+        if self.checkpoint is not None and self.engine.main:
+            self.checkpoint.save(self.at, self.model, self.descent, self.engine.scaler)
+
+    def _check(self) -> None:
+        if not math.isfinite(self.at.summed):
+            raise FloatingPointError(
+                f"the loss of {self.task} is {self.at.summed} after {self.at.steps} steps: lower lr"
+            )
+
+
+class _Objective(nn.Module):
+    """The loss as a module, so that what wraps modules wraps the whole of a step and nothing touches the model."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, batch: Batch, epoch: float) -> Tensor:
+        return self.loss_fn(self.model, batch, epoch)
 
 
 def classification_loss(label_smoothing: float = 0.0) -> LossFn:
@@ -124,18 +288,22 @@ def classification_loss(label_smoothing: float = 0.0) -> LossFn:
     Their weights are those of the papers: 0.3 each for two (GoogLeNet), 0.4 for one (Inception v3).
     """
 
-    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
-        images, labels = batch
-        output = model(images)
-        logits, *others = output if isinstance(output, tuple) else (output,)
-        auxiliary = [other for other in others if other is not None]
-        weight = 0.4 if len(auxiliary) == 1 else 0.3
-        loss = functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-        for other in auxiliary:
-            loss = loss + weight * functional.cross_entropy(other, labels, label_smoothing=label_smoothing)
-        return loss
+    def loss_fn(model: nn.Module, batch: Batch, epoch: float = 0.0) -> Tensor:
+        images, labels = batch[:2]
+        return label_loss(model(images), labels, label_smoothing)
 
     return loss_fn
+
+
+def label_loss(output: Any, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """`classification_loss` of what a model returned: logits (N, classes), or a tuple of them and auxiliary ones."""
+    logits, *others = output if isinstance(output, tuple) else (output,)
+    auxiliary = [other for other in others if other is not None]
+    weight = 0.4 if len(auxiliary) == 1 else 0.3
+    loss = functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    for other in auxiliary:
+        loss = loss + weight * functional.cross_entropy(other, labels, label_smoothing=label_smoothing)
+    return loss
 
 
 def evaluate(
@@ -152,52 +320,65 @@ def evaluate(
     ``predict`` is a module, which is run in evaluation mode and left in the mode it was in, or any function, such as a
     session of another runtime.
     """
-    loader = _loader(images, batch_size, workers, shuffle=False)
+    return _evaluate(predict, images, None, batch_size=batch_size, workers=workers, progress=progress, task=task)
+
+
+def _evaluate(
+    predict: nn.Module | Callable[[Tensor], Tensor],
+    images: Images,
+    engine: Engine | None,
+    *,
+    batch_size: int = 250,
+    workers: int = 0,
+    progress: Progress | None = None,
+    task: str = "evaluate",
+) -> Score:
+    """With an engine each of its processes takes a share of the images."""
+    batches = loader(images, batch_size, workers)
+    batches = engine.shared(batches) if engine else batches
     device = _device(predict)
     correct = total = 0
     with _mode(predict, training=False), torch.inference_mode():
-        for done, (batch, labels) in enumerate(loader, 1):
-            chosen = predict(batch.to(device)).argmax(1)
-            correct += int((chosen == labels.to(chosen.device)).sum())
-            total += len(labels)
+        for done, (batch, labels, *_) in enumerate(batches, 1):
+            right = predict(batch.to(device)).argmax(1)
+            right = right == labels.to(right.device)
+            right = engine.gathered(right) if engine else right
+            correct += int(right.sum())
+            total += len(right)
             if progress is not None:
-                progress(task, done, len(loader))
+                progress(task, done, len(batches))
     return Score(correct, total)
 
 
-def _step(model: nn.Module, batch: Batch, descent: Optimizer, loss_fn: LossFn) -> float:
-    loss = loss_fn(model, batch)
-    descent.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    descent.step()
-    return loss.item()
+def _steps_of_epoch(images: Images, batch_size: int) -> int:
+    """Steps of an epoch."""
+    return count(images) // min(batch_size, count(images))
 
 
-def _set_rate(descent: Optimizer, lr: float) -> None:
-    for group in descent.param_groups:
-        group["lr"] = lr
+def _identity(model: nn.Module, data: Data, plan: Sequence[Stage]) -> dict[str, Any]:
+    """What is trained on what, for a checkpoint to be recognised by."""
+    growths = [
+        [s.first, count(s.images), *map(str, (g.widen, g.deepen, g.state, g.widen_options, g.deepen_options))]
+        for s in plan
+        if (g := s.growth) is not None
+    ]
+    return {
+        "model": digest(model),
+        "data": f"{data.source}, {data.counts[0]} images of {data.image_size} pixels",
+        "augment": data.augment,
+        "growths": growths,
+    }
 
 
-def _grow(
-    model: nn.Module,
-    descent: Optimizer,
-    stage: Stage,
-    growth: Growth,
+def _check_settings(
+    data: Data,
+    epochs: int,
+    optimizer: str,
+    lr: float | None,
     batch_size: int,
-    tests: Images | None,
-    seed: int,
-) -> tuple[nn.Module, Optimizer, Grown]:
-    """The model and its optimiser after the growth before ``stage``, and what it did, scored on ``tests``."""
-    started = time.perf_counter()
-    larger = grown(model, growth, seed)
-    if larger is not model:
-        descent = transfer_optimizer(descent, model, larger, new=growth.state)
-    score = None if tests is None else evaluate(larger, tests)
-    batch, _ = next(iter(_loader(stage.images, batch_size, shuffle=False)))
-    return larger, descent, grown_record(stage, model, larger, batch.to(_device(model)), score, started)
-
-
-def _check_settings(data: Data, epochs: int, optimizer: str, lr: float | None, batch_size: int, schedule: str) -> None:
+    schedule: str,
+    checkpoint_every: int | None,
+) -> None:
     if optimizer not in OPTIMIZERS:
         raise unknown_name("optimizer", optimizer, OPTIMIZERS)
     if schedule not in SCHEDULES:
@@ -210,78 +391,13 @@ def _check_settings(data: Data, epochs: int, optimizer: str, lr: float | None, b
         raise UsageError(f"the batch size is {batch_size}: batch statistics need at least 2")
     if data.counts[0] < 2:
         raise UsageError(f"data set {data.source!r} has {data.counts[0]} training images: there must be at least 2")
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise UsageError(f"checkpoint_every is {checkpoint_every}: it must be at least 1 step")
 
 
 def _device(model: object) -> torch.device:
     first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     return first.device if first is not None else torch.device("cpu")
-
-
-def _loader(
-    images: Images, batch_size: int, workers: int = 0, *, shuffle: bool, seed: int = 0
-) -> DataLoader[tuple[Tensor, Any]]:
-    """A shuffling loader drops the last, smaller batch, whose batch statistics would be noisier than the others'.
-
-    It has a generator in any case: without one, even a loader that does not shuffle draws from the global state.
-    """
-    return DataLoader(
-        images,
-        batch_size=min(batch_size, count(images)),
-        shuffle=shuffle,
-        drop_last=shuffle,
-        generator=torch.Generator().manual_seed(seed),
-        num_workers=workers,
-        persistent_workers=workers > 0,
-    )
-
-
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
-@dataclass(frozen=True)
-class Descent:
-    """How an optimiser is made of parameter groups, the peak learning rate and momentum; what is usual with it."""
-
-    make: Callable[[list[dict[str, Any]], float, float], Optimizer]
-    lr: float
-    weight_decay: float
-
-
-def _sgd(groups: list[dict[str, Any]], lr: float, momentum: float) -> Optimizer:
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
-
-
-def _adamw(groups: list[dict[str, Any]], lr: float, momentum: float) -> Optimizer:
-    return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999))
-
-
-OPTIMIZERS: Mapping[str, Descent] = {"sgd": Descent(_sgd, 0.02, 5e-4), "adamw": Descent(_adamw, 1e-3, 1e-2)}
-"""What descends the loss."""
-
-
-def _one_cycle(t: float) -> float:
-    """A cosine rise from a 25th of the peak over the first quarter, then a cosine fall to zero."""
-    rise = 0.25
-    if t < rise:
-        return 1 - 0.48 * (1 + math.cos(math.pi * t / rise))
-    return 0.5 * (1 + math.cos(math.pi * (t - rise) / (1 - rise)))
-
-
-def _cosine(t: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * t))
-
-
-def _constant(t: float) -> float:
-    return 1.0
-
-
-SCHEDULES: Mapping[str, Callable[[float], float]] = {"one-cycle": _one_cycle, "cosine": _cosine, "constant": _constant}
-"""The learning rate's fraction of its peak, by the fraction of the training that is done."""
 
 
 @contextmanager
@@ -297,10 +413,3 @@ def _mode(model: object, *, training: bool) -> Iterator[None]:
     finally:
         for module, mode in before:
             module.training = mode
-
-
-@contextmanager
-def _random_state(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -1,0 +1,144 @@
+"""What a training runs on: one device or several processes, in full or mixed precision, through `accelerate`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from surgery.errors import UsageError, unknown_name
+
+PRECISIONS = ("no", "bf16", "fp16")
+"""Mixed precision: none, or what layers compute in where that is safe, with weights and losses in float32."""
+
+_DATA_PARALLEL = (
+    DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU,
+    DistributedType.MULTI_NPU, DistributedType.MULTI_MLU, DistributedType.MULTI_HPU,
+)  # fmt: skip
+
+
+class Engine:
+    """Where training steps run. In a plain process that is the model's own device; under ``accelerate launch``, one
+    process of several, each of which takes its share of every batch (data parallelism).
+
+    Attributes:
+        device: of models and batches.
+        precision: one of `PRECISIONS`.
+        processes: how many there are.
+        rank: which one this is, from 0.
+    """
+
+    def __init__(self, device: torch.device, precision: str | None = None) -> None:
+        """
+        Args:
+            device: what a plain process runs on; under ``accelerate launch`` each process has its own.
+            precision: one of `PRECISIONS`; by default what ``accelerate launch`` was told, or else none.
+
+        Raises:
+            UsageError: an unknown precision, one that the device does not have, or a launch that shards the model.
+        """
+        if precision is not None and precision not in PRECISIONS:
+            raise unknown_name("precision", precision, PRECISIONS)
+        self.precision = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        self._accelerator = _accelerator(device, self.precision)
+        self.processes, self.rank = self._accelerator.num_processes, self._accelerator.process_index
+        self.device = self._accelerator.device if self.processes > 1 else device
+        if self._accelerator.distributed_type not in _DATA_PARALLEL:
+            name = self._accelerator.distributed_type.value
+            raise UsageError(f"accelerate launch is set to {name}: only plain data parallelism is supported")
+        if self.precision == "fp16" and self.device.type == "cpu":
+            raise UsageError("the precision fp16 needs a GPU: on a CPU use bf16")
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that writes and reports."""
+        return bool(self.rank == 0)
+
+    def stepper(self, objective: nn.Module, optimizer: Optimizer) -> Callable[..., float]:
+        """A function that takes one step: from the arguments of ``objective``, which computes the scalar loss, to that
+        loss, its mean over the processes."""
+        self._accelerator.free_memory()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="find_unused_parameters")
+            prepared, descent = self._accelerator.prepare(objective, optimizer)
+
+        def step(*args: Any) -> float:
+            loss = prepared(*args)
+            descent.zero_grad(set_to_none=True)
+            self._accelerator.backward(loss)
+            descent.step()
+            return self.mean(loss.detach())
+
+        return step
+
+    def mean(self, value: Tensor) -> float:
+        """Of a scalar of each process."""
+        return float(self._accelerator.reduce(value, "mean") if self.processes > 1 else value)
+
+    def shared(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+        """A loader that gives this process its share of each of ``loader``'s batches."""
+        if self.processes == 1:
+            return loader
+        return cast("DataLoader[Any]", self._accelerator.prepare_data_loader(loader, device_placement=False))
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """What all processes have of a batch of `shared`, of which none counts twice."""
+        return cast(Tensor, self._accelerator.gather_for_metrics(values)) if self.processes > 1 else values
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self._accelerator.wait_for_everyone()
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """Of the loss, in float16."""
+        return cast("torch.amp.GradScaler | None", self._accelerator.scaler)
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes and reports: the only one, or the first under ``accelerate launch``."""
+    return bool(PartialState().is_main_process)
+
+
+@contextmanager
+def random_state(device: torch.device) -> Iterator[None]:
+    """Within it torch's random state may be changed at will: the one of before is restored."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed torch's generators by several numbers, such as a seed, a process and a step."""
+    torch.manual_seed(mixed_seed(*numbers))
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One seed for several numbers; other numbers give an unrelated one."""
+    return int(np.random.SeedSequence([abs(number) for number in numbers]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _accelerator(device: torch.device, precision: str) -> Accelerator:
+    """Accelerate's settings are global in a process: those of before give way where they are others."""
+    known = PartialState._shared_state
+    if known and not PartialState().use_distributed and PartialState().device.type != device.type:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    elif AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()
+    return Accelerator(
+        device_placement=False,
+        mixed_precision=precision,
+        cpu=device.type == "cpu" and not PartialState._shared_state,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )

@@ -1,0 +1,147 @@
+"""A training that was cut off goes on from a file: all that the rest of it depends on, written between two steps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from surgery.deploy.cost import Cost
+from surgery.errors import UsageError
+from surgery.passes.verify import Verification
+from surgery.training.history import Epoch, Grown, Score
+
+_FORMAT = 1
+
+
+@dataclass
+class Progressed:
+    """How far a training is.
+
+    Attributes:
+        steps: optimiser steps done.
+        epochs: the epochs that are over.
+        growths: and the growths.
+        within: steps done of the epoch that is not over.
+        summed: the sum of their losses.
+        seconds: what they took.
+    """
+
+    steps: int = 0
+    epochs: list[Epoch] = field(default_factory=list)
+    growths: list[Grown] = field(default_factory=list)
+    within: int = 0
+    summed: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file that a training is continued from, and what identifies the training."""
+
+    path: Path
+    identity: Mapping[str, Any]
+
+    def save(
+        self,
+        progressed: Progressed,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        """Replace the file. Without an optimiser it is that of a training that is over."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "format": _FORMAT,
+            "identity": json.dumps(dict(self.identity)),
+            "progressed": json.dumps(asdict(progressed)),
+            "model": model.state_dict(),
+            "optimizer": optimizer and optimizer.state_dict(),
+            "scaler": scaler and scaler.state_dict(),
+        }
+        part = self.path.with_name(f"{self.path.name}.part")
+        torch.save(state, part)
+        os.replace(part, self.path)
+
+    def read(self) -> Saved | None:
+        """What the file has; None where there is none.
+
+        Raises:
+            UsageError: it cannot be read, or is of another training.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            known = state["format"] == _FORMAT
+        except Exception as error:  # torch.load raises what unpickling happens to raise
+            raise UsageError(f"{self.path} is not a checkpoint of a training: {error}") from error
+        if not known:
+            raise UsageError(f"{self.path} is a checkpoint of another version: remove it to begin anew")
+        before, now = json.loads(state["identity"]), json.loads(json.dumps(dict(self.identity)))
+        other = [f"{key} {before.get(key)} and not {now.get(key)}" for key in now if before.get(key) != now.get(key)]
+        if other or set(before) != set(now):
+            raise UsageError(
+                f"{self.path} is the checkpoint of another training, with {', '.join(other) or 'other settings'}: "
+                "use the settings of then, or remove it to begin anew"
+            )
+        return Saved(_from_json(json.loads(state["progressed"])), state)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint has."""
+
+    progressed: Progressed
+    _state: Mapping[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        return self._state["optimizer"] is None
+
+    def restore(self, model: nn.Module, optimizer: Optimizer | None, scaler: torch.amp.GradScaler | None) -> None:
+        """Give the model, the optimiser and the scaler the state that they had."""
+        model.load_state_dict(self._state["model"])
+        if optimizer is not None and not self.finished:
+            optimizer.load_state_dict(self._state["optimizer"])
+        if scaler is not None and self._state["scaler"]:
+            scaler.load_state_dict(self._state["scaler"])
+
+
+def digest(module: nn.Module) -> str:
+    """A short hash of the names, shapes and values of a module's state."""
+    found = hashlib.blake2b(digest_size=8)
+    for name, tensor in module.state_dict().items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _from_json(content: Mapping[str, Any]) -> Progressed:
+    epochs = [Epoch(**{**epoch, "score": _score(epoch["score"])}) for epoch in content["epochs"]]
+    growths = [
+        Grown(
+            **{
+                **growth,
+                "steps": tuple(growth["steps"]),
+                "before": growth["before"] and Cost(**growth["before"]),
+                "after": growth["after"] and Cost(**growth["after"]),
+                "check": growth["check"] and Verification(**growth["check"]),
+                "score": _score(growth["score"]),
+            }
+        )
+        for growth in content["growths"]
+    ]
+    return Progressed(**{**content, "epochs": epochs, "growths": growths})
+
+
+def _score(content: Mapping[str, Any] | None) -> Score | None:
+    return None if content is None else Score(**content)
