@@ -6,7 +6,7 @@ import copy
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,6 +76,20 @@ def weight_macs(
 
 
 def _macs(module: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, int]:
+    found: dict[str, int] = {}
+
+    def counting(fake: nn.Module) -> FlopCounterMode:
+        return FlopCounterMode(display=False, custom_mapping=_noting(fake, found))
+
+    run_on_fakes(module, args, kwargs, counting)
+    return {name: flops // 2 for name, flops in found.items()}
+
+
+def run_on_fakes(
+    module: nn.Module, args: Args, kwargs: Kwargs, watching: Callable[[nn.Module], AbstractContextManager[object]]
+) -> None:
+    """Run the network of ``module`` in eval mode on tensors without data: a copy, inside what ``watching`` gives for
+    it."""
     fake_mode = FakeTensorMode()
     with FakeCopyMode(fake_mode):  # a copy without weights: nothing is allocated, and the original stays as it is
         fake = copy.deepcopy(module).eval()
@@ -86,17 +100,15 @@ def _macs(module: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, int]:
             with refusing_bad_inputs(args, kwargs):
                 args, kwargs = (image_batch(module, args[0]),), {}
     fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, fake_mode.from_tensor, (args, kwargs))
-    found: dict[str, int] = {}
     with (
         refusing_bad_inputs(args, kwargs),
         _countable_attention(),
         torch.random.fork_rng(devices=[]),
         torch.no_grad(),
         fake_mode,
-        FlopCounterMode(display=False, custom_mapping=_noting(fake, found)),
+        watching(fake),
     ):
         call(*fake_args, **fake_kwargs)
-    return {name: flops // 2 for name, flops in found.items()}
 
 
 def _noting(module: nn.Module, found: dict[str, int]) -> dict[Any, Callable[..., int]]:
