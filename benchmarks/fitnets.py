@@ -1,0 +1,111 @@
+"""FitNets: what the paper's networks cost, and what hints give.
+
+    python benchmarks/fitnets.py cost     # benchmarks/results/fitnets-cost.{json,md,png}
+    python benchmarks/fitnets.py step     # benchmarks/results/fitnets-step.{json,md,png}
+
+``cost``: weights and multiplications of the paper's networks by its counting, beside the paper's own, and how many
+times as fast as their teachers they are, measured on ONNX Runtime on the CPU, and where there is a GPU on it too
+(Romero et al., ICLR 2015, table 5).
+
+``step``: how long a step of stage 1 takes when both networks run as a whole and hooks keep what the two layers give,
+with the truncated networks of `surgery.attach_hint`, and with these and cached hints.
+
+Every file has the settings, the environment and all samples. ``--draw`` only draws what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import fitnets_cost
+import fitnets_step
+from fitnets_pictures import draw_cost, draw_step
+from fitnets_tables import cost_table, step_table
+
+from surgery.deploy.environment import environment
+
+RESULTS = Path(__file__).parent / "results"
+REPORTS: dict[str, tuple[Callable[[dict[str, Any]], str], Callable[[dict[str, Any], Path], None]]] = {
+    "cost": (cost_table, draw_cost),
+    "step": (step_table, draw_step),
+}
+"""How each part is reported: as a table, and as a picture."""
+
+
+def main() -> None:
+    options = parsed()
+    out = options.out or RESULTS / f"fitnets-{options.part}.json"
+    if not options.draw:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        options.run(options, out)
+    report(options.part, out)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True)
+
+    cost = parts.add_parser("cost", help="counts, and speed-ups over the teachers")
+    cost.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64])
+    cost.add_argument("--min-runs", type=int, default=60, help="rounds of each comparison")
+    cost.add_argument("--min-seconds", type=float, default=3.0, help="a network is measured for, on average")
+    cost.add_argument("--threads", type=int, help="by default all cores")
+    cost.set_defaults(run=run_cost)
+
+    step = parts.add_parser("step", help="the time of a step of stage 1")
+    step.add_argument("--teacher", default="resnet50")
+    step.add_argument("--student", default="resnet18")
+    step.add_argument("--hint", default="layer2")
+    step.add_argument("--guided", default="layer2")
+    step.add_argument("--batch-size", type=int, default=8)
+    step.add_argument("--image-size", type=int, default=224)
+    step.add_argument("--device", default="cpu")
+    step.add_argument("--rounds", type=int, default=40)
+    step.add_argument("--warmup", type=int, default=4, help="rounds before, which do not count")
+    step.set_defaults(run=run_step)
+
+    for part in (cost, step):
+        part.add_argument("--out", type=Path, help="the JSON file; a table and a picture are put beside it")
+        part.add_argument("--draw", action="store_true", help="measure nothing")
+    return parser.parse_args()
+
+
+def run_cost(options: argparse.Namespace, out: Path) -> None:
+    settings = {name: getattr(options, name) for name in ("batch_sizes", "min_runs", "min_seconds", "threads")}
+    document = new_document(settings)
+    save({**document, **fitnets_cost.measure(**settings)}, out)
+
+
+def run_step(options: argparse.Namespace, out: Path) -> None:
+    names = ("student", "teacher", "guided", "hint", "batch_size", "image_size", "device", "rounds", "warmup")
+    settings = fitnets_step.StepSettings(**{name: getattr(options, name) for name in names})
+    document = new_document(asdict(settings))
+    save({**document, "result": fitnets_step.measure(settings)}, out)
+
+
+def new_document(settings: dict[str, Any]) -> dict[str, Any]:
+    command = "python benchmarks/fitnets.py " + " ".join(sys.argv[1:])
+    return {"command": command, "environment": environment().to_dict(), "settings": settings}
+
+
+def save(document: dict[str, Any], out: Path) -> None:
+    out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def report(part: str, out: Path) -> None:
+    document = json.loads(out.read_text())
+    table, draw = REPORTS[part]
+    text = table(document)
+    out.with_suffix(".md").write_text(text)
+    draw(document, out.with_suffix(".png"))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
