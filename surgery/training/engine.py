@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -69,9 +68,7 @@ class Engine:
         """A function that takes one step: from the arguments of ``objective``, which computes the scalar loss, to that
         loss, its mean over the processes."""
         self._accelerator.free_memory()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="find_unused_parameters")
-            prepared, descent = self._accelerator.prepare(objective, optimizer)
+        prepared, descent = self._accelerator.prepare(objective, optimizer)
 
         def step(*args: Any) -> float:
             loss = prepared(*args)
@@ -140,5 +137,5 @@ def _accelerator(device: torch.device, precision: str) -> Accelerator:
         mixed_precision=precision,
         cpu=device.type == "cpu" and not PartialState._shared_state,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(static_graph=True)],
     )

@@ -49,7 +49,7 @@ def loader(
     """
     return DataLoader(
         images,
-        batch_size=min(batch_size, count(images)),
+        batch_size=batch_size if order is None else min(batch_size, count(images)),
         sampler=order,
         drop_last=order is not None,
         generator=torch.Generator().manual_seed(0),

@@ -113,8 +113,9 @@ def train(
         rehearse(model, plan, seed)
         model = copy.deepcopy(model)
     engine = Engine(_device(model), precision)
-    if batch_size % engine.processes:
-        raise UsageError(f"a batch of {batch_size} images cannot be shared among {engine.processes} processes equally")
+    for size in (min(batch_size, count(stage.images)) for stage in plan):
+        if size % engine.processes:
+            raise UsageError(f"a batch of {size} images cannot be shared equally among {engine.processes} processes")
     rule = OPTIMIZERS[optimizer]
     settings: dict[str, Any] = {
         "epochs": epochs,
@@ -334,7 +335,8 @@ def _evaluate(
     task: str = "evaluate",
 ) -> Score:
     """With an engine each of its processes takes a share of the images."""
-    batches = loader(images, batch_size, workers)
+    processes = engine.processes if engine else 1
+    batches = loader(images, math.ceil(batch_size / processes) * processes, workers)
     batches = engine.shared(batches) if engine else batches
     device = _device(predict)
     correct = total = 0

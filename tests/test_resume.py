@@ -1,0 +1,160 @@
+"""A training that is cut off goes on to the same weights; of another one nothing is taken."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import surgery
+from surgery import Growth
+from surgery.training.data import load_data
+from surgery.training.history import History
+from surgery.training.loop import train
+
+EPOCHS = 3
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits", limit=160)
+
+
+def net() -> nn.Module:
+    """With batch statistics, and dropout: what is random in a step must be the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            nn.Flatten(),
+            nn.Linear(512, 10),
+        )
+
+
+def traced() -> nn.Module:
+    return surgery.trace(net().eval(), torch.zeros(2, 3, 8, 8))
+
+
+def result(history: History) -> list[tuple[float, float, object]]:
+    return [(epoch.loss, epoch.lr, epoch.score) for epoch in history.epochs]
+
+
+def killed_after(steps: int):
+    def progress(task, done, total):
+        if done == steps:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert list(ours) == list(theirs)
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop"])
+@pytest.mark.parametrize("steps", [1, 3, 4, 6])
+def test_a_training_that_is_killed_ends_with_the_same_weights(digits, tmp_path, optimizer, steps):
+    settings = {"epochs": EPOCHS, "batch_size": 64, "optimizer": optimizer, "test_each_epoch": True}
+    whole = net()
+    expected = train(whole, digits, **settings)
+    settings.update(checkpoint=tmp_path / "training.pt", checkpoint_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(net(), digits, **settings, progress=killed_after(steps))
+    resumed, seen = net(), []
+    history = train(resumed, digits, **settings, progress=lambda _, done, total: seen.append((done, total)))
+    assert_same(resumed, whole)
+    assert result(history) == result(expected)
+    assert history.steps == expected.steps == 6
+    assert seen[0] == (max(1, steps - 1), 6)  # the checkpoint of a step comes after its progress
+    assert [path.name for path in tmp_path.iterdir()] == ["training.pt"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_augmented_images_are_the_same_after_a_break_between_epochs(tmp_path, workers):
+    data = load_data("digits", limit=130, augment="flip-crop")
+    settings = {"epochs": 2, "batch_size": 64, "workers": workers}
+    whole, resumed = net(), net()
+    train(whole, data, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        train(net(), data, **settings, checkpoint=tmp_path / "a.pt", progress=killed_after(3))
+    train(resumed, data, **settings, checkpoint=tmp_path / "a.pt")
+    assert_same(resumed, whole)
+
+
+def test_augmented_images_are_the_same_after_a_break_in_an_epoch(tmp_path):
+    data = load_data("digits", limit=200, augment="flip-crop")
+    whole, resumed = net(), net()
+    train(whole, data, epochs=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(net(), data, epochs=1, checkpoint=tmp_path / "a.pt", checkpoint_every=1, progress=killed_after(2))
+    train(resumed, data, epochs=1, checkpoint=tmp_path / "a.pt", checkpoint_every=1)
+    assert_same(resumed, whole)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5])
+def test_a_model_that_grows_goes_on_at_the_size_that_it_had(digits, tmp_path, steps):
+    grow = {0: Growth(images=0.5), 1: Growth(images=1.0, widen={"0": 1.5}), 2: Growth(widen={"0": 2.0})}
+    settings = {"epochs": EPOCHS, "batch_size": 64, "optimizer": "adamw", "grow": grow, "test_each_epoch": True}
+    expected = train(traced(), digits, **settings)
+    settings["checkpoint"] = tmp_path / "training.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(traced(), digits, **settings, progress=killed_after(steps))
+    history = train(traced(), digits, **settings)
+    assert history.steps == expected.steps == 5
+    assert_same(history.model, expected.model)
+    assert result(history) == result(expected)
+    for ours, theirs in zip(history.growths, expected.growths, strict=True):
+        assert replace(ours, seconds=0.0) == replace(theirs, seconds=0.0)
+
+
+def test_what_is_over_is_not_done_again(digits, tmp_path):
+    first, second = net(), net()
+    path = tmp_path / "of" / "a" / "run.pt"
+    before = train(first, digits, epochs=1, checkpoint=path)
+
+    def no_step(*_):
+        raise AssertionError("a step was taken")
+
+    assert train(second, digits, epochs=1, checkpoint=path, loss_fn=no_step) == before
+    assert_same(second, first)
+
+
+def test_a_checkpoint_of_another_training_is_refused(digits, tmp_path):
+    path = tmp_path / "training.pt"
+    train(net(), digits, epochs=1, checkpoint=path, identity={"teacher": "a"})
+    for change, said in [
+        ({"epochs": 2}, "epochs 1 and not 2"),
+        ({"lr": 0.5}, "lr 0.02 and not 0.5"),
+        ({"seed": 3}, "seed 0 and not 3"),
+        ({"precision": "bf16"}, "precision no and not bf16"),
+        ({"identity": {"teacher": "b"}}, "teacher a and not b"),
+    ]:
+        settings = {"epochs": 1, "identity": {"teacher": "a"}, **change}
+        with pytest.raises(surgery.UsageError, match=f"is the checkpoint of another training, with {said}: use the"):
+            train(net(), digits, **settings, checkpoint=path)
+    other = net()
+    with torch.no_grad():
+        other[0].bias += 1
+    with pytest.raises(surgery.UsageError, match="another training, with model"):
+        train(other, digits, epochs=1, identity={"teacher": "a"}, checkpoint=path)
+    with pytest.raises(surgery.UsageError, match="another training, with other settings"):
+        train(net(), digits, epochs=1, checkpoint=path)
+
+
+def test_what_is_no_checkpoint_is_refused(digits, tmp_path):
+    path = tmp_path / "training.pt"
+    path.write_text("nothing")
+    with pytest.raises(surgery.UsageError, match="is not a checkpoint of a training"):
+        train(net(), digits, epochs=1, checkpoint=path)
+    torch.save({"format": 0}, path)
+    with pytest.raises(surgery.UsageError, match="is a checkpoint of another version"):
+        train(net(), digits, epochs=1, checkpoint=path)
+    with pytest.raises(surgery.UsageError, match="checkpoint_every is 0: it must be at least 1 step"):
+        train(net(), digits, epochs=1, checkpoint_every=0)
