@@ -44,6 +44,6 @@ AUGMENTATIONS: Mapping[str, Callable[[int, Sequence[float]], list[Any]]] = {
     "flip": _flip,
     "flip-crop": _flip_crop,
 }
-"""``flip`` mirrors left and right half of the time. ``flip-crop`` before that pads an image by an eighth of its side with
-black and crops it back to its size anywhere, as is usual on CIFAR (He et al., CVPR 2016, section 4.2: 4 pixels of
-32)."""
+"""``flip`` mirrors left and right half of the time. ``flip-crop`` pads an image with black by an eighth of its side and
+crops it back to its size anywhere, and then flips: what is usual on CIFAR (He et al., CVPR 2016, section 4.2: 4 pixels
+of 32)."""
