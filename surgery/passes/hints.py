@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
-from surgery.errors import EditError, TraceError, UsageError
-from surgery.graph.dims import Dimensions, dimensions
-from surgery.graph.guards import Values
-from surgery.graph.labels import Labelled
-from surgery.graph.maxout import Maxout
-from surgery.graph.traced import TracedModule, example_inputs, info, named_tensors
-from surgery.graph.whole import bound_arguments
-from surgery.passes.blocks import Flow
-from surgery.passes.middle import middle
-from surgery.passes.regressors import Layout, make_regressor, match
-from surgery.passes.sites import Site, activation_of, output_sites
-from surgery.passes.truncate import truncate
-
-Names = str | Sequence[str]
+from surgery.errors import UsageError
+from surgery.graph.traced import TracedModule, named_tensors
+from surgery.passes.pairing import counterparts, tap_pairs, unpacked
+from surgery.passes.regressors import make_regressor, match
+from surgery.passes.taps import Names, Network, Tap, attach
 
 
 def attach_hint(
@@ -73,17 +60,36 @@ def attach_hint(
             the same inputs.
         EditError: a layer without one output, in training and in evaluation, or a regressor that cannot be.
     """
-    ours, theirs = _Network(student, "student"), _Network(teacher, "teacher")
-    names = _pairs(ours, theirs, guided, hint)
-    taps = [(ours.tap(g), theirs.tap(h, training=False)) for g, h in names]
-    truncated = (ours.truncated([tap for tap, _ in taps]), theirs.truncated([tap for _, tap in taps]))
-    shapes = _output_shapes(truncated, ours, theirs, [(g.value.shape, h.value.shape) for g, h in taps])
-    regressors, skipped = [], []
-    for k, ((g, h), (guided_shape, hint_shape)) in enumerate(zip(taps, shapes, strict=True)):
-        found = match(g.layout(ours.dims, guided_shape), h.layout(theirs.dims, hint_shape), regressor)
-        regressors.append(make_regressor(found, regressor, h.nonlinearity(), seed + k))
-        skipped.append(found.skipped)
-    return HintPair(*truncated, regressors, skipped, names, student)
+    ours = Network(student, "student", mode="training and evaluation")
+    theirs = Network(teacher, "teacher", mode="evaluation", like=student)
+    taps = hint_taps(ours, theirs, guided, hint)
+    regressors = []
+    for k, pair in enumerate(taps):
+        made, taps[k] = regressor_between(ours, theirs, pair, regressor, seed + k)
+        regressors.append(made)
+    names = [(g.name, h.name) for g, h in taps]
+    truncated = ours.truncated([g for g, _ in taps]), theirs.frozen([h for _, h in taps])
+    return HintPair(*truncated, regressors, names, student)
+
+
+def hint_taps(
+    student: Network, teacher: Network, guided: Names | Mapping[str, str] | None, hint: Names | None
+) -> list[tuple[Tap, Tap]]:
+    """The outputs of the guided layers and of the hints, those in the middle where none are named."""
+    ours, theirs = unpacked(guided, hint)
+    ours = [student.middle(deeper=True)] if ours is None else ours
+    theirs = [teacher.middle(deeper=False)] if theirs is None else theirs
+    return tap_pairs(student, teacher, ours, theirs)
+
+
+def regressor_between(
+    student: Network, teacher: Network, pair: tuple[Tap, Tap], kind: str, seed: int
+) -> tuple[nn.Sequential, tuple[Tap, Tap]]:
+    """What leads from a guided layer's output to the hint; and both, without the tokens that are not compared."""
+    guided, hint = pair
+    found = match(student.layout(guided), teacher.layout(hint), kind)
+    made = make_regressor(found, kind, teacher.nonlinearity(hint), seed)
+    return made, (guided.without_first(found.skipped[0]), hint.without_first(found.skipped[1]))
 
 
 class HintPair(nn.Module):
@@ -107,25 +113,20 @@ class HintPair(nn.Module):
         student: TracedModule,
         teacher: TracedModule,
         regressors: Sequence[nn.Sequential],
-        skipped: Sequence[tuple[int, int]],
         names: Sequence[tuple[str, str]],
         whole: nn.Module,
     ) -> None:
         super().__init__()
         self.names = tuple(names)
         self._prefix = tuple(named_tensors(student))
-        like = next((p for p in student.parameters() if p.is_floating_point()), torch.empty(0))
         held: nn.Module = regressors[0] if len(names) == 1 else nn.ModuleList(regressors)
-        at = next(n for n in ("regressor", *(f"regressor_{k}" for k in range(len(whole._modules) + 1)))
-                  if not hasattr(whole, n))  # fmt: skip
-        student.add_module(at, held.to(like.device, like.dtype).train(student.training))
-        self._regressor_at = at
+        self._regressor_at = attach(student, "regressor", held, whole)
         for graph in student.graphs:
-            _extend(graph, regressors, [s for s, _ in skipped], at)
-        _extend(teacher.graph, [], [t for _, t in skipped], "")
+            _extend(graph, regressors, self._regressor_at)
+        _extend(teacher.graph, [], "")
         for module in (student, teacher):
             module.recompile()
-        self.student, self.teacher = student, teacher.requires_grad_(False).eval()
+        self.student, self.teacher = student, teacher
         self.training = student.training
 
     @property
@@ -156,18 +157,11 @@ class HintPair(nn.Module):
         Raises:
             UsageError: a tensor of the prefix has no counterpart of its shape in ``student``.
         """
-        own, result = named_tensors(self.student), copy.deepcopy(student)
-        known = named_tensors(result)
-        for name in self._prefix:
-            if name not in known or known[name].shape != own[name].shape:
-                found = f"has it as {tuple(known[name].shape)}" if name in known else "has none"
-                raise UsageError(
-                    f"{name!r} of the guided prefix is {tuple(own[name].shape)}, and this student {found}: pass the "
-                    "student that the hint was attached to"
-                )
+        result = copy.deepcopy(student)
+        source = "the student that the hint was attached to"
         with torch.no_grad():
-            for name in self._prefix:
-                known[name].copy_(own[name])
+            for own, given in counterparts(self.student, result, self._prefix, "the guided prefix", source):
+                given.copy_(own)
         return result
 
 
@@ -193,163 +187,17 @@ def hint_loss(guided: Tensor | Sequence[Tensor], hint: Tensor | Sequence[Tensor]
     return (guided.to(dtype) - hint.to(dtype)).square().flatten(1).sum(1).mean() / 2
 
 
-class _Tap:
-    """A value that is taken out of a network, in each of the graphs that compute it."""
-
-    def __init__(self, flows: Sequence[Flow], nodes: Sequence[fx.Node], where: str) -> None:
-        self.flows, self.nodes, self.where = flows, nodes, where
-        value = flows[0].value(nodes[0])
-        if not isinstance(value, Labelled):
-            raise EditError(f"{where} is not one tensor")
-        self.value: Labelled = value
-
-    def layout(self, dims: Dimensions, shape: tuple[int, ...]) -> Layout:
-        """Where the channels are: on the axis that the analysis says; of two the one that can be edited, or is read by
-        a layer. Where it knows of none, axis 1 of maps and the last axis of others."""
-        if not 2 <= len(shape) <= 5:
-            raise EditError(
-                f"{self.where} has the shape {shape}: a regressor needs a batch axis, channels, and up to 3 others"
-            )
-        books = dims.books.axes
-        read = np.concatenate(
-            [u for at, u in dims.axis_units.items() if "consumer" in books[at].roles] or [np.zeros(0, np.int64)]
-        )
-        axes = [
-            (bool(dims.frozen[units := dims.unit_of[field.ids]].all()), not np.isin(units, read).any(), axis)
-            for axis in (1, len(shape) - 1)
-            if (field := self.value.at(axis)) is not None and field.dims == (axis,)
-        ]
-        axis = min(axes)[2] if axes else 1 if len(shape) > 3 else len(shape) - 1
-        last = axis == len(shape) - 1
-        return Layout(shape[axis], tuple(shape[1:-1] if last else shape[2:]), last)
-
-    def nonlinearity(self) -> nn.Module | None:
-        """The activation that the value is the output of; None where it is linear."""
-        return _nonlinearity(self.flows[0], self.nodes[0])
-
-
-class _Network:
-    """A traced module to take values out of."""
-
-    def __init__(self, module: nn.Module, what: str) -> None:
-        known = info(module)
-        if not isinstance(module, TracedModule):
-            raise UsageError(
-                f"the {what} is traced in parts, so it cannot be cut off: pass the part that holds the layer"
-            )
-        self.module, self.what, self.known = module, what, known
-        self.dims = dimensions(module)
-        self.flows = [Flow(self.dims, Site(module, "", graph, graph.output_node())) for graph in module.graphs]
-
-    def tap(self, name: str, training: bool = True) -> _Tap:
-        """The output of a layer, in evaluation and, if ``training``, in training too."""
-        where = f"the output of {name!r} in the {self.what}"
-        found = {id(site.graph): site.node for site in output_sites(self.module, name) if not site.path}
-        if not found:
-            raise EditError(
-                f"{where} is inside of a part that is traced on its own: name a layer or container around it"
-            )
-        flows = self.flows if training else self.flows[:1]
-        if any(id(flow.graph) not in found for flow in flows):
-            modes = "training and evaluation" if training else "evaluation"
-            raise EditError(f"{where} is not computed in {modes}")
-        return _Tap(flows, [found[id(flow.graph)] for flow in flows], where)
-
-    def truncated(self, taps: Sequence[_Tap]) -> TracedModule:
-        flows = taps[0].flows
-        return truncate(self.module, [(flow, [tap.nodes[k] for tap in taps]) for k, flow in enumerate(flows)])
-
-    def middle(self, *, deeper: bool) -> str:
-        return middle(self.module, self.flows[0], deeper=deeper)
-
-
-def _pairs(
-    student: _Network, teacher: _Network, guided: Names | Mapping[str, str] | None, hint: Names | None
-) -> list[tuple[str, str]]:
-    if isinstance(guided, Mapping):
-        if hint is not None:
-            raise UsageError("a mapping from guided layers to hints names both: leave out hint=")
-        hint, guided = list(guided.values()), list(guided)
-    guided = student.middle(deeper=True) if guided is None else guided
-    hint = teacher.middle(deeper=False) if hint is None else hint
-    ours, theirs = ([names] if isinstance(names, str) else list(names) for names in (guided, hint))
-    if not ours or len(ours) != len(theirs):
-        raise UsageError(f"{len(ours)} guided layers for {len(theirs)} hints: each pair needs one of both")
-    return list(zip(ours, theirs, strict=True))
-
-
-def _output_shapes(
-    truncated: tuple[TracedModule, TracedModule],
-    student: _Network,
-    teacher: _Network,
-    known: list[tuple[tuple[int, ...], tuple[int, ...]]],
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The shapes of both networks' outputs on the student's example inputs."""
-    if (student.known.args, student.known.kwargs) == (teacher.known.args, teacher.known.kwargs):
-        return known
-    args, kwargs = example_inputs(student.module)
-    found = []
-    for network, module in zip((student, teacher), truncated, strict=True):
-        try:
-            values = Values(module, bound_arguments(module, args, kwargs).values)
-            computed = {node: values.of(node) for node in module.graph.nodes if node.op != "output"}
-        except (TraceError, UsageError) as error:
-            shapes = [tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            raise UsageError(
-                f"the {network.what} cannot be called on the student's example inputs {shapes}, so there is nothing to "
-                f"compare: trace both with the same inputs ({error})"
-            ) from error
-        outputs: Any = module.graph.output_node().args[0]
-        found.append([tuple(computed[node].shape) for node in outputs])
-    return list(zip(*found, strict=True))
-
-
-def _extend(graph: fx.Graph, regressors: Sequence[nn.Sequential], skipped: Sequence[int], at: str) -> None:
-    """Let the graph's outputs go through the regressors, or be detached where there are none."""
+def _extend(graph: fx.Graph, regressors: Sequence[nn.Sequential], at: str) -> None:
+    """Let the graph's outputs go through the regressors, if any; a single one is no tuple."""
     end = graph.output_node()
     (outputs,) = end.args
-    assert isinstance(outputs, (list, tuple))
-    results = []
+    assert isinstance(outputs, tuple)
+    results = list(outputs)
     with graph.inserting_before(end):
-        for k, (value, skip) in enumerate(zip(outputs, skipped, strict=True)):
-            if skip:
-                value = graph.call_function(operator.getitem, (value, (slice(None), slice(skip, None))))
-            if not regressors:
-                value = graph.call_method("detach", (value,))
+        for k, regressor in enumerate(regressors):
             path = at if len(outputs) == 1 else f"{at}.{k}"
-            for child, _ in regressors[k].named_children() if regressors else ():
-                value = graph.call_module(f"{path}.{child}", (value,))
-                value.meta["path"] = path
-            results.append(value)
+            for child, _ in regressor.named_children():
+                results[k] = graph.call_module(f"{path}.{child}", (results[k],))
+                results[k].meta["path"] = path
     end.args = (results[0] if len(results) == 1 else tuple(results),)
     graph.lint()
-
-
-def _nonlinearity(flow: Flow, node: fx.Node) -> nn.Module | None:
-    """The activation behind a value, also through ops that move data or pool it, and dropout."""
-    name = activation_of(flow.owner, node)
-    if name:
-        return _instance(name, flow.leaf(node), node)
-    rule = flow.rule(node)
-    if rule is None or not (rule.movement or rule.within or rule.linear == "first"):
-        return None
-    before = [_nonlinearity(flow, n) for n in flow.tensors(node)]
-    alike = before and all(b is not None and repr(b) == repr(before[0]) for b in before)
-    return before[0] if alike else None
-
-
-def _instance(name: str, layer: nn.Module | None, node: fx.Node) -> nn.Module:
-    """A layer of its own that does what an activation node does."""
-    if isinstance(layer, Maxout):
-        return Maxout(layer.pieces, layer.dim)
-    if layer is not None:
-        made: Any = copy.deepcopy(layer)
-    else:
-        cls = getattr(nn, name)
-        known = inspect.signature(cls).parameters
-        args = () if isinstance(node.target, str) else node.args[1:]
-        made = cls(*args, **{k: v for k, v in node.kwargs.items() if k in known})
-    if getattr(made, "inplace", False):
-        made.inplace = False
-    assert isinstance(made, nn.Module)
-    return made

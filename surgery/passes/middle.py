@@ -24,12 +24,12 @@ def middle(module: nn.Module, flow: Flow, *, deeper: bool) -> str:
     Raises:
         UsageError: there is no such value.
     """
-    depth = _depths(flow)
+    depth = depths(flow)
     end = flow.graph.output_node()
-    waist = [n for n in _waist(flow) if end not in n.users and isinstance(flow.value(n), Labelled)]
+    named = [n for n in waist(flow, end) if end not in n.users and isinstance(flow.value(n), Labelled)]
     half = max(depth.values(), default=0) / 2
     best: dict[int, list[fx.Node]] = {}
-    for node in reversed(waist):
+    for node in reversed(named):
         best.setdefault(depth[node], []).append(node)
 
     def distance(d: int) -> tuple[float, int]:
@@ -37,21 +37,23 @@ def middle(module: nn.Module, flow: Flow, *, deeper: bool) -> str:
 
     for d in sorted(best, key=distance):
         for node in best[d] if d > 0 else ():
-            name = _name_of(module, flow, node)
+            name = name_of(module, flow, node)
             if name:
                 return name
     raise UsageError("no layer in the middle that everything passes through: name the layers, guided= and hint=")
 
 
-def _depths(flow: Flow) -> dict[fx.Node, int]:
+def depths(flow: Flow) -> dict[fx.Node, int]:
+    """For each node the number of layers with a weight matrix on the longest way from the input to it."""
     depth: dict[fx.Node, int] = {}
     for node in flow.graph.nodes:
         before = max((depth[n] for n in node.all_input_nodes), default=0)
-        depth[node] = before + _is_weighted(flow, node)
+        depth[node] = before + is_weighted(flow, node)
     return depth
 
 
-def _is_weighted(flow: Flow, node: fx.Node) -> bool:
+def is_weighted(flow: Flow, node: fx.Node) -> bool:
+    """Whether a node has a weight matrix."""
     leaf = flow.leaf(node)
     tensors: Iterator[torch.Tensor] = (
         iter(leaf.parameters())
@@ -65,14 +67,14 @@ def _is_weighted(flow: Flow, node: fx.Node) -> bool:
     return any(t.ndim > 1 for t in tensors)
 
 
-def _waist(flow: Flow) -> list[fx.Node]:
-    """The values that every way from the input tensors to the output leads through."""
+def waist(flow: Flow, end: fx.Node) -> list[fx.Node]:
+    """The values that every way from the input tensors to ``end`` leads through, in order; itself where it is one."""
     reached = {n for n in flow.graph.nodes if n.op == "placeholder" and flow.holds_tensors(n)}
     for node in flow.graph.nodes:
         if flow.holds_tensors(node) and any(n in reached for n in node.all_input_nodes):
             reached.add(node)
-    live = reached & flow.before(flow.graph.output_node())
-    last = {n: max(flow.order[user] for user in n.users if user in live or user.op == "output") for n in live}
+    live = reached & flow.before(end)
+    last = {n: max((flow.order[u] for u in n.users if u in live or u is end), default=flow.order[n]) for n in live}
     result = []
     furthest = -1
     for node in (n for n in flow.graph.nodes if n in live):
@@ -82,7 +84,7 @@ def _waist(flow: Flow) -> list[fx.Node]:
     return result
 
 
-def _name_of(module: nn.Module, flow: Flow, node: fx.Node) -> str:
+def name_of(module: nn.Module, flow: Flow, node: fx.Node) -> str:
     """The shortest name whose output a node is; empty where there is none."""
     names: set[str] = set()
     for made in (node, *node.all_input_nodes):

@@ -36,28 +36,36 @@ def truncate(module: TracedModule, cuts: Sequence[tuple[Flow, Sequence[fx.Node]]
     return result
 
 
-def _prefix(flow: Flow, ends: Sequence[fx.Node]) -> fx.Graph:
-    """The graph that computes ``ends``. What a later op changes in place is copied before."""
-    needed = _needed(flow, ends)
-    changed = {end for end in ends if any(_overwrites(flow, node, end) for node in needed)}
+def copied(
+    flow: Flow, ends: Sequence[fx.Node], kept: set[fx.Node]
+) -> tuple[fx.Graph, dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]]:
+    """A graph of some nodes, without an output yet; each node's copy; and the value of each of ``ends``, which no later
+    op changes: what one of them changes in place is copied before."""
+    changed = overwritten(flow, ends, kept)
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
-    outputs: dict[fx.Node, fx.Node] = {}
+    values: dict[fx.Node, fx.Node] = {}
     for node in flow.graph.nodes:
-        if node in needed or node.op == "placeholder":
+        if node.op != "output" and (node in kept or node.op == "placeholder"):
             new[node] = graph.node_copy(node, new.__getitem__)
             if node in ends:
-                outputs[node] = graph.call_function(torch.clone, (new[node],)) if node in changed else new[node]
-    graph.output([outputs[end] for end in ends])
+                values[node] = graph.call_function(torch.clone, (new[node],)) if node in changed else new[node]
     codegen = copy.deepcopy(flow.graph._codegen)
     if isinstance(codegen, fx.graph._PyTreeCodeGen):
         codegen.pytree_info = codegen.pytree_info._replace(out_spec=None)
     graph.set_codegen(codegen)
+    return graph, new, values
+
+
+def _prefix(flow: Flow, ends: Sequence[fx.Node]) -> fx.Graph:
+    """The graph that computes ``ends``."""
+    graph, _, values = copied(flow, ends, needed_for(flow, ends))
+    graph.output([values[end] for end in ends])
     graph.lint()
     return graph
 
 
-def _needed(flow: Flow, ends: Iterable[fx.Node]) -> set[fx.Node]:
+def needed_for(flow: Flow, ends: Iterable[fx.Node]) -> set[fx.Node]:
     """What ``ends`` are computed by: with the ops that change it in place, and the guards on the way to it."""
     needed: set[fx.Node] = set()
     more = list(ends)
@@ -86,10 +94,14 @@ def _writes(flow: Flow, node: fx.Node, needed: set[fx.Node]) -> bool:
     )
 
 
-def _overwrites(flow: Flow, node: fx.Node, value: fx.Node) -> bool:
-    """Whether a node changes in place what ``value``, computed before it, holds."""
-    written = _written(flow, node)
-    return bool(written & _storages(flow, value)) and flow.order[value] < flow.order[node]
+def overwritten(flow: Flow, values: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Those of ``values`` that one of ``nodes`` behind them changes in place."""
+    written = [(flow.order[node], memory) for node in nodes if (memory := _written(flow, node))]
+    return {
+        value
+        for value in values
+        if any(flow.order[value] < order and memory & _storages(flow, value) for order, memory in written)
+    }
 
 
 def _written(flow: Flow, node: fx.Node) -> set[int]:

@@ -26,6 +26,7 @@ __all__ = [
     "kd_cross_entropy",
     "kd_divergence",
     "linear_decay",
+    "mean_squared_error",
     "rkd",
 ]
 
@@ -161,6 +162,23 @@ def hierarchical_context(student: Taps, teacher: Taps) -> Tensor:
     return torch.stack([loss(*pair) for pair in _maps(student, teacher, 4)]).sum()
 
 
+def mean_squared_error(student: Taps, teacher: Taps) -> Tensor:
+    """Mean squared error of features, over all numbers of a tap; summed over taps. RepDistiller weights that of a hint
+    by 100.
+
+    Args:
+        student, teacher: tensors (N, ...) of one tap, or of several, of equal shapes.
+
+    Raises:
+        UsageError: no tensors, other shapes, or unequal numbers of them.
+    """
+    pairs = _pairs(student, teacher, "features")
+    for pair in pairs:
+        if pair[0].shape != pair[1].shape:
+            raise _unequal("features", *pair, "both must be of equal shape")
+    return torch.stack([functional.mse_loss(*pair) for pair in pairs]).sum()
+
+
 def rkd(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Tensor:
     """Relational distillation: how the samples of a batch lie to each other (Park et al., CVPR 2019, section 3.2).
 
@@ -228,15 +246,23 @@ def _full(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 def _maps(student: Taps, teacher: Taps, equal: int) -> list[tuple[Tensor, Tensor]]:
     """The pairs of maps, whose shapes agree in their first ``equal`` axes."""
-    ours = [student] if isinstance(student, Tensor) else list(student)
-    theirs = [teacher] if isinstance(teacher, Tensor) else list(teacher)
-    if len(ours) != len(theirs) or not ours:
-        raise UsageError(f"the student has {len(ours)} maps and the teacher {len(theirs)}: give as many, at least one")
-    for pair in zip(ours, theirs, strict=True):
+    pairs = _pairs(student, teacher, "maps")
+    for pair in pairs:
         shapes = [tensor.shape[:equal] for tensor in pair]
         if any(tensor.ndim != 4 for tensor in pair) or shapes[0] != shapes[1]:
             what = "the same N" if equal == 1 else "equal shapes"
             raise _unequal("maps", *pair, f"both must be (N, C, H, W), with {what}")
+    return pairs
+
+
+def _pairs(student: Taps, teacher: Taps, what: str) -> list[tuple[Tensor, Tensor]]:
+    """The pairs of tensors, each in one precision."""
+    ours = [student] if isinstance(student, Tensor) else list(student)
+    theirs = [teacher] if isinstance(teacher, Tensor) else list(teacher)
+    if len(ours) != len(theirs) or not ours:
+        raise UsageError(
+            f"the student has {len(ours)} {what} and the teacher {len(theirs)}: give as many, at least one"
+        )
     return [_full(*pair) for pair in zip(ours, theirs, strict=True)]
 
 

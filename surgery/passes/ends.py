@@ -1,0 +1,91 @@
+"""Where the stages of a network end, and what its classifier reads.
+
+A stage is a run of values that everything passes through and that have about the same number of positions: it ends
+where that falls to a half or less, or doubles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from torch import fx, nn
+from torch.nn import functional
+
+from surgery.errors import EditError
+from surgery.passes.blocks import Flow
+from surgery.passes.middle import depths, is_weighted, waist
+
+_DROPOUTS = {functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d}
+
+
+def classifier(flow: Flow, end: fx.Node) -> fx.Node:
+    """The last layer with a weight matrix on the way to ``end``.
+
+    Raises:
+        EditError: there is none, or not all that reaches ``end`` passes through it.
+    """
+    last: list[fx.Node] = [n for n in flow.graph.nodes if n in flow.before(end) and is_weighted(flow, n)][-1:]
+    if not last or last[0] not in waist(flow, end):
+        raise EditError("no layer that everything passes through stands last, so there is no classifier: name layers")
+    return last[0]
+
+
+def classifier_input(flow: Flow, layer: fx.Node) -> fx.Node:
+    """What a layer reads, before any dropout."""
+    value = flow.tensors(layer)[0]
+    while isinstance(flow.leaf(value), nn.modules.dropout._DropoutNd) or value.target in _DROPOUTS:
+        value = flow.tensors(value)[0]
+    return value
+
+
+def stage_ends(flow: Flow, end: fx.Node, sizes: Callable[[fx.Node], tuple[int, ...]]) -> list[fx.Node]:
+    """The last value of each stage before the classifier, from the input on.
+
+    It is the last one that has as many positions as the stage's last layer with weights gives; a stage has at least
+    one such layer and more than one position. A first stage of one layer, such as the stem of a ResNet, is left out
+    where all others have more.
+
+    Args:
+        end: the network's output.
+        sizes: those of a value along the axes of its positions.
+
+    Raises:
+        EditError: no classifier, or no stage.
+    """
+    depth = depths(flow)
+    stages: list[list[tuple[fx.Node, int]]] = []
+    for node in waist(flow, classifier_input(flow, classifier(flow, end))):
+        positions = math.prod(sizes(node)) if depth[node] else 1
+        if positions > 1:
+            if not stages or not 0.5 < positions / stages[-1][-1][1] < 2:
+                stages.append([])
+            stages[-1].append((node, positions))
+    before, ends, layers = 0, [], []
+    for stage in stages:
+        deepest = depth[stage[-1][0]]
+        if deepest > before:
+            tail = [(node, positions) for node, positions in stage if depth[node] == deepest]
+            ends.append(next(node for node, positions in reversed(tail) if positions == tail[0][1]))
+            layers.append(deepest - before)
+            before = deepest
+    if not ends:
+        raise EditError("no stage of maps or tokens that everything passes through: name layers")
+    return ends[1:] if len(ends) > 1 and layers[0] == 1 < min(layers[1:]) else ends
+
+
+def aligned(ours: Sequence[int], theirs: Sequence[int]) -> tuple[slice, slice]:
+    """Which stages of two networks to pair: as many as the one with fewer has, next to each other in both, where the
+    numbers of positions agree best; of two ways as good the later one."""
+    count = min(len(ours), len(theirs))
+    ways: list[tuple[slice, slice]] = [
+        (slice(i, i + count), slice(j, j + count))
+        for i in range(len(ours) - count + 1)
+        for j in range(len(theirs) - count + 1)
+    ]
+
+    def distance(way: tuple[slice, slice]) -> float:
+        return sum(abs(math.log(a / b)) for a, b in zip(ours[way[0]], theirs[way[1]], strict=True))
+
+    best: tuple[slice, slice] = min(reversed(ways), key=distance)
+    return best

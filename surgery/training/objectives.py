@@ -1,0 +1,343 @@
+"""Objectives: what a student learns from a teacher beside the labels, and how both are observed for it.
+
+An objective says which values of the two networks it compares and what that costs; `observe` takes the values out of
+both, all at once. A new objective is one subclass of `Objective`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import UsageError, unknown_name, whole_number
+from surgery.graph.traced import TracedModule, named_tensors
+from surgery.passes.hints import hint_taps, regressor_between
+from surgery.passes.pairing import counterparts
+from surgery.passes.regressors import REGRESSORS
+from surgery.passes.taps import Names, Network, Tap
+from surgery.training import losses
+
+Guided = Names | Mapping[str, str] | None
+"""Layers or containers of the student; or a mapping from them to those of the teacher."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The values that an objective compares.
+
+    Attributes:
+        pairs: of a value of the student and one of the teacher.
+        head: is trained with the student. It takes its values, as many arguments as there are pairs, and gives a tuple
+            of as many tensors. None: they are compared as they are.
+    """
+
+    pairs: tuple[tuple[Tap, Tap], ...]
+    head: nn.Module | None = None
+
+
+class Objective(ABC):
+    """What a student learns from a teacher: the values to compare, and a loss."""
+
+    @abstractmethod
+    def compared(self, student: Network, teacher: Network, seed: int) -> Compared:
+        """What is compared. ``seed`` is that of a head's initial weights."""
+
+    @abstractmethod
+    def loss(
+        self, ours: Sequence[Tensor], theirs: Sequence[Tensor], labels: Tensor, epoch: float, epochs: int
+    ) -> Tensor:
+        """The weighted loss, a scalar: the mean over the batch.
+
+        Args:
+            ours: the student's values of each pair, or what the head gives for them.
+            theirs: the teacher's.
+            labels: class indices (N,).
+            epoch: how many epochs are done, a fraction within one.
+            epochs: how many there are in all.
+        """
+
+
+@dataclass(frozen=True)
+class KD(Objective):
+    """The teacher's softened distribution, as in FitNets (Romero et al., ICLR 2015, equation 2): temperature 3, and a
+    weight lambda that decays linearly from 4 to 1, over all epochs or ``decay_epochs``.
+
+    Attributes:
+        temperature: tau, which the logits of both are divided by.
+        weight, final_weight: lambda at first and in the end.
+        decay_epochs: in how many epochs it decays; the paper has 500, and 150 on MNIST.
+        form: ``"cross-entropy"``, the paper's, or ``"divergence"``, tau^2 KL (Hinton et al., 2015).
+        standardise: whether logits are standardised before (Sun et al., CVPR 2024; with the divergence, a temperature
+            of 2 and a weight of 9).
+    """
+
+    temperature: float = 3.0
+    weight: float = 4.0
+    final_weight: float = 1.0
+    decay_epochs: int | None = None
+    form: str = "cross-entropy"
+    standardise: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self, "temperature", above=True)
+        _check(self, "weight", "final_weight")
+        if self.decay_epochs is not None:
+            whole_number("decay_epochs of KD", self.decay_epochs, 1)
+        if self.form not in _FORMS:
+            raise unknown_name("form of KD", self.form, _FORMS)
+
+    def compared(self, student: Network, teacher: Network, seed: int) -> Compared:
+        return _compared_logits(student, teacher)
+
+    def loss(
+        self, ours: Sequence[Tensor], theirs: Sequence[Tensor], labels: Tensor, epoch: float, epochs: int
+    ) -> Tensor:
+        lambda_ = losses.linear_decay(self.weight, self.final_weight, self.decay_epochs or epochs)
+        form = _FORMS[self.form]
+        return lambda_(epoch) * form(ours[0], theirs[0], self.temperature, standardise=self.standardise)
+
+
+_FORMS = {"cross-entropy": losses.kd_cross_entropy, "divergence": losses.kd_divergence}
+
+
+@dataclass(frozen=True)
+class DKD(Objective):
+    """Decoupled distillation (Zhao et al., CVPR 2022): see `losses.dkd`. The defaults are the authors'.
+
+    Attributes:
+        alpha, beta: the weights of the label's class against all others, and of the others among each other.
+        temperature: tau, which the logits of both are divided by.
+        weight: of the loss, which it reaches linearly from 0 in ``warmup_epochs``.
+    """
+
+    alpha: float = 1.0
+    beta: float = 8.0
+    temperature: float = 4.0
+    weight: float = 1.0
+    warmup_epochs: float = 20
+
+    def __post_init__(self) -> None:
+        _check(self, "temperature", above=True)
+        _check(self, "alpha", "beta", "weight", "warmup_epochs")
+
+    def compared(self, student: Network, teacher: Network, seed: int) -> Compared:
+        return _compared_logits(student, teacher)
+
+    def loss(
+        self, ours: Sequence[Tensor], theirs: Sequence[Tensor], labels: Tensor, epoch: float, epochs: int
+    ) -> Tensor:
+        weight = self.weight * _warm(epoch, self.warmup_epochs)
+        settings = {"alpha": self.alpha, "beta": self.beta, "temperature": self.temperature}
+        return weight * losses.dkd(ours[0], theirs[0], labels, **settings)
+
+
+@dataclass(frozen=True)
+class Hint(Objective):
+    """FitNets' hints in one stage with all else, as RepDistiller has them: the mean squared error, per number, of what
+    a regressor makes of the guided layer's output, weighted by 100; summed over pairs.
+
+    The two-stage original is `surgery.attach_hint`; the regressors, and the layers by default, are the same.
+
+    Attributes:
+        guided: a layer or container of the student, several, or a mapping from guided layers to hints; by default the
+            layer in the middle.
+        hint: as many layers or containers of the teacher; by default the layer in the middle.
+        weight: of the loss.
+        regressor: ``"auto"``, ``"conv"``, ``"fc"`` or ``"none"``.
+    """
+
+    guided: Guided = None
+    hint: Names | None = None
+    weight: float = 100.0
+    regressor: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check(self, "weight")
+        if self.regressor not in REGRESSORS:
+            raise unknown_name("regressor", self.regressor, REGRESSORS)
+
+    def compared(self, student: Network, teacher: Network, seed: int) -> Compared:
+        pairs = hint_taps(student, teacher, self.guided, self.hint)
+        found = [regressor_between(student, teacher, pair, self.regressor, seed + k) for k, pair in enumerate(pairs)]
+        return Compared(tuple(pair for _, pair in found), Each([regressor for regressor, _ in found]))
+
+    def loss(
+        self, ours: Sequence[Tensor], theirs: Sequence[Tensor], labels: Tensor, epoch: float, epochs: int
+    ) -> Tensor:
+        return self.weight * losses.mean_squared_error(ours, theirs)
+
+
+class Each(nn.ModuleList):
+    """Modules side by side: each takes the tensor at its place."""
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(module(tensor) for module, tensor in zip(self, tensors, strict=True))
+
+
+@dataclass(frozen=True)
+class RKD(Objective):
+    """How the samples of a batch lie to each other, by what the classifiers read (Park et al., CVPR 2019): see
+    `losses.rkd`. The weights of the parts are the authors'.
+
+    Attributes:
+        weight: of the loss.
+        distance_weight, angle_weight: of its two parts.
+    """
+
+    weight: float = 1.0
+    distance_weight: float = 25.0
+    angle_weight: float = 50.0
+
+    def __post_init__(self) -> None:
+        _check(self, "weight", "distance_weight", "angle_weight")
+
+    def compared(self, student: Network, teacher: Network, seed: int) -> Compared:
+        return Compared(((student.embedding(), teacher.embedding()),))
+
+    def loss(
+        self, ours: Sequence[Tensor], theirs: Sequence[Tensor], labels: Tensor, epoch: float, epochs: int
+    ) -> Tensor:
+        weights = {"distance_weight": self.distance_weight, "angle_weight": self.angle_weight}
+        return self.weight * losses.rkd(ours[0], theirs[0], **weights)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A student and a teacher that hand out what the objectives compare. Made by `observe`.
+
+    Attributes:
+        student: the module to train, a copy of the student with the objectives' heads in it. In training mode it
+            returns ``(output, values)``: what the student returns, auxiliary outputs included, and for each objective a
+            tuple of tensors. In evaluation mode it returns what the student returns.
+        teacher: frozen, in evaluation mode: from the same inputs to a tuple of tensors, each wanted one once. It
+            computes nothing behind them.
+        objectives: what the student learns.
+        epochs: over how many epochs.
+        names: for each objective the pairs of values that it compares, the student's first.
+    """
+
+    student: TracedModule
+    teacher: TracedModule
+    objectives: tuple[Objective, ...]
+    epochs: int
+    names: tuple[tuple[tuple[str, str], ...], ...]
+    reads: tuple[tuple[int, ...], ...]
+    """For each objective which of the teacher's tensors it reads."""
+    trained: tuple[str, ...]
+    """The tensors of the student, by name."""
+
+    def loss(
+        self, values: Sequence[Sequence[Tensor]], targets: Sequence[Tensor], labels: Tensor, epoch: float
+    ) -> Tensor:
+        """The sum of the objectives' weighted losses, a scalar; the labels' own loss is not among them.
+
+        Args:
+            values: the second of what ``student`` returns in training mode.
+            targets: what ``teacher`` returns for the same inputs.
+            labels: class indices (N,).
+            epoch: how many epochs are done, a fraction within one.
+        """
+        terms = [
+            objective.loss(ours, [targets[k] for k in reads], labels, epoch, self.epochs)
+            for objective, ours, reads in zip(self.objectives, values, self.reads, strict=True)
+        ]
+        return torch.stack(terms).sum()
+
+    def take(self, student: nn.Module) -> None:
+        """Give the observed student the tensors of another one, such as one that has learned from hints.
+
+        Raises:
+            UsageError: one of them is missing, or has another shape.
+        """
+        with torch.no_grad():
+            for own, given in self._counterparts(student):
+                own.copy_(given)
+
+    def restore(self, student: nn.Module) -> nn.Module:
+        """A copy of the student with what was trained here: parameters, and statistics of norms.
+
+        It has no head and no tap, keeps the names and the recipe, and shares nothing with this.
+
+        Args:
+            student: the module that is observed, or one like it.
+
+        Raises:
+            UsageError: a tensor has no counterpart of its shape in ``student``.
+        """
+        result = copy.deepcopy(student)
+        with torch.no_grad():
+            for own, given in self._counterparts(result):
+                given.copy_(own)
+        return result
+
+    def _counterparts(self, student: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        return counterparts(self.student, student, self.trained, "the observed student", "the student that is observed")
+
+
+def observe(
+    student: nn.Module, teacher: nn.Module, objectives: Objective | Sequence[Objective], *, epochs: int, seed: int = 0
+) -> Observed:
+    """Take out of a student and a teacher what the objectives compare.
+
+    Args:
+        student, teacher: traced modules that take the same inputs. Neither is changed, and nothing is shared with them.
+        objectives: one or several; their losses are added.
+        epochs: how many the student is trained for, by which weights decay.
+        seed: of the initial weights of heads, such as a hint's regressor.
+
+    Raises:
+        UsageError: no objective, an unknown layer, a module that is traced in parts, networks that cannot be called on
+            the same inputs, or logits of unequal numbers of classes.
+        EditError: a layer without one output, or values that an objective cannot compare.
+    """
+    objectives = (objectives,) if isinstance(objectives, Objective) else tuple(objectives)
+    whole_number("epochs", epochs, 1)
+    if not objectives:
+        raise UsageError("no objectives: the student has nothing to learn from the teacher")
+    ours = Network(student, "student", mode="training")
+    theirs = Network(teacher, "teacher", mode="evaluation", like=student)
+    found = [objective.compared(ours, theirs, seed + 1000 * k) for k, objective in enumerate(objectives)]
+    wanted: list[Tap] = []
+    for compared in found:
+        wanted += [hint for _, hint in compared.pairs if hint not in wanted]
+    return Observed(
+        ours.observed([[tap for tap, _ in compared.pairs] for compared in found], [c.head for c in found]),
+        theirs.frozen(wanted),
+        objectives,
+        epochs,
+        tuple(tuple((g.name, h.name) for g, h in compared.pairs) for compared in found),
+        tuple(tuple(wanted.index(h) for _, h in compared.pairs) for compared in found),
+        tuple(named_tensors(student)),
+    )
+
+
+def _compared_logits(student: Network, teacher: Network) -> Compared:
+    pair = student.logits(), teacher.logits()
+    ours, theirs = student.shape(pair[0])[1], teacher.shape(pair[1])[1]
+    if ours != theirs:
+        raise UsageError(
+            f"the student tells {ours} classes apart and the teacher {theirs}: logits have to be of the same"
+        )
+    return Compared((pair,))
+
+
+def _check(objective: Objective, *names: str, above: bool = False) -> None:
+    """Numbers have to be finite, and at least, or ``above``, 0."""
+    for name in names:
+        value: Any = getattr(objective, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value < 0 or (above and value == 0):
+            least = "above 0" if above else "of at least 0"
+            raise UsageError(f"{name} of {type(objective).__name__} must be a number {least}, not {value!r}")
+
+
+def _warm(epoch: float, epochs: float) -> float:
+    """A weight's fraction that rises from 0 to 1 in the first epochs."""
+    return min(1.0, epoch / epochs) if epochs else 1.0
