@@ -20,18 +20,25 @@ from surgery.passes.slim import masked, slim, split_masks
 from surgery.passes.verify import Verification, verify
 from surgery.passes.widen import unwidened, widen
 from surgery.training.data import load_data
+from surgery.training.distill import Distillation, distill
 from surgery.training.growth import Growth
 from surgery.training.history import History
 from surgery.training.loop import evaluate, train
+from surgery.training.objectives import DKD, KD, RKD, Hint, Objective, observe
 from surgery.training.optimizer import transfer_optimizer
 from surgery.version import __version__
 
 __all__ = [
+    "DKD",
+    "KD",
+    "RKD",
     "Changes",
     "DimensionGroup",
+    "Distillation",
     "EditError",
     "ExportError",
     "Growth",
+    "Hint",
     "HintPair",
     "History",
     "InsertBlock",
@@ -39,6 +46,7 @@ __all__ = [
     "InsertIdentity",
     "Member",
     "Noise",
+    "Objective",
     "Origin",
     "Recipe",
     "Reindex",
@@ -58,12 +66,14 @@ __all__ = [
     "cost",
     "deepen",
     "dimension_groups",
+    "distill",
     "evaluate",
     "example_inputs",
     "export_onnx",
     "load",
     "load_data",
     "masked",
+    "observe",
     "oprule",
     "origins",
     "recipe",

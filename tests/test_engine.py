@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -46,10 +45,10 @@ with open(sys.argv[1] + str(torch.distributed.get_rank() if torch.distributed.is
 """
 
 
-def run(tmp_path: Path, name: str, processes: int, **settings: object) -> list[dict]:
+def run(tmp_path: Path, name: str, processes: int, program: str, **settings: object) -> list[dict]:
     """What each process of a training found."""
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT))
+    script.write_text(program)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(launch if processes > 1 else []), str(script), str(tmp_path / name)]
     environment = {
@@ -66,8 +65,8 @@ def run(tmp_path: Path, name: str, processes: int, **settings: object) -> list[d
 
 
 def test_two_processes_train_as_one_does(tmp_path):
-    (one,) = run(tmp_path, "one", 1)
-    two = run(tmp_path, "two", 2)
+    (one,) = run(tmp_path, "one", 1, SCRIPT)
+    two = run(tmp_path, "two", 2, SCRIPT)
     for process in two:
         assert process["losses"] == pytest.approx(one["losses"], rel=1e-12)
         assert process["weights"] == pytest.approx(one["weights"], rel=1e-9)

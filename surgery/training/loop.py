@@ -25,11 +25,12 @@ from surgery.errors import UsageError, unknown_name
 from surgery.training.data import Data, Images
 from surgery.training.descent import OPTIMIZERS, SCHEDULES, parameter_groups, set_rate
 from surgery.training.engine import Engine, random_state, seed_everything
+from surgery.training.fingerprint import module_digest
 from surgery.training.growth import Growth, Stage, count, grown, grown_record, rehearse, stages
 from surgery.training.history import Epoch, History, Score
 from surgery.training.loading import EpochOrder, loader
 from surgery.training.optimizer import transfer_optimizer
-from surgery.training.resume import Checkpoint, Progressed, Saved, digest
+from surgery.training.resume import Checkpoint, Progressed, Saved
 
 Batch = tuple[Tensor, ...]
 """Images (N, C, H, W), labels (N,), and whatever else the items of the data set have."""
@@ -365,7 +366,7 @@ def _identity(model: nn.Module, data: Data, plan: Sequence[Stage]) -> dict[str, 
         if (g := s.growth) is not None
     ]
     return {
-        "model": digest(model),
+        "model": module_digest(model),
         "data": f"{data.source}, {data.counts[0]} images of {data.image_size} pixels",
         "augment": data.augment,
         "growths": growths,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -116,13 +115,14 @@ class Saved:
             scaler.load_state_dict(self._state["scaler"])
 
 
-def digest(module: nn.Module) -> str:
-    """A short hash of the names, shapes and values of a module's state."""
-    found = hashlib.blake2b(digest_size=8)
-    for name, tensor in module.state_dict().items():
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+def is_finished(path: Path) -> bool:
+    """Whether the training that writes this checkpoint is over."""
+    if not path.exists():
+        return False
+    try:
+        return bool(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["optimizer"] is None)
+    except Exception:  # what is no checkpoint is refused when it is read
+        return False
 
 
 def _from_json(content: Mapping[str, Any]) -> Progressed:
