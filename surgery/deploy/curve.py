@@ -10,7 +10,7 @@ import numpy as np
 
 from surgery.deploy.benchmark import BenchmarkResult, Ratio
 from surgery.deploy.environment import Environment
-from surgery.training.data import Normalisation
+from surgery.training.data import Data, Normalisation
 from surgery.training.history import History, Score
 
 
@@ -84,6 +84,10 @@ class DataSummary:
     classes: tuple[str, ...]
     image_size: int
     normalisation: Normalisation
+
+    @classmethod
+    def of(cls, data: Data) -> DataSummary:
+        return cls(data.source, *data.counts, data.classes, data.image_size, data.normalisation)
 
 
 @dataclass(frozen=True)

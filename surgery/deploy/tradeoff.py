@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from surgery import catalogue
 from surgery.deploy.benchmark import Comparison, Ratio, compare
 from surgery.deploy.checkpoint import save
+from surgery.deploy.classifiers import classifier, data_for
 from surgery.deploy.cost import Cost, cost
 from surgery.deploy.curve import DataSummary, Point, Settings, Tradeoff
 from surgery.deploy.environment import usable_cores
@@ -24,10 +24,9 @@ from surgery.deploy.export import export_onnx
 from surgery.deploy.outputs import refuse_folder, staged_folder
 from surgery.deploy.report import write_report
 from surgery.errors import UsageError
-from surgery.graph.traced import example_inputs, info, is_traced
-from surgery.graph.tracing import trace
+from surgery.graph.traced import info
 from surgery.passes.slim import slim
-from surgery.training.data import Data, load_data
+from surgery.training.data import Data
 from surgery.training.history import History, Score
 from surgery.training.loop import Progress, evaluate, train
 
@@ -101,8 +100,8 @@ def tradeoff(
         threads=threads or usable_cores(),
         seed=seed,
     )
-    data = _data_for(source, dataset, data_root=data_root, image_size=image_size, limit=limit)
-    dense = _dense(source, data, weights=weights, trust=trust, seed=seed)
+    data = data_for({"the model": source}, dataset, data_root=data_root, image_size=image_size, limit=limit)
+    dense = classifier(source, data, weights=weights, trust=trust, seed=seed)
     stages = _Stages(_stage_weights(dense, data, settings), progress)
     with staged_folder(out, marker=MARKER, force=force) as folder:
         history = _fit(dense, data, settings, epochs, stages, "train dense")
@@ -112,7 +111,7 @@ def tradeoff(
             comparison = compare(files, threads=settings.threads, min_seconds=_MEASURED_SECONDS, seed=seed)
         result = Tradeoff(
             source=info(dense).source or type(source).__name__,
-            data=_summary(data),
+            data=DataSummary.of(data),
             settings=settings,
             points=tuple(_point(candidate, comparison) for candidate in candidates),
             history=history,
@@ -139,52 +138,6 @@ def _at_least(least: int, **values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < least:
             raise UsageError(f"{name} is {value}: it must be at least {least}")
-
-
-def _data_for(
-    source: str | nn.Module, dataset: str, *, data_root: str | Path | None, image_size: int | None, limit: int | None
-) -> Data:
-    """The data at an image size that the model takes: what it was traced with, or its catalogue entry allows."""
-    least = 1
-    if isinstance(source, str):
-        parsed = catalogue.parse(source)
-        if parsed.entry is not None and parsed.entry.kind != "image":
-            raise UsageError(f"model {parsed.name!r} takes {parsed.entry.input_words}, and the data are single images")
-        if parsed.entry is not None and parsed.entry.fixed:
-            image_size = image_size or parsed.sample_size()[-1]
-        elif parsed.entry is not None:
-            least = parsed.entry.minimum
-    elif image_size is None and is_traced(source):
-        (images, *_), _named = example_inputs(source)
-        image_size = images.shape[-1]
-    return load_data(dataset, data_root=data_root, image_size=image_size, at_least=least, limit=limit)
-
-
-def _dense(source: str | nn.Module, data: Data, *, weights: str | None, trust: bool, seed: int) -> nn.Module:
-    """The traced dense model, checked to classify the data's images into the data's classes."""
-    images = torch.zeros(2, data.channels, data.image_size, data.image_size)
-    if isinstance(source, str):
-        known = catalogue.parse(source).entry is not None
-        keywords = {"num_classes": len(data.classes)} if known else {}
-        module = catalogue.build(source, **keywords, weights=weights, trust=trust, seed=seed)
-        dense = trace(module, images, source=catalogue.canonical(source, **keywords, weights=weights))
-    else:
-        dense = copy.deepcopy(source) if is_traced(source) else trace(source, images)
-    _refuse_misfit(dense, images, data)
-    return dense.eval()
-
-
-def _refuse_misfit(dense: nn.Module, images: Tensor, data: Data) -> None:
-    size = f"{data.image_size} x {data.image_size} images"
-    probe = copy.deepcopy(dense).eval()
-    try:
-        with torch.no_grad():
-            outputs = probe(images)
-    except RuntimeError as error:
-        raise UsageError(f"the model cannot be run on {size}, try another size (--image-size): {error}") from error
-    shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-    if shape != (2, len(data.classes)):
-        raise UsageError(f"{data.source!r} has {len(data.classes)} classes, but from 2 images the model makes {shape}")
 
 
 class _Stages:
@@ -295,10 +248,6 @@ def _point(candidate: _Candidate, comparison: Comparison) -> Point:
         speedup=ratio and Ratio(1 / ratio.value, 1 / ratio.high, 1 / ratio.low, ratio.confidence),
         history=candidate.history,
     )
-
-
-def _summary(data: Data) -> DataSummary:
-    return DataSummary(data.source, *data.counts, data.classes, data.image_size, data.normalisation)
 
 
 def _call(source: str | nn.Module, dataset: str, settings: Settings, out: Path) -> str:

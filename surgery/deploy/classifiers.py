@@ -1,0 +1,109 @@
+"""A data set and classifiers that go together: images of a size that all models take, models with its classes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from surgery import catalogue
+from surgery.errors import UsageError
+from surgery.graph.traced import TensorSpec, example_inputs, is_traced, with_info
+from surgery.graph.tracing import trace
+from surgery.training.data import Data, load_data
+
+
+def data_for(
+    models: Mapping[str, str | nn.Module],
+    dataset: str,
+    *,
+    data_root: str | Path | None = None,
+    image_size: int | None = None,
+    limit: int | None = None,
+    augment: str = "none",
+) -> Data:
+    """The data at an image size that all models take: what they were traced with, or their catalogue entries allow.
+
+    Args:
+        models: what `surgery.catalogue.build` takes, or modules; each by what it is called in messages.
+        dataset: what `load_data` takes; so are the others.
+        image_size: side in pixels; by default the data's own, or the least that the models take where that is more.
+
+    Raises:
+        UsageError: a model that takes anything but single images, models that take images of different sizes, and what
+            `load_data` raises.
+    """
+    least, sizes = 1, {}
+    for what, model in models.items():
+        if not isinstance(model, str):
+            if is_traced(model):
+                (images, *_), _named = example_inputs(model)
+                sizes[what] = images.shape[-1]
+            continue
+        parsed = catalogue.parse(model)
+        if parsed.entry is None:
+            continue
+        if parsed.entry.kind != "image":
+            raise UsageError(f"model {parsed.name!r} takes {parsed.entry.input_words}, and the data are single images")
+        if parsed.entry.fixed:
+            sizes[what] = parsed.sample_size()[-1]
+        else:
+            least = max(least, parsed.entry.minimum)
+    if image_size is None and len(set(sizes.values())) > 1:
+        found = " and ".join(f"{what} takes images of {size} x {size}" for what, size in sizes.items())
+        raise UsageError(f"{found}: choose a size for all (--image-size)")
+    image_size = image_size or next(iter(sizes.values()), None)
+    return load_data(dataset, data_root=data_root, image_size=image_size, at_least=least, limit=limit, augment=augment)
+
+
+def classifier(
+    model: str | nn.Module,
+    data: Data,
+    *,
+    what: str = "the model",
+    weights: str | None = None,
+    trust: bool = False,
+    seed: int = 0,
+) -> nn.Module:
+    """The traced model in evaluation mode, checked to classify the data's images into the data's classes.
+
+    Args:
+        model: what `surgery.catalogue.build` takes, or a module, of which a copy is made. A model of the catalogue is
+            built with as many classes as the data has.
+        what: what it is called in messages.
+        weights, trust, seed: as in `surgery.catalogue.build`.
+
+    Raises:
+        UsageError: it cannot be built, does not take the images, or has other classes.
+    """
+    images = torch.zeros(2, data.channels, data.image_size, data.image_size)
+    if isinstance(model, str):
+        known = catalogue.parse(model).entry is not None
+        keywords = {"num_classes": len(data.classes)} if known else {}
+        module = catalogue.build(model, **keywords, weights=weights, trust=trust, seed=seed)
+        traced = trace(module, images, source=catalogue.canonical(model, **keywords, weights=weights))
+    elif is_traced(model):
+        traced = copy.deepcopy(model)
+    else:
+        traced = trace(model, images)
+    _refuse_misfit(traced, images, data, what)
+    (traced_with, *_), _named = example_inputs(traced)
+    if traced_with.shape[1:] != images.shape[1:]:
+        with_info(traced, args=(TensorSpec(tuple(images.shape), images.dtype),))
+    return traced.eval()
+
+
+def _refuse_misfit(model: nn.Module, images: Tensor, data: Data, what: str) -> None:
+    size = f"{data.image_size} x {data.image_size} images"
+    probe = copy.deepcopy(model).eval()
+    try:
+        with torch.no_grad():
+            outputs = probe(images)
+    except (RuntimeError, UsageError) as error:
+        raise UsageError(f"{what} cannot be run on {size}, try another size (--image-size): {error}") from error
+    shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    if shape != (2, len(data.classes)):
+        raise UsageError(f"{data.source!r} has {len(data.classes)} classes, but from 2 images {what} makes {shape}")
