@@ -1,11 +1,22 @@
 """FitNets: what the paper's networks cost, and what hints give.
 
     python benchmarks/fitnets.py cost     # benchmarks/results/fitnets-cost.{json,md,png}
+    python benchmarks/fitnets.py mnist    # benchmarks/results/fitnets-mnist.{json,md,png}
+    python benchmarks/fitnets.py depth    # benchmarks/results/fitnets-depth.{json,md,png}
     python benchmarks/fitnets.py step     # benchmarks/results/fitnets-step.{json,md,png}
 
 ``cost``: weights and multiplications of the paper's networks by its counting, beside the paper's own, and how many
 times as fast as their teachers they are, measured on ONNX Runtime on the CPU, and where there is a GPU on it too
 (Romero et al., ICLR 2015, table 5).
+
+``mnist``: the paper's MNIST student, trained on 4,000 images by backpropagation, by KD, and by hints and KD.
+
+``depth``: nets of 5 to 11 layers and one budget, trained by each of the three: which depth does each still train? By
+default all channels are halved, and the teacher has a quarter of its own, so that two cores are enough.
+
+Both take each net's and method's learning rate from one grid, by a fifth of the training images that is set apart; all
+methods have the same number of epochs, those of stage 1 among them. What is finished is in the JSON file and is not
+run again: a killed benchmark goes on where it was.
 
 ``step``: how long a step of stage 1 takes when both networks run as a whole and hooks keep what the two layers give,
 with the truncated networks of `surgery.attach_hint`, and with these and cached hints.
@@ -19,20 +30,25 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import fitnets_cost
 import fitnets_step
-from fitnets_pictures import draw_cost, draw_step
-from fitnets_tables import cost_table, step_table
+from fitnets_pictures import draw_cost, draw_depth, draw_mnist, draw_step
+from fitnets_tables import cost_table, step_table, train_table
+from fitnets_train import TrainSettings, all_runs
 
 from surgery.deploy.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 REPORTS: dict[str, tuple[Callable[[dict[str, Any]], str], Callable[[dict[str, Any], Path], None]]] = {
     "cost": (cost_table, draw_cost),
+    "mnist": (train_table, draw_mnist),
+    "depth": (train_table, draw_depth),
     "step": (step_table, draw_step),
 }
 """How each part is reported: as a table, and as a picture."""
@@ -70,7 +86,29 @@ def parsed() -> argparse.Namespace:
     step.add_argument("--warmup", type=int, default=4, help="rounds before, which do not count")
     step.set_defaults(run=run_step)
 
-    for part in (cost, step):
+    mnist = parts.add_parser("mnist", help="the MNIST student by three methods")
+    mnist.set_defaults(run=run_training, teacher="fitnet_mnist_teacher")
+    depth = parts.add_parser("depth", help="which depth of one budget each method trains")
+    depth.set_defaults(run=run_training, teacher="fitnet_cifar_teacher")
+    for part in (mnist, depth):
+        slim = part is depth
+        part.add_argument("--dataset", default="mnist5k", help="as surgery.load_data has it")
+        part.add_argument("--data-root", help="where a torchvision data set is kept")
+        part.add_argument("--limit", type=int, help="at most so many training and test images")
+        part.add_argument("--teacher-rate", type=float, default=0.25 if slim else 1.0, help="of its channels")
+        part.add_argument("--teacher-epochs", type=int, default=8)
+        part.add_argument("--teacher-lr", type=float, default=1e-3)
+        part.add_argument("--student-rate", type=float, default=0.5 if slim else 1.0, help="of its channels")
+        part.add_argument("--init-range", type=float, default=0.005, help="of the students' weights; 0: torch's own")
+        part.add_argument("--optimizer", default="adamw")
+        part.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="the learning rates tried")
+        part.add_argument("--batch-size", type=int, default=64)
+        part.add_argument("--hint-epochs", type=int, default=4)
+        part.add_argument("--epochs", type=int, default=10, help="after those of stage 1")
+        part.add_argument("--seeds", type=int, default=3 if slim else 5)
+        part.add_argument("--jobs", type=int, default=2, help="nets at a time, one thread each")
+
+    for part in (cost, mnist, depth, step):
         part.add_argument("--out", type=Path, help="the JSON file; a table and a picture are put beside it")
         part.add_argument("--draw", action="store_true", help="measure nothing")
     return parser.parse_args()
@@ -87,6 +125,24 @@ def run_step(options: argparse.Namespace, out: Path) -> None:
     settings = fitnets_step.StepSettings(**{name: getattr(options, name) for name in names})
     document = new_document(asdict(settings))
     save({**document, "result": fitnets_step.measure(settings)}, out)
+
+
+def run_training(options: argparse.Namespace, out: Path) -> None:
+    """Everything that the file does not have yet; it is written after each net."""
+    taken = {name: getattr(options, name) for name in TrainSettings.__dataclass_fields__}
+    settings = TrainSettings(**{**taken, "init_range": options.init_range or None, "rates": tuple(options.rates)})
+    document = {**new_document(settings.to_dict()), "runs": []}
+    if out.exists():
+        document = json.loads(out.read_text())
+        if document["settings"] != settings.to_dict():
+            sys.exit(f"{out} was made with other settings: move it away, or name another file with --out")
+    try:
+        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+            for record in all_runs(settings, document, options.seeds, pool):
+                document["runs"].append(record)
+                save(document, out)
+    except KeyboardInterrupt:
+        sys.exit("stopped: what was finished is in " + str(out))
 
 
 def new_document(settings: dict[str, Any]) -> dict[str, Any]:

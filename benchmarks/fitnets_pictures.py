@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from fitnets_cost import PUBLISHED
 from fitnets_step import WAYS
-from fitnets_tables import TARGETS
+from fitnets_tables import METHOD_LABELS, TARGETS, errors, finals, students
+from fitnets_train import METHODS
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 BLUE, AMBER, GREY, DARK = "#0b6e99", "#d08c2f", "#8a8a8a", "#222222"
+COLOURS = {"backprop": GREY, "kd": AMBER, "hints": BLUE}
+PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g}%")
+TITLE: dict[str, Any] = {"x": 0.01, "ha": "left", "fontsize": 13}
 
 
 def draw_cost(document: dict[str, Any], path: Path) -> None:
@@ -28,9 +33,7 @@ def draw_cost(document: dict[str, Any], path: Path) -> None:
     panels[0].legend(frameon=False, loc="upper left")
     figure.suptitle(
         "The networks of FitNets on CIFAR-10: speed-up over the teacher, on paper and measured",
-        x=0.01,
-        ha="left",
-        fontsize=13,
+        **TITLE,
     )
     figure.savefig(path)
 
@@ -96,6 +99,88 @@ def draw_step(document: dict[str, Any], path: Path) -> None:
         fontsize=12,
     )
     figure.savefig(path)
+
+
+def draw_mnist(document: dict[str, Any], path: Path) -> None:
+    """Test errors in the end, each seed a dot, and over the epochs."""
+    settings = document["settings"]
+    (net,) = students(document)
+    figure = new_figure(11, 5)
+    ends, course = figure.subplots(1, 2, width_ratios=[1, 1.5])
+    teacher = median(errors(document, settings["teacher"], "teacher"))
+    for place, method in enumerate(METHODS):
+        values = errors(document, net, method)
+        shifts = [place + 0.09 * (k - (len(values) - 1) / 2) for k in range(len(values))]
+        ends.plot(shifts, values, "o", color=COLOURS[method], markersize=6)
+        ends.plot([place - 0.3, place + 0.3], [median(values)] * 2, color=COLOURS[method], linewidth=2.5)
+        label = f"{median(values):.1%}"
+        ends.annotate(
+            label, (place + 0.3, median(values)), xytext=(3, 0), textcoords="offset points", va="center", fontsize=9
+        )
+        runs = finals(document, net, method)
+        first = settings["hint_epochs"] if method == "hints" else 0
+        _course(course, [[1 - a for a in r["accuracy"]] for r in runs], first, COLOURS[method], METHOD_LABELS[method])
+    ends.axhline(teacher, color=DARK, linewidth=0.8)
+    ends.annotate(f"teacher {teacher:.1%}", (-0.45, teacher), xytext=(0, 4), textcoords="offset points", fontsize=8.5)
+    ends.set_xticks(range(len(METHODS)), [METHOD_LABELS[method] for method in METHODS])
+    ends.set_xlim(-0.5, len(METHODS) - 0.3)
+    ends.set_ylim(bottom=0)
+    ends.yaxis.set_major_formatter(PERCENT)
+    ends.set_ylabel("test error")
+    ends.set_title("in the end, by seed", loc="left", fontsize=12)
+    course.set_title("over the epochs: medians, the worst and the best", loc="left", fontsize=12)
+    course.set_xlabel("epochs, those of stage 1 among them")
+    course.legend(frameon=False, loc="upper right")
+    _log_errors(course)
+    for axes in (ends, course):
+        tidy(axes)
+    figure.suptitle(f"{net} on {settings['dataset']}, {len(finals(document, net, 'kd'))} seeds", **TITLE)
+    figure.savefig(path)
+
+
+def _course(axes: Axes, curves: list[list[float]], first: int, colour: str, label: str) -> None:
+    whole = [c for c in curves if len(c) == max(map(len, curves))]  # those that did not diverge
+    by_epoch = list(zip(*whole, strict=True))
+    steps = range(first + 1, first + 1 + len(by_epoch))
+    axes.plot(steps, [median(v) for v in by_epoch], color=colour, linewidth=2, label=label)
+    axes.fill_between(
+        steps, [min(v) for v in by_epoch], [max(v) for v in by_epoch], color=colour, alpha=0.15, linewidth=0
+    )
+
+
+def draw_depth(document: dict[str, Any], path: Path) -> None:
+    """Test errors over the depth of nets of one budget: a line through the medians, each seed a dot."""
+    settings = document["settings"]
+    nets = students(document)
+    figure = new_figure(8.5, 5)
+    axes = figure.subplots()
+    for k, method in enumerate(METHODS):
+        shift = 0.09 * (k - 1)
+        by_net = [errors(document, net, method) for net in nets]
+        colour = COLOURS[method]
+        axes.plot([n + shift for n in range(len(nets))], [median(v) for v in by_net], color=colour, linewidth=2,
+                  label=METHOD_LABELS[method])  # fmt: skip
+        for n, values in enumerate(by_net):
+            axes.plot([n + shift] * len(values), values, "o", color=colour, markersize=5, alpha=0.8)
+    teacher = median(errors(document, settings["teacher"], "teacher"))
+    axes.axhline(teacher, color=DARK, linewidth=0.8)
+    axes.annotate(f"teacher {teacher:.1%}", (0, teacher), xytext=(-30, -11), textcoords="offset points", fontsize=8.5)
+    axes.set_xticks(range(len(nets)), [f"{net.rpartition('_')[2]} layers" for net in nets])
+    axes.set_xlabel("nets of one budget of multiplications")
+    axes.set_ylabel("test error")
+    _log_errors(axes)
+    axes.legend(frameon=False, loc="upper left")
+    tidy(axes)
+    title = f"Which depth each method trains: {settings['dataset']}, {settings['student_rate']:g} of the channels"
+    figure.suptitle(title, **TITLE)
+    figure.savefig(path)
+
+
+def _log_errors(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(FixedLocator([0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.9]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(PERCENT)
 
 
 def new_figure(width: float, height: float) -> Figure:

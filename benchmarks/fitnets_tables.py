@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import mean, median
 from typing import Any
 
 from fitnets_cost import PUBLISHED
 from fitnets_step import WAYS
+from fitnets_train import METHODS
 
 TARGETS = {"truncated": 1.8, "cached": 3.0}
 """How many times as fast as a step with hooks a step is meant to be."""
@@ -143,6 +145,106 @@ def step_table(document: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+METHOD_LABELS = {"backprop": "backpropagation", "kd": "KD", "hints": "hints, then KD"}
+
+TRAINED = 0.1
+"""The test error, below which a net counts as trained."""
+
+PAPER = {
+    "mnist": "The paper's test errors, on all of MNIST: teacher 0.55 %, backpropagation 1.9 %, KD 0.65 %, hints and "
+    "KD 0.51 % (table 4).",
+    "depth": "The paper, on CIFAR-10 with the whole nets: of 30 million multiplications backpropagation trains at "
+    "most 5 layers, KD 7 and hints 13 (section 4.1).",
+}
+
+
+def train_table(document: dict[str, Any]) -> str:
+    settings = document["settings"]
+    teacher = errors(document, settings["teacher"], "teacher")
+    rows = [
+        [
+            net,
+            f"{outcome[0]['params']:,}",
+            METHOD_LABELS[method],
+            f"{outcome[0]['lr']:g}",
+            spread(errors(document, net, method)),
+            f"{mean(errors(document, net, method)):.2%}",
+            f"{sum(e < TRAINED for e in errors(document, net, method))} of {len(outcome)}",
+            " ".join(f"{100 * e:.1f}" for e in errors(document, net, method)),
+        ]
+        for net in students(document)
+        for method in METHODS
+        if (outcome := finals(document, net, method))
+    ]
+    heads = ("net", "parameters", "method", "learning rate", "test error", "mean", f"below {TRAINED:.0%}", "by seed, %")
+    total = settings["hint_epochs"] + settings["epochs"]
+    init = f"uniform within ±{settings['init_range']:g}" if settings["init_range"] else "as torch makes them"
+    rates = ", ".join(f"{rate:g}" for rate in settings["rates"])
+    slim = "".join(
+        f" The {who} has the first {settings[f'{who}_rate']:g} of its channels (`surgery.slim`)."
+        for who in ("teacher", "student")
+        if settings[f"{who}_rate"] < 1
+    )
+    return "\n".join(
+        [
+            f"# FitNets on {settings['dataset']}: {settings['part']}",
+            "",
+            f"`{document['command']}`; {machine(document['environment'])}.",
+            "",
+            f"{settings['optimizer']}, one-cycle schedule, batch {settings['batch_size']}, {total} epochs for every "
+            f"method, of which hints have {settings['hint_epochs']} in stage 1. Students' initial weights {init}. The "
+            f"learning rate of each net and method is the one of {rates} that does best on a fifth of the training "
+            "images, set apart; then all of them are learned from. Test error after the last epoch: the median over "
+            "seeds, with the least and the greatest." + slim,
+            "",
+            f"Teacher `{settings['teacher']}`, one for each seed: {spread(teacher)} "
+            f"({' '.join(f'{100 * e:.1f}' for e in teacher)}).",
+            "",
+            *table(heads, rows),
+            "",
+            *_order(document),
+            "",
+            PAPER[settings["part"]],
+            "",
+        ]
+    )
+
+
+def _order(document: dict[str, Any]) -> list[str]:
+    """How often each method does as well as the one before, net by net and seed by seed."""
+    lines = []
+    for net in students(document):
+        ours = {method: errors(document, net, method) for method in METHODS}
+        count = min(map(len, ours.values()))
+        hints = sum(a <= b for a, b in zip(ours["hints"], ours["kd"], strict=False))
+        kd = sum(a < b for a, b in zip(ours["kd"], ours["backprop"], strict=False))
+        lines.append(
+            f"- `{net}`: hints are at least as good as KD in {hints} of {count} seeds, KD is better than "
+            f"backpropagation in {kd}."
+        )
+    return lines
+
+
+def students(document: dict[str, Any]) -> list[str]:
+    """The nets that there are runs of, in their order."""
+    return list(dict.fromkeys(r["net"] for r in document["runs"] if r["method"] in METHODS))
+
+
+def finals(document: dict[str, Any], net: str, method: str) -> list[dict[str, Any]]:
+    """The runs that learned from all training images, by seed."""
+    found = [r for r in document["runs"] if not r["validation"] and (r["net"], r["method"]) == (net, method)]
+    return sorted(found, key=lambda r: r["seed"])
+
+
+def errors(document: dict[str, Any], net: str, method: str) -> list[float]:
+    """Test errors after the last epoch, by seed."""
+    return [1 - r["accuracy"][-1] for r in finals(document, net, method)]
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{median(values):.1%} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
