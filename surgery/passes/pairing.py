@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
-from surgery.errors import UsageError
+from surgery.errors import EditError, UsageError
 from surgery.graph.traced import named_tensors
+from surgery.passes.ends import aligned
+from surgery.passes.regressors import grid
 from surgery.passes.taps import Names, Network, Tap
 
 
@@ -35,6 +39,53 @@ def tap_pairs(student: Network, teacher: Network, guided: Sequence[str], hint: S
     if not guided or len(guided) != len(hint):
         raise UsageError(f"{len(guided)} guided layers for {len(hint)} hints: each pair needs one of both")
     return [(student.tap(g), teacher.tap(h)) for g, h in zip(guided, hint, strict=True)]
+
+
+def stage_pairs(
+    student: Network, teacher: Network, guided: Names | Mapping[str, str] | None, hint: Names | None
+) -> list[tuple[Tap, Tap]]:
+    """The outputs of guided layers and of their hints; where none are named, the ends of the stages, as many as both
+    networks have (`surgery.passes.ends.aligned`).
+
+    Raises:
+        UsageError: names for one of the networks alone.
+    """
+    ours, theirs = unpacked(guided, hint)
+    if ours is not None and theirs is not None:
+        return tap_pairs(student, teacher, ours, theirs)
+    if ours is not None or theirs is not None:
+        raise UsageError("name layers of both networks, guided= and hint=, or of neither")
+    ends = student.stages(), teacher.stages()
+    first, second = (
+        [math.prod(network.layout(end).sizes) for end in found]
+        for network, found in zip((student, teacher), ends, strict=True)
+    )
+    places = aligned(first, second)
+    return list(zip(ends[0][places[0]], ends[1][places[1]], strict=True))
+
+
+def as_maps(student: Network, teacher: Network, pair: tuple[Tap, Tap]) -> tuple[Tap, Tap]:
+    """Both values as maps (N, C, H, W): channels to the front; tokens as the grid that `surgery.passes.regressors.grid`
+    finds, of the aspect ratio of the map beside them, without a class token.
+
+    Raises:
+        EditError: one of them is something else.
+    """
+    layouts = student.layout(pair[0]), teacher.layout(pair[1])
+    result = []
+    for value, layout, other in zip(pair, layouts, reversed(layouts), strict=True):
+        aspect = other.sizes if len(other.sizes) == 2 else (1, 1)
+        found = (
+            (0, layout.sizes) if len(layout.sizes) == 2 else grid(layout.sizes[0], aspect) if layout.is_tokens else None
+        )
+        if found is None:
+            raise EditError(
+                f"{value.where} is {layout}: only maps, and tokens that are a grid, can be compared as maps"
+            )
+        value = value.without_first(found[0])
+        value = value.through((torch.movedim, (-1, 1))) if layout.last else value
+        result.append(value.through((torch.unflatten, (2, found[1]))) if layout.is_tokens else value)
+    return result[0], result[1]
 
 
 def counterparts(

@@ -80,25 +80,25 @@ def match(guided: Layout, hint: Layout, kind: str) -> Match:
     grids: list[tuple[int, tuple[int, ...]] | None] = []
     for layout, other in ((guided, hint), (hint, guided)):
         aspect = (1, 1) if other.is_tokens else other.sizes
-        grids.append(_grid(layout.sizes[0], aspect) if layout.is_tokens else (0, layout.sizes))
+        grids.append(grid(layout.sizes[0], aspect) if layout.is_tokens else (0, layout.sizes))
     one, two = grids
     if one is None or two is None or len(one[1]) != len(two[1]):
         return replace(whole, sizes=((math.prod(guided.sizes),), (math.prod(hint.sizes),)))
     left = [
-        replace(layout, sizes=(layout.sizes[0] - grid[0],)) if grid[0] else layout
-        for layout, grid in ((guided, one), (hint, two))
+        replace(layout, sizes=(layout.sizes[0] - first,)) if first else layout
+        for layout, (first, _) in ((guided, one), (hint, two))
     ]
     return Match(left[0], left[1], (one[1], two[1]), (one[0], two[0]))
 
 
-def _grid(tokens: int, aspect: Sequence[int]) -> tuple[int, tuple[int, ...]] | None:
-    """How many class tokens come first, and the grid of the other tokens."""
+def grid(tokens: int, aspect: Sequence[int]) -> tuple[int, tuple[int, ...]] | None:
+    """How many class tokens come first, and the grid of the other tokens; None where they are none of this aspect."""
     least = [size // math.gcd(*aspect) for size in aspect]
     for first in (0, 1):
         factor = round(((tokens - first) / math.prod(least)) ** (1 / len(least)))
-        grid = tuple(factor * size for size in least)
-        if factor and math.prod(grid) == tokens - first:
-            return first, grid
+        found = tuple(factor * size for size in least)
+        if factor and math.prod(found) == tokens - first:
+            return first, found
     return None
 
 

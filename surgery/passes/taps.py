@@ -78,6 +78,10 @@ class Tap:
         """The value without its first tokens, such as a class token."""
         return self.through((operator.getitem, ((slice(None), slice(tokens, None)),))) if tokens else self
 
+    def as_pixel(self) -> Tap:
+        """A vector (N, C) as a map (N, C, 1, 1)."""
+        return self.through((torch.unflatten, (1, (-1, 1, 1))))
+
     def emit(self, graph: fx.Graph, value: fx.Node) -> fx.Node:
         """Append to a graph what is done to the value."""
         for function, further in self.view:
@@ -109,9 +113,12 @@ class Network:
         self.like = module if like is None else like
         self.dims = dimensions(module)
         wanted = {"evaluation": module.graphs[:1], "training": module.graphs[-1:]}.get(mode, module.graphs)
-        self.flows = [Flow(self.dims, Site(module, "", graph, graph.output_node())) for graph in wanted]
+        self.flows = [self._flow(graph) for graph in wanted]
         other = info(self.like)
         self._is_like = (known.args, known.kwargs) == (other.args, other.kwargs)
+
+    def _flow(self, graph: fx.Graph) -> Flow:
+        return Flow(self.dims, Site(self.module, "", graph, graph.output_node()))
 
     # ---- values
 
@@ -133,8 +140,8 @@ class Network:
         return self._tap([found[id(flow.graph)] for flow in self.flows], name, where)
 
     def middle(self, *, deeper: bool) -> str:
-        """The name of the layer or container in the middle: see `surgery.passes.middle`."""
-        return middle(self.module, self.flows[0], deeper=deeper)
+        """The name of the layer or container in the middle, in evaluation: see `surgery.passes.middle`."""
+        return middle(self.module, self._flow(self.module.graph), deeper=deeper)
 
     def logits(self) -> Tap:
         """The network's output, (N, classes); the first of several.
@@ -172,7 +179,8 @@ class Network:
         end = _first_output(flow) or flow.graph.output_node()
 
         def sizes(node: fx.Node) -> tuple[int, ...]:
-            return self._layout(node, "").sizes if 2 <= len(self._known_shape(node)) <= 5 else ()
+            """None where it is not known which axis alone holds the channels, as within a channel shuffle."""
+            return self._layout(node, "").sizes if self._channel_axes(node) else ()
 
         found = []
         for node in stage_ends(flow, end, sizes):
@@ -184,6 +192,10 @@ class Network:
         if not isinstance(self.flows[0].value(nodes[0]), Labelled):
             raise EditError(f"{where} is not one tensor")
         return Tap(tuple(nodes), name, where)
+
+    def order(self, value: Tap) -> int:
+        """Where the value stands in the graph."""
+        return self.flows[0].order[value.nodes[0]]
 
     # ---- what is known of a value
 
@@ -211,23 +223,26 @@ class Network:
     def _layout(self, node: fx.Node, where: str) -> Layout:
         """The channels are on the axis that the analysis says; of two on the one that can be edited, or is read by a
         layer. Where it knows of none, on axis 1 of maps and the last axis of others."""
-        shape, value = self._known_shape(node), self.flows[0].value(node)
+        shape = self._known_shape(node)
         if not 2 <= len(shape) <= 5:
             raise EditError(
                 f"{where} has the shape {shape}: a regressor needs a batch axis, channels, and up to 3 others"
             )
-        axes = [
-            (
-                bool(self.dims.frozen[units := self.dims.unit_of[field.ids]].all()),
-                not np.isin(units, self._read).any(),
-                axis,
-            )
-            for axis in (1, len(shape) - 1)
-            if (field := value.at(axis)) is not None and field.dims == (axis,)
-        ]
+        axes = self._channel_axes(node)
         axis = min(axes)[2] if axes else 1 if len(shape) > 3 else len(shape) - 1
         last = axis == len(shape) - 1
         return Layout(shape[axis], tuple(shape[1:-1] if last else shape[2:]), last)
+
+    def _channel_axes(self, node: fx.Node) -> list[tuple[bool, bool, int]]:
+        """The axes that hold channels alone: whether each is frozen, whether no layer reads it, and which it is."""
+        shape, value = self._known_shape(node), self.flows[0].value(node)
+        axes = []
+        for axis in sorted({1, len(shape) - 1}) if 2 <= len(shape) <= 5 else ():
+            field = value.at(axis)
+            if field is not None and field.dims == (axis,):
+                units = self.dims.unit_of[field.ids]
+                axes.append((bool(self.dims.frozen[units].all()), not np.isin(units, self._read).any(), axis))
+        return axes
 
     @cached_property
     def _read(self) -> Any:

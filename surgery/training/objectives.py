@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from surgery.errors import UsageError, unknown_name, whole_number
 from surgery.graph.traced import TracedModule, named_tensors
 from surgery.passes.hints import hint_taps, regressor_between
-from surgery.passes.pairing import counterparts
+from surgery.passes.pairing import as_maps, counterparts, stage_pairs
 from surgery.passes.regressors import REGRESSORS
 from surgery.passes.taps import Names, Network, Tap
 from surgery.training import losses
+from surgery.training.review import Review
 
 Guided = Names | Mapping[str, str] | None
 """Layers or containers of the student; or a mapping from them to those of the teacher."""
@@ -179,6 +180,70 @@ class Each(nn.ModuleList):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(module(tensor) for module, tensor in zip(self, tensors, strict=True))
+
+
+@dataclass(frozen=True)
+class AttentionTransfer(Objective):
+    """Where the networks look (Zagoruyko and Komodakis, ICLR 2017): see `losses.attention_transfer`. Nothing is trained
+    for it but the student; RepDistiller weights it by 1000.
+
+    Attributes:
+        guided: layers or containers of the student, or a mapping from them to the teacher's; by default the ends of
+            the stages of both networks, of as many as both have. Tokens are laid out as maps.
+        hint: as many layers or containers of the teacher.
+        weight: of the loss.
+    """
+
+    guided: Guided = None
+    hint: Names | None = None
+    weight: float = 1000.0
+
+    def __post_init__(self) -> None:
+        _check(self, "weight")
+
+    def compared(self, student: Network, teacher: Network, seed: int) -> Compared:
+        pairs = stage_pairs(student, teacher, self.guided, self.hint)
+        return Compared(tuple(as_maps(student, teacher, pair) for pair in pairs))
+
+    def loss(
+        self, ours: Sequence[Tensor], theirs: Sequence[Tensor], labels: Tensor, epoch: float, epochs: int
+    ) -> Tensor:
+        return self.weight * losses.attention_transfer(ours, theirs)
+
+
+@dataclass(frozen=True)
+class ReviewKD(Objective):
+    """The teacher's stages, each learned from the student's own and all deeper ones (Chen et al., CVPR 2021): `Review`
+    fuses these, and `losses.hierarchical_context` compares. Weight and warm-up are the authors'.
+
+    Attributes:
+        guided: layers or containers of the student, or a mapping from them to the teacher's; by default the ends of
+            the stages of both networks, of as many as both have, and what the classifiers read.
+        hint: as many layers or containers of the teacher.
+        weight: of the loss, which it reaches linearly from 0 in ``warmup_epochs``.
+    """
+
+    guided: Guided = None
+    hint: Names | None = None
+    weight: float = 5.0
+    warmup_epochs: float = 20
+
+    def __post_init__(self) -> None:
+        _check(self, "weight", "warmup_epochs")
+
+    def compared(self, student: Network, teacher: Network, seed: int) -> Compared:
+        pairs = stage_pairs(student, teacher, self.guided, self.hint)
+        pairs = [as_maps(student, teacher, pair) for pair in sorted(pairs, key=lambda pair: student.order(pair[0]))]
+        if self.guided is self.hint is None:
+            pairs.append((student.embedding().as_pixel(), teacher.embedding().as_pixel()))
+        shapes = [teacher.shape(h) for _, h in pairs]
+        review = Review([student.shape(g)[1] for g, _ in pairs], [(c, h, w) for _, c, h, w in shapes], seed)
+        return Compared(tuple(pairs), review)
+
+    def loss(
+        self, ours: Sequence[Tensor], theirs: Sequence[Tensor], labels: Tensor, epoch: float, epochs: int
+    ) -> Tensor:
+        return self.weight * _warm(epoch, self.warmup_epochs) * losses.hierarchical_context(ours, theirs)
 
 
 @dataclass(frozen=True)
