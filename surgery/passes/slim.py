@@ -21,6 +21,7 @@ from surgery.graph.dims import DimensionGroup, Dimensions, dimensions
 from surgery.graph.tracing import info
 from surgery.passes.apply import apply
 from surgery.passes.kept import kept_units, normalise_over, sum_over
+from surgery.passes.masks import by_first_name
 from surgery.passes.names import resolve
 from surgery.passes.recipe import Reindex
 
@@ -79,19 +80,14 @@ def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
     and what is added up over channels (a product of two activations) is added up over those.
 
     Raises:
-        UsageError: a mask for no parameter, or of another shape.
+        UsageError: a mask for no parameter, of another shape, or not of bools; or two for one tied parameter.
     """
     info(module)
-    parameters = dict(module.named_parameters(remove_duplicate=False))
+    parameters = dict(module.named_parameters())
     memo: dict[int, Any] = {}
-    for name, mask in masks.items():
-        parameter = parameters.get(name)
-        if parameter is None:
-            raise unknown_name("parameter", name, parameters)
-        if mask.shape != parameter.shape:
-            raise UsageError(f"mask of {name!r} has shape {tuple(mask.shape)}, not {tuple(parameter.shape)}")
-        value = parameter.detach() * mask.to(parameter.device)
-        memo[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    for name, mask in by_first_name(module, masks).items():
+        parameter = parameters[name]
+        memo[id(parameter)] = nn.Parameter(parameter.detach() * mask, requires_grad=parameter.requires_grad)
     result = copy.deepcopy(module, memo)
     dims = dimensions(module)
     keep = kept_units(module, dims, masks)
@@ -169,13 +165,13 @@ def _kels_masks(
 
 def _wels_masks(module: nn.Module, rate: float, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    masks = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
+    drawn: dict[int, torch.Tensor] = {}
+    for parameter in module.parameters():
         if parameter.ndim < 2:
-            masks[name] = torch.ones_like(parameter, dtype=torch.bool)
+            drawn[id(parameter)] = torch.ones_like(parameter, dtype=torch.bool)
             continue
         mask = torch.zeros(parameter.numel(), dtype=torch.bool)
         count = math.ceil(round(rate * parameter.numel(), 6))
         mask[torch.randperm(parameter.numel(), generator=generator)[:count]] = True
-        masks[name] = mask.view(parameter.shape).to(parameter.device)
-    return masks
+        drawn[id(parameter)] = mask.view(parameter.shape).to(parameter.device)
+    return {name: drawn[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}

@@ -1,0 +1,34 @@
+"""Masks of parameters: bool tensors by name, beside the module and never in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import UsageError, unknown_name
+
+
+def by_first_name(module: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks on their parameters' devices, those of tied parameters once, under the first name.
+
+    Raises:
+        UsageError: a mask for no parameter, of another shape, or not of bools; or two for one tied parameter.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    first = {id(parameter): name for name, parameter in reversed(parameters.items())}
+    found: dict[str, Tensor] = {}
+    for name, mask in masks.items():
+        parameter = parameters.get(name)
+        if parameter is None:
+            raise unknown_name("parameter", name, parameters)
+        if mask.shape != parameter.shape:
+            raise UsageError(f"mask of {name!r} has shape {tuple(mask.shape)}, not {tuple(parameter.shape)}")
+        if mask.dtype != torch.bool:
+            raise UsageError(f"mask of {name!r} must hold bools, not {mask.dtype}")
+        own, mask = first[id(parameter)], mask.to(parameter.device)
+        if own in found and not torch.equal(found[own], mask):
+            raise UsageError(f"{name!r} is tied to another parameter, and their masks differ")
+        found[own] = mask
+    return found
