@@ -25,10 +25,10 @@ def classifier(flow: Flow, end: fx.Node) -> fx.Node:
     Raises:
         EditError: there is none, or not all that reaches ``end`` passes through it.
     """
-    last: list[fx.Node] = [n for n in flow.graph.nodes if n in flow.before(end) and is_weighted(flow, n)][-1:]
-    if not last or last[0] not in waist(flow, end):
+    last = _last_weighted(flow, end)
+    if last is None or last not in waist(flow, end):
         raise EditError("no layer that everything passes through stands last, so there is no classifier: name layers")
-    return last[0]
+    return last
 
 
 def classifier_input(flow: Flow, layer: fx.Node) -> fx.Node:
@@ -51,11 +51,11 @@ def stage_ends(flow: Flow, end: fx.Node, sizes: Callable[[fx.Node], tuple[int, .
         sizes: those of a value along the axes of its positions.
 
     Raises:
-        EditError: no classifier, or no stage.
+        EditError: there is none.
     """
     depth = depths(flow)
     stages: list[list[tuple[fx.Node, int]]] = []
-    for node in waist(flow, classifier_input(flow, classifier(flow, end))):
+    for node in _features(flow, end):
         positions = math.prod(sizes(node)) if depth[node] else 1
         if positions > 1:
             if not stages or not 0.5 < positions / stages[-1][-1][1] < 2:
@@ -72,6 +72,21 @@ def stage_ends(flow: Flow, end: fx.Node, sizes: Callable[[fx.Node], tuple[int, .
     if not ends:
         raise EditError("no stage of maps or tokens that everything passes through: name layers")
     return ends[1:] if len(ends) > 1 and layers[0] == 1 < min(layers[1:]) else ends
+
+
+def _features(flow: Flow, end: fx.Node) -> list[fx.Node]:
+    """The values that everything passes through before the last layer with a weight matrix."""
+    last, narrow = _last_weighted(flow, end), waist(flow, end)
+    if last is None:
+        return []
+    if last in narrow:
+        return waist(flow, classifier_input(flow, last))
+    return [n for n in narrow if flow.order[n] < flow.order[last]]
+
+
+def _last_weighted(flow: Flow, end: fx.Node) -> fx.Node | None:
+    before = flow.before(end)
+    return next((n for n in reversed(flow.graph.nodes) if n in before and is_weighted(flow, n)), None)
 
 
 def aligned(ours: Sequence[int], theirs: Sequence[int]) -> tuple[slice, slice]:
