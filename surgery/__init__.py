@@ -16,11 +16,13 @@ from surgery.passes.deepen import deepen
 from surgery.passes.hints import HintPair, attach_hint
 from surgery.passes.origins import Origin, origins
 from surgery.passes.recipe import InsertBlock, InsertDense, InsertIdentity, Noise, Recipe, Reindex, recipe
+from surgery.passes.reset import reset_hypothesis
 from surgery.passes.slim import masked, slim, split_masks
 from surgery.passes.verify import Verification, verify
 from surgery.passes.widen import unwidened, widen
 from surgery.training.data import load_data
 from surgery.training.distill import Distillation, distill
+from surgery.training.evolve import Evolution, evolve
 from surgery.training.growth import Growth
 from surgery.training.history import History
 from surgery.training.loop import evaluate, train
@@ -36,6 +38,7 @@ __all__ = [
     "DimensionGroup",
     "Distillation",
     "EditError",
+    "Evolution",
     "ExportError",
     "Growth",
     "Hint",
@@ -68,6 +71,7 @@ __all__ = [
     "dimension_groups",
     "distill",
     "evaluate",
+    "evolve",
     "example_inputs",
     "export_onnx",
     "load",
@@ -78,6 +82,7 @@ __all__ = [
     "origins",
     "recipe",
     "reindex",
+    "reset_hypothesis",
     "save",
     "slim",
     "split_masks",

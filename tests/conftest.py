@@ -50,7 +50,7 @@ FAMILIES: dict[str, int | None] = {
     "r3d": None,
     "r(2+1)d": None,
 }
-"""One small model a family, and the image size it is tested at; those without are made small in `_SMALL`.
+"""One small model a family, and the image size it is tested at; those without are made small in `SMALL`.
 
 Detection and RAFT have tests of their own: `test_islands.py`, `test_control_flow.py`."""
 
@@ -76,7 +76,7 @@ def _video_resnet(conv: Any, stem: Any) -> nn.Module:
     return video.resnet.VideoResNet(video.resnet.BasicBlock, [conv] * 4, [1, 1, 1, 1], stem, num_classes=10)
 
 
-_SMALL: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]]]] = {
+SMALL: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]]]] = {
     "vision transformer": (lambda: models.VisionTransformer(32, 8, 2, 3, 24, 48, num_classes=10), [(2, 3, 32, 32)]),
     "swin": (lambda: _swin(swin_transformer.SwinTransformerBlock, swin_transformer.PatchMerging), [(2, 3, 40, 32)]),
     "swin v2": (
@@ -142,7 +142,7 @@ def build_family(name: str) -> Family:
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         size = FAMILIES[name]
-        make, shapes = _SMALL[name] if size is None else (lambda: catalogue.build(name, seed=0), [(2, 3, size, size)])
+        make, shapes = SMALL[name] if size is None else (lambda: catalogue.build(name, seed=0), [(2, 3, size, size)])
         model = randomised(make()).double().eval()
     generator = torch.Generator().manual_seed(1)
     inputs = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)

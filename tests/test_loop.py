@@ -154,6 +154,14 @@ def test_one_cycle_rises_to_the_peak_at_a_quarter():
     assert rates[25:] == sorted(rates[25:], reverse=True)
 
 
+def test_the_schedule_of_knowledge_evolution_warms_up_in_five_epochs_of_200():
+    rates = [SCHEDULES["warmup-cosine"](step / 1000) for step in range(1001)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates.index(max(rates)) == 25
+    assert rates[:26] == sorted(rates[:26])
+    assert rates[25:] == sorted(rates[25:], reverse=True)
+
+
 def test_training_images_fewer_than_a_batch_are_one_batch():
     data = load_data("digits", limit=10)
     assert train(small_net(), data, epochs=1).steps == 1

@@ -48,6 +48,7 @@ class Data:
 
     Grey images are repeated to three channels, since that is what torchvision's models read. ``augment`` says how the
     training images change from one reading to the next (`surgery.training.augment.AUGMENTATIONS`).
+    ``collate`` makes a batch of items where torch cannot stack them, as for detection.
     """
 
     source: str
@@ -58,6 +59,7 @@ class Data:
     normalisation: Normalisation
     channels: int = 3
     augment: str = "none"
+    collate: Callable[[list[Any]], Any] | None = None
 
     @property
     def counts(self) -> tuple[int, int]:

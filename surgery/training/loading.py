@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,12 +40,18 @@ class EpochOrder(Sampler[int]):
 
 
 def loader(
-    images: Images, batch_size: int, workers: int = 0, *, order: EpochOrder | None = None
+    images: Images,
+    batch_size: int,
+    workers: int = 0,
+    *,
+    order: EpochOrder | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader[tuple[Any, ...]]:
     """Batches of ``images``, in their own order or in ``order``.
 
     With an order the last, smaller batch is dropped: its batch statistics would be noisier than the others'. There is
-    a generator in any case: without one, even a loader that does not shuffle draws from the global state.
+    a generator in any case: without one, even a loader that does not shuffle draws from the global state. ``collate``
+    makes a batch of items; by default that of torch, which stacks tensors.
     """
     return DataLoader(
         images,
@@ -54,4 +60,5 @@ def loader(
         drop_last=order is not None,
         generator=torch.Generator().manual_seed(0),
         num_workers=workers,
+        collate_fn=collate,
     )

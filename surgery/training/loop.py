@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from surgery.errors import UsageError, unknown_name
 from surgery.training.data import Data, Images
@@ -32,8 +33,8 @@ from surgery.training.loading import EpochOrder, loader
 from surgery.training.optimizer import transfer_optimizer
 from surgery.training.resume import Checkpoint, Progressed, Saved
 
-Batch = tuple[Tensor, ...]
-"""Images (N, C, H, W), labels (N,), and whatever else the items of the data set have."""
+Batch = tuple[Any, ...]
+"""Images (N, C, H, W), labels (N,), and what else the items of the data set have; or what ``Data.collate`` makes."""
 
 LossFn = Callable[[nn.Module, Batch, float], Tensor]
 """From a model in training mode, a batch on its device, and the number of epochs done so far, with the fraction of the
@@ -215,14 +216,14 @@ class _Run:
         started, before = time.perf_counter(), self.model
         self._take(grown(before, growth, self.settings["seed"]), growth)
         score = self._score() if self.test_each_epoch else None
-        batch, *_ = next(iter(loader(stage.images, self.settings["batch_size"])))
+        batch, *_ = next(iter(loader(stage.images, self.settings["batch_size"], collate=self.data.collate)))
         record = grown_record(stage, before, self.model, batch.to(self.engine.device), score, started)
         self.at.growths.append(record)
 
     def _train(self, stage: Stage) -> None:
         """The epochs of a stage that are still to come."""
         order = EpochOrder(stage.images, self.settings["seed"])
-        whole = loader(stage.images, self.settings["batch_size"], self.workers, order=order)
+        whole = loader(stage.images, self.settings["batch_size"], self.workers, order=order, collate=self.data.collate)
         batches = self.engine.shared(whole)
         step = self.engine.stepper(_Objective(self.model, self.loss_fn), self.descent)
         with _mode(self.model, training=True):
@@ -241,7 +242,7 @@ class _Run:
         seed, rank, device = self.settings["seed"], self.engine.rank, self.engine.device
         while self.at.within < count:
             seed_everything(seed, rank, self.at.steps)
-            batch = tuple(tensor.to(device) for tensor in next(batches))
+            batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), tuple(next(batches)))
             set_rate(self.descent, self._rate())
             self.at.summed += step(batch, len(self.at.epochs) + self.at.within / count)
             self.at.steps += 1
