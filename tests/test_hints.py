@@ -722,6 +722,17 @@ def test_networks_without_a_common_input_are_an_error():
     )
 
 
+def test_of_names_as_short_for_the_middle_the_first_is_taken_in_every_process():
+    letters = "abcdefghijklmnop"
+    for k in range(8):
+        layers = [nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)]
+        net = nn.Sequential()
+        for letter, layer in zip((letters[k], letters[k + 8], "z"), layers, strict=True):
+            net.add_module(letter, layer)
+        traced = surgery.trace(net, images(2, 8))
+        assert surgery.attach_hint(traced, traced).names == ((letters[k], letters[k]),)
+
+
 def test_a_network_without_a_middle_is_an_error():
     x = images(2, 8)
     one, deep = (surgery.trace(nn.Sequential(*(nn.Linear(8, 8) for _ in range(k))), x) for k in (1, 4))

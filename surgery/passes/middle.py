@@ -91,7 +91,7 @@ def name_of(module: nn.Module, flow: Flow, node: fx.Node) -> str:
         for n in (made, *made.all_input_nodes):
             path = str(n.target) if n.op == "call_module" else str(n.meta.get("path", ""))
             names |= {path.rsplit(".", k)[0] for k in range(path.count(".") + 1)}
-    for name in sorted(names - {""}, key=lambda name: (name.count("."), len(name))):
+    for name in sorted(names - {""}, key=lambda name: (name.count("."), len(name), name)):
         try:
             sites = list(output_sites(module, name))
         except (EditError, UsageError):
