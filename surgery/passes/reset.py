@@ -70,8 +70,8 @@ def reset_hypothesis(
         trust: allow a source of the form ``package.module:factory`` to be imported and called.
 
     Raises:
-        UsageError: masks that do not fit, an unknown choice, a negative seed, a source that cannot be built, or parameters that nothing
-            initialises.
+        UsageError: masks that do not fit, an unknown choice, a negative seed, a source that cannot be built, or
+            parameters that nothing initialises.
     """
     info(module)
     if initialiser not in ("own", "authors"):
