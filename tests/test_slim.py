@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import randomised
 from torch import nn
 
 import surgery
@@ -112,6 +113,34 @@ def test_wels_keeps_the_exact_count_of_each_weight(dense):
     assert not torch.equal(masks["conv1.weight"], other["conv1.weight"])
 
 
+@pytest.mark.parametrize("kind", ["kels", "wels"])
+def test_masks_of_a_model_are_no_part_of_it_and_lie_with_its_parameters(dense, kind):
+    traced = dense("resnet18", 102)
+    before = [*traced.state_dict()]
+    masks = surgery.split_masks(traced, 0.5, kind=kind)
+    assert not any(isinstance(mask, nn.Parameter) for mask in masks.values())
+    assert [*traced.state_dict()] == [*surgery.masked(traced, masks).state_dict()] == before
+
+
+PARTS = ["efficientnet_b0", "shufflenet_v2_x1_0",
+         "fasterrcnn_mobilenet_v3_large_320_fpn?box_score_thresh=0.0&num_classes=3"]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", PARTS)
+def test_slim_is_masked_dense_whatever_the_parts(source):
+    model = randomised(catalogue.build(source, seed=0)).double().eval()
+    small = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    inputs = ([small[0], small[1]],) if "rcnn" in source else (small,)
+    traced = surgery.trace(model, inputs)
+    for rate in (0.3, 0.8):
+        masked = surgery.masked(traced, surgery.split_masks(traced, rate))
+        assert surgery.verify(surgery.slim(traced, rate), masked, inputs).max_rel <= 1e-10
+    masks = surgery.split_masks(traced, 0.3, kind="wels")
+    for name, parameter in traced.named_parameters():
+        count = parameter.numel()
+        assert int(masks[name].sum()) == (count if parameter.ndim < 2 else math.ceil(round(0.3 * count, 6)))
+
+
 @pytest.mark.parametrize("rate", [0, -0.5, 1.01, float("nan"), "half"])
 def test_a_rate_outside_0_to_1_is_refused(dense, rate):
     with pytest.raises(surgery.UsageError, match=r"split rate must be in \(0, 1\]"):
@@ -127,6 +156,8 @@ def test_unknown_names_are_refused_with_close_ones(dense):
         surgery.slim(dense("resnet18", 102), {"fc": 0.5})
     with pytest.raises(surgery.UsageError, match=r"unknown parameter 'conv\.weight'"):
         surgery.masked(dense("resnet18", 102), {"conv.weight": torch.ones(1)})
+    with pytest.raises(surgery.UsageError, match=r"mask of 'fc.bias' must hold bools, not torch.float32"):
+        surgery.masked(dense("resnet18", 102), {"fc.bias": torch.ones(102)})
 
 
 class Read(nn.Module):

@@ -32,3 +32,14 @@ def by_first_name(module: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, T
             raise UsageError(f"{name!r} is tied to another parameter, and their masks differ")
         found[own] = mask
     return found
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """True at the ``count`` largest of ``scores``, (n,); of equal ones at the first."""
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(len(scores) - count + 1).values
+    keep = scores > threshold
+    ties = (scores == threshold).nonzero().squeeze(1)
+    keep[ties[: count - int(keep.sum())]] = True
+    return keep

@@ -21,7 +21,7 @@ from surgery.graph.dims import DimensionGroup, Dimensions, dimensions
 from surgery.graph.tracing import info
 from surgery.passes.apply import apply
 from surgery.passes.kept import kept_units, normalise_over, sum_over
-from surgery.passes.masks import by_first_name
+from surgery.passes.masks import by_first_name, largest
 from surgery.passes.names import resolve
 from surgery.passes.recipe import Reindex
 
@@ -170,8 +170,7 @@ def _wels_masks(module: nn.Module, rate: float, seed: int) -> dict[str, torch.Te
         if parameter.ndim < 2:
             drawn[id(parameter)] = torch.ones_like(parameter, dtype=torch.bool)
             continue
-        mask = torch.zeros(parameter.numel(), dtype=torch.bool)
         count = math.ceil(round(rate * parameter.numel(), 6))
-        mask[torch.randperm(parameter.numel(), generator=generator)[:count]] = True
+        mask = largest(torch.rand(parameter.numel(), generator=generator), count)
         drawn[id(parameter)] = mask.view(parameter.shape).to(parameter.device)
     return {name: drawn[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from surgery.errors import UsageError, unknown_name
 from surgery.graph.traced import named_tensors
 from surgery.graph.tracing import info
-from surgery.passes.masks import by_first_name
+from surgery.passes.masks import by_first_name, largest
 
 SCOPES = ("layer", "global")
 
@@ -118,18 +118,21 @@ def hold_masked(module: nn.Module, masks: Mapping[str, Tensor]) -> Callable[...,
     """A function that sets the masked weights of ``module`` to 0, in place.
 
     Called after each step of an optimiser it keeps a ticket to its mask, whatever momentum and weight decay do. It
-    takes any arguments and so can be registered: ``optimizer.register_step_post_hook(hold_masked(ticket, masks))``.
+    takes any arguments and so can be registered: ``optimizer.register_step_post_hook(hold_masked(ticket, masks))``. It
+    holds the masks in the weights' dtype.
 
     Raises:
         UsageError: masks that do not fit.
     """
     parameters = dict(module.named_parameters())
-    pruned = [(parameters[name], ~mask) for name, mask in by_first_name(module, masks).items() if not bool(mask.all())]
+    pruned = {name: mask for name, mask in by_first_name(module, masks).items() if not bool(mask.all())}
+    weights: list[Tensor] = [parameters[name] for name in pruned]
+    factors: list[Tensor] = [mask.to(parameters[name].dtype) for name, mask in pruned.items()]
 
     def hold(*_: Any) -> None:
-        with torch.no_grad():
-            for parameter, gone in pruned:
-                parameter.masked_fill_(gone, 0)
+        if weights:
+            with torch.no_grad():
+                torch._foreach_mul_(weights, factors)
 
     return hold
 
@@ -155,10 +158,4 @@ def _largest(scores: Tensor, sparsity: float, where: str) -> Tensor:
             f"within keeps {available} of {len(scores)} weights of {where}, and a sparsity of {sparsity:g} is {count}: "
             "ask for a higher one"
         )
-    if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(len(scores) - count + 1).values
-    keep = scores > threshold
-    ties = (scores == threshold).nonzero().squeeze(1)
-    keep[ties[: count - int(keep.sum())]] = True
-    return keep
+    return largest(scores, count)
