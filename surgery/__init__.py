@@ -18,6 +18,7 @@ from surgery.passes.origins import Origin, origins
 from surgery.passes.recipe import InsertBlock, InsertDense, InsertIdentity, Noise, Recipe, Reindex, recipe
 from surgery.passes.reset import reset_hypothesis
 from surgery.passes.slim import masked, slim, split_masks
+from surgery.passes.tickets import hold_masked, magnitude_masks, rewind
 from surgery.passes.verify import Verification, verify
 from surgery.passes.widen import unwidened, widen
 from surgery.training.data import load_data
@@ -26,7 +27,8 @@ from surgery.training.evolve import Evolution, evolve
 from surgery.training.growth import Growth
 from surgery.training.history import History
 from surgery.training.loop import evaluate, train
-from surgery.training.objectives import DKD, KD, RKD, Hint, Objective, observe
+from surgery.training.lottery import Lottery, lottery
+from surgery.training.objectives import DKD, KD, RKD, AttentionTransfer, Hint, Objective, ReviewKD, observe
 from surgery.training.optimizer import transfer_optimizer
 from surgery.version import __version__
 
@@ -34,6 +36,7 @@ __all__ = [
     "DKD",
     "KD",
     "RKD",
+    "AttentionTransfer",
     "Changes",
     "DimensionGroup",
     "Distillation",
@@ -47,12 +50,14 @@ __all__ = [
     "InsertBlock",
     "InsertDense",
     "InsertIdentity",
+    "Lottery",
     "Member",
     "Noise",
     "Objective",
     "Origin",
     "Recipe",
     "Reindex",
+    "ReviewKD",
     "RuleCheck",
     "SurgeryError",
     "TraceError",
@@ -74,8 +79,11 @@ __all__ = [
     "evolve",
     "example_inputs",
     "export_onnx",
+    "hold_masked",
     "load",
     "load_data",
+    "lottery",
+    "magnitude_masks",
     "masked",
     "observe",
     "oprule",
@@ -83,6 +91,7 @@ __all__ = [
     "recipe",
     "reindex",
     "reset_hypothesis",
+    "rewind",
     "save",
     "slim",
     "split_masks",

@@ -60,6 +60,8 @@ def train(
     label_smoothing: float = 0.0,
     schedule: str = "one-cycle",
     grow: Mapping[int, Growth] | None = None,
+    first_step: int = 0,
+    last_step: int | None = None,
     seed: int = 0,
     loss_fn: LossFn | None = None,
     after_step: Callable[[nn.Module], None] | None = None,
@@ -89,6 +91,8 @@ def train(
             widen=1.5)}``. A copy of the model is trained then, and `History.model` is what became of it; the
             optimiser's state follows the weights, and the schedule, a fraction of all steps to come, goes on. What
             cannot be grown as asked is refused before the training begins.
+        first_step, last_step: train as if ``first_step`` steps had been taken, and no further than ``last_step``: the
+            images and learning rates are those of the whole training. The optimiser begins without state.
         seed: of the order of the images and all other randomness of torch. It and the number of a step say what is
             random in the step. The global random state is left as it was.
         loss_fn: `classification_loss` unless given.
@@ -111,6 +115,12 @@ def train(
     """
     _check_settings(data, epochs, optimizer, lr, batch_size, schedule, checkpoint_every)
     plan = stages(data, epochs, grow or {}, seed)
+    total = sum(stage.epochs * _steps_of_epoch(stage.images, batch_size) for stage in plan)
+    last_step = total if last_step is None else last_step
+    if not 0 <= first_step < last_step <= total:
+        raise UsageError(f"steps {first_step} to {last_step} are not among the {total} of this training")
+    if grow and last_step - first_step < total:
+        raise UsageError("a training that grows has all of its steps: leave out first_step and last_step")
     if grow:
         rehearse(model, plan, seed)
         model = copy.deepcopy(model)
@@ -128,6 +138,7 @@ def train(
         "label_smoothing": label_smoothing,
         "batch_size": batch_size,
         "schedule": schedule,
+        "steps": [first_step, last_step],
         "precision": engine.precision,
         "seed": seed,
     }
@@ -143,7 +154,7 @@ def train(
         engine=engine,
         data=data,
         settings=settings,
-        total=sum(stage.epochs * _steps_of_epoch(stage.images, batch_size) for stage in plan),
+        total=total,
         loss_fn=loss_fn or classification_loss(label_smoothing),
         after_step=after_step,
         test_each_epoch=test_each_epoch,
@@ -180,7 +191,7 @@ class _Run:
 
     def through(self, plan: Sequence[Stage], *, returns_model: bool) -> History:
         """From the beginning, or from where it was cut off, to the end."""
-        self.at = self.saved.progressed if self.saved else Progressed()
+        self.at = self.saved.progressed if self.saved else self._beginning(plan[0])
         growths = list(self.at.growths)
         for stage in plan:
             if stage.growth is not None:
@@ -190,14 +201,25 @@ class _Run:
                 else:
                     self._restore()
                     self._grow(stage, stage.growth)
-            if len(self.at.epochs) < stage.first + stage.epochs:
+            if self.at.epoch < stage.first + stage.epochs and not self.over:
                 self._restore()
                 self._train(stage)
         self._restore()
         if self.checkpoint is not None and self.engine.main:
             self.checkpoint.save(self.at, self.model, None, None)
         model = self.model if returns_model else None
-        return History(tuple(self.at.epochs), self.total, tuple(self.at.growths), model)
+        first, last = self.settings["steps"]
+        return History(tuple(self.at.epochs), last - first, tuple(self.at.growths), model)
+
+    @property
+    def over(self) -> bool:
+        """Whether all steps are done."""
+        return bool(self.at.steps >= self.settings["steps"][1])
+
+    def _beginning(self, stage: Stage) -> Progressed:
+        first = self.settings["steps"][0]
+        skipped, within = divmod(first, _steps_of_epoch(stage.images, self.settings["batch_size"]))
+        return Progressed(steps=first, skipped=skipped, within=within)
 
     def _restore(self) -> None:
         """What the checkpoint has, once the model has grown to the size that it had."""
@@ -227,26 +249,27 @@ class _Run:
         batches = self.engine.shared(whole)
         step = self.engine.stepper(_Objective(self.model, self.loss_fn), self.descent)
         with _mode(self.model, training=True):
-            while len(self.at.epochs) < stage.first + stage.epochs:
+            while self.at.epoch < stage.first + stage.epochs and not self.over:
                 started = time.perf_counter() - self.at.seconds
-                order.begin(len(self.at.epochs), self.at.within * (whole.batch_size or 1), whole)
+                order.begin(self.at.epoch, self.at.within * (whole.batch_size or 1), whole)
                 self._steps(iter(batches), step, _steps_of_epoch(stage.images, self.settings["batch_size"]), started)
                 score = self._score() if self.test_each_epoch else None
-                loss, seconds = self.at.summed / self.at.within, time.perf_counter() - started
+                loss, seconds = self.at.summed / self.at.counted, time.perf_counter() - started
                 self.at.epochs.append(Epoch(count(stage.images), loss, self._rate(), score, seconds))
-                self.at.within, self.at.summed, self.at.seconds = 0, 0.0, 0.0
+                self.at.within, self.at.counted, self.at.summed, self.at.seconds = 0, 0, 0.0, 0.0
                 self._save()
 
     def _steps(self, batches: Iterator[Batch], step: Callable[..., float], count: int, started: float) -> None:
         """The steps of an epoch that are still to come."""
         seed, rank, device = self.settings["seed"], self.engine.rank, self.engine.device
-        while self.at.within < count:
+        while self.at.within < count and not self.over:
             seed_everything(seed, rank, self.at.steps)
             batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), tuple(next(batches)))
             set_rate(self.descent, self._rate())
-            self.at.summed += step(batch, len(self.at.epochs) + self.at.within / count)
+            self.at.summed += step(batch, self.at.epoch + self.at.within / count)
             self.at.steps += 1
             self.at.within += 1
+            self.at.counted += 1
             if self.after_step is not None:
                 self.after_step(self.model)
             if self.progress is not None:

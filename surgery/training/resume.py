@@ -26,20 +26,29 @@ class Progressed:
     """How far a training is.
 
     Attributes:
-        steps: optimiser steps done.
+        steps: optimiser steps done, with those that are left out at the beginning.
+        skipped: epochs that are left out at the beginning.
         epochs: the epochs that are over.
         growths: and the growths.
-        within: steps done of the epoch that is not over.
+        within: steps done of the epoch that is not over, with those that are left out.
+        counted: without them.
         summed: the sum of their losses.
         seconds: what they took.
     """
 
     steps: int = 0
+    skipped: int = 0
     epochs: list[Epoch] = field(default_factory=list)
     growths: list[Grown] = field(default_factory=list)
     within: int = 0
+    counted: int = 0
     summed: float = 0.0
     seconds: float = 0.0
+
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch that is not over."""
+        return self.skipped + len(self.epochs)
 
 
 @dataclass(frozen=True)
