@@ -12,8 +12,12 @@ from torch import nn
 
 from surgery.cli.options import (
     AsJson,
+    DataRoot,
+    Dataset,
     Force,
+    ImageSize,
     InputShape,
+    Limit,
     Model,
     Seed,
     Trust,
@@ -141,18 +145,16 @@ def _comparison_table(measured: Comparison) -> Any:
 def tradeoff(
     context: typer.Context,
     model: Model,
-    dataset: Annotated[str, typer.Option(metavar="DATA", help="mnist5k, digits, torchvision:NAME or imagefolder:DIR.")],
+    dataset: Dataset,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
     split_rates: Annotated[str, typer.Option(metavar="RATES", help="Split rates in (0, 1].")] = "1.0,0.75,0.5,0.25",
     epochs: Annotated[int, typer.Option(help="Passes over the data for the dense model; 0: take it as is.")] = 5,
     finetune_epochs: Annotated[int, typer.Option(help="Passes over the data for each carved model.")] = 3,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.02,
     batch_size: Annotated[int, typer.Option(help="Images of one training step.")] = 64,
-    image_size: Annotated[int | None, typer.Option(help="Side in pixels. [default: the data's own]")] = None,
-    data_root: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where torchvision's data sets are kept.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Use so many training and test images at most.")] = None,
+    image_size: ImageSize = None,
+    data_root: DataRoot = None,
+    limit: Limit = None,
     threads: Threads = None,
     weights: Weights = "none",
     seed: Seed = 0,

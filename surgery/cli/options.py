@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import torch
 import typer
 from torch import nn
 
 from surgery import catalogue
 from surgery.deploy.checkpoint import RECIPE, load
-from surgery.errors import UsageError
+from surgery.errors import UsageError, unknown_name
 from surgery.graph.tracing import example_inputs, trace
 
 Model = Annotated[
@@ -34,6 +35,12 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random, initial weig
 Trust = Annotated[bool, typer.Option("--trust", help="Allow package.module:factory to be imported and called.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what --out names, if it was made by this command.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
+
+Dataset = Annotated[str, typer.Option(metavar="DATA", help="mnist5k, digits, torchvision:NAME or imagefolder:DIR.")]
+DataRoot = Annotated[Path | None, typer.Option(metavar="DIR", help="Where torchvision's data sets are kept.")]
+ImageSize = Annotated[int | None, typer.Option(help="Side in pixels. [default: the data's own]")]
+Limit = Annotated[int | None, typer.Option(help="Use so many training and test images at most.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")]
 
 EXACT = 1e-10
 """Relative difference, in float64, up to which two models compute the same: rounding is 1e-15 to 1e-13."""
@@ -88,6 +95,16 @@ def is_saved(source: str) -> bool:
     if len(path.parts) > 1 or source.endswith(("/", "\\")):
         raise UsageError(f"there is no saved model at {source}")
     return False
+
+
+def parse_device(name: str) -> torch.device:
+    """``"auto"``, ``"cpu"`` or ``"cuda"`` as a device that there is."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise unknown_name("device", name, ("auto", "cpu", "cuda"))
+    gpu = torch.cuda.is_available()
+    if name == "cuda" and not gpu:
+        raise UsageError("--device cuda: there is no GPU here that torch can use")
+    return torch.device("cuda" if gpu and name != "cpu" else "cpu")
 
 
 def parse_shape(text: str) -> list[int]:

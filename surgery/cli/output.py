@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from surgery.training.loop import Progress as Told
 
 
 def emit(result: Any, as_json: bool, *tables: Table, note: str = "") -> None:
@@ -81,3 +83,22 @@ class Bars:
             self._console.print(f"{task} …", highlight=False)
         label = "whole run" if task == "all" else task
         self._tasks[task] = self._progress.add_task(f"{label:<28}", total=None)
+
+
+class Whole:
+    """A `surgery.training.loop.Progress` that passes on what it is told, and how far the whole run is (``"all"``).
+
+    ``shares`` has the tasks in the order in which they come, each with the part of the time that it is likely to take;
+    only proportions matter, and a task may be left out.
+    """
+
+    def __init__(self, shares: Mapping[str, float], progress: Told) -> None:
+        self._shares = shares
+        self._progress = progress
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        self._progress(task, done, total)
+        names = list(self._shares)
+        before = sum(self._shares[name] for name in names[: names.index(task)])
+        whole = (before + self._shares[task] * done / total) / sum(self._shares.values())
+        self._progress("all", round(1000 * whole), 1000)

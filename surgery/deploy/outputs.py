@@ -1,15 +1,20 @@
-"""Folders of results that appear whole or not at all."""
+"""Folders of results that appear whole or not at all, and of runs that are not over."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from surgery.errors import UsageError
+
+SETTINGS = "settings.json"
+"""The file by which a folder is known as that of a run that is not over."""
 
 
 @contextmanager
@@ -31,10 +36,79 @@ def staged_folder(out: str | os.PathLike[str], *, marker: str, force: bool = Fal
         staging.rename(out)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
-        for folder in missing:
-            with suppress(OSError):  # not empty: someone else has used it meanwhile
-                folder.rmdir()
+        _remove(missing)
         raise
+
+
+@contextmanager
+def unfinished_folder(
+    out: str | os.PathLike[str], settings: Mapping[str, Any], *, force: bool = False
+) -> Iterator[Path]:
+    """The folder of `unfinished`, for what a run needs to go on after it was cut off.
+
+    It is removed when the block ends. If the block raises, it stays, and a later run with the same settings finds it as
+    it was left; if nothing was put into it, it is removed then, too.
+
+    Args:
+        out: where the run's results will be.
+        settings: plain JSON data that tells runs apart.
+        force: begin anew where the folder is of a run with other settings.
+
+    Raises:
+        UsageError: the folder is of a run with other settings, or of something else.
+    """
+    folder = unfinished(out)
+    wanted = json.loads(json.dumps(settings))
+    if folder.exists():
+        before = _settings(folder)
+        other = [f"{k} {before.get(k)} and not {v}" for k, v in wanted.items() if k not in before or before[k] != v]
+        if other or set(before) - set(wanted):
+            if not force:
+                raise UsageError(
+                    f"{folder} is of a run that is not over, with {', '.join(other) or 'other settings'}: use the "
+                    "settings of then to go on with it, or begin anew with force=True (--force)"
+                )
+            shutil.rmtree(folder)
+    missing = [above for above in folder.parents if not above.exists()]
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        (staging / SETTINGS).write_text(json.dumps(wanted, indent=1) + "\n")
+        staging.chmod(0o755)
+        staging.rename(folder)
+    try:
+        yield folder
+    except BaseException:
+        if [file.name for file in folder.iterdir()] == [SETTINGS]:
+            shutil.rmtree(folder)
+            _remove(missing)
+        raise
+    shutil.rmtree(folder)
+
+
+def unfinished(out: str | os.PathLike[str]) -> Path:
+    """``OUT.unfinished``, beside ``out``."""
+    out = Path(out) if Path(out).name else Path(out).absolute()
+    return out.with_name(f"{out.name}.unfinished")
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What the folder of a run that is not over says of it."""
+    try:
+        content = json.loads((folder / SETTINGS).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{folder} is in the way: it has no {SETTINGS} that can be read, so it is not of a run that is not over"
+        ) from error
+    assert isinstance(content, dict)
+    return content
+
+
+def _remove(folders: list[Path]) -> None:
+    """Those of them that are empty."""
+    for folder in folders:
+        with suppress(OSError):  # not empty: someone else has used it meanwhile
+            folder.rmdir()
 
 
 def refuse_folder(out: str | os.PathLike[str], *, marker: str, force: bool) -> None:
