@@ -201,6 +201,20 @@ def test_values_are_those_of_plain_networks(objective, expected, student, teache
     assert loss_of(observed, x).item() == pytest.approx(wanted.item(), rel=1e-10)
 
 
+def test_tokens_are_laid_out_as_the_grid_of_their_patches():
+    first, second = build_family("vision transformer"), build_family("swin")
+    x = images(2, 3, 32, 32)
+    student, teacher = (surgery.trace(family.model, x) for family in (first, second))
+    observed = observe(student, teacher, AttentionTransfer("encoder", "features.1", weight=1.0), epochs=3)
+    found: dict[str, Tensor] = {}
+    first.model.encoder.register_forward_hook(lambda _, args, out: found.update(ours=out))
+    second.model.features[1].register_forward_hook(lambda _, args, out: found.update(theirs=out))
+    first.model.train()(x), second.model(x)
+    ours = found["ours"][:, 1:].reshape(2, 4, 4, 24).permute(0, 3, 1, 2)  # behind the class token
+    wanted = losses.attention_transfer(ours, found["theirs"].permute(0, 3, 1, 2))
+    assert loss_of(observed, x, labels=LABELS[:2]).item() == pytest.approx(wanted.item(), rel=1e-10)
+
+
 def test_a_hint_is_the_mean_squared_error_of_what_the_regressor_makes_of_it(student, teacher, x):
     observed = observe(student, teacher, Hint("second", "second"), epochs=3, seed=7)
     ours = hooked(student, Net(3), ["second"], x, training=True)["second"]
@@ -242,6 +256,19 @@ def test_the_teacher_computes_each_value_once_and_nothing_behind(student, teache
     alone = observe(student, teacher, AttentionTransfer("first", "second"), epochs=3)
     assert {n.split(".")[0] for n in alone.teacher.state_dict()} == {"first", "second"}
     assert torch.equal(alone.teacher(x)[0], observed.teacher(x)[1])
+
+
+def test_features_are_compared_number_by_number():
+    one, two = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[[3.0]], [[1.0]]])
+    assert losses.mean_squared_error(one, torch.zeros(2, 2)).item() == 5 / 4
+    assert losses.mean_squared_error([one, two], [torch.zeros(2, 2), two + 2]).item() == 5 / 4 + 4
+    for ours, theirs, text in (
+        (one, two, "the student's features are (2, 2) and the teacher's (2, 1, 1): both must be of equal shape"),
+        ([one], [], "the student has 1 features and the teacher 0: give as many, at least one"),
+    ):
+        with pytest.raises(UsageError) as raised:
+            losses.mean_squared_error(ours, theirs)
+        assert str(raised.value) == text
 
 
 def test_losses_are_added(student, teacher, x):

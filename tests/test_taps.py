@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_family, traced_of
+from conftest import build_family, randomised, traced_of
 from torch import nn
 
 import surgery
 from surgery import catalogue
 from surgery.errors import EditError, UsageError
+from surgery.graph.traced import info
 from surgery.passes.ends import aligned
 from surgery.passes.taps import Network, tap
 
@@ -118,8 +119,9 @@ def test_nothing_that_is_given_is_changed_or_shared():
 
 
 def test_a_tapped_module_is_copied_saved_and_operated_on():
-    traced, x = traced_of(Overwritten, 2, 3, 4, 4)
-    tapped = tap(traced, "b").train()
+    model = randomised(Overwritten()).double()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    tapped = tap(surgery.trace(model, x, source="own:Overwritten"), "b").train()
     expected = tapped(x)[1][0]
     file = io.BytesIO()
     torch.save(tapped, file)
@@ -128,6 +130,7 @@ def test_a_tapped_module_is_copied_saved_and_operated_on():
         assert torch.equal(other(x)[1][0], expected)
     for graph in tapped.graphs:
         graph.lint()
+    assert info(tapped).source is None  # saved, it would be rebuilt without its taps
     (_, (first,)), (second,) = tap(tapped, "stem").train()(x)
     assert torch.equal(first, expected)
     assert torch.equal(second, tapped.stem(x).relu())
