@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     0: done. 1: it did not work out, as when a verification failed. 2: what was asked for cannot be; nothing was done.
+    130: interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if os.getcwd() not in sys.path:  # so that a factory in the current folder is found, as python -m finds it
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(error, 2)
         except (SurgeryError, FloatingPointError, OSError) as error:
             return _fail(error, 1)
+        except typer.Abort:  # what some versions of typer make of a KeyboardInterrupt; others return 130
+            return 130
     return code or 0
 
 

@@ -63,6 +63,8 @@ def objectives(
     Raises:
         UsageError: a name or a number that is none, or a setting that none of the losses has.
     """
+    if "none" in names and len(names) > 1:
+        raise UsageError("--loss none is for a student that learns labels alone: leave out the other losses, or it")
     names = () if list(names) == ["none"] else tuple(names)
     for name in names:
         if name not in LOSSES:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -39,13 +40,15 @@ from surgery.deploy.outputs import refuse_folder, staged_folder, unfinished, unf
 from surgery.deploy.units import mebibytes, quantity
 from surgery.errors import UsageError, whole_number
 from surgery.graph.traced import info
+from surgery.passes.hints import attach_hint
+from surgery.training.cache import cache_bytes
 from surgery.training.data import Data
 from surgery.training.distill import Distillation
 from surgery.training.distill import distill as run_distill
 from surgery.training.engine import Engine
 from surgery.training.history import History, Score
-from surgery.training.loop import Progress, train
-from surgery.training.objectives import Hint
+from surgery.training.loop import Progress, check_settings, train
+from surgery.training.objectives import Hint, Objective, observe
 
 MARKER = "distill.json"
 """The file by which a folder is known as a result of ``distill``."""
@@ -151,7 +154,12 @@ def distill(
         taps=tap or [],
         hint=Hint(**hints) if joint else None,
     )
-    whole_number("--teacher-epochs", teacher_epochs, 0)
+    if not 0 <= label_smoothing <= 1:
+        raise UsageError(f"label_smoothing is {label_smoothing}: it must be from 0 to 1")
+    for name, value in {"teacher-epochs": teacher_epochs, "hint-epochs": hint_epochs, "epochs": epochs}.items():
+        whole_number(f"--{name}", value, 0)
+    if hint_epochs == epochs == 0:
+        raise UsageError("--hint-epochs and --epochs are 0: the student has nothing to learn")
     whole_number("--image-size", image_size if image_size is not None else 1, 1)
     refuse_folder(out, marker=MARKER, force=force)
     _refuse_untrained(teacher, teacher_weights, teacher_epochs)
@@ -163,6 +171,10 @@ def distill(
         build: dict[str, Any] = {"trust": trust, "seed": seed}
         pupil = classifier(opened["student"], data, what="the student", weights=weights, **build)
         master = classifier(opened["teacher"], data, what="the teacher", weights=teacher_weights, **build)
+    for rate in (lr, hint_lr, teacher_lr):
+        check_settings(data, 1, optimizer, rate, batch_size, schedule, checkpoint_every)
+    if teacher_epochs:  # what is refused is refused before the teacher is trained, and not after it
+        _rehearse(pupil, master, data, hints if hint_epochs else None, learned if epochs else (), cache)
     costs = {"teacher": cost(master), "student": cost(pupil)}
     shares = _shares(costs, teacher_epochs, hint_epochs, epochs)
     settings = {k: v for k, v in context.params.items() if k not in _WITHOUT_EFFECT}
@@ -209,7 +221,7 @@ def distill(
         return
     with unfinished_folder(out, settings, force=force) as folder:
         engine.wait()
-        with Bars() as bars:
+        with Bars() as bars, _going_on(folder):
             taught, found = run(folder, Whole(shares, bars))
         content = {
             "schema": 1,
@@ -247,6 +259,23 @@ def _refuse_untrained(teacher: str, weights: str, epochs: int) -> None:
         )
 
 
+def _rehearse(
+    student: nn.Module,
+    teacher: nn.Module,
+    data: Data,
+    hints: Mapping[str, Any] | None,
+    learned: Sequence[Objective],
+    cache: str,
+) -> None:
+    """Raise what `surgery.distill` would."""
+    if hints is not None:
+        attach_hint(student, teacher, **hints)
+    if learned:
+        observe(student, teacher, learned, epochs=1)
+    if cache not in ("auto", "none"):
+        cache_bytes(teacher, data.train)
+
+
 @contextmanager
 def _one_after_the_other(engine: Engine) -> Iterator[None]:
     """The main process first, then the others."""
@@ -255,6 +284,17 @@ def _one_after_the_other(engine: Engine) -> Iterator[None]:
     yield
     if engine.main:
         engine.wait()
+
+
+@contextmanager
+def _going_on(folder: Path) -> Iterator[None]:
+    """Says, where the run is interrupted, how it can go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if any(folder.glob("*.pt")):
+            print(f"what is done is kept in {folder}: give the same command again to go on", file=sys.stderr)
+        raise
 
 
 def _shares(costs: Mapping[str, Cost], teacher_epochs: int, hint_epochs: int, epochs: int) -> dict[str, float]:

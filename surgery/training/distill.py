@@ -20,7 +20,7 @@ from surgery.training.data import Data
 from surgery.training.engine import Engine
 from surgery.training.fingerprint import is_deterministic, module_digest
 from surgery.training.history import History, Score
-from surgery.training.loop import Batch, LossFn, Progress, evaluate, label_loss, train
+from surgery.training.loop import Batch, LossFn, Progress, check_settings, evaluate, label_loss, train
 from surgery.training.objectives import KD, Objective, Observed, observe
 from surgery.training.resume import is_finished
 
@@ -138,6 +138,8 @@ def distill(
         raise UsageError('cache is empty: pass "auto", "memory", "none" or a folder')
     if not label_weight >= 0:
         raise UsageError(f"label_weight is {label_weight}: it must be at least 0")
+    for rate in (lr, hint_lr):
+        check_settings(data, max(epochs, hint_epochs), optimizer, rate, batch_size, schedule, checkpoint_every)
     settings: dict[str, Any] = {
         "optimizer": optimizer,
         "momentum": momentum,

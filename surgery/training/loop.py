@@ -113,7 +113,7 @@ def train(
             `surgery.widen` and `surgery.deepen` raise.
         FloatingPointError: the loss stops being a number.
     """
-    _check_settings(data, epochs, optimizer, lr, batch_size, schedule, checkpoint_every)
+    check_settings(data, epochs, optimizer, lr, batch_size, schedule, checkpoint_every)
     plan = stages(data, epochs, grow or {}, seed)
     total = sum(stage.epochs * _steps_of_epoch(stage.images, batch_size) for stage in plan)
     last_step = total if last_step is None else last_step
@@ -397,7 +397,7 @@ def _identity(model: nn.Module, data: Data, plan: Sequence[Stage]) -> dict[str, 
     }
 
 
-def _check_settings(
+def check_settings(
     data: Data,
     epochs: int,
     optimizer: str,
@@ -406,6 +406,7 @@ def _check_settings(
     schedule: str,
     checkpoint_every: int | None,
 ) -> None:
+    """Raise `UsageError` for settings that `train` refuses, before any work is done."""
     if optimizer not in OPTIMIZERS:
         raise unknown_name("optimizer", optimizer, OPTIMIZERS)
     if schedule not in SCHEDULES:
