@@ -12,7 +12,8 @@ times as fast as their teachers they are, measured on ONNX Runtime on the CPU, a
 ``mnist``: the paper's MNIST student, trained on 4,000 images by backpropagation, by KD, and by hints and KD.
 
 ``depth``: nets of 5 to 11 layers and one budget, trained by each of the three: which depth does each still train? By
-default all channels are halved, and the teacher has a quarter of its own, so that two cores are enough.
+default all channels are halved, the teacher has a quarter of its own, and there are 2,000 training images, so that two
+cores are enough.
 
 Both take each net's and method's learning rate from one grid, by a fifth of the training images that is set apart; all
 methods have the same number of epochs, those of stage 1 among them. What is finished is in the JSON file and is not
@@ -94,17 +95,17 @@ def parsed() -> argparse.Namespace:
         slim = part is depth
         part.add_argument("--dataset", default="mnist5k", help="as surgery.load_data has it")
         part.add_argument("--data-root", help="where a torchvision data set is kept")
-        part.add_argument("--limit", type=int, help="at most so many training and test images")
+        part.add_argument("--limit", type=int, default=2000 if slim else None, help="of training and test images")
         part.add_argument("--teacher-rate", type=float, default=0.25 if slim else 1.0, help="of its channels")
         part.add_argument("--teacher-epochs", type=int, default=8)
         part.add_argument("--teacher-lr", type=float, default=1e-3)
         part.add_argument("--student-rate", type=float, default=0.5 if slim else 1.0, help="of its channels")
         part.add_argument("--init-range", type=float, default=0.005, help="of the students' weights; 0: torch's own")
         part.add_argument("--optimizer", default="adamw")
-        part.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="the learning rates tried")
+        part.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help="the learning rates tried")
         part.add_argument("--batch-size", type=int, default=64)
         part.add_argument("--hint-epochs", type=int, default=4)
-        part.add_argument("--epochs", type=int, default=10, help="after those of stage 1")
+        part.add_argument("--epochs", type=int, default=8 if slim else 10, help="after those of stage 1")
         part.add_argument("--seeds", type=int, default=3 if slim else 5)
         part.add_argument("--jobs", type=int, default=2, help="nets at a time, one thread each")
 

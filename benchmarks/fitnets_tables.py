@@ -182,6 +182,7 @@ def train_table(document: dict[str, Any]) -> str:
     total = settings["hint_epochs"] + settings["epochs"]
     init = f"uniform within ±{settings['init_range']:g}" if settings["init_range"] else "as torch makes them"
     rates = ", ".join(f"{rate:g}" for rate in settings["rates"])
+    few = f" At most {settings['limit']:,} training images are learned from." if settings["limit"] else ""
     slim = "".join(
         f" The {who} has the first {settings[f'{who}_rate']:g} of its channels (`surgery.slim`)."
         for who in ("teacher", "student")
@@ -197,7 +198,7 @@ def train_table(document: dict[str, Any]) -> str:
             f"method, of which hints have {settings['hint_epochs']} in stage 1. Students' initial weights {init}. The "
             f"learning rate of each net and method is the one of {rates} that does best on a fifth of the training "
             "images, set apart; then all of them are learned from. Test error after the last epoch: the median over "
-            "seeds, with the least and the greatest." + slim,
+            "seeds, with the least and the greatest." + few + slim,
             "",
             f"Teacher `{settings['teacher']}`, one for each seed: {spread(teacher)} "
             f"({' '.join(f'{100 * e:.1f}' for e in teacher)}).",
