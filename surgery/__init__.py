@@ -28,7 +28,8 @@ from surgery.training.growth import Growth
 from surgery.training.history import History
 from surgery.training.loop import evaluate, train
 from surgery.training.lottery import Lottery, lottery
-from surgery.training.objectives import DKD, KD, RKD, AttentionTransfer, Hint, Objective, ReviewKD, observe
+from surgery.training.objectives import DKD, KD, RKD, AttentionTransfer, Hint, Objective, ReviewKD
+from surgery.training.observed import observe
 from surgery.training.optimizer import transfer_optimizer
 from surgery.version import __version__
 

@@ -27,10 +27,9 @@ from surgery.training.objectives import (
     Compared,
     Hint,
     Objective,
-    Observed,
     ReviewKD,
-    observe,
 )
+from surgery.training.observed import Observed, observe
 from surgery.training.review import Review
 
 

@@ -48,7 +48,8 @@ from surgery.training.distill import distill as run_distill
 from surgery.training.engine import Engine
 from surgery.training.history import History, Score
 from surgery.training.loop import Progress, check_settings, train
-from surgery.training.objectives import Hint, Objective, observe
+from surgery.training.objectives import Hint, Objective
+from surgery.training.observed import observe
 
 MARKER = "distill.json"
 """The file by which a folder is known as a result of ``distill``."""

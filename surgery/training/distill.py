@@ -21,7 +21,8 @@ from surgery.training.engine import Engine
 from surgery.training.fingerprint import is_deterministic, module_digest
 from surgery.training.history import History, Score
 from surgery.training.loop import Batch, LossFn, Progress, check_settings, evaluate, label_loss, train
-from surgery.training.objectives import KD, Objective, Observed, observe
+from surgery.training.objectives import KD, Objective
+from surgery.training.observed import Observed, observe
 from surgery.training.resume import is_finished
 
 MEMORY_LIMIT = 2 * 2**30
