@@ -93,6 +93,7 @@ def parsed() -> argparse.Namespace:
     depth.set_defaults(run=run_training, teacher="fitnet_cifar_teacher")
     for part in (mnist, depth):
         slim = part is depth
+        rates = [1e-3, 2e-3, 4e-3] if slim else [1e-3, 2e-3, 4e-3, 8e-3]
         part.add_argument("--dataset", default="mnist5k", help="as surgery.load_data has it")
         part.add_argument("--data-root", help="where a torchvision data set is kept")
         part.add_argument("--limit", type=int, default=2000 if slim else None, help="of training and test images")
@@ -102,7 +103,7 @@ def parsed() -> argparse.Namespace:
         part.add_argument("--student-rate", type=float, default=0.5 if slim else 1.0, help="of its channels")
         part.add_argument("--init-range", type=float, default=0.005, help="of the students' weights; 0: torch's own")
         part.add_argument("--optimizer", default="adamw")
-        part.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help="the learning rates tried")
+        part.add_argument("--rates", type=float, nargs="+", default=rates, help="the learning rates tried")
         part.add_argument("--batch-size", type=int, default=64)
         part.add_argument("--hint-epochs", type=int, default=4)
         part.add_argument("--epochs", type=int, default=8 if slim else 10, help="after those of stage 1")
