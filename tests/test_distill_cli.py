@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
-from surgery.cli import main
+from surgery.cli import main, teach
 from surgery.cli.lessons import LOSSES, objectives
 from surgery.cli.output import Bars
+from surgery.errors import UsageError
 from surgery.training.objectives import DKD, KD, RKD, AttentionTransfer, Hint, ReviewKD
 
 NETS = """
@@ -177,7 +178,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_student(run
 def test_a_killed_run_goes_on_in_another_process(run, empty_folder):
     code = f"""
         import os
-        from surgery.cli import main
+        from surgery.cli import main, teach
         from surgery.cli.output import Bars
 
         Bars.__call__ = lambda bars, task, done, total: (task, done) == ("distill", 6) and os._exit(9)
@@ -278,6 +279,32 @@ def test_every_loss_teaches(run, name):
     assert code == 0, err
     before = surgery.catalogue.build(STUDENT, trust=True).state_dict()
     assert not torch.equal(before["0.weight"], weights_of("made")["0.weight"])
+
+
+def test_every_option_reaches_the_distillation(run, monkeypatch):
+    asked = {}
+
+    def take(student, teacher, data, **settings):
+        asked.update(settings, augment=data.augment, image_size=data.image_size, images=data.counts[0])
+        raise UsageError("enough")
+
+    monkeypatch.setattr(teach, "run_distill", take)
+    options = (
+        "--guided 0 --guided 3 --hint 3 --hint 0 --regressor fc --hint-epochs 7 --epochs 9 --joint --loss rkd "
+        "--weight labels=0.3 --label-smoothing 0.1 --optimizer sgd --lr 0.2 --hint-lr 0.3 --schedule constant "
+        "--batch-size 50 --augment flip --cache none --image-size 8 --precision bf16 --workers 1 "
+        "--checkpoint-every 11 --seed 3"
+    )
+    assert run("distill", STUDENT, TEACHER, *ON_DIGITS, *options.split(), "--out", "made")[2] == "error: enough\n"
+    layers = {"guided": ["0", "3"], "hint": ["3", "0"], "regressor": "fc"}
+    expected = {
+        **layers, "hint_epochs": 7, "epochs": 9, "objectives": (RKD(), Hint(**layers)), "label_weight": 0.3,
+        "label_smoothing": 0.1, "optimizer": "sgd", "lr": 0.2, "hint_lr": 0.3, "schedule": "constant",
+        "batch_size": 50, "cache": "none", "precision": "bf16", "workers": 1, "checkpoint_every": 11, "seed": 3,
+        "test_each_epoch": True, "checkpoint": Path("made.unfinished"), "augment": "flip", "image_size": 8,
+        "images": 300,
+    }  # fmt: skip
+    assert {name: value for name, value in asked.items() if name != "progress"} == expected
 
 
 OUT = ["--out", "made"]
