@@ -84,3 +84,12 @@ def test_a_model_that_does_not_fit_the_data_is_refused_by_what_it_is_called(mode
     data = surgery.load_data("digits", limit=2)
     with pytest.raises(UsageError, match=message):
         classifier(model(), data, what="the teacher")
+
+
+def test_images_have_as_many_channels_as_the_models_take():
+    assert data_for({"the model": "fitnet_mnist"}, "digits", limit=2).channels == 1
+    grey = surgery.trace(nn.Conv2d(1, 2, 3), torch.zeros(2, 1, 12, 12))
+    data = data_for({"the student": grey, "the teacher": "fitnet_mnist_teacher"}, "digits", limit=2, image_size=28)
+    assert data.train[0][0].shape == (1, 28, 28)
+    with pytest.raises(surgery.UsageError, match="takes images of 1 channels and the other takes images of 3 channels"):
+        data_for({"the one": grey, "the other": traced(12)}, "digits")

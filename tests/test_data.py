@@ -224,3 +224,16 @@ def test_choosing_among_augmented_images_by_class_reads_none_of_them(monkeypatch
 def test_an_unknown_augmentation_is_refused():
     with pytest.raises(UsageError, match="unknown augmentation 'flips'; did you mean 'flip', 'flip-crop'"):
         load_data("digits", augment="flips")
+
+
+def test_grey_images_for_models_that_take_one_channel():
+    colour, grey = load_data("digits"), load_data("digits", channels=1)
+    assert grey.channels == 1
+    assert grey.train[3][0].shape == (1, 8, 8)
+    assert torch.allclose(grey.train[3][0], colour.train[3][0][:1], atol=1e-6)
+    assert grey.test[5][1] == colour.test[5][1]
+    flipped = load_data("digits", channels=1, augment="flip-crop")
+    darkest = min(flipped.train[k][0].min() for k in range(20))
+    assert darkest == pytest.approx(float(grey.train[3][0].min()), abs=1e-5)
+    with pytest.raises(UsageError, match="images have 3 channels, or 1 where they are made grey, not 2"):
+        load_data("digits", channels=2)

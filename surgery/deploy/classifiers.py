@@ -25,7 +25,8 @@ def data_for(
     limit: int | None = None,
     augment: str = "none",
 ) -> Data:
-    """The data at an image size that all models take: what they were traced with, or their catalogue entries allow.
+    """The data at an image size, and with channels, that all models take: what they were traced with, or their
+    catalogue entries allow.
 
     Args:
         models: what `surgery.catalogue.build` takes, or modules; each by what it is called in messages.
@@ -33,21 +34,22 @@ def data_for(
         image_size: side in pixels; by default the data's own, or the least that the models take where that is more.
 
     Raises:
-        UsageError: a model that takes anything but single images, models that take images of different sizes, and what
-            `load_data` raises.
+        UsageError: a model that takes anything but single images, models that take images of different sizes or
+            channels, and what `load_data` raises.
     """
-    least, sizes = 1, {}
+    least, sizes, channels = 1, {}, {}
     for what, model in models.items():
         if not isinstance(model, str):
             if is_traced(model):
                 (images, *_), _named = example_inputs(model)
-                sizes[what] = images.shape[-1]
+                sizes[what], channels[what] = images.shape[-1], images.shape[1]
             continue
         parsed = catalogue.parse(model)
         if parsed.entry is None:
             continue
         if parsed.entry.kind != "image":
             raise UsageError(f"model {parsed.name!r} takes {parsed.entry.input_words}, and the data are single images")
+        channels[what] = parsed.sample_size()[0]
         if parsed.entry.fixed:
             sizes[what] = parsed.sample_size()[-1]
         else:
@@ -55,8 +57,19 @@ def data_for(
     if image_size is None and len(set(sizes.values())) > 1:
         found = " and ".join(f"{what} takes images of {size} x {size}" for what, size in sizes.items())
         raise UsageError(f"{found}: choose a size for all (--image-size)")
+    if len(set(channels.values())) > 1:
+        found = " and ".join(f"{what} takes images of {number} channels" for what, number in channels.items())
+        raise UsageError(f"{found}: there are no images for all")
     image_size = image_size or next(iter(sizes.values()), None)
-    return load_data(dataset, data_root=data_root, image_size=image_size, at_least=least, limit=limit, augment=augment)
+    return load_data(
+        dataset,
+        data_root=data_root,
+        image_size=image_size,
+        at_least=least,
+        limit=limit,
+        augment=augment,
+        channels=next(iter(channels.values()), 3),
+    )
 
 
 def classifier(

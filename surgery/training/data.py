@@ -44,9 +44,11 @@ class Normalisation:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set ready for a model: items are (image, label), images float32 (3, image_size, image_size), normalised.
+    """A data set ready for a model: items are (image, label), images float32 (channels, image_size, image_size),
+    normalised.
 
-    Grey images are repeated to three channels, since that is what torchvision's models read. ``augment`` says how the
+    Grey images are repeated to three channels, since that is what torchvision's models read, unless there is to be one.
+    ``normalisation`` is that of the three. ``augment`` says how the
     training images change from one reading to the next (`surgery.training.augment.AUGMENTATIONS`).
     ``collate`` makes a batch of items where torch cannot stack them, as for detection.
     """
@@ -76,6 +78,7 @@ def load_data(
     seed: int = 0,
     limit: int | None = None,
     augment: str = "none",
+    channels: int = 3,
 ) -> Data:
     """The data set that ``spec`` names.
 
@@ -90,8 +93,13 @@ def load_data(
     ``augment`` changes the training images at random each time they are read: ``flip`` mirrors them half of the
     time, ``flip-crop`` also pads them by an eighth of their side and crops them back. Test images stay as they are.
 
-    Raises `UsageError` for a set that is unknown, cannot be read or cannot be fetched, and for an unknown ``augment``.
+    ``channels`` is 3, or 1 for grey images, which are the luminance of the normalised colours.
+
+    Raises `UsageError` for a set that is unknown, cannot be read or cannot be fetched, for an unknown ``augment``, and
+    for other ``channels``.
     """
+    if channels not in (1, 3):
+        raise UsageError(f"images have 3 channels, or 1 where they are made grey, not {channels}")
     kind, _, rest = spec.partition(":")
     if spec in _PACKAGED:
         size = image_size or max(at_least, _PACKAGED[spec].image_size)
@@ -104,7 +112,8 @@ def load_data(
     else:
         known = [*_PACKAGED, *(f"torchvision:{name}" for name in _TORCHVISION), "imagefolder:DIR"]
         raise unknown_name("data set", spec, known)
-    return _augmented(data if limit is None else _limited(data, limit, seed), augment)
+    data = data if limit is None else _limited(data, limit, seed)
+    return _augmented(data if channels == 3 else _grey(data), augment)
 
 
 def stratified_split(labels: Sequence[int], *, fraction: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -319,8 +328,24 @@ class _Augmented(Derived):
         return (self.transform(image), *others)
 
 
+class _Grey(Derived):
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        image, *others = self.images[index]
+        return ((image * _LUMINANCE).sum(0, keepdim=True), *others)
+
+
+_LUMINANCE = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+"""Shares of red, green and blue (ITU-R BT.601)."""
+
+
+def _grey(data: Data) -> Data:
+    return replace(data, train=_Grey(data.train), test=_Grey(data.test), channels=1)
+
+
 def _augmented(data: Data, name: str) -> Data:
     norm = data.normalisation
     black = [-mean / std for mean, std in zip(norm.mean, norm.std, strict=True)]
+    if data.channels == 1:
+        black = [sum(share * value for share, value in zip(_LUMINANCE.flatten().tolist(), black, strict=True))]
     transform = augmentation(name, data.image_size, black)
     return data if transform is None else replace(data, train=_Augmented(data.train, transform), augment=name)
