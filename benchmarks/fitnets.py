@@ -83,6 +83,7 @@ def parsed() -> argparse.Namespace:
     step.add_argument("--batch-size", type=int, default=8)
     step.add_argument("--image-size", type=int, default=224)
     step.add_argument("--device", default="cpu")
+    step.add_argument("--channels-last", action="store_true", help="weights and images of all three ways")
     step.add_argument("--rounds", type=int, default=40)
     step.add_argument("--warmup", type=int, default=4, help="rounds before, which do not count")
     step.set_defaults(run=run_step)
@@ -123,7 +124,18 @@ def run_cost(options: argparse.Namespace, out: Path) -> None:
 
 
 def run_step(options: argparse.Namespace, out: Path) -> None:
-    names = ("student", "teacher", "guided", "hint", "batch_size", "image_size", "device", "rounds", "warmup")
+    names = (
+        "student",
+        "teacher",
+        "guided",
+        "hint",
+        "batch_size",
+        "image_size",
+        "device",
+        "rounds",
+        "warmup",
+        "channels_last",
+    )
     settings = fitnets_step.StepSettings(**{name: getattr(options, name) for name in names})
     document = new_document(asdict(settings))
     save({**document, "result": fitnets_step.measure(settings)}, out)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ import surgery
 from surgery import catalogue
 from surgery.deploy.benchmark import ratio_of_medians
 from surgery.passes.hints import HintPair, hint_loss
+
+T = TypeVar("T", bound=nn.Module)
 
 WAYS = ("hooks", "truncated", "cached")
 """The whole networks with hooks; the truncated pair; its student alone, with the teacher's outputs at hand."""
@@ -39,6 +41,7 @@ class StepSettings:
     device: str
     rounds: int
     warmup: int
+    channels_last: bool = False
     seed: int = 0
 
 
@@ -55,8 +58,9 @@ def measure(settings: StepSettings) -> dict[str, Any]:
         surgery.trace(student, images), surgery.trace(teacher, images), settings.guided, settings.hint
     )
     macs = _macs(pair, teacher, student, images)
-    pair, teacher, student = (module.to(settings.device) for module in (pair.train(), teacher, student))
-    images = images.to(settings.device)
+    memory = torch.channels_last if settings.channels_last else torch.contiguous_format
+    pair, teacher, student = (_placed(module, settings.device, memory) for module in (pair.train(), teacher, student))
+    images = images.to(settings.device, memory_format=memory)
     steps = {
         "hooks": hooked(student, teacher, settings.guided, settings.hint, copy.deepcopy(pair.regressor), images),
         "truncated": truncated(copy.deepcopy(pair), images),
@@ -139,6 +143,10 @@ def _step(loss_fn: Callable[[], Tensor], trained: nn.Module) -> Callable[[], Ten
         return loss.detach()
 
     return step
+
+
+def _placed(module: T, device: str, memory: torch.memory_format) -> T:
+    return cast(Any, module).to(device, memory_format=memory)
 
 
 def _built(name: str, seed: int) -> nn.Module:
