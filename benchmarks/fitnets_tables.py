@@ -155,8 +155,8 @@ TRAINED = 0.1
 
 CHOSEN = (
     "The initial range, optimiser, epochs, number of images and the grid were chosen after trials with seed 0 that "
-    "looked at test images: with torch's own initial weights, or at other learning rates, the methods differ less, or otherwise. "
-    "Only the learning rate is chosen on images set apart."
+    "looked at test images: with torch's own initial weights, or at other learning rates, the methods differ less, or "
+    "otherwise. Only the learning rate is chosen on images set apart."
 )
 
 PAPER = {
