@@ -14,6 +14,7 @@ from torch import nn
 import surgery
 from surgery import distill
 from surgery.graph.maxout import Maxout
+from surgery.training import distill as distilling
 from surgery.training.data import load_data
 from surgery.training.loop import evaluate, train
 from surgery.training.objectives import DKD, KD, RKD, Hint
@@ -188,6 +189,24 @@ def test_another_teacher_is_another_run(digits, teacher, tmp_path):
         other.get_parameter("0.bias").add_(1)
     with pytest.raises(surgery.UsageError, match="another training, with teacher"):
         distill(student, other, digits, **SMALL, checkpoint=tmp_path)
+
+
+def test_channels_may_be_innermost_in_memory_while_learning(digits, teacher, monkeypatch):
+    student, innermost = traced(thin), []
+
+    def watched(network, *args, **settings):
+        weight = network.get_parameter("0.weight")
+        innermost.append(weight.is_contiguous(memory_format=torch.channels_last))
+        return train(network, *args, **settings)
+
+    monkeypatch.setattr(distilling, "train", watched)
+    settings = {**SMALL, "optimizer": "sgd", "lr": 1e-4, "objectives": (KD(), Hint(guided="4", hint="3", weight=0.1))}
+    plain, last = (distill(student, teacher, digits, channels_last=flag, **settings) for flag in (False, True))
+    for stage in ("hints", "history"):
+        losses = [[epoch.loss for epoch in getattr(found, stage).epochs] for found in (plain, last)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert innermost == [False, False, True, True]
+    assert all(value.is_contiguous() for value in last.student.state_dict().values())
 
 
 def test_mixed_precision(digits, teacher):
