@@ -14,7 +14,9 @@ import torch
 import surgery
 from surgery.cli import main
 
-VERBS = ["models", "inspect", "widen", "deepen", "slim", "distill", "export", "bench", "tradeoff", "verify"]
+VERBS = [
+    "models", "inspect", "widen", "deepen", "slim", "distill", "evolve", "export", "bench", "tradeoff", "verify"
+]  # fmt: skip
 SMALL = "squeezenet1_1?num_classes=10"
 PIXELS = ["--input-shape", "2,3,32,32"]
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,13 +28,27 @@ from surgery.cli.options import (
     is_saved,
     parse_device,
 )
-from surgery.cli.output import Bars, Whole, emit, table
+from surgery.cli.output import emit, table
+from surgery.cli.runs import (
+    Augment,
+    BatchSize,
+    CheckpointEvery,
+    LabelSmoothing,
+    Optimizer,
+    Precision,
+    Schedule,
+    Workers,
+    check_smoothing,
+    chosen,
+    one_after_the_other,
+    under_way,
+)
 from surgery.deploy.checkpoint import load, save
 from surgery.deploy.classifiers import classifier, data_for
 from surgery.deploy.cost import Cost, cost
 from surgery.deploy.curve import DataSummary
 from surgery.deploy.environment import environment
-from surgery.deploy.outputs import refuse_folder, staged_folder, unfinished, unfinished_folder
+from surgery.deploy.outputs import refuse_folder, staged_folder
 from surgery.deploy.units import mebibytes, quantity
 from surgery.errors import UsageError, whole_number
 from surgery.graph.traced import info
@@ -53,9 +65,6 @@ from surgery.training.observed import observe
 
 MARKER = "distill.json"
 """The file by which a folder is known as a result of ``distill``."""
-
-_WITHOUT_EFFECT = {"out", "force", "as_json", "device", "workers", "checkpoint_every"}
-"""Options that may be others when a run is continued."""
 
 
 def register(app: typer.Typer) -> None:
@@ -107,15 +116,15 @@ def distill(
         list[str] | None,
         typer.Option(metavar="GUIDED=HINT", help="Layers that at and review compare. [default: the stages' ends]"),
     ] = None,
-    label_smoothing: Annotated[float, typer.Option(help="Of the labels, from 0 to 1.")] = 0.0,
+    label_smoothing: LabelSmoothing = 0.0,
     teacher_epochs: Annotated[int, typer.Option(help="Train the teacher first; 0: take it as it is.")] = 0,
-    optimizer: Annotated[str, typer.Option(help="adamw, sgd or rmsprop.")] = "adamw",
+    optimizer: Optimizer = "adamw",
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. [default: usual with the optimizer]")] = None,
     hint_lr: Annotated[float | None, typer.Option(help="The same in stage 1. [default: --lr]")] = None,
     teacher_lr: Annotated[float | None, typer.Option(help="The same of the teacher. [default: usual]")] = None,
-    schedule: Annotated[str, typer.Option(help="one-cycle, cosine or constant.")] = "one-cycle",
-    batch_size: Annotated[int, typer.Option(help="Images of one training step, of all processes together.")] = 64,
-    augment: Annotated[str, typer.Option(help="Training images: none, flip or flip-crop.")] = "none",
+    schedule: Schedule = "one-cycle",
+    batch_size: BatchSize = 64,
+    augment: Augment = "none",
     cache: Annotated[
         str, typer.Option(metavar="WHERE", help="Keep the teacher's outputs: auto, memory, none or a folder.")
     ] = "auto",
@@ -124,14 +133,10 @@ def distill(
     limit: Limit = None,
     weights: Weights = "none",
     teacher_weights: Annotated[str, typer.Option(metavar="NAME", help="The same for the teacher.")] = "none",
-    precision: Annotated[
-        str | None, typer.Option(help="no, bf16 or fp16. [default: no, or what accelerate launch says]")
-    ] = None,
+    precision: Precision = None,
     device: Device = "auto",
-    workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(metavar="STEPS", help="Be able to go on after so many steps, and after each epoch.")
-    ] = None,
+    workers: Workers = 0,
+    checkpoint_every: CheckpointEvery = None,
     seed: Seed = 0,
     trust: Trust = False,
     force: Force = False,
@@ -155,8 +160,7 @@ def distill(
         taps=tap or [],
         hint=Hint(**hints) if joint else None,
     )
-    if not 0 <= label_smoothing <= 1:
-        raise UsageError(f"label_smoothing is {label_smoothing}: it must be from 0 to 1")
+    check_smoothing(label_smoothing)
     for name, value in {"teacher-epochs": teacher_epochs, "hint-epochs": hint_epochs, "epochs": epochs}.items():
         whole_number(f"--{name}", value, 0)
     if hint_epochs == epochs == 0:
@@ -167,7 +171,7 @@ def distill(
     engine = Engine(parse_device(device), precision)
     sources = {"student": student, "teacher": teacher}
     opened = {w: load(s, trust=trust) if is_saved(s) else s for w, s in sources.items()}
-    with _one_after_the_other(engine):  # the first may have to fetch what the others then read
+    with one_after_the_other(engine):  # the first may have to fetch what the others then read
         data = data_for(opened, dataset, data_root=data_root, image_size=image_size, limit=limit, augment=augment)
         build: dict[str, Any] = {"trust": trust, "seed": seed}
         pupil = classifier(opened["student"], data, what="the student", weights=weights, **build)
@@ -178,8 +182,7 @@ def distill(
         _rehearse(pupil, master, data, hints if hint_epochs else None, learned if epochs else (), cache)
     costs = {"teacher": cost(master), "student": cost(pupil)}
     shares = _shares(costs, teacher_epochs, hint_epochs, epochs)
-    settings = {k: v for k, v in context.params.items() if k not in _WITHOUT_EFFECT}
-    settings = json.loads(json.dumps(settings, default=str))
+    settings = chosen(context)
     common: dict[str, Any] = {
         "optimizer": optimizer,
         "schedule": schedule,
@@ -216,14 +219,10 @@ def distill(
             **common,
         )
 
-    if not engine.main:
-        engine.wait()
-        run(unfinished(out), None)
-        return
-    with unfinished_folder(out, settings, force=force) as folder:
-        engine.wait()
-        with Bars() as bars, _going_on(folder):
-            taught, found = run(folder, Whole(shares, bars))
+    with under_way(engine, out, settings, shares, force=force) as (folder, progress):
+        taught, found = run(folder, progress)
+        if not engine.main:
+            return
         content = {
             "schema": 1,
             "command": shlex.join(["surgery", *context.obj]),
@@ -275,27 +274,6 @@ def _rehearse(
         observe(student, teacher, learned, epochs=1)
     if cache not in ("auto", "none"):
         cache_bytes(teacher, data.train)
-
-
-@contextmanager
-def _one_after_the_other(engine: Engine) -> Iterator[None]:
-    """The main process first, then the others."""
-    if not engine.main:
-        engine.wait()
-    yield
-    if engine.main:
-        engine.wait()
-
-
-@contextmanager
-def _going_on(folder: Path) -> Iterator[None]:
-    """Says, where the run is interrupted, how it can go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if any(folder.glob("*.pt")):
-            print(f"what is done is kept in {folder}: give the same command again to go on", file=sys.stderr)
-        raise
 
 
 def _shares(costs: Mapping[str, Cost], teacher_epochs: int, hint_epochs: int, epochs: int) -> dict[str, float]:

@@ -21,7 +21,7 @@ from surgery.errors import whole_number
 from surgery.passes.reset import reset_hypothesis
 from surgery.passes.slim import Rate, masked, slim, split_masks
 from surgery.training.data import Data
-from surgery.training.engine import mixed_seed
+from surgery.training.engine import mixed_seed, random_state, seed_everything
 from surgery.training.history import History, Score
 from surgery.training.loading import loader
 from surgery.training.loop import LossFn, Progress, evaluate, train
@@ -177,7 +177,7 @@ def evolve(
         if kind != "kels":
             return masked(network, masks)
         carved = slim(network, split_rate)
-        return recalibrated(carved, data, batch_size) if recalibrate else carved
+        return recalibrated(carved, data, batch_size, seed=seed) if recalibrate else carved
 
     found = []
     network = copy.deepcopy(model)
@@ -195,9 +195,9 @@ def evolve(
     return Evolution(network, carved, masks, tuple(found), baseline, other)
 
 
-def recalibrated(model: nn.Module, data: Data, batch_size: int = 64) -> nn.Module:
+def recalibrated(model: nn.Module, data: Data, batch_size: int = 64, *, seed: int = 0) -> nn.Module:
     """A copy whose BatchNorm statistics are the means over the training images, as `torch.optim.swa_utils.update_bn`
-    takes them. All else is as it was."""
+    takes them. All else is as it was. ``seed`` is that of augmentation, and of what is random in training mode."""
     result = copy.deepcopy(model)
     device = next((p.device for p in result.parameters()), torch.device("cpu"))
 
@@ -205,6 +205,7 @@ def recalibrated(model: nn.Module, data: Data, batch_size: int = 64) -> nn.Modul
         for batch, *_ in loader(data.train, batch_size):
             yield batch
 
-    with torch.random.fork_rng():
+    with random_state(device):
+        seed_everything(seed)
         update_bn(images(), result, device)
     return result
