@@ -125,6 +125,20 @@ def test_statistics_of_the_slim_network_are_measured_anew_where_asked(digits, mo
     assert torch.equal(found.slim.get_parameter("0.weight"), plain.get_parameter("0.weight"))
 
 
+def test_statistics_measured_on_augmented_images_follow_from_the_seed_alone(model):
+    data = load_data("digits", limit=50, augment="flip-crop")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        first = recalibrated(model, data)
+        torch.manual_seed(2)
+        state = torch.get_rng_state()
+        assert_same(recalibrated(model, data), first)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(
+        recalibrated(model, data, seed=1).get_buffer("1.running_mean"), first.get_buffer("1.running_mean")
+    )
+
+
 def test_what_is_drawn_anew_can_be_chosen(digits, model):
     kept = evolve(model, digits, 0.5, 2, reset={"norms": False, "statistics": False}, **{**QUICK, "lr": 1e-12})
     assert torch.allclose(kept.model.get_parameter("1.weight"), model.get_parameter("1.weight"), atol=1e-6)
