@@ -9,9 +9,9 @@
 many times as fast the slim networks are, measured on ONNX Runtime on the CPU.
 
 ``generations``: accuracy of the dense network and of the slim one inside of it after each generation, against the same
-network trained for as many epochs at once, on 1,000 images. By default ResNet-18 with half of its channels, so that two
-cores are enough. How long a generation is, and each arm's learning rate, is chosen by training images that are not
-learned from.
+network trained for as many epochs at once, on 1,000 images. By default ResNet-18 with a quarter of its channels, so
+that two cores are enough. How long a generation is, and each arm's learning rate, is chosen by training images that are
+not learned from.
 
 ``step``: how long a training step takes in a generation, in `surgery.train`, and in a plain loop of torch.
 
@@ -73,10 +73,10 @@ def parsed() -> argparse.Namespace:
     part.add_argument("--validation-images", type=int, default=1000, help="others, by which settings are chosen")
     part.add_argument("--test-images", type=int, default=3000, help="of the test part, and of what is left to train on")
     part.add_argument("--model", default="resnet18", help="torchvision's")
-    part.add_argument("--width", type=float, default=0.5, help="share of its channels that it has")
+    part.add_argument("--width", type=float, default=0.25, help="share of its channels that it has")
     part.add_argument("--split-rate", type=float, default=0.5)
-    part.add_argument("--generations", type=int, default=8)
-    part.add_argument("--epochs", type=int, nargs="+", default=[5, 10], help="of a generation: those tried")
+    part.add_argument("--generations", type=int, default=10)
+    part.add_argument("--epochs", type=int, nargs="+", default=[10, 20], help="of a generation: those tried")
     part.add_argument(
         "--rates", type=float, nargs="+", default=[0.064, 0.128, 0.256], help="learning rates: those tried"
     )
@@ -87,7 +87,7 @@ def parsed() -> argparse.Namespace:
 
     part = parts.add_parser("step", help="the time of a training step")
     part.add_argument("--model", default="resnet18", help="torchvision's")
-    part.add_argument("--image-size", type=int, default=64)
+    part.add_argument("--image-size", type=int, default=32)
     part.add_argument("--batch-size", type=int, default=32)
     part.add_argument("--split-rate", type=float, default=0.5)
     part.add_argument("--device", default="cpu")
