@@ -303,6 +303,17 @@ def test_two_runs_into_one_folder_never_mix(tmp_path):
     assert write_cache(make_teacher(), make_images(), tmp_path / "cache")
 
 
+def test_a_file_that_was_cut_off_is_written_anew(tmp_path):
+    teacher, images = make_teacher(), make_images()
+    write_cache(teacher, images, tmp_path / "cache")
+    file = next((tmp_path / "cache").glob("output-1-*.npy"))
+    os.truncate(file, file.stat().st_size - 1000)
+    with pytest.raises(UsageError, match="the outputs in it are not complete"):
+        open_cache(tmp_path / "cache", images)
+    assert write_cache(teacher, images, tmp_path / "cache")
+    assert torch.equal(open_cache(tmp_path / "cache", images)[36][3], expected(teacher, images)[1][36])
+
+
 def test_a_folder_with_other_things_is_left_alone(tmp_path):
     folder = tmp_path / "thesis"
     folder.mkdir()

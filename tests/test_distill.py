@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -219,10 +220,14 @@ def test_mixed_precision(digits, teacher):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"hint_epochs": -1}, "hint_epochs is -1: it must be at least 0"),
-        ({"epochs": -1}, "epochs is -1: it must be at least 0"),
+        ({"hint_epochs": 1.5}, r"hint_epochs must be a whole number of at least 0, not 1\.5"),
+        ({"epochs": -1}, "epochs must be a whole number of at least 0, not -1"),
         ({"hint_epochs": 0, "epochs": 0}, "hint_epochs and epochs are 0: there is nothing to train"),
         ({"label_weight": -1.0}, "label_weight is -1.0: it must be at least 0"),
+        ({"label_weight": "1"}, "label_weight is '1': it must be at least 0"),
+        ({"label_weight": 0, "objectives": ()}, "no objectives, and label_weight is 0: there is nothing to learn"),
+        ({"label_smoothing": 2}, "label_smoothing is 2: it must be from 0 to 1"),
+        ({"objectives": "kd"}, r"'k' is no objective: pass one such as surgery\.KD\(\)"),
         ({"guided": "layer9"}, "layer9"),
         ({"optimizer": "lion"}, "unknown optimizer 'lion'"),
         ({"cache": ""}, "cache"),
@@ -231,6 +236,50 @@ def test_mixed_precision(digits, teacher):
 def test_what_cannot_be_is_refused(digits, teacher, settings, message):
     with pytest.raises(surgery.UsageError, match=message):
         distill(traced(thin), teacher, digits, **{**SMALL, **settings})
+
+
+def test_a_student_without_anything_to_train_is_refused(digits, teacher):
+    for student in (traced(thin).requires_grad_(False), traced(lambda: nn.Flatten(1))):
+        with pytest.raises(surgery.UsageError, match="no parameter that requires a gradient"):
+            distill(student, teacher, digits, **SMALL)
+
+
+@pytest.mark.parametrize("cache", ["none", "memory"])
+@pytest.mark.parametrize("hint_epochs", [0, 1])
+def test_what_else_items_have_is_not_taken_for_the_teachers_outputs(digits, teacher, cache, hint_epochs):
+    student, settings = traced(thin), {**SMALL, "hint_epochs": hint_epochs, "epochs": 1, "cache": cache}
+    items = [(image, label, torch.arange(10.0)) for image, label in digits.train]
+    expected = distill(student, teacher, digits, **settings)
+    assert_same(distill(student, teacher, replace(digits, train=items), **settings).student, expected.student)
+
+
+def test_one_objective_needs_no_sequence(digits, teacher):
+    student, settings = traced(thin), {"hint_epochs": 0, "epochs": 1}
+    expected = distill(student, teacher, digits, objectives=[RKD()], **settings)
+    assert_same(distill(student, teacher, digits, objectives=RKD(), **settings).student, expected.student)
+
+
+def test_labels_alone_have_their_weight_too(digits, teacher):
+    student, settings = traced(thin), {"hint_epochs": 0, "epochs": 1, "objectives": ()}
+    whole, half = (
+        distill(student, teacher, digits, optimizer="sgd", momentum=0.0, weight_decay=0.0, **options, **settings)
+        for options in ({"lr": 0.01}, {"lr": 0.02, "label_weight": 0.5})
+    )
+    for name, value in whole.student.state_dict().items():
+        assert torch.allclose(half.student.state_dict()[name], value, atol=1e-5)
+    assert half.history.epochs[0].loss == pytest.approx(0.5 * whole.history.epochs[0].loss, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "around", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["inference", "autocast"]
+)
+def test_the_callers_modes_do_not_matter(digits, teacher, around):
+    student, settings = traced(thin), {**SMALL, "hint_epochs": 1, "epochs": 1}
+    expected = distill(student, teacher, digits, **settings)
+    with around():
+        found = distill(student, teacher, digits, **settings)
+    assert_same(found.student, expected.student)
+    assert not any(parameter.is_inference() for parameter in found.student.parameters())
 
 
 IN_PROCESSES = """

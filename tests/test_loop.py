@@ -191,11 +191,39 @@ def test_wilsons_interval_is_that_of_the_textbook():
         ({"batch_size": 1}, "the batch size is 1: batch statistics need at least 2"),
         ({"optimizer": "adam"}, "unknown optimizer 'adam'; did you mean 'adamw'"),
         ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'"),
+        ({"epochs": 1.5}, r"epochs must be a whole number, not 1\.5"),
+        ({"batch_size": "64"}, "batch_size must be a whole number, not '64'"),
+        ({"checkpoint_every": True}, "checkpoint_every must be a whole number, not True"),
+        ({"lr": "0.1"}, "the learning rate is '0.1': it must be above 0"),
+        ({"momentum": 1.0}, r"momentum is 1\.0: it must be at least 0 and below 1"),
+        ({"weight_decay": -1.0}, r"the weight decay is -1\.0: it must be at least 0"),
+        ({"label_smoothing": float("nan")}, "label_smoothing is nan: it must be from 0 to 1"),
+        ({"seed": 1.5}, r"seed must be a whole number of at least 0, not 1\.5"),
+        ({"workers": -1}, "workers must be a whole number of at least 0, not -1"),
     ],
 )
 def test_settings_out_of_range_are_refused(digits, settings, message):
     with pytest.raises(UsageError, match=message):
         train(small_net(), digits, **{"epochs": 1, **settings})
+
+
+def test_a_model_with_nothing_to_train_is_refused(digits):
+    with pytest.raises(UsageError, match="the model has no parameter that requires a gradient: there is nothing to "):
+        train(small_net().requires_grad_(False), digits, epochs=1)
+
+
+@pytest.mark.parametrize(
+    "around", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)], ids=str
+)
+def test_gradients_and_precision_are_those_of_the_loop_whatever_it_is_called_in(digits, around):
+    expected, model = small_net(), small_net()
+    train(expected, digits, epochs=1)
+    with around():
+        before = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+        train(model, digits, epochs=1)
+        after = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+    assert torch.equal(model[6].weight, expected[6].weight)
+    assert after == before
 
 
 def test_a_loss_that_is_no_number_stops_the_training(digits):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -147,6 +149,68 @@ def test_a_checkpoint_of_another_training_is_refused(digits, tmp_path):
         train(other, digits, epochs=1, identity={"teacher": "a"}, checkpoint=path)
     with pytest.raises(surgery.UsageError, match="another training, with other settings"):
         train(net(), digits, epochs=1, checkpoint=path)
+
+
+@pytest.mark.parametrize("augment", ["none", "flip"])
+def test_a_checkpoint_for_other_images_is_refused(tmp_path, augment):
+    path = tmp_path / "training.pt"
+    ours, others = (load_data("digits", limit=70, seed=seed, augment=augment) for seed in (0, 1))
+    train(net(), ours, epochs=1, checkpoint=path)
+    with pytest.raises(surgery.UsageError, match="another training, with images"):
+        train(net(), others, epochs=1, checkpoint=path)
+    assert train(net(), ours, epochs=1, checkpoint=path).steps == 1
+
+
+def test_what_items_have_beside_image_and_label_is_no_matter_for_a_checkpoint(digits, tmp_path):
+    items = [(image, label, "a name", {"index": k}) for k, (image, label) in enumerate(digits.train)]
+    settings = {"epochs": 1, "checkpoint": tmp_path / "training.pt"}
+    first = train(net(), digits, **settings)
+    assert train(net(), replace(digits, train=items), **settings) == first
+
+
+def test_numbers_of_numpys_identify_a_training_as_pythons_do(digits, tmp_path):
+    settings = {"epochs": 1, "checkpoint": tmp_path / "training.pt"}
+    first = train(net(), digits, seed=np.int64(3), lr=np.float32(0.5), **settings)
+    assert train(net(), digits, seed=3, lr=0.5, **settings) == first
+
+
+def no_step(*_):
+    raise AssertionError("a step was taken")
+
+
+def test_an_identity_that_is_no_json_data_is_refused_before_the_training(digits, tmp_path):
+    with pytest.raises(surgery.UsageError, match="what identifies a training must be plain JSON data"):
+        train(net(), digits, epochs=1, loss_fn=no_step, checkpoint=tmp_path / "a.pt", identity={"teacher": net()})
+
+
+def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_training(digits, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", Path("/proc")):
+        with pytest.raises(surgery.UsageError, match=r"the checkpoint .*a\.pt cannot be written"):
+            train(net(), digits, epochs=1, loss_fn=no_step, checkpoint=folder / "a.pt")
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), RuntimeError("unexpected pos 8704")])
+def test_a_disk_that_is_full_costs_neither_the_checkpoint_nor_more_space(digits, tmp_path, monkeypatch, error):
+    whole, resumed, written = net(), net(), []
+    train(whole, digits, epochs=EPOCHS)
+    settings = {"epochs": EPOCHS, "checkpoint": tmp_path / "training.pt"}
+    save = torch.save
+
+    def full_at_last(state, path):
+        written.append(path)
+        if len(written) > 1:
+            Path(path).write_text("part")
+            raise error
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full_at_last)
+    with pytest.raises(OSError, match=str(error)):
+        train(net(), digits, **settings)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["training.pt"]
+    train(resumed, digits, **settings)
+    assert_same(resumed, whole)
 
 
 def test_what_is_no_checkpoint_is_refused(digits, tmp_path):

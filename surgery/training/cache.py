@@ -280,7 +280,15 @@ def _stored(folder: Path) -> dict[str, Any]:
 
 
 def _complete(folder: Path, stored: dict[str, Any]) -> bool:
-    return bool(stored.get("complete")) and all((folder / entry["file"]).is_file() for entry in stored["outputs"])
+    return bool(stored.get("complete")) and all(
+        (folder / entry["file"]).is_file() and (folder / entry["file"]).stat().st_size > _bytes(entry, stored)
+        for entry in stored["outputs"]
+    )
+
+
+def _bytes(entry: dict[str, Any], stored: dict[str, Any]) -> int:
+    """Of the values in an output's file, behind its header."""
+    return int(math.prod(entry["shape"]) * getattr(torch, entry["dtype"]).itemsize * stored["images"]["count"])
 
 
 def _write_marker(folder: Path, content: dict[str, Any]) -> None:

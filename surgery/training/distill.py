@@ -6,21 +6,32 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from surgery.errors import UsageError
+from surgery.errors import UsageError, whole_number
 from surgery.passes.hints import attach_hint, hint_loss
 from surgery.passes.taps import Names
 from surgery.training.cache import cache_bytes, cached_outputs, open_cache
-from surgery.training.data import Data
-from surgery.training.engine import Engine
+from surgery.training.checks import check_numbers, check_trainable
+from surgery.training.data import Data, Derived
+from surgery.training.engine import Engine, plain_modes
 from surgery.training.fingerprint import is_deterministic, module_digest
 from surgery.training.history import History, Score
-from surgery.training.loop import Batch, LossFn, Progress, check_settings, evaluate, label_loss, train
+from surgery.training.loop import (
+    Batch,
+    LossFn,
+    Progress,
+    check_settings,
+    classification_loss,
+    evaluate,
+    label_loss,
+    train,
+)
 from surgery.training.objectives import KD, Objective
 from surgery.training.observed import Observed, observe
 from surgery.training.resume import is_finished
@@ -69,6 +80,7 @@ class Distillation:
         }
 
 
+@plain_modes()
 def distill(
     student: nn.Module,
     teacher: nn.Module,
@@ -79,7 +91,7 @@ def distill(
     regressor: str = "auto",
     hint_epochs: int = 5,
     epochs: int = 10,
-    objectives: Sequence[Objective] = (KD(),),
+    objectives: Objective | Sequence[Objective] = (KD(),),
     label_weight: float = 1.0,
     label_smoothing: float = 0.0,
     optimizer: str = "adamw",
@@ -114,8 +126,8 @@ def distill(
         guided, hint, regressor: as in `surgery.attach_hint`; by default the middle layers.
         hint_epochs: passes over the training images in stage 1; 0 leaves it out.
         epochs: and in stage 2; 0 leaves it out.
-        objectives: what the student learns in stage 2 besides labels (`surgery.training.objectives`); with none it
-            learns labels alone.
+        objectives: what the student learns in stage 2 besides labels (`surgery.training.objectives`), one or several;
+            with none it learns labels alone.
         label_weight: of the labels' cross-entropy beside them.
         lr, hint_lr: the peak learning rates of stages 2 and 1; by default the optimiser's, and that of stage 2. The
             settings that are not named here are those of `surgery.train`, and alike for both stages.
@@ -133,17 +145,21 @@ def distill(
         EditError: layers that cannot be guided or give a hint.
         FloatingPointError: a loss stops being a number.
     """
+    objectives = (objectives,) if isinstance(objectives, Objective) else tuple(objectives)
     for name, value in {"hint_epochs": hint_epochs, "epochs": epochs}.items():
-        if value < 0:
-            raise UsageError(f"{name} is {value}: it must be at least 0")
+        whole_number(name, value, 0)
     if hint_epochs == epochs == 0:
         raise UsageError("hint_epochs and epochs are 0: there is nothing to train")
     if not os.fspath(cache):
         raise UsageError('cache is empty: pass "auto", "memory", "none" or a folder')
-    if not label_weight >= 0:
-        raise UsageError(f"label_weight is {label_weight}: it must be at least 0")
+    if not (isinstance(label_weight, Real) and label_weight >= 0):
+        raise UsageError(f"label_weight is {label_weight!r}: it must be at least 0")
+    if epochs and not objectives and not label_weight:
+        raise UsageError("no objectives, and label_weight is 0: there is nothing to learn in stage 2")
     for rate in (lr, hint_lr):
         check_settings(data, max(epochs, hint_epochs), optimizer, rate, batch_size, schedule, checkpoint_every)
+    check_numbers(momentum, weight_decay, label_smoothing, seed, workers)
+    check_trainable(student)
     settings: dict[str, Any] = {
         "optimizer": optimizer,
         "momentum": momentum,
@@ -157,7 +173,8 @@ def distill(
         "progress": progress,
     }
     engine = Engine(next(student.parameters()).device, precision)
-    lessons = _Lessons(data, cache, batch_size, workers, progress if engine.main else None, engine)
+    pairs = replace(data, train=_Pairs(data.train))
+    lessons = _Lessons(pairs, cache, batch_size, workers, progress if engine.main else None, engine)
     pair = attach_hint(student, teacher, guided, hint, regressor=regressor, seed=seed) if hint_epochs else None
     observed = observe(student, teacher, objectives, epochs=epochs, seed=seed) if epochs and objectives else None
     if channels_last:
@@ -193,7 +210,7 @@ def distill(
             epochs=epochs,
             lr=lr,
             label_smoothing=label_smoothing,
-            loss_fn=None if observed is None else _objective(observed, label_weight, label_smoothing),
+            loss_fn=_objective(observed, label_weight, label_smoothing),
             test_each_epoch=test_each_epoch,
             checkpoint=file,
             identity={**identity, "label_weight": label_weight, "objectives": [repr(o) for o in objectives]},
@@ -210,6 +227,13 @@ def distill(
         before=before,
         score=evaluate(learned, data.test, workers=workers),
     )
+
+
+class _Pairs(Derived):
+    """Images and labels alone: what else items have would be taken for the teacher's outputs."""
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return self.images[index][:2]
 
 
 @dataclass(frozen=True)
@@ -261,7 +285,11 @@ def _hint_objective(teacher: nn.Module) -> LossFn:
     return loss_fn
 
 
-def _objective(observed: Observed, label_weight: float, label_smoothing: float) -> LossFn:
+def _objective(observed: Observed | None, label_weight: float, label_smoothing: float) -> LossFn:
+    if observed is None:
+        labels_alone = classification_loss(label_smoothing)
+        return lambda model, batch, epoch: label_weight * labels_alone(model, batch, epoch)
+
     def loss_fn(model: nn.Module, batch: Batch, epoch: float) -> Tensor:
         images, labels, *_ = batch
         output, values = model(images)

@@ -109,6 +109,13 @@ def is_main_process() -> bool:
 
 
 @contextmanager
+def plain_modes() -> Iterator[None]:
+    """Within it gradients are on and nothing is autocast, whatever the caller has set."""
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@contextmanager
 def random_state(device: torch.device) -> Iterator[None]:
     """Within it torch's random state may be changed at will: the one of before is restored."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

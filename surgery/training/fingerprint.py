@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from surgery.graph.traced import named_tensors
 from surgery.training.data import Images
@@ -29,6 +30,17 @@ def is_deterministic(images: Images) -> bool:
 def images_digest(images: Images) -> str:
     """SHA-256 of some images and their labels, taken from all over the data set."""
     return _digest(images[k] for k in _sample(images))
+
+
+def training_digest(images: Images) -> str:
+    """As `images_digest`, with the labels alone where images change from one reading to the next, and without what
+    items have beside both."""
+    first = 0 if is_deterministic(images) else 1
+    with _random_states():
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        return _digest(tuple(images[k])[first:2] for k in _sample(images))
 
 
 def module_digest(module: nn.Module) -> str:
@@ -52,7 +64,12 @@ def _sample(images: Images) -> list[int]:
 
 def _digest(items: Iterable[tuple[Any, ...]]) -> str:
     found = hashlib.sha256()
-    for part in (torch.as_tensor(part) for item in items for part in item):
+    for leaf in (leaf for item in items for leaf in pytree.tree_leaves(tuple(item))):
+        try:
+            part = torch.as_tensor(leaf)
+        except (TypeError, ValueError, RuntimeError):  # what an item has that is neither a tensor nor a number
+            found.update((leaf if isinstance(leaf, str) else type(leaf).__qualname__).encode())
+            continue
         found.update(f"{tuple(part.shape)} {part.dtype}".encode())
         found.update(_bytes(part))
     return found.hexdigest()

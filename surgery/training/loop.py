@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,10 +24,11 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from surgery.errors import UsageError, unknown_name
+from surgery.training.checks import check_numbers, check_trainable, check_whole
 from surgery.training.data import Data, Images
 from surgery.training.descent import OPTIMIZERS, SCHEDULES, parameter_groups, set_rate
-from surgery.training.engine import Engine, random_state, seed_everything
-from surgery.training.fingerprint import module_digest
+from surgery.training.engine import Engine, plain_modes, random_state, seed_everything
+from surgery.training.fingerprint import module_digest, training_digest
 from surgery.training.growth import Growth, Stage, count, grown, grown_record, rehearse, stages
 from surgery.training.history import Epoch, History, Score
 from surgery.training.loading import EpochOrder, loader
@@ -47,6 +49,7 @@ class Progress(Protocol):
     def __call__(self, task: str, done: int, total: int) -> None: ...
 
 
+@plain_modes()
 def train(
     model: nn.Module,
     data: Data,
@@ -75,6 +78,8 @@ def train(
     task: str = "train",
 ) -> History:
     """Train ``model`` in place on ``data.train`` and return how it went. The model is left in its mode of before.
+
+    Gradients and precision are the loop's own, whatever ``no_grad`` or ``autocast`` it is called in.
 
     It is trained where it is, and under ``accelerate launch`` in as many processes as there are, each of which takes
     its share of every batch: the same batches and the same losses, up to rounding, as in one process. (BatchNorm
@@ -109,11 +114,13 @@ def train(
         progress: called after each step, with ``task``.
 
     Raises:
-        UsageError: nothing to train on, a setting out of range, or another training's checkpoint; and what
-            `surgery.widen` and `surgery.deepen` raise.
+        UsageError: nothing to train or to train on, a setting out of range, another training's checkpoint, or one that
+            cannot be written; and what `surgery.widen` and `surgery.deepen` raise.
         FloatingPointError: the loss stops being a number.
     """
     check_settings(data, epochs, optimizer, lr, batch_size, schedule, checkpoint_every)
+    check_numbers(momentum, weight_decay, label_smoothing, seed, workers)
+    check_trainable(model)
     plan = stages(data, epochs, grow or {}, seed)
     total = sum(stage.epochs * _steps_of_epoch(stage.images, batch_size) for stage in plan)
     last_step = total if last_step is None else last_step
@@ -147,6 +154,8 @@ def train(
         file = Checkpoint(Path(checkpoint), {**settings, **_identity(model, data, plan), **(identity or {})})
     saved = None if file is None else file.read()
     engine.wait()  # a process may not write what another one has not read yet
+    if file is not None and engine.main:
+        file.prepare()
     model.to(engine.device)
     run = _Run(
         model=model,
@@ -393,6 +402,7 @@ def _identity(model: nn.Module, data: Data, plan: Sequence[Stage]) -> dict[str, 
         "model": module_digest(model),
         "data": f"{data.source}, {data.counts[0]} images of {data.image_size} pixels",
         "augment": data.augment,
+        "images": training_digest(data.train),
         "growths": growths,
     }
 
@@ -407,14 +417,15 @@ def check_settings(
     checkpoint_every: int | None,
 ) -> None:
     """Raise `UsageError` for settings that `train` refuses, before any work is done."""
+    check_whole(epochs=epochs, batch_size=batch_size, checkpoint_every=checkpoint_every)
     if optimizer not in OPTIMIZERS:
         raise unknown_name("optimizer", optimizer, OPTIMIZERS)
     if schedule not in SCHEDULES:
         raise unknown_name("schedule", schedule, SCHEDULES)
     if epochs < 1:
         raise UsageError(f"epochs is {epochs}: it must be at least 1")
-    if lr is not None and not lr > 0:
-        raise UsageError(f"the learning rate is {lr}: it must be above 0")
+    if lr is not None and not (isinstance(lr, Real) and lr > 0):
+        raise UsageError(f"the learning rate is {lr!r}: it must be above 0")
     if batch_size < 2:
         raise UsageError(f"the batch size is {batch_size}: batch statistics need at least 2")
     if data.counts[0] < 2:

@@ -107,6 +107,9 @@ def observe(
     """
     objectives = (objectives,) if isinstance(objectives, Objective) else tuple(objectives)
     whole_number("epochs", epochs, 1)
+    for objective in objectives:
+        if not isinstance(objective, Objective):
+            raise UsageError(f"{objective!r} is no objective: pass one such as surgery.KD()")
     if not objectives:
         raise UsageError("no objectives: the student has nothing to learn from the teacher")
     ours = Network(student, "student", mode="training")

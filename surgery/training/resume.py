@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -58,6 +59,19 @@ class Checkpoint:
     path: Path
     identity: Mapping[str, Any]
 
+    def prepare(self) -> None:
+        """Make the folder of the file, and see that it can be written to.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._part.touch()
+            self._part.unlink()
+        except OSError as error:
+            raise UsageError(f"the checkpoint {self.path} cannot be written: {error}") from error
+
     def save(
         self,
         progressed: Progressed,
@@ -65,26 +79,35 @@ class Checkpoint:
         optimizer: Optimizer | None,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
-        """Replace the file. Without an optimiser it is that of a training that is over."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Replace the file. Without an optimiser it is that of a training that is over.
+
+        Raises:
+            OSError: it cannot be written, as on a full disk; the file of before is still there.
+        """
         state = {
             "format": _FORMAT,
-            "identity": json.dumps(dict(self.identity)),
+            "identity": self._identity,
             "progressed": json.dumps(asdict(progressed)),
             "model": model.state_dict(),
             "optimizer": optimizer and optimizer.state_dict(),
             "scaler": scaler and scaler.state_dict(),
         }
-        part = self.path.with_name(f"{self.path.name}.part")
-        torch.save(state, part)
-        os.replace(part, self.path)
+        try:
+            torch.save(state, self._part)
+            os.replace(self._part, self.path)
+        except BaseException as error:
+            self._part.unlink(missing_ok=True)
+            if isinstance(error, RuntimeError):  # what torch makes of a disk that is full
+                raise OSError(f"the checkpoint {self.path} cannot be written: {error}") from error
+            raise
 
     def read(self) -> Saved | None:
         """What the file has; None where there is none.
 
         Raises:
-            UsageError: it cannot be read, or is of another training.
+            UsageError: it cannot be read, or is of another training; or the identity is no JSON data.
         """
+        now = json.loads(self._identity)
         if not self.path.exists():
             return None
         try:
@@ -94,7 +117,7 @@ class Checkpoint:
             raise UsageError(f"{self.path} is not a checkpoint of a training: {error}") from error
         if not known:
             raise UsageError(f"{self.path} is a checkpoint of another version: remove it to begin anew")
-        before, now = json.loads(state["identity"]), json.loads(json.dumps(dict(self.identity)))
+        before = json.loads(state["identity"])
         other = [f"{key} {before.get(key)} and not {now.get(key)}" for key in now if before.get(key) != now.get(key)]
         if other or set(before) != set(now):
             raise UsageError(
@@ -102,6 +125,18 @@ class Checkpoint:
                 "use the settings of then, or remove it to begin anew"
             )
         return Saved(_from_json(json.loads(state["progressed"])), state)
+
+    @property
+    def _part(self) -> Path:
+        """Where the file is written before it takes its place."""
+        return self.path.with_name(f"{self.path.name}.part")
+
+    @property
+    def _identity(self) -> str:
+        try:
+            return json.dumps(dict(self.identity), default=_number)
+        except TypeError as error:
+            raise UsageError(f"what identifies a training must be plain JSON data: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -132,6 +167,13 @@ def is_finished(path: Path) -> bool:
         return bool(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["optimizer"] is None)
     except Exception:  # what is no checkpoint is refused when it is read
         return False
+
+
+def _number(value: object) -> Any:
+    """A number of numpy's as one of Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} is not")
 
 
 def _from_json(content: Mapping[str, Any]) -> Progressed:
