@@ -97,6 +97,17 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_float32_weights():
     assert not torch.equal(plain[0].weight, model[0].weight)
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_mixed_precision_is_the_same_in_the_callers_autocast(enabled):
+    data = load_data("digits", limit=130)
+    expected, model = net(), net()
+    train(expected, data, epochs=2, precision="bf16")
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        train(model, data, epochs=2, precision="bf16")
+    assert torch.equal(model[4].weight, expected[4].weight)
+    assert not torch.equal(model[4].weight, net()[4].weight)
+
+
 def test_precisions_that_there_are_not_are_refused():
     with pytest.raises(surgery.UsageError, match="unknown precision 'bf15'; did you mean 'bf16'"):
         Engine(torch.device("cpu"), "bf15")

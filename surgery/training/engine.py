@@ -110,8 +110,13 @@ def is_main_process() -> bool:
 
 @contextmanager
 def plain_modes() -> Iterator[None]:
-    """Within it gradients are on and nothing is autocast, whatever the caller has set."""
-    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    """Within it gradients are on and nothing is autocast, whatever the caller has set.
+
+    What is autocast within keeps no weights in half precision: they would stay what they are as long as any autocast
+    of the caller's lasts, and no step would be seen.
+    """
+    off: dict[str, Any] = {"enabled": False, "cache_enabled": False}
+    with torch.inference_mode(False), torch.autocast("cpu", **off), torch.autocast("cuda", **off):
         yield
 
 
