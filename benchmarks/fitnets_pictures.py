@@ -9,14 +9,14 @@ from typing import Any
 from fitnets_cost import PUBLISHED
 from fitnets_step import WAYS
 from fitnets_tables import METHOD_LABELS, TARGETS, errors, finals, students
-from fitnets_train import METHODS
+from fitnets_train import LONGER, METHODS
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-BLUE, AMBER, GREY, DARK = "#0b6e99", "#d08c2f", "#8a8a8a", "#222222"
-COLOURS = {"backprop": GREY, "kd": AMBER, "hints": BLUE}
+BLUE, AMBER, GREEN, GREY, DARK = "#0b6e99", "#d08c2f", "#4c9a4c", "#8a8a8a", "#222222"
+COLOURS = {"backprop": GREY, "kd": AMBER, "hints": BLUE, LONGER: GREEN}
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g}%")
 TITLE: dict[str, Any] = {"x": 0.01, "ha": "left", "fontsize": 13}
 
@@ -108,7 +108,8 @@ def draw_mnist(document: dict[str, Any], path: Path) -> None:
     figure = new_figure(11, 5)
     ends, course = figure.subplots(1, 2, width_ratios=[1, 1.5])
     teacher = median(errors(document, settings["teacher"], "teacher"))
-    for place, method in enumerate(METHODS):
+    methods = [method for method in COLOURS if finals(document, net, method)]
+    for place, method in enumerate(methods):
         values = errors(document, net, method)
         shifts = [place + 0.09 * (k - (len(values) - 1) / 2) for k in range(len(values))]
         ends.plot(shifts, values, "o", color=COLOURS[method], markersize=6)
@@ -118,12 +119,12 @@ def draw_mnist(document: dict[str, Any], path: Path) -> None:
             label, (place + 0.3, median(values)), xytext=(3, 0), textcoords="offset points", va="center", fontsize=9
         )
         runs = finals(document, net, method)
-        first = settings["hint_epochs"] if method == "hints" else 0
+        first = settings["hint_epochs"] if method in ("hints", LONGER) else 0
         _course(course, [[1 - a for a in r["accuracy"]] for r in runs], first, COLOURS[method], METHOD_LABELS[method])
     ends.axhline(teacher, color=DARK, linewidth=0.8)
     ends.annotate(f"teacher {teacher:.1%}", (-0.45, teacher), xytext=(0, 4), textcoords="offset points", fontsize=8.5)
-    ends.set_xticks(range(len(METHODS)), [METHOD_LABELS[method] for method in METHODS])
-    ends.set_xlim(-0.5, len(METHODS) - 0.3)
+    ends.set_xticks(range(len(methods)), [METHOD_LABELS[method].replace(", ", ",\n") for method in methods])
+    ends.set_xlim(-0.5, len(methods) - 0.3)
     ends.set_ylim(bottom=0)
     ends.yaxis.set_major_formatter(PERCENT)
     ends.set_ylabel("test error")

@@ -27,7 +27,10 @@ from surgery.training.distill import distill
 from surgery.training.history import History
 
 METHODS = ("backprop", "kd", "hints")
-"""Labels alone; labels and the teacher's softened outputs; hints first, then these."""
+"""Labels alone; labels and the teacher's softened outputs; hints first, then these, in as many epochs in all."""
+
+LONGER = "longer"
+"""Hints first, and then as many epochs as KD has alone: the paper's two stages."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,11 @@ class TrainSettings:
     batch_size: int
     hint_epochs: int
     epochs: int
-    """Without those of stage 1; the other methods have as many epochs in all."""
+    """Without those of stage 1; the other methods but `LONGER` have as many epochs in all."""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return (*METHODS, LONGER) if self.part == "mnist" else METHODS
 
     @property
     def nets(self) -> tuple[Net, ...]:
@@ -102,14 +109,14 @@ class Task:
 def all_runs(settings: TrainSettings, document: dict[str, Any], seeds: int, pool: Executor) -> Iterator[dict[str, Any]]:
     """The records that ``document`` lacks, as they come; they are added to it by the caller."""
     grid = [
-        Task(net, method, lr, 0, True) for net in settings.nets for method in METHODS for lr in settings.rates
+        Task(net, method, lr, 0, True) for net in settings.nets for method in settings.methods for lr in settings.rates
     ]  # fmt: skip
     yield from _missing(settings, document, grid, pool)
     tasks = [
         Task(net, method, best_rate(document, net.name, method), seed, False)
         for seed in range(seeds)
         for net in settings.nets
-        for method in METHODS
+        for method in settings.methods
     ]
     yield from _missing(settings, document, tasks, pool)
 
@@ -175,8 +182,8 @@ def learn(settings: TrainSettings, task: Task, weights: bytes) -> dict[str, Any]
     data = data_for(settings, task.validation)
     student = network(task.net.name, settings.student_rate, settings.init_range, task.seed)
     options = {"optimizer": settings.optimizer, "lr": task.lr, "batch_size": settings.batch_size, "seed": task.seed}
-    hint_epochs = settings.hint_epochs if task.method == "hints" else 0
-    epochs = settings.hint_epochs + settings.epochs - hint_epochs
+    hint_epochs = settings.hint_epochs if task.method in ("hints", LONGER) else 0
+    epochs = settings.epochs + (0 if task.method == "hints" else settings.hint_epochs)
     hints = None
     try:
         if task.method == "backprop":

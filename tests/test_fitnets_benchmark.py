@@ -19,7 +19,7 @@ import fitnets_cost
 import fitnets_step
 import fitnets_train
 from fitnets_tables import train_table
-from fitnets_train import METHODS, NETS, Task, TrainSettings
+from fitnets_train import LONGER, METHODS, NETS, Task, TrainSettings
 
 
 class Here(Executor):
@@ -121,10 +121,10 @@ def test_other_losses_are_an_error():
 
 def test_every_net_learns_at_each_rate_on_a_part_and_then_by_seeds_at_the_best(run_all):
     calls = run_all({"runs": []}, seeds=2)
-    grid = [(method, 0, True, lr) for method in METHODS for lr in SMALL.rates]
-    finals = [[(method, seed, False, 2e-3) for method in METHODS] for seed in (0, 1)]
-    assert calls[:7] == [("teach", 0, True), *grid]
-    assert sorted(calls[7:]) == sorted([("teach", 0, False), ("teach", 1, False), *finals[0], *finals[1]])
+    grid = [(method, 0, True, lr) for method in (*METHODS, LONGER) for lr in SMALL.rates]
+    finals = [[(method, seed, False, 2e-3) for method in (*METHODS, LONGER)] for seed in (0, 1)]
+    assert calls[:9] == [("teach", 0, True), *grid]
+    assert sorted(calls[9:]) == sorted([("teach", 0, False), ("teach", 1, False), *finals[0], *finals[1]])
 
 
 def test_a_killed_run_goes_on_with_what_is_missing(run_all):
@@ -140,10 +140,10 @@ def test_a_killed_run_goes_on_with_what_is_missing(run_all):
 
     document["runs"] = document["runs"][:4]
     run_all(document, seeds=2)
-    assert len(document["runs"]) == 3 + 6 + 6
+    assert len(document["runs"]) == 3 + 8 + 8
 
 
-def test_all_methods_have_the_same_number_of_epochs_and_a_task_again_is_the_same():
+def test_methods_have_the_same_number_of_epochs_in_all_or_in_stage_2_and_a_task_again_is_the_same():
     task = Task(NETS["mnist"][0], "hints", 1e-3, 0, False)
     small = replace(SMALL, epochs=2)
     _, weights = fitnets_train.teach(small, 0, False)
@@ -151,6 +151,8 @@ def test_all_methods_have_the_same_number_of_epochs_and_a_task_again_is_the_same
     kd = fitnets_train.learn(small, replace(task, method="kd"), weights)
     assert (len(hints["hint_loss"]), len(hints["accuracy"])) == (1, 2)
     assert (len(kd["hint_loss"]), len(kd["accuracy"])) == (0, 3)
+    longer = fitnets_train.learn(small, replace(task, method=LONGER), weights)
+    assert (len(longer["hint_loss"]), len(longer["accuracy"])) == (1, 3)
 
     assert fitnets_train.teach(small, 0, False)[1] == weights
     again = fitnets_train.learn(small, task, weights)
