@@ -209,7 +209,8 @@ def train_table(document: dict[str, Any]) -> str:
             f"{settings['optimizer']}, one-cycle schedule, batch {settings['batch_size']}, {total} epochs for every "
             f"method, of which hints have {settings['hint_epochs']} in stage 1, unless it is said otherwise. Students' "
             f"initial weights {init}. The learning rate of each net and method is the one of {rates} that does best on "
-            "a fifth of the training images, set apart; then all of them are learned from. Test error after the last epoch: the median over "
+            "a fifth of the training images, set apart; then all of them are learned from. Test error after the last "
+            "epoch: the median over "
             "seeds, with the least and the greatest." + few + slim,
             "",
             f"Teacher `{settings['teacher']}`, one for each seed: {spread(teacher)} "
