@@ -183,6 +183,27 @@ def test_a_killed_run_ends_with_the_same_weights(digits, teacher, tmp_path, task
         distill(student, teacher, digits, label_weight=0.5, **settings)
 
 
+class Softened(surgery.Objective):
+    """An objective of one's own, which is no dataclass."""
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def compared(self, student, teacher, seed):
+        return KD().compared(student, teacher, seed)
+
+    def loss(self, *values):
+        return self.weight * KD().loss(*values)
+
+
+def test_a_run_with_an_objective_of_ones_own_goes_on_too(digits, teacher, tmp_path):
+    student, settings = traced(thin), {"hint_epochs": 0, "epochs": 1, "checkpoint": tmp_path}
+    first = distill(student, teacher, digits, objectives=Softened(0.5), **settings)
+    assert_same(distill(student, teacher, digits, objectives=Softened(0.5), **settings).student, first.student)
+    with pytest.raises(surgery.UsageError, match=r"Softened\(weight=0\.5\)'\] and not \['Softened\(weight=2\.0\)"):
+        distill(student, teacher, digits, objectives=Softened(2.0), **settings)
+
+
 def test_another_teacher_is_another_run(digits, teacher, tmp_path):
     student, other = traced(thin), copy.deepcopy(teacher)
     distill(student, teacher, digits, **SMALL, checkpoint=tmp_path)

@@ -194,6 +194,8 @@ def test_wilsons_interval_is_that_of_the_textbook():
         ({"epochs": 1.5}, r"epochs must be a whole number, not 1\.5"),
         ({"batch_size": "64"}, "batch_size must be a whole number, not '64'"),
         ({"checkpoint_every": True}, "checkpoint_every must be a whole number, not True"),
+        ({"first_step": 1.5}, r"first_step must be a whole number, not 1\.5"),
+        ({"last_step": 2.5}, r"last_step must be a whole number, not 2\.5"),
         ({"lr": "0.1"}, "the learning rate is '0.1': it must be above 0"),
         ({"momentum": 1.0}, r"momentum is 1\.0: it must be at least 0 and below 1"),
         ({"weight_decay": -1.0}, r"the weight decay is -1\.0: it must be at least 0"),

@@ -119,6 +119,7 @@ def train(
         FloatingPointError: the loss stops being a number.
     """
     check_settings(data, epochs, optimizer, lr, batch_size, schedule, checkpoint_every)
+    check_whole(first_step=first_step, last_step=last_step)
     check_numbers(momentum, weight_decay, label_smoothing, seed, workers)
     check_trainable(model)
     plan = stages(data, epochs, grow or {}, seed)

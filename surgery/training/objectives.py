@@ -61,6 +61,10 @@ class Objective(ABC):
             epochs: how many there are in all.
         """
 
+    def __repr__(self) -> str:
+        """With its settings: a checkpoint knows objectives by it."""
+        return f"{type(self).__qualname__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
 
 @dataclass(frozen=True)
 class KD(Objective):
