@@ -17,7 +17,8 @@ from torch.nn import functional as F
 import surgery
 from surgery import catalogue
 from surgery.training.data import Data
-from surgery.training.loop import Batch, LossFn, classification_loss
+from surgery.training.loop import classification_loss
+from surgery.training.run import Batch, LossFn
 
 GROWTHS = ("wider", "deeper")
 ARMS = ("net2net", "padding", "scratch")

@@ -23,10 +23,11 @@ from surgery.passes.verify import Verification, verify
 from surgery.passes.widen import unwidened, widen
 from surgery.training.data import load_data
 from surgery.training.distill import Distillation, distill
+from surgery.training.evaluation import evaluate
 from surgery.training.evolve import Evolution, evolve
 from surgery.training.growth import Growth
 from surgery.training.history import History
-from surgery.training.loop import evaluate, train
+from surgery.training.loop import train
 from surgery.training.lottery import Lottery, lottery
 from surgery.training.objectives import DKD, KD, RKD, AttentionTransfer, Hint, Objective, ReviewKD
 from surgery.training.observed import observe

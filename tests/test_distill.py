@@ -17,7 +17,8 @@ from surgery import distill
 from surgery.graph.maxout import Maxout
 from surgery.training import distill as distilling
 from surgery.training.data import load_data
-from surgery.training.loop import evaluate, train
+from surgery.training.evaluation import evaluate
+from surgery.training.loop import train
 from surgery.training.objectives import DKD, KD, RKD, Hint
 
 

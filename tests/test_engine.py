@@ -15,7 +15,8 @@ from torch import nn
 import surgery
 from surgery.training.data import load_data
 from surgery.training.engine import Engine, is_main_process, mixed_seed
-from surgery.training.loop import evaluate, train
+from surgery.training.evaluation import evaluate
+from surgery.training.loop import train
 
 SCRIPT = """
 import json, sys

@@ -14,9 +14,10 @@ import surgery
 from surgery import catalogue
 from surgery.training import evolve as evolving
 from surgery.training.data import Data, Normalisation, load_data
+from surgery.training.evaluation import evaluate
 from surgery.training.evolve import evolve, recalibrated
 from surgery.training.history import Score
-from surgery.training.loop import evaluate, train
+from surgery.training.loop import train
 
 QUICK = {"epochs": 2, "lr": 0.05, "batch_size": 64}
 

@@ -14,8 +14,10 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 import surgery
 from surgery.passes.recipe import Recipe
 from surgery.training.data import load_data
+from surgery.training.descent import SCHEDULES
+from surgery.training.evaluation import evaluate
 from surgery.training.growth import Growth, stages
-from surgery.training.loop import SCHEDULES, evaluate, train
+from surgery.training.loop import train
 
 
 @pytest.fixture(scope="module")

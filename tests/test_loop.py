@@ -11,8 +11,10 @@ from torch.nn import functional
 
 from surgery.errors import UsageError
 from surgery.training.data import load_data
+from surgery.training.descent import SCHEDULES
+from surgery.training.evaluation import evaluate
 from surgery.training.history import Score
-from surgery.training.loop import SCHEDULES, classification_loss, evaluate, train
+from surgery.training.loop import classification_loss, train
 
 
 @pytest.fixture(scope="module")

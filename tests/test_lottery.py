@@ -12,7 +12,8 @@ from test_resume import assert_same, killed_after
 import surgery
 from surgery.training import lottery as lotteries
 from surgery.training.data import load_data
-from surgery.training.loop import evaluate, train
+from surgery.training.evaluation import evaluate
+from surgery.training.loop import train
 from surgery.training.lottery import lottery
 
 QUICK = {"epochs": 3, "batch_size": 50, "lr": 0.05}

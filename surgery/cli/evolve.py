@@ -53,12 +53,13 @@ from surgery.deploy.units import mebibytes, quantity
 from surgery.errors import UsageError, unknown_name, whole_number
 from surgery.graph.traced import info
 from surgery.passes.tickets import magnitude_masks
+from surgery.training.checks import check_settings
 from surgery.training.data import Data
 from surgery.training.engine import Engine
+from surgery.training.evaluation import Progress
 from surgery.training.evolve import Evolution
 from surgery.training.evolve import evolve as run_evolve
 from surgery.training.history import Score
-from surgery.training.loop import Progress, check_settings
 from surgery.training.lottery import Lottery
 from surgery.training.lottery import lottery as run_lottery
 

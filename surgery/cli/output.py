@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from surgery.training.loop import Progress as Told
+from surgery.training.evaluation import Progress as Told
 
 
 def emit(result: Any, as_json: bool, *tables: Table, note: str = "") -> None:
@@ -40,7 +40,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]], *
 
 
 class Bars:
-    """A `surgery.training.loop.Progress` that draws: one bar for the whole run, one for the stage it is in.
+    """A `surgery.training.evaluation.Progress` that draws: one bar for the whole run, one for the stage it is in.
 
     Nothing is drawn before there is progress, so that a run that is refused leaves its one line alone. Where stderr is
     no terminal, each stage is one line.
@@ -86,7 +86,7 @@ class Bars:
 
 
 class Whole:
-    """A `surgery.training.loop.Progress` that passes on what it is told, and how far the whole run is (``"all"``).
+    """A `surgery.training.evaluation.Progress` that passes on what it is told, and how far the whole run is (``"all"``).
 
     ``shares`` has the tasks in the order in which they come, each with the part of the time that it is likely to take;
     only proportions matter, and a task may be left out.

@@ -16,7 +16,7 @@ from surgery.deploy.outputs import unfinished, unfinished_folder
 from surgery.errors import UsageError
 from surgery.training.descent import OPTIMIZERS, SCHEDULES
 from surgery.training.engine import Engine
-from surgery.training.loop import Progress
+from surgery.training.evaluation import Progress
 
 Optimizer = Annotated[str, typer.Option(help=f"{', '.join(OPTIMIZERS)}.")]
 Schedule = Annotated[str, typer.Option(help=f"{', '.join(SCHEDULES)}.")]

@@ -54,12 +54,14 @@ from surgery.errors import UsageError, whole_number
 from surgery.graph.traced import info
 from surgery.passes.hints import attach_hint
 from surgery.training.cache import cache_bytes
+from surgery.training.checks import check_settings
 from surgery.training.data import Data
 from surgery.training.distill import Distillation
 from surgery.training.distill import distill as run_distill
 from surgery.training.engine import Engine
+from surgery.training.evaluation import Progress
 from surgery.training.history import History, Score
-from surgery.training.loop import Progress, check_settings, train
+from surgery.training.loop import train
 from surgery.training.objectives import Hint, Objective
 from surgery.training.observed import observe
 

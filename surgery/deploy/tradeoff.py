@@ -27,8 +27,9 @@ from surgery.errors import UsageError
 from surgery.graph.traced import info
 from surgery.passes.slim import slim
 from surgery.training.data import Data
+from surgery.training.evaluation import Progress, evaluate
 from surgery.training.history import History, Score
-from surgery.training.loop import Progress, evaluate, train
+from surgery.training.loop import train
 
 ONNX_FILE = "model.onnx"
 MARKER = "tradeoff.json"

@@ -25,9 +25,9 @@ from surgery.deploy.units import mebibytes
 from surgery.errors import UsageError
 from surgery.graph.traced import named_tensors
 from surgery.training.data import Derived, Images
+from surgery.training.evaluation import Progress
 from surgery.training.fingerprint import images_digest, is_deterministic, module_digest
 from surgery.training.growth import count
-from surgery.training.loop import Progress
 
 MARKER = "teacher-outputs.json"
 """The file by which a folder is known as a cache. It says whether the cache is complete, and of what."""

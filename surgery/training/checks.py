@@ -6,7 +6,9 @@ from numbers import Integral, Real
 
 from torch import nn
 
-from surgery.errors import UsageError, whole_number
+from surgery.errors import UsageError, unknown_name, whole_number
+from surgery.training.data import Data
+from surgery.training.descent import OPTIMIZERS, SCHEDULES
 
 
 def check_whole(**numbers: object) -> None:
@@ -32,3 +34,30 @@ def check_trainable(model: nn.Module) -> None:
     """Raise `UsageError` for a model that has nothing to train."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError("the model has no parameter that requires a gradient: there is nothing to train")
+
+
+def check_settings(
+    data: Data,
+    epochs: int,
+    optimizer: str,
+    lr: float | None,
+    batch_size: int,
+    schedule: str,
+    checkpoint_every: int | None,
+) -> None:
+    """Raise `UsageError` for settings that `train` refuses, before any work is done."""
+    check_whole(epochs=epochs, batch_size=batch_size, checkpoint_every=checkpoint_every)
+    if optimizer not in OPTIMIZERS:
+        raise unknown_name("optimizer", optimizer, OPTIMIZERS)
+    if schedule not in SCHEDULES:
+        raise unknown_name("schedule", schedule, SCHEDULES)
+    if epochs < 1:
+        raise UsageError(f"epochs is {epochs}: it must be at least 1")
+    if lr is not None and not (isinstance(lr, Real) and lr > 0):
+        raise UsageError(f"the learning rate is {lr!r}: it must be above 0")
+    if batch_size < 2:
+        raise UsageError(f"the batch size is {batch_size}: batch statistics need at least 2")
+    if data.counts[0] < 2:
+        raise UsageError(f"data set {data.source!r} has {data.counts[0]} training images: there must be at least 2")
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise UsageError(f"checkpoint_every is {checkpoint_every}: it must be at least 1 step")

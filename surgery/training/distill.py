@@ -17,24 +17,17 @@ from surgery.errors import UsageError, whole_number
 from surgery.passes.hints import attach_hint, hint_loss
 from surgery.passes.taps import Names
 from surgery.training.cache import cache_bytes, cached_outputs, open_cache
-from surgery.training.checks import check_numbers, check_trainable
+from surgery.training.checks import check_numbers, check_settings, check_trainable
 from surgery.training.data import Data, Derived
 from surgery.training.engine import Engine, plain_modes
+from surgery.training.evaluation import Progress, evaluate
 from surgery.training.fingerprint import is_deterministic, module_digest
 from surgery.training.history import History, Score
-from surgery.training.loop import (
-    Batch,
-    LossFn,
-    Progress,
-    check_settings,
-    classification_loss,
-    evaluate,
-    label_loss,
-    train,
-)
+from surgery.training.loop import classification_loss, label_loss, train
 from surgery.training.objectives import KD, Objective
 from surgery.training.observed import Observed, observe
 from surgery.training.resume import is_finished
+from surgery.training.run import Batch, LossFn
 
 MEMORY_LIMIT = 2 * 2**30
 """Bytes that a teacher's outputs may take where ``cache`` is ``"auto"``."""

@@ -22,9 +22,11 @@ from surgery.passes.reset import reset_hypothesis
 from surgery.passes.slim import Rate, masked, slim, split_masks
 from surgery.training.data import Data
 from surgery.training.engine import mixed_seed, random_state, seed_everything
+from surgery.training.evaluation import Progress, evaluate
 from surgery.training.history import History, Score
 from surgery.training.loading import loader
-from surgery.training.loop import LossFn, Progress, evaluate, train
+from surgery.training.loop import train
+from surgery.training.run import LossFn
 
 Scorer = Callable[[nn.Module], Score]
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from surgery.errors import whole_number
 from surgery.passes.tickets import hold_masked, magnitude_masks, rewind
 from surgery.training.data import Data
+from surgery.training.evaluation import evaluate
 from surgery.training.history import History, Score
-from surgery.training.loop import evaluate, train
+from surgery.training.loop import train
 
 
 @dataclass(frozen=True)

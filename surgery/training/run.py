@@ -1,0 +1,174 @@
+"""A training under way: its steps, its growths, and where it goes on from."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from surgery.training.data import Data, Images
+from surgery.training.descent import SCHEDULES, set_rate
+from surgery.training.engine import Engine, seed_everything
+from surgery.training.evaluation import Progress, evaluated, in_mode
+from surgery.training.growth import Growth, Stage, count, grown, grown_record
+from surgery.training.history import Epoch, History, Score
+from surgery.training.loading import EpochOrder, loader
+from surgery.training.optimizer import transfer_optimizer
+from surgery.training.resume import Checkpoint, Progressed, Saved
+
+Batch = tuple[Any, ...]
+"""Images (N, C, H, W), labels (N,), and what else the items of the data set have; or what ``Data.collate`` makes."""
+
+LossFn = Callable[[nn.Module, Batch, float], Tensor]
+"""From a model in training mode, a batch on its device, and the number of epochs done so far, with the fraction of the
+one it is in, to the scalar loss to descend: a mean over the samples."""
+
+
+@dataclass
+class Run:
+    """A training under way."""
+
+    model: nn.Module
+    descent: Optimizer
+    engine: Engine
+    data: Data
+    settings: Mapping[str, Any]
+    total: int
+    loss_fn: LossFn
+    after_step: Callable[[nn.Module], None] | None
+    test_each_epoch: bool
+    checkpoint: Checkpoint | None
+    checkpoint_every: int | None
+    workers: int
+    progress: Progress | None
+    task: str
+    saved: Saved | None
+
+    def through(self, plan: Sequence[Stage], *, returns_model: bool) -> History:
+        """From the beginning, or from where it was cut off, to the end."""
+        self.at = self.saved.progressed if self.saved else self._beginning(plan[0])
+        growths = list(self.at.growths)
+        for stage in plan:
+            if stage.growth is not None:
+                if growths:
+                    growths.pop(0)
+                    self._take(grown(self.model, stage.growth, self.settings["seed"]), stage.growth)
+                else:
+                    self._restore()
+                    self._grow(stage, stage.growth)
+            if self.at.epoch < stage.first + stage.epochs and not self.over:
+                self._restore()
+                self._train(stage)
+        self._restore()
+        if self.checkpoint is not None and self.engine.main:
+            self.checkpoint.save(self.at, self.model, None, None)
+        model = self.model if returns_model else None
+        first, last = self.settings["steps"]
+        return History(tuple(self.at.epochs), last - first, tuple(self.at.growths), model)
+
+    @property
+    def over(self) -> bool:
+        """Whether all steps are done."""
+        return bool(self.at.steps >= self.settings["steps"][1])
+
+    def _beginning(self, stage: Stage) -> Progressed:
+        first = self.settings["steps"][0]
+        skipped, within = divmod(first, steps_of_epoch(stage.images, self.settings["batch_size"]))
+        return Progressed(steps=first, skipped=skipped, within=within)
+
+    def _restore(self) -> None:
+        """What the checkpoint has, once the model has grown to the size that it had."""
+        if self.saved is not None:
+            self.saved.restore(self.model, self.descent, self.engine.scaler)
+            self.saved = None
+            if self.progress is not None:
+                self.progress(self.task, self.at.steps, self.total)
+
+    def _take(self, larger: nn.Module, growth: Growth) -> None:
+        if larger is not self.model:
+            self.descent = transfer_optimizer(self.descent, self.model, larger, new=growth.state)
+            self.model = larger
+
+    def _grow(self, stage: Stage, growth: Growth) -> None:
+        started, before = time.perf_counter(), self.model
+        self._take(grown(before, growth, self.settings["seed"]), growth)
+        score = self._score() if self.test_each_epoch else None
+        batch, *_ = next(iter(loader(stage.images, self.settings["batch_size"], collate=self.data.collate)))
+        record = grown_record(stage, before, self.model, batch.to(self.engine.device), score, started)
+        self.at.growths.append(record)
+
+    def _train(self, stage: Stage) -> None:
+        """The epochs of a stage that are still to come."""
+        order = EpochOrder(stage.images, self.settings["seed"])
+        whole = loader(stage.images, self.settings["batch_size"], self.workers, order=order, collate=self.data.collate)
+        batches = self.engine.shared(whole)
+        step = self.engine.stepper(_Objective(self.model, self.loss_fn), self.descent)
+        with in_mode(self.model, training=True):
+            while self.at.epoch < stage.first + stage.epochs and not self.over:
+                started = time.perf_counter() - self.at.seconds
+                order.begin(self.at.epoch, self.at.within * (whole.batch_size or 1), whole)
+                self._steps(iter(batches), step, steps_of_epoch(stage.images, self.settings["batch_size"]), started)
+                score = self._score() if self.test_each_epoch else None
+                loss, seconds = self.at.summed / self.at.counted, time.perf_counter() - started
+                self.at.epochs.append(Epoch(count(stage.images), loss, self._rate(), score, seconds))
+                self.at.within, self.at.counted, self.at.summed, self.at.seconds = 0, 0, 0.0, 0.0
+                self._save()
+
+    def _steps(self, batches: Iterator[Batch], step: Callable[..., float], count: int, started: float) -> None:
+        """The steps of an epoch that are still to come."""
+        seed, rank, device = self.settings["seed"], self.engine.rank, self.engine.device
+        while self.at.within < count and not self.over:
+            seed_everything(seed, rank, self.at.steps)
+            batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), tuple(next(batches)))
+            set_rate(self.descent, self._rate())
+            self.at.summed += step(batch, self.at.epoch + self.at.within / count)
+            self.at.steps += 1
+            self.at.within += 1
+            self.at.counted += 1
+            if self.after_step is not None:
+                self.after_step(self.model)
+            if self.progress is not None:
+                self.progress(self.task, self.at.steps, self.total)
+            if self.checkpoint_every and self.at.steps % self.checkpoint_every == 0 and self.at.within < count:
+                self.at.seconds = time.perf_counter() - started
+                self._save()
+        self._check()
+
+    def _rate(self) -> float:
+        return float(self.settings["lr"] * SCHEDULES[self.settings["schedule"]](self.at.steps / self.total))
+
+    def _score(self) -> Score:
+        return evaluated(self.model, self.data.test, self.engine, workers=self.workers)
+
+    def _save(self) -> None:
+        self._check()
+        if self.checkpoint is not None and self.engine.main:
+            self.checkpoint.save(self.at, self.model, self.descent, self.engine.scaler)
+
+    def _check(self) -> None:
+        if not math.isfinite(self.at.summed):
+            raise FloatingPointError(
+                f"the loss of {self.task} is {self.at.summed} after {self.at.steps} steps: lower lr"
+            )
+
+
+class _Objective(nn.Module):
+    """The loss as a module, so that what wraps modules wraps the whole of a step and nothing touches the model."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, batch: Batch, epoch: float) -> Tensor:
+        return self.loss_fn(self.model, batch, epoch)
+
+
+def steps_of_epoch(images: Images, batch_size: int) -> int:
+    """Steps of an epoch."""
+    return count(images) // min(batch_size, count(images))
