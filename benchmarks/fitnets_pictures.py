@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import median
+from textwrap import fill
 from typing import Any
 
 from fitnets_cost import PUBLISHED
@@ -13,7 +14,7 @@ from fitnets_train import LONGER, METHODS
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 BLUE, AMBER, GREEN, GREY, DARK = "#0b6e99", "#d08c2f", "#4c9a4c", "#8a8a8a", "#222222"
 COLOURS = {"backprop": GREY, "kd": AMBER, "hints": BLUE, LONGER: GREEN}
@@ -106,7 +107,7 @@ def draw_mnist(document: dict[str, Any], path: Path) -> None:
     settings = document["settings"]
     (net,) = students(document)
     figure = new_figure(11, 5)
-    ends, course = figure.subplots(1, 2, width_ratios=[1, 1.5])
+    ends, course = figure.subplots(1, 2, width_ratios=[1.15, 1.3])
     teacher = median(errors(document, settings["teacher"], "teacher"))
     methods = [method for method in COLOURS if finals(document, net, method)]
     for place, method in enumerate(methods):
@@ -116,14 +117,14 @@ def draw_mnist(document: dict[str, Any], path: Path) -> None:
         ends.plot([place - 0.3, place + 0.3], [median(values)] * 2, color=COLOURS[method], linewidth=2.5)
         label = f"{median(values):.1%}"
         ends.annotate(
-            label, (place + 0.3, median(values)), xytext=(3, 0), textcoords="offset points", va="center", fontsize=9
+            label, (place + 0.3, median(values)), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=9
         )
         runs = finals(document, net, method)
         first = settings["hint_epochs"] if method in ("hints", LONGER) else 0
         _course(course, [[1 - a for a in r["accuracy"]] for r in runs], first, COLOURS[method], METHOD_LABELS[method])
     ends.axhline(teacher, color=DARK, linewidth=0.8)
     ends.annotate(f"teacher {teacher:.1%}", (-0.45, teacher), xytext=(0, 4), textcoords="offset points", fontsize=8.5)
-    ends.set_xticks(range(len(methods)), [METHOD_LABELS[method].replace(", ", ",\n") for method in methods])
+    ends.set_xticks(range(len(methods)), [fill(METHOD_LABELS[method], 15) for method in methods])
     ends.set_xlim(-0.5, len(methods) - 0.3)
     ends.set_ylim(bottom=0)
     ends.yaxis.set_major_formatter(PERCENT)
@@ -131,6 +132,7 @@ def draw_mnist(document: dict[str, Any], path: Path) -> None:
     ends.set_title("in the end, by seed", loc="left", fontsize=12)
     course.set_title("over the epochs: medians, the worst and the best", loc="left", fontsize=12)
     course.set_xlabel("epochs, those of stage 1 among them")
+    course.xaxis.set_major_locator(MaxNLocator(integer=True))
     course.legend(frameon=False, loc="upper right")
     _log_errors(course)
     for axes in (ends, course):
