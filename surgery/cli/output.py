@@ -86,7 +86,7 @@ class Bars:
 
 
 class Whole:
-    """A `surgery.training.evaluation.Progress` that passes on what it is told, and how far the whole run is (``"all"``).
+    """A `surgery.training.evaluation.Progress` that passes on what it is told, and how far all is (``"all"``).
 
     ``shares`` has the tasks in the order in which they come, each with the part of the time that it is likely to take;
     only proportions matter, and a task may be left out.
