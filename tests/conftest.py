@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from torchvision.ops import StochasticDepth
 
 import surgery
 from surgery import catalogue
+from surgery.cli import main
 
 torch.set_num_threads(1)
 
@@ -148,6 +151,33 @@ def build_family(name: str) -> Family:
     inputs = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     x = inputs if len(inputs) > 1 else inputs[0]
     return Family(name, model, surgery.trace(model, x, source=f"torchvision:{name}"), x)
+
+
+@pytest.fixture
+def run(capfd):
+    """Run a command: its exit code, stdout and stderr."""
+
+    def call(*arguments):
+        capfd.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return (code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def module_in_folder(tmp_path, monkeypatch):
+    """Write a Python file into an empty folder, and run there, where it can be imported by its name."""
+
+    def write(name, code):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)
+        sys.modules.pop(name, None)
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(code))
+        return tmp_path
+
+    return write
 
 
 def traced_of(make: Callable[[], nn.Module], *shape: int) -> tuple[nn.Module, torch.Tensor]:

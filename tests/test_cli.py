@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import textwrap
 from urllib.error import URLError
 
 import pytest
 import torch
 
 import surgery
-from surgery.cli import main
 
 VERBS = [
     "models", "inspect", "widen", "deepen", "slim", "distill", "evolve", "export", "bench", "tradeoff", "verify"
@@ -22,7 +20,7 @@ PIXELS = ["--input-shape", "2,3,32,32"]
 
 
 @pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
+def empty_folder(module_in_folder):
     """Each command runs in a folder of its own, in which a factory of the user's can be imported."""
     code = """
         from torch import nn
@@ -31,28 +29,11 @@ def empty_folder(tmp_path, monkeypatch):
             return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
                                  nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 10))
     """
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    sys.modules.pop("cli_factory", None)
-    (tmp_path / "cli_factory.py").write_text(textwrap.dedent(code))
-    return tmp_path
+    return module_in_folder("cli_factory", code)
 
 
 TINY = ["cli_factory:tiny", "--trust"]
 TINY_PIXELS = ["--input-shape", "2,3,8,8"]
-
-
-@pytest.fixture
-def run(capfd):
-    """Run a command: its exit code, stdout and stderr."""
-
-    def call(*arguments):
-        capfd.readouterr()
-        code = main([str(argument) for argument in arguments])
-        return (code, *capfd.readouterr())
-
-    return call
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
-from surgery.cli import main, teach
+from surgery.cli import teach
 from surgery.cli.lessons import LOSSES, objectives
 from surgery.cli.output import Bars
 from surgery.errors import UsageError
@@ -42,26 +42,9 @@ ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", 
 
 
 @pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
+def empty_folder(module_in_folder):
     """Each command runs in a folder of its own, in which the networks can be imported."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    sys.modules.pop("distill_nets", None)
-    (tmp_path / "distill_nets.py").write_text(textwrap.dedent(NETS))
-    return tmp_path
-
-
-@pytest.fixture
-def run(capfd):
-    """Run a command: its exit code, stdout and stderr."""
-
-    def call(*arguments):
-        capfd.readouterr()
-        code = main([str(argument) for argument in arguments])
-        return (code, *capfd.readouterr())
-
-    return call
+    return module_in_folder("distill_nets", NETS)
 
 
 def weights_of(folder):
@@ -293,7 +276,7 @@ def test_every_option_reaches_the_distillation(run, monkeypatch):
         "--guided 0 --guided 3 --hint 3 --hint 0 --regressor fc --hint-epochs 7 --epochs 9 --joint --loss rkd "
         "--weight labels=0.3 --label-smoothing 0.1 --optimizer sgd --lr 0.2 --hint-lr 0.3 --schedule constant "
         "--batch-size 50 --augment flip --cache none --image-size 8 --precision bf16 --workers 1 "
-        "--checkpoint-every 11 --seed 3"
+        "--checkpoint-every 11 --seed 3 --channels-last"
     )
     assert run("distill", STUDENT, TEACHER, *ON_DIGITS, *options.split(), "--out", "made")[2] == "error: enough\n"
     layers = {"guided": ["0", "3"], "hint": ["3", "0"], "regressor": "fc"}
@@ -302,7 +285,7 @@ def test_every_option_reaches_the_distillation(run, monkeypatch):
         "label_smoothing": 0.1, "optimizer": "sgd", "lr": 0.2, "hint_lr": 0.3, "schedule": "constant",
         "batch_size": 50, "cache": "none", "precision": "bf16", "workers": 1, "checkpoint_every": 11, "seed": 3,
         "test_each_epoch": True, "checkpoint": Path("made.unfinished"), "augment": "flip", "image_size": 8,
-        "images": 300,
+        "images": 300, "channels_last": True,
     }  # fmt: skip
     assert {name: value for name, value in asked.items() if name != "progress"} == expected
 

@@ -140,6 +140,26 @@ def test_statistics_measured_on_augmented_images_follow_from_the_seed_alone(mode
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "rate", "decay"),
+    [
+        ({}, 0.256, 1e-4),
+        ({"lr": 0.5, "weight_decay": 0.0}, 0.5, 0.0),
+        ({"optimizer": "adamw"}, None, None),
+    ],
+)
+def test_the_papers_rate_and_decay_are_those_of_sgd_alone(digits, model, monkeypatch, given, rate, decay):
+    seen = []
+
+    def watched(network, *args, **settings):
+        seen.append((settings["lr"], settings["weight_decay"]))
+        return train(network, *args, **{**settings, "lr": 0.01})
+
+    monkeypatch.setattr(evolving, "train", watched)
+    evolve(model, digits, 0.5, 1, epochs=1, **given)
+    assert seen == [(rate, decay)]
+
+
 def test_what_is_drawn_anew_can_be_chosen(digits, model):
     kept = evolve(model, digits, 0.5, 2, reset={"norms": False, "statistics": False}, **{**QUICK, "lr": 1e-12})
     assert torch.allclose(kept.model.get_parameter("1.weight"), model.get_parameter("1.weight"), atol=1e-6)

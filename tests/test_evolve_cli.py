@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
-from surgery.cli import evolve, main
+from surgery.cli import evolve
 from surgery.cli.output import Bars
 
 NETS = """
@@ -38,26 +38,9 @@ ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", 
 
 
 @pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
+def empty_folder(module_in_folder):
     """Each command runs in a folder of its own, in which the network can be imported."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    sys.modules.pop("evolve_nets", None)
-    (tmp_path / "evolve_nets.py").write_text(textwrap.dedent(NETS))
-    return tmp_path
-
-
-@pytest.fixture
-def run(capfd):
-    """Run a command: its exit code, stdout and stderr."""
-
-    def call(*arguments):
-        capfd.readouterr()
-        code = main([str(argument) for argument in arguments])
-        return (code, *capfd.readouterr())
-
-    return call
+    return module_in_folder("evolve_nets", NETS)
 
 
 def weights(folder):

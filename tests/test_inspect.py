@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.cli import main
 from surgery.deploy.cost import cost, weight_macs
 from surgery.deploy.draw import draw
 from surgery.deploy.group_cost import group_costs
@@ -161,16 +160,6 @@ def test_a_drawing_needs_no_other_file_and_escapes_what_it_is_given(net):
     assert "<script>&" in [t.text for t in root.iter(f"{SVG}text")]
     assert text.count("http") == 1  # the name of the language
     assert "href" not in text
-
-
-@pytest.fixture
-def run(capfd):
-    def call(*arguments):
-        capfd.readouterr()
-        code = main([str(argument) for argument in arguments])
-        return (code, *capfd.readouterr())
-
-    return call
 
 
 SMALL = ["squeezenet1_1?num_classes=10", "--input-shape", "2,3,32,32"]

@@ -217,7 +217,9 @@ def test_a_model_with_nothing_to_train_is_refused(digits):
 
 
 @pytest.mark.parametrize(
-    "around", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)], ids=str
+    "around",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
 )
 def test_gradients_and_precision_are_those_of_the_loop_whatever_it_is_called_in(digits, around):
     expected, model = small_net(), small_net()

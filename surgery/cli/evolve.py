@@ -37,7 +37,6 @@ from surgery.cli.runs import (
     Precision,
     Schedule,
     Workers,
-    check_smoothing,
     chosen,
     one_after_the_other,
     under_way,
@@ -53,11 +52,11 @@ from surgery.deploy.units import mebibytes, quantity
 from surgery.errors import UsageError, unknown_name, whole_number
 from surgery.graph.traced import info
 from surgery.passes.tickets import magnitude_masks
-from surgery.training.checks import check_settings
+from surgery.training.checks import check_numbers, check_settings
 from surgery.training.data import Data
 from surgery.training.engine import Engine
 from surgery.training.evaluation import Progress
-from surgery.training.evolve import Evolution
+from surgery.training.evolve import PAPER, Evolution
 from surgery.training.evolve import evolve as run_evolve
 from surgery.training.history import Score
 from surgery.training.lottery import Lottery
@@ -68,9 +67,6 @@ MARKER = "evolve.json"
 
 _KEPT = ("biases", "norms", "statistics")
 """What may be kept where the rest is drawn anew."""
-
-_PAPER = {"lr": 0.256, "weight_decay": 1e-4}
-"""The authors', for SGD."""
 
 
 def register(app: typer.Typer) -> None:
@@ -146,12 +142,10 @@ def evolve(
     rate = one_or_per_layer("--split-rate", split_rate or ["0.5"], float, float)
     whole_number("--generations", generations, 1)
     whole_number("--image-size", image_size if image_size is not None else 1, 1)
-    check_smoothing(label_smoothing)
+    check_numbers(0.0, weight_decay, label_smoothing, seed, workers)
     for name in keep or ():
         if name not in _KEPT:
             raise unknown_name("part to keep", name, _KEPT)
-    if weight_decay is not None and not weight_decay >= 0:
-        raise UsageError(f"the weight decay is {weight_decay}: it must be at least 0")
     if kind == "wels" and recalibrate:
         raise UsageError("--recalibrate is for the slim model, and --kind wels gives none")
     if lottery is not None and generations == 1:
@@ -168,7 +162,7 @@ def evolve(
     reset: dict[str, Any] = {**dict.fromkeys(keep or (), False), "initialiser": initialiser, "trust": trust}
     if lottery is not None:
         magnitude_masks(network, lottery)  # what is refused is refused before the generations, and not after them
-    usual = _PAPER if optimizer == "sgd" else {}
+    usual = PAPER.get(optimizer, {})
     common: dict[str, Any] = {
         "optimizer": optimizer,
         "lr": usual.get("lr") if lr is None else lr,
@@ -184,11 +178,11 @@ def evolve(
 
     def run(folder: Path, progress: Progress | None) -> tuple[Evolution, Lottery | None]:
         network.to(engine.device)
-        common.update(epochs=epochs, checkpoint=folder, progress=progress)
+        options = {**common, "epochs": epochs, "checkpoint": folder, "progress": progress}
         found = run_evolve(
-            network, data, rate, generations, kind=kind, reset=reset, recalibrate=recalibrate, long=long, **common
+            network, data, rate, generations, kind=kind, reset=reset, recalibrate=recalibrate, long=long, **options
         )
-        tickets = None if lottery is None else run_lottery(network, data, lottery, generations - 1, **common)
+        tickets = None if lottery is None else run_lottery(network, data, lottery, generations - 1, **options)
         return found, tickets
 
     shares = _shares(generations, long=long, tickets=lottery is not None)
@@ -203,7 +197,7 @@ def evolve(
             "command": shlex.join(["surgery", *context.obj]),
             "model": {"source": info(network).source or model, **{name: c.to_dict() for name, c in costs.items()}},
             "data": asdict(DataSummary.of(data)),
-            "settings": {**chosen(context), **{name: common[name] for name in _PAPER}},
+            "settings": {**chosen(context), **{name: common[name] for name in ("lr", "weight_decay")}},
             **found.to_dict(),
             "lottery": tickets and tickets.to_dict()["tickets"],
             "environment": environment().to_dict(),

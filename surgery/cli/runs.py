@@ -13,7 +13,6 @@ import typer
 
 from surgery.cli.output import Bars, Whole
 from surgery.deploy.outputs import unfinished, unfinished_folder
-from surgery.errors import UsageError
 from surgery.training.descent import OPTIMIZERS, SCHEDULES
 from surgery.training.engine import Engine
 from surgery.training.evaluation import Progress
@@ -38,12 +37,6 @@ def chosen(context: typer.Context) -> dict[str, Any]:
     settings = {name: value for name, value in context.params.items() if name not in _WITHOUT_EFFECT}
     found: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return found
-
-
-def check_smoothing(label_smoothing: float) -> None:
-    """Raise `UsageError` for a smoothing that is none."""
-    if not 0 <= label_smoothing <= 1:
-        raise UsageError(f"label_smoothing is {label_smoothing}: it must be from 0 to 1")
 
 
 @contextmanager

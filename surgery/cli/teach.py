@@ -38,7 +38,6 @@ from surgery.cli.runs import (
     Precision,
     Schedule,
     Workers,
-    check_smoothing,
     chosen,
     one_after_the_other,
     under_way,
@@ -54,7 +53,7 @@ from surgery.errors import UsageError, whole_number
 from surgery.graph.traced import info
 from surgery.passes.hints import attach_hint
 from surgery.training.cache import cache_bytes
-from surgery.training.checks import check_settings
+from surgery.training.checks import check_numbers, check_settings
 from surgery.training.data import Data
 from surgery.training.distill import Distillation
 from surgery.training.distill import distill as run_distill
@@ -135,6 +134,9 @@ def distill(
     limit: Limit = None,
     weights: Weights = "none",
     teacher_weights: Annotated[str, typer.Option(metavar="NAME", help="The same for the teacher.")] = "none",
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Keep channels innermost in memory: often faster for convolutions.")
+    ] = False,
     precision: Precision = None,
     device: Device = "auto",
     workers: Workers = 0,
@@ -162,7 +164,7 @@ def distill(
         taps=tap or [],
         hint=Hint(**hints) if joint else None,
     )
-    check_smoothing(label_smoothing)
+    check_numbers(0.0, None, label_smoothing, seed, workers)
     for name, value in {"teacher-epochs": teacher_epochs, "hint-epochs": hint_epochs, "epochs": epochs}.items():
         whole_number(f"--{name}", value, 0)
     if hint_epochs == epochs == 0:
@@ -216,6 +218,7 @@ def distill(
             lr=lr,
             hint_lr=hint_lr,
             cache=cache,
+            channels_last=channels_last,
             checkpoint=folder,
             progress=progress,
             **common,

@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from torch import fx, nn
-from torch.nn import functional
+from torch import fx
 
 from surgery.errors import EditError
+from surgery.graph.labels import Labelled
 from surgery.passes.blocks import Flow
 from surgery.passes.middle import depths, is_weighted, waist
-
-_DROPOUTS = {functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d}
 
 
 def classifier(flow: Flow, end: fx.Node) -> fx.Node:
@@ -32,11 +30,20 @@ def classifier(flow: Flow, end: fx.Node) -> fx.Node:
 
 
 def classifier_input(flow: Flow, layer: fx.Node) -> fx.Node:
-    """What a layer reads, before any dropout."""
+    """What a layer reads, before any dropout or change of dtype."""
     value = flow.tensors(layer)[0]
-    while isinstance(flow.leaf(value), nn.modules.dropout._DropoutNd) or value.target in _DROPOUTS:
+    while _passes_on(flow, value):
         value = flow.tensors(value)[0]
     return value
+
+
+def _passes_on(flow: Flow, node: fx.Node) -> bool:
+    """Whether a node gives every number of one tensor, alike for all channels and at its place."""
+    rule, before = flow.rule(node), flow.tensors(node)
+    if rule is None or rule.linear != "first" or len(before) != 1:
+        return False
+    shapes = [value.shape for n in (node, before[0]) if isinstance(value := flow.value(n), Labelled)]
+    return len(shapes) == 2 and shapes[0] == shapes[1]
 
 
 def stage_ends(flow: Flow, end: fx.Node, sizes: Callable[[fx.Node], tuple[int, ...]]) -> list[fx.Node]:

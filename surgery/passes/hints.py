@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from surgery.errors import UsageError
 from surgery.graph.traced import TracedModule, named_tensors
-from surgery.passes.pairing import counterparts, tap_pairs, unpacked
+from surgery.passes.pairing import restored, tap_pairs, unpacked
 from surgery.passes.regressors import make_regressor, match
 from surgery.passes.taps import Names, Network, Tap, attach
 
@@ -157,12 +156,8 @@ class HintPair(nn.Module):
         Raises:
             UsageError: a tensor of the prefix has no counterpart of its shape in ``student``.
         """
-        result = copy.deepcopy(student)
         source = "the student that the hint was attached to"
-        with torch.no_grad():
-            for own, given in counterparts(self.student, result, self._prefix, "the guided prefix", source):
-                given.copy_(own)
-        return result
+        return restored(self.student, student, self._prefix, "the guided prefix", source)
 
 
 def hint_loss(guided: Tensor | Sequence[Tensor], hint: Tensor | Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -86,6 +87,15 @@ def as_maps(student: Network, teacher: Network, pair: tuple[Tap, Tap]) -> tuple[
         value = value.through((torch.movedim, (-1, 1))) if layout.last else value
         result.append(value.through((torch.unflatten, (2, found[1]))) if layout.is_tokens else value)
     return result[0], result[1]
+
+
+def restored(trained: nn.Module, student: nn.Module, names: Iterable[str], what: str, source: str) -> nn.Module:
+    """A copy of ``student`` with the tensors of these names as they are in ``trained``: see `counterparts`."""
+    result = copy.deepcopy(student)
+    with torch.no_grad():
+        for own, given in counterparts(trained, result, names, what, source):
+            given.copy_(own)
+    return result
 
 
 def counterparts(

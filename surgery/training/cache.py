@@ -7,8 +7,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +24,7 @@ from surgery.deploy.units import mebibytes
 from surgery.errors import UsageError
 from surgery.graph.traced import named_tensors
 from surgery.training.data import Derived, Images
-from surgery.training.evaluation import Progress
+from surgery.training.evaluation import Progress, in_mode
 from surgery.training.fingerprint import images_digest, is_deterministic, module_digest
 from surgery.training.growth import count
 
@@ -216,7 +215,7 @@ def _described(teacher: nn.Module, images: Images) -> list[_Output]:
             "be kept: compute them in each step, or leave out the augmentation"
         )
     batch = torch.stack([torch.as_tensor(images[k][0]) for k in range(min(2, count(images)))])
-    with _frozen(teacher):
+    with in_mode(teacher, training=False), torch.inference_mode():
         return [_Output(output.cpu()) for output in _outputs(teacher, batch)]
 
 
@@ -244,26 +243,13 @@ def _compute(
 ) -> None:
     loader = DataLoader(images, batch_size, num_workers=workers, generator=torch.Generator())
     at = 0
-    with _frozen(teacher):
+    with in_mode(teacher, training=False), torch.inference_mode():
         for done, (batch, *_) in enumerate(loader, 1):
             for output, rows in zip(into, _outputs(teacher, batch), strict=True):
                 output[at : at + len(batch)].copy_(rows)
             at += len(batch)
             if progress is not None:
                 progress(task, done, len(loader))
-
-
-@contextmanager
-def _frozen(teacher: nn.Module) -> Iterator[None]:
-    """The teacher in evaluation mode, without gradients; each of its modules in its own mode again afterwards."""
-    before = [(module, module.training) for module in teacher.modules()]
-    teacher.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, mode in before:
-            module.training = mode
 
 
 def _stored(folder: Path) -> dict[str, Any]:

@@ -28,6 +28,9 @@ from surgery.training.loading import loader
 from surgery.training.loop import train
 from surgery.training.run import LossFn
 
+PAPER: Mapping[str, Mapping[str, float]] = {"sgd": {"lr": 0.256, "weight_decay": 1e-4}}
+"""The peak learning rate and weight decay of the authors' code, which trains by SGD."""
+
 Scorer = Callable[[nn.Module], Score]
 
 
@@ -101,9 +104,9 @@ def evolve(
     recalibrate: bool = False,
     long: bool = False,
     optimizer: str = "sgd",
-    lr: float | None = 0.256,
+    lr: float | None = None,
     momentum: float = 0.9,
-    weight_decay: float | None = 1e-4,
+    weight_decay: float | None = None,
     schedule: str = "warmup-cosine",
     batch_size: int = 32,
     label_smoothing: float = 0.1,
@@ -134,6 +137,7 @@ def evolve(
         recalibrate: whether the slim network's BatchNorm statistics are measured anew, on the training images. It is
             scored, and given, with them.
         long: whether the network is also trained for ``generations * epochs`` epochs at once, for comparison.
+        lr, weight_decay: by default `PAPER`'s for SGD, and the usual ones of other optimisers.
         loss_fn: as in `surgery.train`, whose settings are those that are not named here, too.
         score: of a network, by default its accuracy on the test images.
         checkpoint: a folder from which a run that was cut off goes on, to the same weights.
@@ -148,11 +152,12 @@ def evolve(
     options = dict(reset or {})
     if generations > 1:
         reset_hypothesis(model, masks, **options)  # what cannot be drawn anew is refused before the training
+    usual = PAPER.get(optimizer, {})
     settings: dict[str, Any] = {
         "optimizer": optimizer,
-        "lr": lr,
+        "lr": usual.get("lr") if lr is None else lr,
         "momentum": momentum,
-        "weight_decay": weight_decay,
+        "weight_decay": usual.get("weight_decay") if weight_decay is None else weight_decay,
         "schedule": schedule,
         "batch_size": batch_size,
         "label_smoothing": label_smoothing,

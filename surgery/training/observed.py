@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from surgery.errors import UsageError, whole_number
 from surgery.graph.traced import TracedModule, named_tensors
-from surgery.passes.pairing import counterparts
+from surgery.passes.pairing import counterparts, restored
 from surgery.passes.taps import Network, Tap
 from surgery.training.objectives import Objective
 
@@ -65,7 +64,7 @@ class Observed:
             UsageError: one of them is missing, or has another shape.
         """
         with torch.no_grad():
-            for own, given in self._counterparts(student):
+            for own, given in counterparts(self.student, student, self.trained, *_NAMED):
                 own.copy_(given)
 
     def restore(self, student: nn.Module) -> nn.Module:
@@ -79,14 +78,10 @@ class Observed:
         Raises:
             UsageError: a tensor has no counterpart of its shape in ``student``.
         """
-        result = copy.deepcopy(student)
-        with torch.no_grad():
-            for own, given in self._counterparts(result):
-                given.copy_(own)
-        return result
+        return restored(self.student, student, self.trained, *_NAMED)
 
-    def _counterparts(self, student: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        return counterparts(self.student, student, self.trained, "the observed student", "the student that is observed")
+
+_NAMED = "the observed student", "the student that is observed"
 
 
 def observe(
