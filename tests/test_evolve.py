@@ -167,6 +167,97 @@ def test_what_is_drawn_anew_can_be_chosen(digits, model):
         evolve(model, digits, 0.5, 0, **QUICK)
 
 
+def images(count, size=8):
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(3, size, size, generator=generator), k % 10) for k in range(count)]
+
+
+def own(train, test, **more):
+    return Data("own", train, test, tuple("0123456789"), 8, Normalisation(), **more)
+
+
+def test_an_image_that_is_left_over_has_no_variance_to_measure():
+    layers = nn.Flatten(), nn.Linear(192, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10)
+    model = surgery.trace(nn.Sequential(*layers), torch.zeros(2, 3, 8, 8))
+    found = evolve(model, own(images(9), images(4)), 0.5, 2, epochs=1, batch_size=4, recalibrate=True)
+    assert found.slim.get_buffer("2.num_batches_tracked") == 2
+    assert_same(recalibrated(model, own(images(9), [])), recalibrated(model, own(images(9), []), 9))
+
+
+class Branched(nn.Module):
+    """One BatchNorm is run in training only."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop, self.aux = nn.BatchNorm2d(3), nn.Dropout(0.9), nn.BatchNorm2d(3)
+        self.last = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        x = self.last(self.drop(self.norm(x)))
+        return x + self.aux(x) if self.training else x
+
+
+def test_measuring_statistics_leaves_modes_momentum_and_what_is_not_run_as_they_were():
+    module = Branched()
+    module.aux.running_mean.fill_(3.0)
+    module.norm.eval()
+    model = surgery.trace(module, torch.zeros(2, 3, 8, 8))
+    result = recalibrated(model, own(images(8), []), 4)
+    assert [layer.training for layer in result.modules()] == [layer.training for layer in model.modules()]
+    assert result.norm.momentum == 0.1
+    assert torch.equal(result.aux.running_mean, model.aux.running_mean)
+    mean = torch.stack([image for image, _ in images(8)]).mean((0, 2, 3))
+    assert torch.allclose(result.norm.running_mean, mean, atol=1e-6)
+    assert torch.allclose(result.last.running_var, torch.ones(3), atol=0.05)  # dropout would make it ten times as much
+
+
+def test_statistics_are_measured_on_the_batches_that_the_data_make():
+    model = surgery.trace(nn.Sequential(nn.BatchNorm2d(3)), torch.zeros(2, 3, 8, 8))
+    doubled = own(images(4), [], collate=lambda items: (2 * torch.stack([image for image, _ in items]),))
+    mean = torch.stack([image for image, _ in images(4)]).mean((0, 2, 3))
+    assert torch.allclose(recalibrated(model, doubled).get_buffer("0.running_mean"), 2 * mean, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": -1}, "seed must be a whole number of at least 0, not -1"),
+        ({"seed": 1.5}, r"seed must be a whole number of at least 0, not 1\.5"),
+        ({"kind": "wels", "recalibrate": True}, "recalibrate is for the slim network, and WELS gives none"),
+        ({"reset": {"seed": 3}}, "each generation draws by a seed of its own"),
+        ({"reset": {"fresh": net()}}, "with one model as fresh= all generations would draw the same"),
+        ({"reset": "norms"}, "reset= has options of reset_hypothesis by name, and is not 'norms'"),
+        ({"data": own(images(4), [])}, "data set 'own' has no test images: pass score=, or data that have some"),
+    ],
+    ids=["negative seed", "half a seed", "WELS", "seed of the reset", "one new model", "no options", "no test images"],
+)
+def test_what_cannot_be_is_refused_before_the_training(digits, model, settings, message):
+    def never(*_):
+        raise AssertionError("it trains")
+
+    with pytest.raises(surgery.UsageError, match=message):
+        evolve(model, **{"data": digits, "generations": 3, "progress": never, **QUICK, **settings})
+
+
+def test_a_checkpoint_of_other_settings_is_refused_in_words(digits, model, tmp_path):
+    settings = {**QUICK, "checkpoint": tmp_path}
+    evolve(model, digits, 0.5, 2, identity={"loss": "first"}, **settings)
+    with pytest.raises(surgery.UsageError, match=r"split_rate 0\.5 and not 0\.25"):
+        evolve(model, digits, 0.25, 2, identity={"loss": "first"}, **settings)
+    with pytest.raises(surgery.UsageError, match="norms None and not False"):
+        evolve(model, digits, 0.5, 2, identity={"loss": "first"}, reset={"norms": False}, **settings)
+    with pytest.raises(surgery.UsageError, match="loss first and not second"):
+        evolve(model, digits, 0.5, 2, identity={"loss": "second"}, **settings)
+
+
+def test_the_callers_modes_do_not_matter(digits, model):
+    usual = evolve(model, digits, 0.5, 2, recalibrate=True, **QUICK)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        found = evolve(model, digits, 0.5, 2, recalibrate=True, **QUICK)
+    assert_same(found.slim, usual.slim)
+    assert found.slim_score == usual.slim_score
+
+
 def detection() -> Data:
     """Four pictures with a box in each."""
     generator = torch.Generator().manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import surgery
 from surgery.training import lottery as lotteries
 from surgery.training.data import load_data
 from surgery.training.evaluation import evaluate
+from surgery.training.history import Score
 from surgery.training.loop import train
 from surgery.training.lottery import lottery
 
@@ -98,7 +100,7 @@ def test_a_killed_run_ends_with_the_same_weights(digits, model, tmp_path):
 
 
 def test_steps_that_there_are_not_are_refused(digits, model):
-    with pytest.raises(surgery.UsageError, match="steps 12 to 12 are not among the 12 of this training"):
+    with pytest.raises(surgery.UsageError, match="rewind_to is 12: it must be below 12, the steps of this training"):
         lottery(model, digits, 0.5, 1, rewind_to=12, **QUICK)
     with pytest.raises(surgery.UsageError, match="steps 0 to 13 are not among the 12 of this training"):
         train(model, digits, last_step=13, **QUICK)
@@ -107,3 +109,35 @@ def test_steps_that_there_are_not_are_refused(digits, model):
         train(model, digits, last_step=3, grow=grow, **QUICK)
     with pytest.raises(surgery.UsageError, match="rounds must be a whole number"):
         lottery(model, digits, 0.5, 0, **QUICK)
+    with pytest.raises(surgery.UsageError, match="rewind_to must be a whole number of at least 0, not None"):
+        lottery(model, digits, 0.5, 1, rewind_to=None, **QUICK)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"grow": {}}, {"first_step": 1}, {"last_step": 1}, {"after_step": print}, {"task": "own"}],
+    ids=["grow", "first_step", "last_step", "after_step", "task"],
+)
+def test_what_the_lottery_decides_on_is_not_to_be_set(digits, model, setting):
+    with pytest.raises(surgery.UsageError, match=f"{next(iter(setting))}: the lottery decides on this itself"):
+        lottery(model, digits, 0.5, 1, **setting, **QUICK)
+
+
+def test_a_ticket_has_the_score_that_is_asked_for(digits, model):
+    untested = replace(digits, test=[])
+    found = lottery(model, untested, 0.5, 1, score=lambda network: Score(1, 2), **QUICK)
+    assert [ticket.score for ticket in found.tickets] == [Score(1, 2)] * 2
+    with pytest.raises(surgery.UsageError, match="has no test images: pass score="):
+        lottery(model, untested, 0.5, 1, **QUICK)
+
+
+def test_a_ticket_of_other_settings_is_refused_in_words(digits, model, tmp_path):
+    lottery(model, digits, 0.5, 1, checkpoint=tmp_path, **QUICK)
+    with pytest.raises(surgery.UsageError, match="scope layer and not global"):
+        lottery(model, digits, 0.5, 1, scope="global", checkpoint=tmp_path, **QUICK)
+
+
+def test_the_callers_modes_do_not_matter(digits, model):
+    usual = lottery(model, digits, 0.5, 1, **QUICK)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert_same(lottery(model, digits, 0.5, 1, **QUICK).model, usual.model)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import randomised
@@ -339,3 +341,56 @@ class Bare(nn.Module):
 
     def forward(self, x):
         return x + sum(getattr(self, f"p{k}") for k in range(9))
+
+
+def test_initialisers_that_draw_by_numpy_or_python_follow_the_seed_and_their_states_stay():
+    traced = net()
+
+    def fresh():
+        new = Net()
+        with torch.no_grad():
+            new.head.weight.copy_(torch.from_numpy(np.random.randn(4, 8)))
+            new.head.bias.fill_(random.random())
+        return new
+
+    numpys, pythons = np.random.get_state(), random.getstate()
+    one, again, other = (reset_hypothesis(traced, nothing(traced), seed=seed, fresh=fresh).head for seed in (1, 1, 2))
+    assert random.getstate() == pythons
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpys, strict=True))
+    assert torch.equal(one.weight, again.weight)
+    assert torch.equal(one.bias, again.bias)
+    assert not torch.equal(one.weight, other.weight)
+    assert not torch.equal(one.bias, other.bias)
+
+
+@pytest.mark.parametrize(
+    ("fresh", "message"),
+    [
+        ("resnet18", "fresh= is a new model or a function that makes one, not 'resnet18'"),
+        (lambda: 3, "the function passed as fresh= must return a module, not 3"),
+        (nn.Linear(2, 2), "what is passed as fresh= is another model: it has none of the parameters' names"),
+    ],
+    ids=["a name", "a number", "another model"],
+)
+def test_what_is_no_new_model_is_refused(fresh, message):
+    with pytest.raises(surgery.UsageError, match=message):
+        reset_hypothesis(net(), nothing(net()), fresh=fresh)
+
+
+class ByData(nn.Linear):
+    """What it draws depends on the data of a parameter that is kept."""
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        if self.bias.sum().item() > 0:
+            self.weight.data.zero_()
+
+
+def test_what_a_class_cannot_draw_without_data_is_refused_by_name():
+    traced = surgery.trace(nn.Sequential(ByData(4, 4), nn.Linear(4, 2)), torch.zeros(2, 4))
+    masks = {name: mask for name, mask in nothing(traced).items() if name.endswith("weight")}
+    with pytest.raises(surgery.UsageError, match=r"nothing says how to initialise 0\.weight: trace with"):
+        reset_hypothesis(traced, masks)
+    result = reset_hypothesis(traced, masks, unknown="keep")
+    assert torch.equal(result.get_parameter("0.weight"), traced.get_parameter("0.weight"))
+    assert not torch.equal(result.get_parameter("1.weight"), traced.get_parameter("1.weight"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import randomised
@@ -181,3 +182,27 @@ def test_every_group_is_found_by_its_own_name():
         surgery.widen(traced, {"input of a": 2.0})
     with pytest.raises(surgery.UsageError, match="unknown layer 'inputs of c'; did you mean 'input of c'"):
         surgery.widen(traced, {"inputs of c": 2.0})
+
+
+@pytest.mark.parametrize("kind", ["kels", "wels"])
+def test_rates_of_numpy_are_rates_and_seeds_are_whole_numbers(dense, kind):
+    traced = dense("resnet18", 102)
+    usual, found = (surgery.split_masks(traced, rate, kind=kind) for rate in (0.5, np.float32(0.5)))
+    assert all(torch.equal(found[name], mask) for name, mask in usual.items())
+    with pytest.raises(surgery.UsageError, match=r"split rate must be in \(0, 1\], not True"):
+        surgery.split_masks(traced, True, kind=kind)
+    for seed in (-1, 1.5, None):
+        with pytest.raises(surgery.UsageError, match="seed must be a whole number of at least 0"):
+            surgery.split_masks(traced, 0.5, kind=kind, seed=seed)
+    for step in (0, 1.5, None):
+        with pytest.raises(surgery.UsageError, match="round_to must be a whole number of at least 1"):
+            surgery.slim(traced, 0.5, round_to=step)
+
+
+def test_what_is_switched_off_is_zero_whatever_it_was():
+    traced = surgery.trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.zeros(2, 4))
+    masks = surgery.split_masks(traced, 0.5)
+    with torch.no_grad():
+        traced.get_parameter("0.weight")[2:] = torch.tensor([[torch.inf], [torch.nan]])
+    x = torch.randn(3, 4)
+    surgery.verify(surgery.masked(traced, masks), surgery.slim(traced, 0.5), x).raise_if_different()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -185,3 +186,15 @@ def test_what_cannot_be_is_refused(net):
         magnitude_masks(Net(), 0.5)
     with pytest.raises(surgery.UsageError, match="not a traced module"):
         rewind(Net(), net, {})
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_sparsities_of_numpy_count_and_weights_that_are_not_numbers_do_not(net, scope):
+    usual, found = (magnitude_masks(net, sparsity, scope=scope) for sparsity in (0.5, np.float32(0.5)))
+    assert all(torch.equal(found[name], mask) for name, mask in usual.items())
+    broken = copy.deepcopy(net)
+    with torch.no_grad():
+        broken.get_parameter("hidden.weight")[0, 0] = torch.nan
+    where = "hidden.weight" if scope == "layer" else "the network"
+    with pytest.raises(surgery.UsageError, match=f"there are weights of {where} that are not numbers"):
+        magnitude_masks(broken, 0.5, scope=scope)

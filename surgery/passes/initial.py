@@ -8,6 +8,7 @@ edited shape when its layer registers it, before anything draws from it. Fans ar
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,8 @@ def initial_values(
     own = dict(module.named_parameters(remove_duplicate=False))
     with drawing(seed):
         built = _built(_factory(known.source, fresh, trust), module, own)
+        if fresh is not None and own.keys().isdisjoint(built):
+            raise UsageError("what is passed as fresh= is another model: it has none of the parameters' names")
         found: dict[str, Tensor] = {}
         for name in names:
             value = built.get(_counterpart(name, built, known.steps))
@@ -57,14 +60,24 @@ def initial_values(
 
 @contextmanager
 def drawing(seed: int) -> Iterator[None]:
-    """What is drawn on the CPU follows from ``seed``, and differs from what ``torch.manual_seed(seed)`` gives: a model
-    that was made with the same seed is not made again."""
+    """What is drawn on the CPU, by torch, numpy or Python, follows from ``seed``, and differs from what
+    ``torch.manual_seed(seed)`` gives: a model that was made with the same seed is not made again."""
+    pythons, numpys = random.getstate(), np.random.get_state()
+    own = int(np.random.SeedSequence([seed, _OWN]).generate_state(1)[0])
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(int(np.random.SeedSequence([seed, _OWN]).generate_state(1)[0]))
-        yield
+        torch.default_generator.manual_seed(own)
+        random.seed(own)
+        np.random.seed(own)
+        try:
+            yield
+        finally:
+            random.setstate(pythons)
+            np.random.set_state(numpys)
 
 
 def _factory(source: str | None, fresh: Fresh | None, trust: bool) -> Fresh | None:
+    if fresh is not None and not callable(fresh):
+        raise UsageError(f"fresh= is a new model or a function that makes one, not {fresh!r}")
     if fresh is not None or source is None:
         return fresh
     architecture = catalogue.canonical(source)
@@ -82,6 +95,8 @@ def _built(make: Fresh | None, module: nn.Module, own: dict[str, nn.Parameter]) 
 
     with _registering(note):
         built = make()
+    if not isinstance(built, nn.Module):
+        raise UsageError(f"the function passed as fresh= must return a module, not {built!r}")
     values = _values(built)
     if all(values[name].shape == parameter.shape for name, parameter in own.items() if name in values):
         return values
@@ -153,7 +168,7 @@ def _by_class(module: nn.Module, wanted: dict[int, str]) -> dict[str, Tensor]:
     """Parameters, by id, as ``reset_parameters`` of their layers and of the modules around these draws them.
 
     It is called on twins without data but for what is wanted, innermost first, as constructors do. What it leaves
-    unwritten is left out.
+    unwritten is left out, and what it cannot draw without data.
     """
     blanks: dict[int, nn.Parameter] = {}
     twins: dict[int, nn.Module] = {}
@@ -162,6 +177,14 @@ def _by_class(module: nn.Module, wanted: dict[int, str]) -> dict[str, Tensor]:
         real = id(parameter) in wanted and parameter.is_floating_point()
         drawn = torch.full(parameter.shape, torch.nan) if real else parameter.detach().to("meta")
         return blanks.setdefault(id(parameter), nn.Parameter(drawn, requires_grad=False))
+
+    def draw(made: nn.Module, reset: Callable[[], Any]) -> None:
+        try:
+            reset()
+        except RuntimeError:  # it computes with data that the twin does not have
+            for parameter in made.parameters():
+                if not parameter.is_meta:
+                    parameter.data.fill_(torch.nan)
 
     def twin(layer: nn.Module) -> nn.Module:
         if id(layer) not in twins:
@@ -172,7 +195,7 @@ def _by_class(module: nn.Module, wanted: dict[int, str]) -> dict[str, Tensor]:
             made.__dict__["_modules"] = {k: None if m is None else twin(m) for k, m in layer._modules.items()}
             reset: Any = getattr(made, "reset_parameters", None) or getattr(made, "_reset_parameters", None)
             if reset is not None:
-                reset()
+                draw(made, reset)
         return twins[id(layer)]
 
     if not wanted:

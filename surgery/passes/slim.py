@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from surgery.errors import UsageError, unknown_name
+from surgery.errors import UsageError, unknown_name, whole_number
 from surgery.graph.dims import DimensionGroup, Dimensions, dimensions
 from surgery.graph.tracing import info
 from surgery.passes.apply import apply
@@ -60,8 +61,9 @@ def split_masks(
     Args:
         kind: ``"kels"``: the channels that `slim` keeps. ``"wels"``: of each weight of two or more dimensions exactly
             ``ceil(s * numel)`` entries, drawn without replacement; vectors are kept whole.
-        seed: of the draw; KELS draws nothing.
+        seed: of the draw, at least 0; KELS draws nothing.
     """
+    seed = whole_number("seed", seed, 0)
     if kind == "kels":
         dims = dimensions(module)
         return _kels_masks(module, dims, _kept(dims, module, rate, round_to))
@@ -87,7 +89,8 @@ def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
     memo: dict[int, Any] = {}
     for name, mask in by_first_name(module, masks).items():
         parameter = parameters[name]
-        memo[id(parameter)] = nn.Parameter(parameter.detach() * mask, requires_grad=parameter.requires_grad)
+        kept = parameter.detach().masked_fill(~mask, 0)
+        memo[id(parameter)] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
     result = copy.deepcopy(module, memo)
     dims = dimensions(module)
     keep = kept_units(module, dims, masks)
@@ -99,8 +102,7 @@ def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
 def _kept(
     dims: Dimensions, module: nn.Module, rate: Rate, round_to: int
 ) -> dict[DimensionGroup, np.ndarray[Any, np.dtype[np.bool_]]]:
-    if round_to < 1:
-        raise UsageError(f"round_to must be at least 1, not {round_to}")
+    whole_number("round_to", round_to, 1)
     if isinstance(rate, Mapping):
         rates = resolve(dims, module, {name: _valid_rate(r) for name, r in rate.items()})
     else:
@@ -109,7 +111,7 @@ def _kept(
 
 
 def _valid_rate(rate: float) -> float:
-    if not (isinstance(rate, (int, float)) and 0 < rate <= 1):
+    if isinstance(rate, bool) or not (isinstance(rate, Real) and 0 < rate <= 1):
         raise UsageError(f"split rate must be in (0, 1], not {rate}")
     return float(rate)
 

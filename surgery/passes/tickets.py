@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any
 
 import torch
@@ -51,12 +52,13 @@ def magnitude_masks(
         by qualified name, tied parameters under each of theirs.
 
     Raises:
-        UsageError: a sparsity outside [0, 1), an unknown scope or name, or ``within`` keeps fewer weights than are to
-            be kept.
+        UsageError: a sparsity outside [0, 1), an unknown scope or name, weights that are not numbers, or ``within``
+            keeps fewer weights than are to be kept.
     """
     info(module)
-    if not (isinstance(sparsity, (int, float)) and 0 <= sparsity < 1):
+    if isinstance(sparsity, bool) or not (isinstance(sparsity, Real) and 0 <= sparsity < 1):
         raise UsageError(f"sparsity must be in [0, 1), not {sparsity}")
+    sparsity = float(sparsity)
     if scope not in SCOPES:
         raise unknown_name("scope", scope, SCOPES)
     before = by_first_name(module, within or {})
@@ -151,6 +153,8 @@ def _matching(module: nn.Module, patterns: Collection[str]) -> set[int]:
 
 def _largest(scores: Tensor, sparsity: float, where: str) -> Tensor:
     """True at the largest ``scores``, exactly as many as are kept; negative scores are never among them."""
+    if bool(scores.isnan().any()):
+        raise UsageError(f"there are weights of {where} that are not numbers: none of these is the largest")
     count = math.ceil(round((1 - sparsity) * len(scores), 6))
     available = int((scores >= 0).sum())
     if count > available:

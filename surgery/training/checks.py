@@ -36,6 +36,12 @@ def check_trainable(model: nn.Module) -> None:
         raise UsageError("the model has no parameter that requires a gradient: there is nothing to train")
 
 
+def check_scored(data: Data, score: object) -> None:
+    """Raise `UsageError` where there is nothing to score a model by."""
+    if score is None and data.counts[1] == 0:
+        raise UsageError(f"data set {data.source!r} has no test images: pass score=, or data that have some")
+
+
 def check_settings(
     data: Data,
     epochs: int,

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
-from surgery.errors import whole_number
+from surgery.errors import UsageError, whole_number
 from surgery.passes.reset import reset_hypothesis
 from surgery.passes.slim import Rate, masked, slim, split_masks
+from surgery.training.checks import check_scored
 from surgery.training.data import Data
-from surgery.training.engine import mixed_seed, random_state, seed_everything
-from surgery.training.evaluation import Progress, evaluate
+from surgery.training.engine import mixed_seed, plain_modes, random_state, seed_everything
+from surgery.training.evaluation import Progress, device_of, evaluate, in_mode
 from surgery.training.history import History, Score
 from surgery.training.loading import loader
 from surgery.training.loop import train
@@ -92,6 +94,7 @@ class Evolution:
         }
 
 
+@plain_modes()
 def evolve(
     model: nn.Module,
     data: Data,
@@ -115,6 +118,7 @@ def evolve(
     precision: str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
+    identity: Mapping[str, Any] | None = None,
     test_each_epoch: bool = False,
     seed: int = 0,
     workers: int = 0,
@@ -132,8 +136,9 @@ def evolve(
         epochs: passes over the training images in each.
         kind: of the fit-hypothesis, as in `surgery.split_masks`.
         reset: options of `surgery.reset_hypothesis`: what is drawn anew, and how. All of it, by default, as in a new
-            network: a module of one's own must be traced with ``source=``, or come with ``fresh=`` here, unless its
-            layers' classes say how they are initialised.
+            network: a module of one's own must be traced with ``source=``, or come with ``fresh=`` here, a function
+            that makes a new one, unless its layers' classes say how they are initialised. Each generation draws by
+            a seed of its own.
         recalibrate: whether the slim network's BatchNorm statistics are measured anew, on the training images. It is
             scored, and given, with them.
         long: whether the network is also trained for ``generations * epochs`` epochs at once, for comparison.
@@ -141,15 +146,21 @@ def evolve(
         loss_fn: as in `surgery.train`, whose settings are those that are not named here, too.
         score: of a network, by default its accuracy on the test images.
         checkpoint: a folder from which a run that was cut off goes on, to the same weights.
+        identity: as in `surgery.train`: what says that ``loss_fn`` is another one.
 
     Raises:
-        UsageError: a setting out of range, another run's checkpoint, or parameters that nothing says how to initialise.
+        UsageError: a setting out of range, no images to score on, another run's checkpoint, or parameters that nothing
+            says how to initialise.
         FloatingPointError: the loss stops being a number.
     """
     whole_number("generations", generations, 1)
+    seed = whole_number("seed", seed, 0)
+    if kind == "wels" and recalibrate:
+        raise UsageError("recalibrate is for the slim network, and WELS gives none")
+    check_scored(data, score)
     scored = score or (lambda network: evaluate(network, data.test, workers=workers))
     masks = split_masks(model, split_rate, kind=kind, seed=seed)
-    options = dict(reset or {})
+    options = _reset_options(reset or {}, generations)
     if generations > 1:
         reset_hypothesis(model, masks, **options)  # what cannot be drawn anew is refused before the training
     usual = PAPER.get(optimizer, {})
@@ -169,6 +180,9 @@ def evolve(
         "progress": progress,
     }
 
+    drawn = {name: value for name, value in options.items() if name != "fresh"}
+    evolved = {"kind": kind, "split_rate": dict(split_rate) if isinstance(split_rate, Mapping) else split_rate, **drawn}
+
     def trained(network: nn.Module, task: str, number: int, total: int) -> History:
         return train(
             network,
@@ -176,12 +190,13 @@ def evolve(
             epochs=total,
             seed=mixed_seed(seed, number),
             checkpoint=None if checkpoint is None else Path(checkpoint) / f"{task}.pt",
+            identity={**(identity or {}), **(evolved if number else {})},
             task=task,
             **settings,
         )
 
     def alone(network: nn.Module) -> nn.Module:
-        if kind != "kels":
+        if kind == "wels":
             return masked(network, masks)
         carved = slim(network, split_rate)
         return recalibrated(carved, data, batch_size, seed=seed) if recalibrate else carved
@@ -190,7 +205,7 @@ def evolve(
     network = copy.deepcopy(model)
     for number in range(generations):
         if number:
-            network = reset_hypothesis(network, masks, **{"seed": mixed_seed(seed, number), **options})
+            network = reset_hypothesis(network, masks, seed=mixed_seed(seed, number), **options)
         history = trained(network, f"generation-{number + 1}", number, epochs)
         found.append(Generation(scored(network), scored(alone(network)), history))
     baseline, other = None, None
@@ -202,17 +217,39 @@ def evolve(
     return Evolution(network, carved, masks, tuple(found), baseline, other)
 
 
+def _reset_options(reset: Mapping[str, Any], generations: int) -> dict[str, Any]:
+    """Options of `reset_hypothesis`, such that each generation draws other numbers."""
+    if not isinstance(reset, Mapping):
+        raise UsageError(f"reset= has options of reset_hypothesis by name, and is not {reset!r}")
+    if "seed" in reset:
+        raise UsageError("each generation draws by a seed of its own, which follows from seed=: leave it out of reset=")
+    if isinstance(reset.get("fresh"), nn.Module) and generations > 2:
+        raise UsageError("with one model as fresh= all generations would draw the same: pass a function that makes one")
+    return dict(reset)
+
+
+@plain_modes()
 def recalibrated(model: nn.Module, data: Data, batch_size: int = 64, *, seed: int = 0) -> nn.Module:
-    """A copy whose BatchNorm statistics are the means over the training images, as `torch.optim.swa_utils.update_bn`
-    takes them. All else is as it was. ``seed`` is that of augmentation, and of what is random in training mode."""
+    """A copy whose BatchNorm statistics are the means over the batches of training images. All else is as it was.
+
+    The BatchNorms alone are in training mode as they are measured: dropout is off, and a detector needs no targets. One
+    that is not run keeps what it has. An image that is left over is left out, since a batch of one has no variance.
+    ``seed`` is that of augmentation.
+    """
     result = copy.deepcopy(model)
-    device = next((p.device for p in result.parameters()), torch.device("cpu"))
-
-    def images() -> Iterator[Tensor]:
-        for batch, *_ in loader(data.train, batch_size):
-            yield batch
-
-    with random_state(device):
+    device = device_of(result)
+    norms = [layer for layer in result.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
+    before = [(norm, norm.momentum, copy.deepcopy(dict(norm.named_buffers(recurse=False)))) for norm in norms]
+    with random_state(device), in_mode(result, training=False), torch.no_grad():
         seed_everything(seed)
-        update_bn(images(), result, device)
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum, norm.training = None, True
+        for images, *_ in loader(data.train, batch_size, collate=data.collate):
+            if len(images) > 1:
+                result(pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), images))
+        for norm, momentum, buffers in before:
+            norm.momentum = momentum
+            if not norm.num_batches_tracked:
+                norm.load_state_dict(buffers, strict=False)
     return result
