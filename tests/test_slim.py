@@ -206,3 +206,12 @@ def test_what_is_switched_off_is_zero_whatever_it_was():
         traced.get_parameter("0.weight")[2:] = torch.tensor([[torch.inf], [torch.nan]])
     x = torch.randn(3, 4)
     surgery.verify(surgery.masked(traced, masks), surgery.slim(traced, 0.5), x).raise_if_different()
+
+
+def test_a_parametrization_that_learns_by_being_read_is_not_read():
+    layer = nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 1))
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), layer, nn.ReLU(), nn.Conv2d(8, 4, 1)).train()
+    traced = surgery.trace(model, torch.randn(2, 3, 4, 4))
+    before = {name: tensor.clone() for name, tensor in traced.state_dict().items()}
+    surgery.slim(traced, 0.5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in traced.state_dict().items())

@@ -7,6 +7,7 @@ may tie channels together (`Op.tie`), freeze them (`Op.freeze`), or say what bec
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from surgery.errors import UsageError
@@ -157,7 +159,11 @@ class Op:
 
     def param(self, name: str, dims: int = 2) -> Labelled | None:
         """A parameter or buffer of the layer, its first ``dims`` axes labelled (those after two are kernels)."""
-        value: torch.Tensor | None = getattr(self.module, name, None)
+        value: torch.Tensor | None
+        if parametrize.is_parametrized(self.module, name):  # to compute it may change what it is computed from
+            value = copy.deepcopy(self.module.parametrizations[name]).eval()()
+        else:
+            value = getattr(self.module, name, None)
         return None if value is None else self.run.tensor(value, range(min(value.ndim, dims)))
 
     def cut(self, f: Field) -> None:
