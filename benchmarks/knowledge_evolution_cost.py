@@ -230,9 +230,10 @@ def _time_table(document: Mapping[str, Any]) -> Iterator[str]:
         f"{runs[0]['threads']} threads, {where['date'][:10]}. The dense network and its slim ones take turns; how many "
         f"times as fast the slim ones are, with the {runs[0]['speedups'][slim[0]]['confidence']:.0%} interval, and in "
         "brackets what the operations promise. In eights: widths rounded up to a multiple of 8 (`round_to=8`), since "
-        "kernels work in blocks of channels. The samples are in the JSON file.",
+        "kernels work in blocks of channels. Scatter: the largest interquartile range of a row's networks, of the "
+        "median. The samples are in the JSON file.",
         "",
-        "| network | dense, ms | " + " | ".join(f"at {key}" for key in slim) + " | notes |",
+        "| network | dense, ms | " + " | ".join(f"at {key}" for key in slim) + " | scatter |",
         "|---|---|" + "---|" * (len(slim) + 1),
     )
     for run in runs:
@@ -240,7 +241,7 @@ def _time_table(document: Mapping[str, Any]) -> Iterator[str]:
         for key in slim:
             s, promised = run["speedups"][key], run["operations"]["1"] / run["operations"][key]
             cells.append(f"{s['value']:.2f} ({s['low']:.2f} to {s['high']:.2f}) [{promised:.2f}]")
-        notes = [f"{key}: {note}" for key, result in run["results"].items() for note in result["notes"]]
+        scatter = max(result["iqr_ms"] / result["p50_ms"] for result in run["results"].values())
         first = f"{run['results']['1']['p50_ms']:.2f}"
-        yield "| " + " | ".join([PUBLISHED[run["net"]].label, first, *cells, "; ".join(notes)]) + " |"
+        yield "| " + " | ".join([PUBLISHED[run["net"]].label, first, *cells, f"{scatter:.0%}"]) + " |"
     yield ""
