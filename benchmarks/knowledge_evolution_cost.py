@@ -217,7 +217,7 @@ def _count_table(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _time_table(document: Mapping[str, Any]) -> Iterator[str]:
-    runs = document["timings"]
+    runs = sorted(document["timings"], key=lambda run: list(PUBLISHED).index(run["net"]))
     if not runs:
         return
     where = runs[0]["environment"]
