@@ -59,11 +59,13 @@ def test_a_run_writes_the_picture_the_tables_the_report_and_a_folder_for_each_ra
     _, out, _ = run
     assert {path.relative_to(out).as_posix() for path in out.rglob("*")} == {
         "report.md",
-        "tradeoff.csv",
-        "tradeoff.json",
-        "tradeoff.png",
-        *(f"rate-{rate}" for rate in ("1", "0.5")),
-        *(f"rate-{r}/{file}" for r in ("1", "0.5") for file in ("model.onnx", "recipe.json", "weights.safetensors")),
+        *(f"tradeoff.{kind}" for kind in ("csv", "html", "json", "png")),
+        *("dense", "rate-1", "rate-0.5", "rate-1/model.onnx", "rate-0.5/model.onnx"),
+        *(
+            f"{folder}/{file}"
+            for folder in ("dense", "rate-1", "rate-0.5")
+            for file in ("recipe.json", "trained.json", "weights.safetensors")
+        ),
     }
     assert list(out.parent.iterdir()) == [out]
 
@@ -132,7 +134,7 @@ def test_the_report_names_every_point_the_settings_and_the_command(run):
     assert "[rate-1](rate-1)" in text
     assert "[rate-0.5](rate-0.5)" in text
     assert "digits: 300 to train on, 300 to test on, 10 classes" in text
-    assert "surgery.tradeoff(Sequential, dataset='digits', split_rates=(1.0, 0.5)" in text
+    assert "surgery.tradeoff(Sequential, dataset='digits', candidates=('1', '0.5')" in text
     assert re.search(r"\| onnxruntime \| \d", text)
 
 

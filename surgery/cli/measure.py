@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,16 +29,19 @@ from surgery.cli.options import (
     is_saved,
     numbers,
     open_model,
+    per_layer,
     refuse_if_taken,
 )
 from surgery.cli.output import Bars, emit, table
 from surgery.deploy.checkpoint import load
 from surgery.deploy.curve import Tradeoff
 from surgery.deploy.export import export_onnx
-from surgery.deploy.outputs import refuse_folder
+from surgery.deploy.outputs import refuse_folder, unfinished
+from surgery.deploy.teaching import TEACHERS
 from surgery.deploy.tradeoff import MARKER
 from surgery.deploy.tradeoff import tradeoff as run_tradeoff
 from surgery.deploy.units import mebibytes, quantity
+from surgery.passes.slim import Rate
 
 
 def register(app: typer.Typer) -> None:
@@ -76,9 +82,30 @@ def tradeoff(
     model: Model,
     dataset: Dataset,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
-    split_rates: Annotated[str, typer.Option(metavar="RATES", help="Split rates in (0, 1].")] = "1.0,0.75,0.5,0.25",
+    split_rates: Annotated[
+        str,
+        typer.Option(
+            metavar="RATES",
+            help="Split rates in (0, 1]; per layer as in 0.5,layer3=0.5;layer4=0.25. [default: "
+            "1.0,0.75,0.5,0.25; 1.0 beside --candidate]",
+            show_default=False,
+        ),
+    ] = "",
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OPERATIONS",
+            help="A further candidate, several times: widen=1.5, deepen:layer3=1, slim:layer4=0.5+deepen:layer3=1.",
+        ),
+    ] = None,
+    round_to: Annotated[int, typer.Option(help="Round widths up to a multiple of this.")] = 1,
     epochs: Annotated[int, typer.Option(help="Passes over the data for the dense model; 0: take it as is.")] = 5,
-    finetune_epochs: Annotated[int, typer.Option(help="Passes over the data for each carved model.")] = 3,
+    finetune_epochs: Annotated[int, typer.Option(help="Passes over the data for each candidate.")] = 3,
+    teach: Annotated[
+        str, typer.Option(help=f"What candidates learn from: {', '.join(TEACHERS)}; the dense model teaches.")
+    ] = "labels",
+    hint_epochs: Annotated[int, typer.Option(help="For hints: passes over the data for stage 1.")] = 1,
+    generations: Annotated[int, typer.Option(help="For evolve: how many, of --finetune-epochs each.")] = 3,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.02,
     batch_size: Annotated[int, typer.Option(help="Images of one training step.")] = 64,
     image_size: ImageSize = None,
@@ -87,26 +114,35 @@ def tradeoff(
     threads: Threads = None,
     weights: Weights = "none",
     seed: Seed = 0,
+    reuse: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="Take over what another run trained; several times.")
+    ] = None,
     trust: Trust = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a model, slim it at each split rate, export and measure each: the speed/accuracy curve.
+    """Train a model, make candidates of it, export and measure each: the speed/accuracy curve.
 
-    Writes tradeoff.png, tradeoff.csv, tradeoff.json, report.md, and a folder with the checkpoint and the ONNX file of
-    each model.
+    Writes tradeoff.png, tradeoff.html, tradeoff.csv, tradeoff.json, report.md, and a folder with the checkpoint and the
+    ONNX file of each model. A run that was cut off goes on when the same command is given again; with --force, what
+    the last run into the folder trained with the same settings is taken over.
     """
-    rates = numbers("--split-rates", split_rates)
+    rates = _rates(split_rates or ("1.0" if candidate else "1.0,0.75,0.5,0.25"))
     refuse_folder(out, marker=MARKER, force=force)
     source: str | nn.Module = load(model, trust=trust) if is_saved(model) else model
-    with Bars() as bars:
+    with Bars() as bars, _going_on(out):
         result = run_tradeoff(
             source,
             dataset=dataset,
             split_rates=rates,
             out=out,
+            candidates=candidate or (),
+            round_to=round_to,
             epochs=epochs,
             finetune_epochs=finetune_epochs,
+            teach=teach,
+            hint_epochs=hint_epochs,
+            generations=generations,
             lr=lr,
             batch_size=batch_size,
             image_size=image_size,
@@ -115,6 +151,7 @@ def tradeoff(
             limit=limit,
             threads=threads,
             seed=seed,
+            reuse=reuse or (),
             trust=trust,
             force=force,
             command=shlex.join(["surgery", *context.obj]),
@@ -124,16 +161,48 @@ def tradeoff(
         {**result.to_dict(), "out": str(out)},
         as_json,
         _curve_table(result),
-        note=f"{result.seconds:.0f} s; written to {out}: tradeoff.png, tradeoff.csv, tradeoff.json, report.md and "
-        f"{', '.join(point.folder for point in result.points)}",
+        note=f"{result.seconds:.0f} s; written to {out}: tradeoff.png, tradeoff.html, tradeoff.csv, tradeoff.json, "
+        f"report.md and {', '.join(point.folder for point in result.points)}"
+        + (f"\ntaken over from an earlier run: {', '.join(result.reused)}" if result.reused else ""),
     )
 
 
+@contextmanager
+def _going_on(out: Path) -> Iterator[None]:
+    """Says, where a run is interrupted, that it can go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if unfinished(out).exists():
+            kept = f"what is done is kept in {unfinished(out)}: give the same command again to go on"
+            print(kept, file=sys.stderr)
+        raise
+
+
+def _rates(text: str) -> list[Rate]:
+    """``"1.0,0.5,layer3=0.5;layer4=0.25"`` as rates."""
+    found: list[Rate] = []
+    for part in text.split(","):
+        found += [per_layer("--split-rates", part.split(";"), float)] if "=" in part else numbers("--split-rates", part)
+    return found
+
+
 def _curve_table(result: Tradeoff) -> Any:
-    header = ["split rate", "accuracy", "p50 ms", "p90 ms", "speed-up", "parameters", "MACs", "ONNX file", "Pareto"]
+    rates = all(point.rate is not None for point in result.points)
+    header = [
+        "split rate" if rates else "candidate",
+        "accuracy",
+        "p50 ms",
+        "p90 ms",
+        "speed-up",
+        "parameters",
+        "MACs",
+        "ONNX file",
+        "Pareto",
+    ]
     rows = [
         [
-            f"{point.rate:g}",
+            point.name,
             f"{point.score.accuracy:.1%}",
             f"{point.latency.p50_ms:.3f}",
             f"{point.latency.p90_ms:.3f}",

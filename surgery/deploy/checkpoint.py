@@ -82,7 +82,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, t
         traced = trace(model, args, kwargs=kwargs, source=steps.source)
         with_info(traced, args=specs[0], kwargs=specs[1])
         module = apply(traced, steps)
-    _load_weights(module, source / WEIGHTS)
+    load_weights(module, source / WEIGHTS)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name not in content["frozen"])
     module.train(content["training"])
@@ -116,7 +116,13 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return result
 
 
-def _load_weights(module: nn.Module, path: Path) -> None:
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Give a module the parameters and buffers that `save` wrote of one of the same structure, in place.
+
+    Raises:
+        UsageError: the file cannot be read.
+        SurgeryError: weights that do not fit; names them.
+    """
     wanted = {}
     seen: set[int] = set()
     for name, tensor in module.state_dict(keep_vars=True).items():

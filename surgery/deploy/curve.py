@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,8 +18,10 @@ from surgery.training.history import History, Score
 class Point:
     """One model of the curve. Accuracy and latency are those of its ONNX file."""
 
-    rate: float
-    """Split rate at which it was carved."""
+    name: str
+    """What was done to the dense model, as `surgery.deploy.candidates.parse` reads it: ``0.5`` for a split rate."""
+    rate: float | None
+    """Split rate at which it was carved; None where it is not one for the whole model."""
     folder: str
     """Where its checkpoint and its ONNX file are, relative to the run's folder."""
     params: int
@@ -28,9 +30,14 @@ class Point:
     score: Score
     latency: BenchmarkResult
     speedup: Ratio | None
-    """Latency of the largest model over this one's, with its interval; None for the largest itself."""
-    history: History | None
-    """How it was fine-tuned; None if it was not."""
+    """Latency of the first point over this one's, with its interval; None for the first itself."""
+    training: Mapping[str, History]
+    """How it was trained after it was carved, by stage; empty if it was not."""
+
+    @property
+    def history(self) -> History | None:
+        """How its last stage of training went; None if there was none."""
+        return list(self.training.values())[-1] if self.training else None
 
     def quantile_ms(self, q: float) -> float:
         """Latency in ms that a fraction ``q`` of the timed queries did not exceed."""
@@ -40,6 +47,7 @@ class Point:
         """The point as one flat row, for tables; accuracies are fractions."""
         low, high = self.score.interval()
         return {
+            "candidate": self.name,
             "split_rate": self.rate,
             "folder": self.folder,
             "params": self.params,
@@ -63,9 +71,13 @@ class Point:
 class Settings:
     """What a run was asked to do; with the source and the data set it can be repeated."""
 
-    split_rates: tuple[float, ...]
+    candidates: tuple[str, ...]
+    round_to: int
     epochs: int
+    teach: str
     finetune_epochs: int
+    hint_epochs: int
+    generations: int
     lr: float
     batch_size: int
     weights: str | None
@@ -92,7 +104,7 @@ class DataSummary:
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """A measured speed/accuracy curve; ``points`` are in order of falling split rate."""
+    """A measured speed/accuracy curve; ``points`` are in order of falling split rate, and what has none comes last."""
 
     source: str
     data: DataSummary
@@ -100,6 +112,8 @@ class Tradeoff:
     points: tuple[Point, ...]
     history: History | None
     """How the dense model was trained; None if it was not."""
+    reused: tuple[str, ...]
+    """What was trained by an earlier run and taken over: ``dense``, and names of points."""
     environment: Environment
     seconds: float
     command: str
@@ -125,19 +139,20 @@ class Tradeoff:
         points = [
             {
                 **row,
-                "history": point.history.to_dict() if point.history else None,
+                "training": {stage: history.to_dict() for stage, history in point.training.items()},
                 "benchmark": point.latency.to_dict(),
             }
             for row, point in zip(self.rows(), self.points, strict=True)
         ]
         return {
-            "schema": 1,
+            "schema": 2,
             "source": self.source,
             "command": self.command,
             "data": asdict(self.data),
             "settings": asdict(self.settings),
             "points": points,
             "history": self.history.to_dict() if self.history else None,
+            "reused": list(self.reused),
             "environment": self.environment.to_dict(),
             "seconds": self.seconds,
         }

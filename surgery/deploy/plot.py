@@ -64,7 +64,7 @@ def _point(axes: Axes, point: Point, *, on_front: bool) -> None:
     )
     axes.plot([x], [y], "o", color=colour, markersize=10, markeredgecolor="white", zorder=5 if on_front else 4)
     axes.annotate(
-        f"{point.rate:g}",
+        _short(point.name, 28),
         (x, y),
         xytext=(8, -16),  # the front rises to the right, so there is room below it
         textcoords="offset points",
@@ -79,7 +79,7 @@ def _point(axes: Axes, point: Point, *, on_front: bool) -> None:
 def _frame(axes: Axes, result: Tradeoff) -> None:
     settings, data = result.settings, result.data
     axes.set_title(
-        f"{result.name} on {data.source}: accuracy over latency, by split rate", loc="left", fontsize=14, pad=24
+        f"{result.name} on {data.source}: accuracy over latency, by {_what(result)}", loc="left", fontsize=14, pad=24
     )
     axes.text(
         0,
@@ -103,13 +103,21 @@ def _frame(axes: Axes, result: Tradeoff) -> None:
     axes.legend(handles=handles, loc="lower right", frameon=False)
 
 
+def _what(result: Tradeoff) -> str:
+    return "split rate" if all(point.rate is not None for point in result.points) else "candidate"
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def _table(axes: Axes, result: Tradeoff) -> None:
     axes.set_axis_off()
     front = result.front
-    header = ["split rate", "accuracy", "latency", "speed-up", "parameters", "MACs", "ONNX file"]
+    header = [_what(result), "accuracy", "latency", "speed-up", "parameters", "MACs", "ONNX file"]
     cells = [
         [
-            f"{p.rate:g}",
+            _short(p.name, 24),
             f"{p.score.accuracy:.1%}",
             f"{p.latency.p50_ms:.2f} ms",
             "1" if p.speedup is None else f"{p.speedup.value:.2f}",

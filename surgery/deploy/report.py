@@ -1,4 +1,4 @@
-"""A tradeoff run as files: a picture, two tables for machines, one page for people."""
+"""A tradeoff run as files: a picture, two tables for machines, and two pages for people, one of them interactive."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import csv
 import json
 from pathlib import Path
 
-from surgery.deploy.curve import Point, Tradeoff
+from surgery.deploy.curve import Point, Settings, Tradeoff
+from surgery.deploy.html import page
 from surgery.deploy.plot import draw
+from surgery.deploy.teaching import TEACHERS
 from surgery.deploy.units import mebibytes, quantity
 
 
 def write_report(result: Tradeoff, folder: Path) -> None:
-    """Write ``tradeoff.csv``, ``tradeoff.json``, ``tradeoff.png`` and ``report.md`` into ``folder``."""
+    """Write ``tradeoff.csv``, ``.json``, ``.png`` and ``.html``, and ``report.md``, into ``folder``."""
     rows = result.rows()
     with (folder / "tradeoff.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -20,6 +22,7 @@ def write_report(result: Tradeoff, folder: Path) -> None:
         writer.writerows(rows)
     (folder / "tradeoff.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
     draw(result, folder / "tradeoff.png")
+    (folder / "tradeoff.html").write_text(page(result))
     (folder / "report.md").write_text(_markdown(result))
 
 
@@ -29,7 +32,8 @@ def _markdown(result: Tradeoff) -> str:
             [
                 f"# Speed and accuracy of {result.name} on {result.data.source}",
                 _finding(result),
-                "![Accuracy over latency, one point for each split rate](tradeoff.png)",
+                "![Accuracy over latency, one point for each candidate](tradeoff.png)",
+                "[The same with the figures of each point under the pointer](tradeoff.html)",
                 _points_table(result),
                 _method(result),
                 "## Settings",
@@ -47,14 +51,15 @@ def _markdown(result: Tradeoff) -> str:
 def _finding(result: Tradeoff) -> str:
     """The curve's ends in a sentence."""
     first, fastest = result.points[0], result.front[0]
+    what = f"At {first.name} the model" if first.rate is None else f"At split rate {first.rate:g} the model"
     said = (
-        f"At split rate {first.rate:g} the model classifies {first.score.accuracy:.1%} of the test images correctly, "
+        f"{what} classifies {first.score.accuracy:.1%} of the test images correctly, "
+        f"in {first.latency.p50_ms:.2f} ms an image."
     )
-    said += f"in {first.latency.p50_ms:.2f} ms an image."
     if fastest is first:
         return said + " None of the others is faster."
     return said + (
-        f" At {fastest.rate:g} it is {fastest.score.accuracy:.1%} in {fastest.latency.p50_ms:.2f} ms: "
+        f" At {fastest.name} it is {fastest.score.accuracy:.1%} in {fastest.latency.p50_ms:.2f} ms: "
         f"{_speedup(fastest)} times as fast, with {fastest.params / first.params:.1%} of the parameters."
     )
 
@@ -63,7 +68,7 @@ def _points_table(result: Tradeoff) -> str:
     front = result.front
     rows = [
         [
-            f"{point.rate:g}{'' if point in front else ' (dominated)'}",
+            f"{point.name}{'' if point in front else ' (dominated)'}",
             f"{point.score.accuracy:.2%}",
             "{:.1%} – {:.1%}".format(*point.score.interval()),
             f"{point.latency.p50_ms:.3f}",
@@ -79,7 +84,7 @@ def _points_table(result: Tradeoff) -> str:
         for point in result.points
     ]
     header = [
-        "split rate",
+        "split rate" if all(point.rate is not None for point in result.points) else "candidate",
         "accuracy",
         "95% interval",
         "p50 ms",
@@ -104,13 +109,14 @@ def _speedup(point: Point) -> str:
 def _method(result: Tradeoff) -> str:
     settings, data = result.settings, result.data
     trained = f"trained for {settings.epochs} epochs" if settings.epochs else "taken as it was"
-    tuned = f"trained for {settings.finetune_epochs} more" if settings.finetune_epochs else "not trained further"
-    notes = [f"- At {p.rate:g}: {note}." for p in result.points for note in p.latency.notes]
+    notes = [f"- At {p.name}: {note}." for p in result.points for note in p.latency.notes]
+    slimmed = "At each split rate s, the first ceil(s n) channels of every layer were carved out of it (KELS)"
+    if any(point.rate is None for point in result.points):
+        slimmed += "; the other candidates are named after what was done to it"
     how = (
         f"The dense model was {trained} on {data.train_images} images of {data.image_size} x {data.image_size}. "
-        "At each split rate s, the first ceil(s n) channels of every layer were carved out of it (KELS), and the "
-        f"result was {tuned}; at 1 nothing is cut off. Accuracy is that of the ONNX file itself, in ONNX Runtime, on "
-        f"{data.test_images} test images that no training saw; its interval is Wilson's."
+        f"{slimmed}, and the result was {_tuned(settings)}; at 1 nothing is cut off. Accuracy is that of the ONNX file "
+        f"itself, in ONNX Runtime, on {data.test_images} test images that no training saw; its interval is Wilson's."
     )
     timing = (
         f"Latency is that of the ONNX file, one image at a time, on the CPU with {settings.threads} threads. "
@@ -121,6 +127,18 @@ def _method(result: Tradeoff) -> str:
         "least as accurate."
     )
     return "\n\n".join(["## How it was measured", how, timing, *(["\n".join(notes)] if notes else [])])
+
+
+def _tuned(settings: Settings) -> str:
+    """How candidates were trained, in words."""
+    if settings.finetune_epochs == 0:
+        return "not trained further"
+    how = {
+        "labels": f"trained for {settings.finetune_epochs} more",
+        "evolve": f"trained {TEACHERS['evolve']}: {settings.generations} of {settings.finetune_epochs} epochs each",
+        "hints": f"trained {TEACHERS['hints']}: {settings.hint_epochs} and {settings.finetune_epochs} epochs",
+    }
+    return how.get(settings.teach, f"trained for {settings.finetune_epochs} more, {TEACHERS[settings.teach]}")
 
 
 def _settings_table(result: Tradeoff) -> str:
@@ -135,10 +153,12 @@ def _settings_table(result: Tradeoff) -> str:
         "data": f"{data.source}: {images}",
         "images": f"RGB, {data.image_size} x {data.image_size}, normalised by {normalised}",
         "dense training": f"{settings.epochs} epochs",
-        "fine-tuning": f"{settings.finetune_epochs} epochs",
+        "fine-tuning": f"{settings.finetune_epochs} epochs, {TEACHERS[settings.teach]}",
+        "widths": f"multiples of {settings.round_to}" if settings.round_to > 1 else "as the rates say",
         "optimiser": f"SGD, Nesterov momentum 0.9, one-cycle, peak rate {settings.lr:g}, batch {settings.batch_size}",
         "seed": str(settings.seed),
         "time for the whole run": f"{result.seconds:.0f} s",
+        "taken over from earlier runs": ", ".join(result.reused) or "nothing",
     }
     return _table(["setting", "value"], [[key, value] for key, value in rows.items()])
 

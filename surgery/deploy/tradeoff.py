@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import torch
@@ -15,19 +17,23 @@ from torch import Tensor, nn
 
 from surgery import catalogue
 from surgery.deploy.benchmark import Comparison, Ratio, compare
+from surgery.deploy.candidates import Candidate, chosen
 from surgery.deploy.checkpoint import save
 from surgery.deploy.classifiers import classifier, data_for
 from surgery.deploy.cost import Cost, cost
 from surgery.deploy.curve import DataSummary, Point, Settings, Tradeoff
 from surgery.deploy.environment import usable_cores
 from surgery.deploy.export import export_onnx
-from surgery.deploy.outputs import refuse_folder, staged_folder
+from surgery.deploy.outputs import refuse_folder, staged_folder, unfinished_folder
 from surgery.deploy.report import write_report
-from surgery.errors import UsageError
+from surgery.deploy.store import Kept, Store, data_identity, key_of, linked
+from surgery.deploy.teaching import Lesson
+from surgery.errors import UsageError, whole_number
 from surgery.graph.traced import info
-from surgery.passes.slim import slim
+from surgery.passes.slim import Rate
 from surgery.training.data import Data
 from surgery.training.evaluation import Progress, evaluate
+from surgery.training.fingerprint import module_digest
 from surgery.training.history import History, Score
 from surgery.training.loop import train
 
@@ -43,10 +49,15 @@ def tradeoff(
     source: str | nn.Module,
     *,
     dataset: str,
-    split_rates: Sequence[float],
+    split_rates: Sequence[Rate] = (1.0, 0.75, 0.5, 0.25),
     out: str | os.PathLike[str],
+    candidates: Sequence[str] = (),
+    round_to: int = 1,
     epochs: int = 5,
     finetune_epochs: int = 3,
+    teach: str = "labels",
+    hint_epochs: int = 1,
+    generations: int = 3,
     lr: float = 0.02,
     batch_size: int = 64,
     image_size: int | None = None,
@@ -55,29 +66,40 @@ def tradeoff(
     limit: int | None = None,
     threads: int | None = None,
     seed: int = 0,
+    reuse: Sequence[str | os.PathLike[str]] = (),
     trust: bool = False,
     force: bool = False,
     command: str | None = None,
     progress: Progress | None = None,
 ) -> Tradeoff:
-    """Train a model, carve and fine-tune a slim one at each split rate, export and measure each, and write it all up.
+    """Train a model, make smaller or larger ones of it, train these on, export and measure each, and write it all up.
 
-    Every rate is treated alike: carved from the trained dense model (at 1.0 nothing is cut off), trained
+    Every candidate is treated alike: carved from the trained dense model (at 1.0 nothing is cut off), trained
     ``finetune_epochs`` more, saved, and exported to ONNX. What is then scored on the test images, and timed, is the
     ONNX file. Candidates are timed in one run, taking turns, one image at a time.
+
+    A run that was cut off goes on where it was when it is started again, and nothing is trained twice: what an earlier
+    run made with the same settings, in ``out`` or in ``reuse``, is taken over, and only timed anew.
 
     Args:
         source: what `surgery.catalogue.build` takes, or a module, such as a loaded one; it is not modified. Its
             classifier must have as many outputs as the data has classes; a torchvision model is built so.
         dataset: what `surgery.training.data.load_data` takes; so are ``data_root`` and ``limit``.
-        split_rates: each in (0, 1].
-        out: the folder to write: ``tradeoff.png``, ``.csv``, ``.json``, ``report.md``, and a folder for each rate.
-            It appears whole, at the end, or not at all.
+        split_rates: each in (0, 1], or one for each of some layers, containers or globs (``{"layer4": 0.5}``).
+        out: the folder to write: ``tradeoff.png``, ``.html``, ``.csv``, ``.json``, ``report.md``, and a folder for each
+            candidate and for the dense model. It appears whole, at the end, or not at all.
+        candidates: further ones, as `surgery.deploy.candidates.parse` reads them: ``"widen=1.5"``.
+        round_to: widths are rounded up to multiples of it.
         epochs: passes over the training images for the dense model; 0 takes it as it is.
-        finetune_epochs: the same for each carved model.
+        finetune_epochs: the same for each candidate.
+        teach: what candidates learn from, one of `surgery.deploy.teaching.TEACHERS`: ``labels``, ``kd`` or ``hints``
+            (`surgery.distill`, the dense model being the teacher), or ``evolve`` (`surgery.evolve` of the dense model).
+        hint_epochs: for ``hints``, passes over the training images before the others.
+        generations: for ``evolve``, of ``finetune_epochs`` each.
         lr: peak learning rate of both.
         image_size: side in pixels; by default the data's own, or the least the model takes where that is more.
         threads: of ONNX Runtime; by default, all the cores this process may use.
+        reuse: folders of other runs, of which trained models are taken over.
         force: replace ``out`` where it is the result of an earlier run.
         command: what the report says it was made by; by default this call.
         progress: called with ``"all"`` for the whole run, in per mille, and with the name of each stage for itself.
@@ -88,12 +110,20 @@ def tradeoff(
     started = time.perf_counter()
     out = Path(out)
     refuse_folder(out, marker=MARKER, force=force)
+    for folder in reuse:
+        if not (Path(folder) / MARKER).is_file():
+            raise UsageError(f"{folder} has no trained models to reuse: it holds no {MARKER}")
     _at_least(0, epochs=epochs, finetune_epochs=finetune_epochs)
-    _at_least(1, image_size=image_size, limit=limit, threads=threads)
+    _at_least(1, image_size=image_size, limit=limit, threads=threads, hint_epochs=hint_epochs, generations=generations)
+    plan = _planned(split_rates, candidates)
     settings = Settings(
-        split_rates=_checked_rates(split_rates),
+        candidates=tuple(candidate.name for candidate in plan),
+        round_to=whole_number("round_to", round_to, 1),
         epochs=epochs,
+        teach=teach,
         finetune_epochs=finetune_epochs,
+        hint_epochs=hint_epochs,
+        generations=generations,
         lr=lr,
         batch_size=batch_size,
         weights=catalogue.parse(source, weights=weights).weights if isinstance(source, str) else "as given",
@@ -101,38 +131,46 @@ def tradeoff(
         threads=threads or usable_cores(),
         seed=seed,
     )
+    lesson = Lesson(teach, finetune_epochs, lr, batch_size, seed, hint_epochs, generations)
     data = data_for({"the model": source}, dataset, data_root=data_root, image_size=image_size, limit=limit)
     dense = classifier(source, data, weights=weights, trust=trust, seed=seed)
-    stages = _Stages(_stage_weights(dense, data, settings), progress)
-    with staged_folder(out, marker=MARKER, force=force) as folder:
-        history = _fit(dense, data, settings, epochs, stages, "train dense")
-        candidates = [_candidate(dense, rate, data, settings, stages, folder) for rate in settings.split_rates]
+    stages = _Stages(_stage_weights(dense, plan, lesson, data, settings), progress)
+    with unfinished_folder(out, {"command": "tradeoff"}) as folder:
+        bench = _Bench(Store(folder, [*([out] if out.is_dir() else []), *reuse]), data, settings, lesson, stages)
+        trained = bench.dense(dense)
+        measured = [bench.candidate(candidate, trained.module) for candidate in plan]
         with stages.stage("measure"):
-            files = {c.folder: folder / c.folder / ONNX_FILE for c in candidates}
+            files = {c.candidate.folder: c.folder / ONNX_FILE for c in measured}
             comparison = compare(files, threads=settings.threads, min_seconds=_MEASURED_SECONDS, seed=seed)
         result = Tradeoff(
             source=info(dense).source or type(source).__name__,
             data=DataSummary.of(data),
             settings=settings,
-            points=tuple(_point(candidate, comparison) for candidate in candidates),
-            history=history,
+            points=tuple(_point(one, comparison) for one in measured),
+            history=trained.history,
+            reused=tuple(bench.reused),
             environment=next(iter(comparison.results.values())).environment,
             seconds=time.perf_counter() - started,
             command=command or _call(source, dataset, settings, out),
         )
-        write_report(result, folder)
+        with staged_folder(out, marker=MARKER, force=force) as staging:
+            if trained.folder is not None:
+                linked(trained.folder, staging / "dense")
+            for one in measured:
+                linked(one.folder, staging / one.candidate.folder)
+            write_report(result, staging)
     return result
 
 
-def _checked_rates(rates: Sequence[float]) -> tuple[float, ...]:
-    if not rates:
+def _planned(split_rates: Sequence[Rate], candidates: Sequence[str]) -> tuple[Candidate, ...]:
+    plan = chosen(split_rates, candidates)
+    if not plan:
         raise UsageError("no split rates were given: pass at least one in (0, 1]")
-    for rate in rates:
-        if not 0 < rate <= 1:
-            raise UsageError(f"split rate {rate:g} is outside (0, 1]")
-        if rates.count(rate) > 1:
-            raise UsageError(f"split rate {rate:g} is given more than once")
-    return tuple(sorted(rates, reverse=True))
+    folders = [candidate.folder for candidate in plan]
+    for candidate in plan:
+        if folders.count(candidate.folder) > 1:
+            raise UsageError(f"two candidates would be written to {candidate.folder!r}: leave out {candidate.name!r}")
+    return plan
 
 
 def _at_least(least: int, **values: int | None) -> None:
@@ -165,63 +203,111 @@ class _Stages:
             self._progress("all", round(1000 * whole / self._total), 1000)
 
 
-def _stage_weights(dense: nn.Module, data: Data, settings: Settings) -> dict[str, float]:
+def _stage_weights(
+    dense: nn.Module, plan: Sequence[Candidate], lesson: Lesson, data: Data, settings: Settings
+) -> dict[str, float]:
     """A guess, in seconds, at how long each stage takes: only their proportions matter.
 
-    It carves every rate once, so that one that cannot be carved is refused before the training and not after it.
+    It makes every candidate once, so that one that cannot be is refused before the training and not after it.
     """
     macs_per_second, export, measurement = 3e10, 10.0, 5.0
     epoch_of_one_mac = 3 * data.counts[0] / macs_per_second  # a forward pass, and a backward pass of twice its cost
-    weights = {"train dense": settings.epochs * cost(dense).macs * epoch_of_one_mac}
-    for rate in settings.split_rates:
-        macs = cost(slim(dense, rate)).macs
-        weights[f"{_name(rate)}: fine-tune"] = settings.finetune_epochs * macs * epoch_of_one_mac
-        weights[f"{_name(rate)}: export and score"] = export
-    return {**weights, "measure": measurement * len(settings.split_rates)}
-
-
-def _name(rate: float) -> str:
-    return f"rate-{rate:g}"
-
-
-def _fit(module: nn.Module, data: Data, settings: Settings, epochs: int, stages: _Stages, stage: str) -> History | None:
-    with stages.stage(stage) as progress:
-        if epochs == 0:
-            return None
-        return train(
-            module,
-            data,
-            epochs=epochs,
-            lr=settings.lr,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            progress=progress,
-            task=stage,
-        )
+    whole = cost(dense).macs
+    weights = {"train dense": settings.epochs * whole * epoch_of_one_mac}
+    for candidate in plan:
+        module = candidate.made(dense, round_to=settings.round_to, seed=settings.seed)
+        lesson.refuse(candidate, module, dense, round_to=settings.round_to)
+        macs = whole if lesson.teach == "evolve" else cost(module).macs
+        weights[f"{candidate.folder}: fine-tune"] = lesson.passes * macs * epoch_of_one_mac
+        weights[f"{candidate.folder}: export and score"] = export
+    return {**weights, "measure": measurement * len(plan)}
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class _Dense:
+    """The dense model, trained, and where it is kept if it was."""
+
+    module: nn.Module
+    history: History | None
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class _Measured:
     """A model of the curve, trained, saved, exported and scored, but not yet timed."""
 
-    rate: float
-    folder: str
+    candidate: Candidate
+    folder: Path
     cost: Cost
     score: Score
-    history: History | None
+    training: Mapping[str, History]
 
 
-def _candidate(
-    dense: nn.Module, rate: float, data: Data, settings: Settings, stages: _Stages, folder: Path
-) -> _Candidate:
-    name = _name(rate)
-    module = slim(dense, rate)
-    history = _fit(module, data, settings, settings.finetune_epochs, stages, f"{name}: fine-tune")
-    with stages.stage(f"{name}: export and score"):
-        save(module, folder / name)
-        export_onnx(module, folder / name / ONNX_FILE)
-        score = evaluate(_onnx_classifier(folder / name / ONNX_FILE, settings.threads), data.test)
-    return _Candidate(rate, name, cost(module), score, history)
+class _Bench:
+    """Trains the models of a run, or finds them trained."""
+
+    def __init__(self, store: Store, data: Data, settings: Settings, lesson: Lesson, stages: _Stages) -> None:
+        self.store, self.data, self.settings, self.lesson, self.stages = store, data, settings, lesson, stages
+        self.identity = data_identity(data)
+        self.reused: list[str] = []
+
+    def dense(self, module: nn.Module) -> _Dense:
+        settings = self.settings
+        common: dict[str, Any] = {"epochs": settings.epochs, "lr": settings.lr, "batch_size": settings.batch_size}
+        made_by = {"model": module_digest(module), "data": self.identity, **common, "seed": settings.seed}
+        key = key_of(made_by)
+        with self.stages.stage("train dense") as progress:
+            if settings.epochs == 0:
+                return _Dense(module, None, None)
+            kept = self._kept(key, "dense")
+            if kept is not None:
+                return _Dense(kept.into(module), kept.training["train"], kept.folder)
+            trained = copy.deepcopy(module)
+            history = train(
+                trained,
+                self.data,
+                **common,
+                seed=settings.seed,
+                checkpoint=self.store.unfinished(key) / "model.pt",
+                progress=progress,
+                task="train dense",
+            )
+            save(trained, self.store.place(key))
+            return _Dense(trained, history, self.store.keep(key, {"train": history}, None, made_by).folder)
+
+    def candidate(self, candidate: Candidate, dense: nn.Module) -> _Measured:
+        start = candidate.made(dense, round_to=self.settings.round_to, seed=self.settings.seed)
+        made_by = {
+            "candidate": candidate.name,
+            "model": module_digest(start),
+            "dense": module_digest(dense),
+            "data": self.identity,
+            **self.lesson.settings(),
+        }
+        key = key_of(made_by)
+        tune, export = (f"{candidate.folder}: {stage}" for stage in ("fine-tune", "export and score"))
+        kept = self._kept(key, candidate.name)
+        place = self.store.place(key)
+        with self.stages.stage(tune) as progress:
+            if kept is None:
+                checkpoint = self.store.unfinished(key)
+                module, training = self.lesson.give(
+                    candidate, start, dense, self.data, checkpoint=checkpoint, progress=progress, task=tune
+                )
+        with self.stages.stage(export):
+            if kept is None:
+                save(module, place)
+                export_onnx(module, place / ONNX_FILE)
+                score = evaluate(_onnx_classifier(place / ONNX_FILE, self.settings.threads), self.data.test)
+                kept = self.store.keep(key, training, score, made_by)
+        assert kept.score is not None
+        return _Measured(candidate, kept.folder, cost(start), kept.score, kept.training)
+
+    def _kept(self, key: str, name: str) -> Kept | None:
+        kept = self.store.find(key)
+        if kept is not None:
+            self.reused.append(name)
+        return kept
 
 
 def _onnx_classifier(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
@@ -237,20 +323,22 @@ def _onnx_classifier(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
     return classify
 
 
-def _point(candidate: _Candidate, comparison: Comparison) -> Point:
+def _point(measured: _Measured, comparison: Comparison) -> Point:
+    candidate = measured.candidate
     ratio = comparison.ratios.get(candidate.folder)
     return Point(
-        rate=candidate.rate,
+        name=candidate.name,
+        rate=candidate.uniform_rate,
         folder=candidate.folder,
-        params=candidate.cost.params,
-        macs=candidate.cost.macs,
-        score=candidate.score,
+        params=measured.cost.params,
+        macs=measured.cost.macs,
+        score=measured.score,
         latency=comparison.results[candidate.folder],
         speedup=ratio and Ratio(1 / ratio.value, 1 / ratio.high, 1 / ratio.low, ratio.confidence),
-        history=candidate.history,
+        training=measured.training,
     )
 
 
 def _call(source: str | nn.Module, dataset: str, settings: Settings, out: Path) -> str:
     what = repr(source) if isinstance(source, str) else type(source).__name__
-    return f"surgery.tradeoff({what}, dataset={dataset!r}, split_rates={settings.split_rates}, out={str(out)!r}, …)"
+    return f"surgery.tradeoff({what}, dataset={dataset!r}, candidates={settings.candidates}, out={str(out)!r}, …)"

@@ -1,0 +1,176 @@
+"""What a model is made into before it is measured: candidates, as text that people write and as operations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from surgery.errors import UsageError, unknown_name
+from surgery.passes.deepen import deepen
+from surgery.passes.slim import Rate, slim
+from surgery.passes.widen import widen
+
+KINDS = ("slim", "widen", "deepen")
+
+_FORM = "OPERATION=NUMBER or OPERATION:LAYER=NUMBER;LAYER=NUMBER, several joined by +, as in widen=1.5+deepen:layer3=1"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation: ``kind`` is one of `KINDS`, ``amount`` what it takes: a number, or one for each of some layers."""
+
+    kind: str
+    amount: float | Mapping[str, Any]
+
+    def __str__(self) -> str:
+        if isinstance(self.amount, Mapping):
+            return f"{self.kind}:{';'.join(f'{name}={_text(value)}' for name, value in self.amount.items())}"
+        return f"{self.kind}={_text(self.amount)}"
+
+    def done_to(self, module: nn.Module, *, round_to: int, seed: int) -> nn.Module:
+        """A new module to which it is done."""
+        amount: Any = self.amount
+        if self.kind == "slim":
+            return slim(module, amount, round_to=round_to)
+        if self.kind == "widen":
+            return widen(module, amount, break_symmetry="zero-sum", round_to=round_to, seed=seed)
+        return deepen(module, amount, seed=seed)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model of a curve: what is done to the dense one."""
+
+    operations: tuple[Operation, ...]
+
+    @property
+    def rate(self) -> Rate | None:
+        """The split rate, where it is slimmed and nothing else."""
+        only = self.operations[0]
+        return only.amount if len(self.operations) == 1 and only.kind == "slim" else None
+
+    @property
+    def uniform_rate(self) -> float | None:
+        """The split rate, where it is one for the whole model."""
+        return None if isinstance(self.rate, Mapping) else self.rate
+
+    @property
+    def name(self) -> str:
+        """Text that `parse` reads: ``0.5``, ``layer3=0.5;layer4=0.25``, ``widen=1.5+deepen:layer3=1``."""
+        text = "+".join(map(str, self.operations))
+        return text if self.rate is None else text[len("slim") + 1 :]
+
+    @property
+    def folder(self) -> str:
+        """A name for its files."""
+        return f"rate-{self.name}" if self.uniform_rate is not None else folder_name(self.name)
+
+    def made(self, dense: nn.Module, *, round_to: int, seed: int) -> nn.Module:
+        """The candidate, carved and grown from the dense model, not trained further."""
+        module = dense
+        for operation in self.operations:
+            module = operation.done_to(module, round_to=round_to, seed=seed)
+        return module
+
+
+def folder_name(text: str) -> str:
+    """``text`` with nothing in it that file systems or shells would read otherwise."""
+    return re.sub(r"[^\w.=]+", "-", text.replace("*", "x")).strip("-.")
+
+
+def of_rate(rate: Rate) -> Candidate:
+    """The candidate that is slimmed at a rate.
+
+    Raises `UsageError` for a rate outside (0, 1].
+    """
+    for value in rate.values() if isinstance(rate, Mapping) else [rate]:
+        if not 0 < value <= 1:
+            raise UsageError(f"split rate {value:g} is outside (0, 1]")
+    return Candidate((Operation("slim", rate),))
+
+
+def parse(text: str) -> Candidate:
+    """The candidate that a text names.
+
+    A number is a split rate, and ``LAYER=RATE;LAYER=RATE`` one for each of some layers, containers or globs. Any other
+    candidate is operations joined by ``+`` and done in this order, each ``OPERATION=NUMBER`` for the whole model or
+    ``OPERATION:LAYER=NUMBER;...`` for some layers: ``widen=1.5``, ``slim:layer4=0.5+deepen:layer3=1``.
+
+    Raises:
+        UsageError: the text is none of these.
+    """
+    if not re.match(r"\s*\w+\s*:", text) and text.partition("=")[0].strip() not in KINDS:
+        return of_rate(_amount(text, text))
+    operations = []
+    for part in text.split("+"):
+        kind, separator, amount = _split(part)
+        if kind not in KINDS:
+            raise unknown_name("operation", kind, KINDS)
+        value = _amount(amount, text) if separator == ":" else _number(amount, text)
+        if isinstance(value, Mapping) != (separator == ":"):
+            raise _unreadable(text)
+        if kind == "deepen" and not isinstance(value, Mapping):
+            raise UsageError(f"candidate {text!r} does not say where to deepen, as in deepen:layer3=1")
+        operations.append(
+            Operation(kind, float(value) if kind == "widen" and not isinstance(value, Mapping) else value)
+        )
+    only = operations[0]
+    return of_rate(only.amount) if len(operations) == 1 and only.kind == "slim" else Candidate(tuple(operations))
+
+
+def chosen(split_rates: Sequence[Rate], candidates: Sequence[str]) -> tuple[Candidate, ...]:
+    """The candidates of a run: rates for the whole model, from 1 downwards, and then the others as they were given.
+
+    Raises:
+        UsageError: one that cannot be read or is given twice.
+    """
+    found = [*map(of_rate, split_rates), *map(parse, candidates)]
+    names = [candidate.name for candidate in found]
+    for candidate, name in zip(found, names, strict=True):
+        if names.count(name) > 1:
+            what = "candidate" if candidate.uniform_rate is None else "split rate"
+            raise UsageError(f"{what} {name} is given more than once")
+    return tuple(sorted(found, key=lambda c: -(c.uniform_rate or 0)))
+
+
+def _split(part: str) -> tuple[str, str, str]:
+    match = re.match(r"\s*(\w+)\s*([:=])(.*)", part, re.DOTALL)
+    return (match[1], match[2], match[3]) if match else (part.strip(), "", "")
+
+
+def _amount(text: str, whole: str) -> Any:
+    """A number, or a number for each name."""
+    if "=" not in text:
+        return _number(text, whole)
+    values = {}
+    for item in text.split(";"):
+        name, _, number = item.rpartition("=")
+        if not name.strip():
+            raise _unreadable(whole)
+        values[name.strip()] = _number(number, whole)
+    return values
+
+
+def _number(text: str, whole: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        try:
+            return float(text)
+        except ValueError:
+            raise _unreadable(whole) from None
+
+
+def _unreadable(text: str) -> UsageError:
+    return UsageError(f"candidate {text!r} is not of the form RATE, LAYER=RATE;LAYER=RATE, {_FORM}")
+
+
+def _text(value: float) -> str:
+    """A number as short as it can be read back; a factor stays one: 2.0, and not 2 channels."""
+    return (
+        str(value) if isinstance(value, int) else f"{value:g}" if value != int(value) or value <= 1 else f"{value:.1f}"
+    )

@@ -1,0 +1,165 @@
+"""Candidates of a curve: what text names them, what they become, and how they are trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import surgery
+from surgery.deploy.candidates import chosen, of_rate, parse
+from surgery.deploy.teaching import Lesson
+from surgery.errors import UsageError
+from surgery.passes.widen import widen
+from surgery.training.data import load_data
+
+
+@pytest.fixture(scope="module")
+def dense():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(16 * 4 * 4, 10),
+        )
+    return surgery.trace(model.eval(), torch.zeros(2, 3, 8, 8))
+
+
+def widths(module: nn.Module) -> list[int]:
+    return [module.get_submodule(name).weight.shape[0] for name in ("0", "2")]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "folder", "expected"),
+    [
+        ("0.5", "0.5", "rate-0.5", [4, 8]),
+        ("1", "1", "rate-1", [8, 16]),
+        ("slim=0.5", "0.5", "rate-0.5", [4, 8]),
+        ("0=0.5;2=0.25", "0=0.5;2=0.25", "0=0.5-2=0.25", [4, 4]),
+        ("slim:2=0.25", "2=0.25", "2=0.25", [8, 4]),
+        ("widen=1.5", "widen=1.5", "widen=1.5", [12, 24]),
+        ("widen=2", "widen=2.0", "widen=2.0", [16, 32]),
+        (" widen:0=12 + slim:2=0.5", "widen:0=12+slim:2=0.5", "widen-0=12-slim-2=0.5", [12, 8]),
+        ("deepen:2=1", "deepen:2=1", "deepen-2=1", [8, 16]),
+    ],
+)
+def test_text_names_a_candidate_and_its_name_is_such_text(dense, text, name, folder, expected):
+    candidate = parse(text)
+    assert (candidate.name, candidate.folder) == (name, folder)
+    assert parse(candidate.name) == candidate
+    made = candidate.made(dense, round_to=1, seed=0)
+    assert widths(made) == expected
+    assert made is not dense
+
+
+def test_growing_a_candidate_keeps_the_function_and_adds_layers(dense):
+    x = torch.randn(2, 3, 8, 8)
+    grown = parse("widen=1.5+deepen:2=1").made(dense, round_to=1, seed=0)
+    assert torch.allclose(grown(x), dense(x), atol=1e-5)
+    assert len(list(grown.parameters())) > len(list(dense.parameters()))
+
+
+def test_round_to_holds_for_every_operation(dense):
+    assert widths(parse("0.3").made(dense, round_to=4, seed=0)) == [4, 8]
+    assert widths(parse("widen=1.3").made(dense, round_to=4, seed=0)) == widths(widen(dense, 1.3, round_to=4))
+
+
+def test_rates_for_the_whole_model_come_first_from_1_downwards():
+    plan = chosen([0.5, {"2": 0.25}, 1.0], ["widen=1.5", "0.75"])
+    assert [candidate.name for candidate in plan] == ["1", "0.75", "0.5", "2=0.25", "widen=1.5"]
+    assert [candidate.uniform_rate for candidate in plan] == [1.0, 0.75, 0.5, None, None]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("half", "candidate 'half' is not of the form RATE, LAYER=RATE;LAYER=RATE, OPERATION=NUMBER or "),
+        ("=0.5", "candidate '=0.5' is not of the form RATE"),
+        ("widen=wide", "candidate 'widen=wide' is not of the form RATE"),
+        ("widen:1.5", "candidate 'widen:1.5' is not of the form RATE"),
+        ("widen=1.5+thin=0.5", "unknown operation 'thin' (3 are known)"),
+        ("slimm:2=0.5", "unknown operation 'slimm'; did you mean 'slim'?"),
+        ("deepen=2", "candidate 'deepen=2' does not say where to deepen, as in deepen:layer3=1"),
+        ("2=1.5", "split rate 1.5 is outside (0, 1]"),
+    ],
+)
+def test_text_that_names_no_candidate_is_refused(text, message):
+    with pytest.raises(UsageError) as caught:
+        parse(text)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_candidate_given_twice_is_refused():
+    with pytest.raises(UsageError, match=r"candidate 2=0\.5 is given more than once"):
+        chosen([{"2": 0.5}], ["slim:2=0.5"])
+
+
+@pytest.mark.parametrize(
+    ("teach", "stages"),
+    [
+        ("labels", {"train": 2}),
+        ("kd", {"distill": 2}),
+        ("hints", {"hints": 1, "distill": 2}),
+        ("evolve", {"generation-1": 2, "generation-2": 2}),
+    ],
+)
+def test_each_way_to_teach_trains_in_its_stages_and_changes_neither_model(dense, tmp_path, teach, stages):
+    lesson = Lesson(teach, 2, 0.05, 64, seed=0, hint_epochs=1, generations=2)
+    candidate, data = of_rate(0.5), load_data("digits", limit=64)
+    start = candidate.made(dense, round_to=1, seed=0)
+    before = [{k: v.clone() for k, v in module.state_dict().items()} for module in (start, dense)]
+    told = []
+    lesson.refuse(candidate, start, dense, round_to=1)
+    module, training = lesson.give(
+        candidate,
+        start,
+        dense,
+        data,
+        checkpoint=tmp_path / "run",
+        progress=lambda task, done, total: told.append((task, done / total)),
+        task="tune",
+    )
+    assert {stage: len(history.epochs) for stage, history in training.items()} == stages
+    assert {k: v.shape for k, v in module.state_dict().items()} == {k: v.shape for k, v in start.state_dict().items()}
+    assert not all(torch.equal(v, start.state_dict()[k]) for k, v in module.state_dict().items())
+    for state, given in zip(before, (start, dense), strict=True):
+        assert all(torch.equal(v, given.state_dict()[k]) for k, v in state.items())
+    assert [share for _, share in told] == sorted(share for _, share in told)
+    assert (told[-1], {task for task, _ in told}) == (("tune", 1.0), {"tune"})
+    assert list((tmp_path / "run").glob("*.pt"))
+
+
+def test_no_epochs_train_nothing(dense, tmp_path):
+    lesson = Lesson("evolve", 0, 0.05, 64, seed=0)
+    candidate = parse("widen=1.5")
+    start = candidate.made(dense, round_to=1, seed=0)
+    lesson.refuse(candidate, start, dense, round_to=1)
+    data = load_data("digits", limit=64)
+    given = {"checkpoint": tmp_path / "run", "progress": lambda *_: None, "task": "tune"}
+    assert lesson.give(candidate, start, dense, data, **given) == (start, {})
+    assert lesson.passes == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "round_to", "message"),
+    [
+        ("widen=1.5", 1, "Knowledge Evolution carves at split rates alone: leave out candidate 'widen=1.5'"),
+        ("0.5", 8, "Knowledge Evolution carves at split rates alone: leave out round_to"),
+    ],
+)
+def test_evolving_anything_but_a_split_rate_is_refused(dense, text, round_to, message):
+    candidate = parse(text)
+    with pytest.raises(UsageError) as caught:
+        Lesson("evolve", 1, 0.05, 64, seed=0).refuse(
+            candidate, candidate.made(dense, round_to=1, seed=0), dense, round_to=round_to
+        )
+    assert str(caught.value) == message
+
+
+def test_an_unknown_way_to_teach_is_refused():
+    with pytest.raises(UsageError, match="unknown way to teach 'hint'; did you mean 'hints'"):
+        Lesson("hint", 1, 0.05, 64, seed=0)

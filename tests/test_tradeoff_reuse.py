@@ -1,0 +1,150 @@
+"""A tradeoff goes on where it was cut off, and trains nothing twice."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from surgery.deploy.benchmark import compare
+from surgery.deploy.tradeoff import tradeoff
+from surgery.errors import UsageError
+
+
+def tiny() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)
+        )
+
+
+OPTIONS = {"dataset": "digits", "epochs": 2, "finetune_epochs": 2, "lr": 0.1, "limit": 128, "threads": 1}
+
+
+class Steps:
+    """Counts the steps of each stage, and interrupts the run at one of them."""
+
+    def __init__(self, stage: str = "", step: int = 0) -> None:
+        self.taken: dict[str, int] = {}
+        self.at = (stage, step)
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        if total > 1:
+            self.taken[task] = self.taken.get(task, 0) + 1
+            if (task, self.taken[task]) == self.at:
+                raise KeyboardInterrupt
+
+    def trained(self) -> dict[str, int]:
+        return {task: count for task, count in self.taken.items() if task != "all"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def measured_in_passing():
+    """How models are timed is not what is tested here."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick = functools.partial(compare, memory=False, min_runs=5)
+        patch.setattr("surgery.deploy.tradeoff.compare", lambda files, **given: quick(files, **{**given, **BRIEF}))
+        yield
+
+
+BRIEF = {"min_seconds": 0, "warmup": 0.01}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run from beginning to end, and its folder."""
+    out = tmp_path_factory.mktemp("whole") / "demo"
+    steps = Steps()
+    result = tradeoff(tiny(), split_rates=[1.0, 0.5], out=out, progress=steps, **OPTIONS)
+    assert steps.trained() == {"train dense": 4, "rate-1: fine-tune": 4, "rate-0.5: fine-tune": 4}
+    return result, out
+
+
+def weights(out):
+    return {path.parent.name: path.read_bytes() for path in out.rglob("weights.safetensors")}
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(whole, tmp_path):
+    out, cut = tmp_path / "demo", Steps("rate-0.5: fine-tune", 3)
+    with pytest.raises(KeyboardInterrupt):
+        tradeoff(tiny(), split_rates=[1.0, 0.5], out=out, progress=cut, **OPTIONS)
+    assert not out.exists()
+    again = Steps()
+    result = tradeoff(tiny(), split_rates=[1.0, 0.5], out=out, progress=again, **OPTIONS)
+    assert again.trained() == {"rate-0.5: fine-tune": 3}  # told where it goes on, and of the two steps left
+    assert result.reused == ("dense", "1")
+    assert weights(out) == weights(whole[1])
+    assert [p.score for p in result.points] == [p.score for p in whole[0].points]
+    assert [len(p.history.epochs) for p in result.points] == [2, 2]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_second_run_with_one_more_candidate_trains_only_that_one(whole, tmp_path):
+    out, steps = tmp_path / "more", Steps()
+    result = tradeoff(
+        tiny(), split_rates=[1.0, 0.5], candidates=["0=0.25"], out=out, reuse=[whole[1]], progress=steps, **OPTIONS
+    )
+    assert steps.trained() == {"0=0.25: fine-tune": 4}
+    assert result.reused == ("dense", "1", "0.5")
+    assert [p.name for p in result.points] == ["1", "0.5", "0=0.25"]
+    assert [p.rate for p in result.points] == [1.0, 0.5, None]
+    both = weights(out)
+    assert {name: both[name] for name in ("dense", "rate-1", "rate-0.5")} == weights(whole[1])
+    text = (out / "report.md").read_text()
+    assert "| candidate | accuracy |" in text
+    assert "the other candidates are named after what was done to it" in text
+    assert "| taken over from earlier runs | dense, 1, 0.5 |" in text
+    # The folder itself is an earlier run, too, when it is replaced; other settings are another training.
+    steps = Steps()
+    options = {**OPTIONS, "finetune_epochs": 1}
+    result = tradeoff(tiny(), split_rates=[0.5], teach="kd", out=out, force=True, progress=steps, **options)
+    assert set(steps.trained()) == {"rate-0.5: fine-tune"}
+    assert result.reused == ("dense",)
+    assert list(result.points[0].training) == ["distill"]
+    assert result.settings.teach == "kd"
+
+
+def test_a_model_with_other_weights_or_other_data_is_trained_anew(whole, tmp_path):
+    other = tiny()
+    with torch.no_grad():
+        other[4].bias[0] += 1
+    options = {**OPTIONS, "finetune_epochs": 0}
+    for number, (model, changes) in enumerate([(other, {}), (tiny(), {"limit": 127})]):
+        steps = Steps("train dense", 2)
+        with pytest.raises(KeyboardInterrupt):
+            tradeoff(
+                model,
+                split_rates=[0.5],
+                out=tmp_path / str(number),
+                reuse=[whole[1]],
+                progress=steps,
+                **{**options, **changes},
+            )
+
+
+def test_what_is_reused_must_be_a_run(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="empty has no trained models to reuse: it holds no tradeoff"):
+        tradeoff(tiny(), out=tmp_path / "out", reuse=[tmp_path / "empty"], **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "trained.json cannot be read (Expecting"),
+        (json.dumps({"key": "a"}), "trained.json is not complete: remove its folder to train that model anew"),
+    ],
+)
+def test_a_record_that_is_broken_is_refused_with_what_to_do(tmp_path, text, message):
+    old = tmp_path / "old"
+    (old / "dense").mkdir(parents=True)
+    (old / "tradeoff.json").write_text("{}")
+    (old / "dense" / "trained.json").write_text(text)
+    with pytest.raises(UsageError) as caught:
+        tradeoff(tiny(), out=tmp_path / "out", reuse=[old], **OPTIONS)
+    assert message in str(caught.value)
+    assert not (tmp_path / "out.unfinished").exists()
