@@ -21,6 +21,7 @@ from surgery.errors import UsageError, unknown_name, whole_number
 from surgery.graph.dims import DimensionGroup, Dimensions, dimensions
 from surgery.graph.tracing import info
 from surgery.passes.apply import apply
+from surgery.passes.importance import Scores, unit_scores
 from surgery.passes.kept import kept_units, normalise_over, sum_over
 from surgery.passes.masks import by_first_name, largest
 from surgery.passes.names import resolve
@@ -29,7 +30,7 @@ from surgery.passes.recipe import Reindex
 Rate = float | Mapping[str, float]
 
 
-def slim(module: nn.Module, rate: Rate, *, round_to: int = 1) -> nn.Module:
+def slim(module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = "prefix") -> nn.Module:
     """Carve the KELS slim network out of a dense one.
 
     It computes what the dense network computes with its reset-hypothesis switched off (`masked`).
@@ -40,21 +41,29 @@ def slim(module: nn.Module, rate: Rate, *, round_to: int = 1) -> nn.Module:
             the first ``ceil(s * n)`` of what each of its producers writes; where different layers read different
             parts of it (a ``chunk``), each part keeps its share.
         round_to: kept channels are rounded up to a multiple of this, as far as there are any.
+        importance: which channels are kept: ``"prefix"``, the first (KELS), or ``"magnitude"``, as many of those with
+            the largest weights (`surgery.passes.importance`).
 
     Raises:
-        UsageError: a rate outside (0, 1], or an unknown name.
+        UsageError: a rate outside (0, 1], or an unknown name or importance.
     """
-    return apply(module, slim_plan(module, rate, round_to=round_to))
+    return apply(module, slim_plan(module, rate, round_to=round_to, importance=importance))
 
 
-def slim_plan(module: nn.Module, rate: Rate, *, round_to: int = 1) -> Reindex:
+def slim_plan(module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = "prefix") -> Reindex:
     """The step that `slim` takes."""
-    kept = _kept(dimensions(module), module, rate, round_to)
+    kept = fit_units(dimensions(module), module, rate, round_to, importance)
     return Reindex({g.name: tuple(map(int, np.flatnonzero(keep))) for g, keep in kept.items() if not keep.all()})
 
 
 def split_masks(
-    module: nn.Module, rate: Rate, *, kind: str = "kels", seed: int = 0, round_to: int = 1
+    module: nn.Module,
+    rate: Rate,
+    *,
+    kind: str = "kels",
+    seed: int = 0,
+    round_to: int = 1,
+    importance: str = "prefix",
 ) -> dict[str, torch.Tensor]:
     """The fit-hypothesis as a bool tensor for each parameter (True: kept).
 
@@ -62,15 +71,18 @@ def split_masks(
         kind: ``"kels"``: the channels that `slim` keeps. ``"wels"``: of each weight of two or more dimensions exactly
             ``ceil(s * numel)`` entries, drawn without replacement; vectors are kept whole.
         seed: of the draw, at least 0; KELS draws nothing.
+        importance: which channels the fit-hypothesis has, as in `slim`; for KELS alone.
     """
     seed = whole_number("seed", seed, 0)
     if kind == "kels":
         dims = dimensions(module)
-        return _kels_masks(module, dims, _kept(dims, module, rate, round_to))
+        return _kels_masks(module, dims, fit_units(dims, module, rate, round_to, importance))
     if kind == "wels":
         info(module)
         if isinstance(rate, Mapping):
             raise UsageError("WELS takes one rate for the whole network")
+        if importance != "prefix":
+            raise UsageError("importance is of channels: leave it out for WELS, which keeps scattered weights")
         return _wels_masks(module, _valid_rate(rate), seed)
     raise unknown_name("kind of mask", kind, ["kels", "wels"])
 
@@ -99,15 +111,17 @@ def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
     return result
 
 
-def _kept(
-    dims: Dimensions, module: nn.Module, rate: Rate, round_to: int
+def fit_units(
+    dims: Dimensions, module: nn.Module, rate: Rate, round_to: int = 1, importance: str = "prefix"
 ) -> dict[DimensionGroup, np.ndarray[Any, np.dtype[np.bool_]]]:
+    """For each unit of each group that a rate is for, whether `slim` keeps it."""
     whole_number("round_to", round_to, 1)
     if isinstance(rate, Mapping):
         rates = resolve(dims, module, {name: _valid_rate(r) for name, r in rate.items()})
     else:
         rates = dict.fromkeys((g for g in dims.groups if g.editable), _valid_rate(rate))
-    return {group: _prefixes(group, r, round_to) for group, r in rates.items()}
+    scores = unit_scores(module, dims, importance)
+    return {group: _best(group, r, round_to, scores[group]) for group, r in rates.items()}
 
 
 def _valid_rate(rate: float) -> float:
@@ -116,8 +130,9 @@ def _valid_rate(rate: float) -> float:
     return float(rate)
 
 
-def _prefixes(group: DimensionGroup, rate: float, round_to: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """The first units of each class, their number shared out so that each segment keeps ``ceil(s * n)``."""
+def _best(group: DimensionGroup, rate: float, round_to: int, scores: Scores) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """The units of each class with the largest scores, of equal ones the first; their number is shared out so that each
+    segment keeps ``ceil(s * n)``."""
     keep = group.frozen.copy()
     step = max(1, math.ceil(round_to * group.units / group.size))
     for segment in np.unique(group.segments):
@@ -128,7 +143,7 @@ def _prefixes(group: DimensionGroup, rate: float, round_to: int) -> np.ndarray[A
         count = min(len(free), math.ceil(count / step) * step)
         parts = [free[group.classes[free] == c] for c in np.unique(group.classes[free])]
         for part, n in zip(parts, _shared_out(count, [len(p) for p in parts]), strict=False):
-            keep[part[:n]] = True
+            keep[part[np.argsort(-scores[part], kind="stable")[:n]]] = True
     return keep
 
 
