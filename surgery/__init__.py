@@ -1,6 +1,7 @@
 """Model surgery on torch.fx graphs: widen, deepen, slim, export and measure, exactly."""
 
 from surgery.deploy.benchmark import benchmark, compare
+from surgery.deploy.budget import Budgeted, slim_to_budget
 from surgery.deploy.changes import Changes, changes
 from surgery.deploy.checkpoint import load, save
 from surgery.deploy.cost import cost
@@ -39,6 +40,7 @@ __all__ = [
     "KD",
     "RKD",
     "AttentionTransfer",
+    "Budgeted",
     "Changes",
     "DimensionGroup",
     "Distillation",
@@ -96,6 +98,7 @@ __all__ = [
     "rewind",
     "save",
     "slim",
+    "slim_to_budget",
     "split_masks",
     "trace",
     "tradeoff",

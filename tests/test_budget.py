@@ -1,0 +1,177 @@
+"""Slimming to a budget: it is kept, by what the whole model takes, and what is spared does least damage."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+import surgery
+from surgery.deploy.parts import parts
+from surgery.errors import EditError, UsageError
+from surgery.training.data import load_data
+
+
+@pytest.fixture(scope="module")
+def net():
+    return staged()
+
+
+def staged() -> nn.Module:
+    """Five stages of a convolution each, and a classifier."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        widths = [3, 64, 64, 128, 128, 256]
+        stages = {
+            f"layer{k}": nn.Sequential(nn.Conv2d(widths[k - 1], widths[k], 3, stride=1 + k % 2, padding=1), nn.ReLU())
+            for k in range(1, 6)
+        }
+        model = nn.Sequential(
+            OrderedDict(**stages, pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=nn.Linear(256, 10))
+        )
+    return surgery.trace(model.eval(), torch.zeros(2, 3, 32, 32))
+
+
+class Device:
+    """A machine with a clock of its own: time goes with MACs, but layer4 and each query cost extra; odd widths, too."""
+
+    def __init__(self, odd: float = 1.0) -> None:
+        self.odd, self.asked = odd, 0
+
+    def ms(self, module: nn.Module) -> float:
+        slow = surgery.cost(module).macs / 2e6 + sum(p.numel() for p in module.layer4.parameters()) / 5e4
+        widths = [p.shape[0] for p in module.parameters() if p.ndim == 4]
+        return 0.5 + slow * (self.odd if any(width % 8 for width in widths) else 1.0)
+
+    def __call__(self, modules):
+        self.asked += 1
+        return {name: self.ms(module) for name, module in modules.items()}
+
+
+@pytest.mark.parametrize("share", [0.7, 0.4, 0.2])
+@pytest.mark.parametrize("kind", ["macs", "params", "bytes"])
+def test_what_is_counted_keeps_to_its_budget_and_nearly_uses_it(net, kind, share):
+    limit = share * getattr(surgery.cost(net), kind)
+    found = surgery.slim_to_budget(net, **{kind: limit})
+    assert 0.93 * limit <= getattr(surgery.cost(found.module), kind) == found.measured <= limit
+    assert found.before == getattr(surgery.cost(net), kind)
+    assert found.predicted == pytest.approx(found.measured, rel=0.03)
+    assert found.rates
+    remade = surgery.slim(net, found.rates, importance="magnitude")
+    assert all(torch.equal(v, remade.state_dict()[k]) for k, v in found.module.state_dict().items())
+
+
+@pytest.mark.parametrize("share", [0.6, 0.3])
+def test_latency_is_that_of_whole_models_on_the_clock_that_is_given(net, share):
+    device = Device()
+    limit = share * device.ms(net)
+    found = surgery.slim_to_budget(net, latency_ms=limit, timer=device, by="stage")
+    assert 0.9 * limit <= device.ms(found.module) == found.measured <= limit
+    assert found.predicted == pytest.approx(found.measured, rel=0.1)
+    assert found.measured in [trial.measured for trial in found.trials]
+    assert device.asked <= 2 + 2 * len(found.trials)
+
+
+def test_a_clock_that_no_prediction_foresees_is_still_kept_to(net):
+    def erratic(modules):
+        return {name: 10 * (surgery.cost(m).params / surgery.cost(net).params) ** 0.3 for name, m in modules.items()}
+
+    found = surgery.slim_to_budget(net, latency_ms=7.0, timer=erratic, by="stage")
+    assert found.measured <= 7.0
+    assert erratic({"found": found.module})["found"] == found.measured
+
+
+@pytest.mark.parametrize(("odd", "multiple"), [(1.0, 1), (3.0, 8)])
+def test_widths_are_rounded_where_that_is_faster(net, odd, multiple):
+    device = Device(odd)
+    found = surgery.slim_to_budget(net, latency_ms=0.5 * device.ms(net), timer=device, by="stage")
+    assert found.round_to == multiple
+    assert device.ms(found.module) <= found.limit
+
+
+def test_a_part_whose_weights_are_next_to_nothing_goes_first(net):
+    idle = staged()
+    with torch.no_grad():
+        for parameter in (idle.layer3.get_submodule("0").weight, idle.layer4.get_submodule("0").weight[:, 32:]):
+            parameter[32:] *= 1e-3
+    limit = 0.8 * surgery.cost(net).macs
+    rates = [surgery.slim_to_budget(module, macs=limit, round_to=1).rates.get("layer3.0", 1) for module in (net, idle)]
+    assert rates[1] < 0.6 < 0.8 < rates[0]
+
+
+def test_with_data_damage_is_what_the_loss_on_training_images_gains():
+    data = load_data("digits", limit=64)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+                          nn.Flatten(), nn.Linear(512, 10))  # fmt: skip
+    module = surgery.trace(model.eval(), torch.zeros(2, 3, 8, 8))
+    with torch.no_grad():
+        module.get_submodule("2").weight[4:] = 0  # what half of the second layer writes is nothing
+        module.get_submodule("2").bias[4:] = 0
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    found = surgery.slim_to_budget(module, params=0.6 * surgery.cost(module).params, data=data, importance="prefix")
+    assert found.damage["2"][0.5] == pytest.approx(0, abs=1e-6)
+    assert abs(found.damage["0"][0.5]) > 1e-6
+    assert "0" not in found.rates
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+
+
+def test_a_model_within_its_budget_stays_as_it_is_and_is_a_copy(net):
+    found = surgery.slim_to_budget(net, macs=10**12)
+    assert (found.rates, found.trials) == ({}, ())
+    assert found.predicted == found.measured == found.before
+    assert found.module is not net
+    assert surgery.cost(found.module) == surgery.cost(net)
+
+
+def test_a_budget_that_cannot_be_kept_is_an_error_that_says_what_the_smallest_takes(net):
+    with pytest.raises(EditError) as caught:
+        surgery.slim_to_budget(net, params=1000, by="stage", least=0.25)
+    smallest = surgery.cost(surgery.slim(net, 0.25, importance="magnitude")).params
+    assert str(caught.value) == (
+        f"no model of these widths keeps to 1000 parameters: the smallest takes {smallest}; "
+        "allow a lower rate (least), or begin with a smaller model"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give one budget, of latency_ms, macs, params, bytes, not 0"),
+        ({"macs": 1e6, "params": 1e6}, "give one budget, of latency_ms, macs, params, bytes, not 2"),
+        ({"macs": 0}, "macs is 0: it must be above 0"),
+        ({"macs": 1e6, "least": 1.5}, "least is 1.5: it must be above 0 and at most 1"),
+        ({"macs": 1e6, "tolerance": 0.0}, "tolerance is 0.0: it must be above 0 and at most 1"),
+        ({"macs": 1e6, "rounds": 0}, "rounds must be a whole number of at least 1, not 0"),
+        ({"macs": 1e6, "by": "layer"}, "unknown kind of part 'layer'"),
+        ({"macs": 1e6, "importance": "size"}, "unknown importance 'size'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(net, options, message):
+    with pytest.raises(UsageError) as caught:
+        surgery.slim_to_budget(net, **options)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("resnet18", ["conv1", "layer1", "layer2", "layer3", "layer4"]),
+        ("squeezenet1_1", ["features.0", *(f"features.{k}" for k in (3, 4, 6, 7, 9, 10, 11, 12))]),
+        ("vgg11", ["features.0", *(f"features.{k}" for k in (3, 6, 8, 11, 13, 16, 18)), "classifier"]),
+    ],
+)
+def test_stages_are_the_outermost_containers_of_which_there_are_several(source, expected):
+    with torch.device("meta"):
+        model = surgery.catalogue.build(source)
+    module = surgery.trace(model.eval(), torch.zeros(2, 3, 224, 224, device="meta"))
+    found = parts(module, "stage")
+    assert list(found) == expected
+    assert sum(map(len, found.values())) == len(parts(module, "group"))
+
+
+def test_a_model_without_channels_to_choose_is_refused():
+    module = surgery.trace(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.zeros(2, 3, 2, 2))
+    with pytest.raises(EditError, match="no dimension group of the model can be edited"):
+        surgery.slim_to_budget(module, macs=1)
