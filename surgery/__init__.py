@@ -6,6 +6,7 @@ from surgery.deploy.changes import Changes, changes
 from surgery.deploy.checkpoint import load, save
 from surgery.deploy.cost import cost
 from surgery.deploy.export import export_onnx
+from surgery.deploy.sensitivity import Sensitivity, sensitivity
 from surgery.deploy.tradeoff import tradeoff
 from surgery.errors import EditError, ExportError, SurgeryError, TraceError, UsageError, VerificationError
 from surgery.graph.dims import DimensionGroup, Member, dimension_groups
@@ -63,6 +64,7 @@ __all__ = [
     "Reindex",
     "ReviewKD",
     "RuleCheck",
+    "Sensitivity",
     "SurgeryError",
     "TraceError",
     "UsageError",
@@ -97,6 +99,7 @@ __all__ = [
     "reset_hypothesis",
     "rewind",
     "save",
+    "sensitivity",
     "slim",
     "slim_to_budget",
     "split_masks",

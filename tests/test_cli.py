@@ -13,7 +13,8 @@ import torch
 import surgery
 
 VERBS = [
-    "models", "inspect", "widen", "deepen", "slim", "distill", "evolve", "export", "bench", "tradeoff", "verify"
+    "models", "inspect", "widen", "deepen", "slim", "distill", "evolve", "export", "bench", "tradeoff", "sensitivity",
+    "verify",
 ]  # fmt: skip
 SMALL = "squeezenet1_1?num_classes=10"
 PIXELS = ["--input-shape", "2,3,32,32"]

@@ -16,7 +16,7 @@ import typer
 from typer.main import get_command
 
 from surgery.catalogue import WeightsWarning
-from surgery.cli import evolve, measure, operate, show, teach
+from surgery.cli import evolve, measure, operate, sensitivity, show, teach
 from surgery.errors import EditError, SurgeryError, TraceError, UsageError
 
 _ParserError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
@@ -32,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for verbs in (show, operate, teach, evolve, measure):
+for verbs in (show, operate, teach, evolve, measure, sensitivity):
     verbs.register(app)
 
 

@@ -1,0 +1,137 @@
+"""Each part of a model slimmed alone: what that loses and what it saves."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+from matplotlib.image import imread
+from torch import nn
+
+import surgery
+from surgery.deploy.sensitivity import write_sensitivity
+from surgery.errors import UsageError
+from surgery.training.data import load_data
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_data("digits", limit=200)
+
+
+@pytest.fixture(scope="module")
+def net(data):
+    """Of its second layer the second half is idle; the first layer is not."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(),
+                              nn.Flatten(), nn.Linear(1024, 10))  # fmt: skip
+    module = surgery.trace(model.eval(), torch.zeros(2, 3, 8, 8))
+    surgery.train(module, data, epochs=8, lr=0.05)
+    with torch.no_grad():
+        module.get_submodule("2").weight[8:] = 0
+        module.get_submodule("2").bias[8:] = 0
+    return module
+
+
+def timer(modules):
+    return {name: surgery.cost(module).macs / 1e5 for name, module in modules.items()}
+
+
+@pytest.fixture(scope="module")
+def result(net, data):
+    return surgery.sensitivity(net, data, timer=timer)
+
+
+def test_each_group_is_slimmed_alone_and_an_idle_one_loses_nothing(net, result, data):
+    first, second = result.rows
+    assert (first.name, second.name) == ("0", "2")
+    assert (first.groups, second.groups) == (("0",), ("2",))
+    assert result.dense.judged.score == surgery.evaluate(net, data.test)
+    assert result.dense.judged.score.accuracy > 0.6
+    assert result.drop(second) == 0
+    assert first.judged.loss > result.dense.judged.loss + 0.01
+    assert second.judged.loss == pytest.approx(result.dense.judged.loss, rel=1e-5)
+    for row in result.rows:
+        alone = surgery.slim(net, {row.name: 0.5})
+        assert row.cost == surgery.cost(alone)
+        assert row.judged.score == surgery.evaluate(alone, data.test)
+        assert result.saved(row) == pytest.approx(1 - timer({"": alone})[""] / timer({"": net})[""])
+
+
+def test_what_is_measured_here_has_an_interval(net, data):
+    found = surgery.sensitivity(net, data, limit=50, runtime="torch", threads=1, min_seconds=0)
+    assert found.dense.judged.score.total == 50
+    for row in found.rows:
+        assert row.ratio.low <= row.ratio.value <= row.ratio.high
+        assert found.saved(row) == 1 - row.ratio.value
+
+
+def test_the_model_is_not_modified(net, data):
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    found = surgery.sensitivity(net, data, rate=0.25, importance="magnitude", limit=50, timer=timer)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    alone = surgery.slim(net, {"0": 0.25}, importance="magnitude")
+    assert found.rows[0].cost == surgery.cost(alone)
+    assert (found.rate, found.importance) == (0.25, "magnitude")
+
+
+def test_the_files_say_what_the_result_says(result, tmp_path):
+    write_sensitivity(result, tmp_path)
+    stored = json.loads((tmp_path / "sensitivity.json").read_text())
+    assert stored == json.loads(json.dumps(result.to_dict()))
+    with (tmp_path / "sensitivity.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["part"] for row in rows] == ["0", "2"]
+    for row, told in zip(rows, stored["parts"], strict=True):
+        assert float(row["accuracy_drop"]) == pytest.approx(told["accuracy_drop"])
+        assert float(row["time_saved"]) == pytest.approx(told["time_saved"])
+    height, width, _ = imread(tmp_path / "sensitivity.png").shape
+    assert width > height > 200
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rate": 0.0}, "split rate must be in (0, 1], not 0.0"),
+        ({"by": "layer"}, "unknown kind of part 'layer' (2 are known)"),
+        ({"importance": "size"}, "unknown importance 'size'"),
+        ({"limit": 0}, "limit is 0: it must be at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(net, data, options, message):
+    with pytest.raises(UsageError) as caught:
+        surgery.sensitivity(net, data, timer=timer, **options)
+    assert str(caught.value).startswith(message)
+
+
+def test_the_command_prints_a_table_and_writes_the_files(run, module_in_folder):
+    folder = module_in_folder(
+        "sensitive_factory",
+        """
+        from torch import nn
+
+        def tiny():
+            return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+    """,
+    )
+    model = ["sensitive_factory:tiny", "--trust", "--dataset", "digits", "--limit", "64", "--epochs", "1"]
+    timing = ["--runtime", "torch", "--threads", "1", "--min-seconds", "0"]
+    code, out, _ = run("sensitivity", *model, *timing, "--out", "found")
+    assert code == 0
+    assert "points lost" in out
+    assert "written to found: sensitivity.png" in out
+    assert {path.name for path in (folder / "found").iterdir()} == {f"sensitivity.{k}" for k in ("csv", "json", "png")}
+    code, out, _ = run("sensitivity", *model, *timing, "--out", "found", "--force", "--json")
+    assert code == 0
+    assert [part["part"] for part in json.loads(out)["parts"]] == ["0"]
+
+
+def test_an_untrained_model_is_refused_by_the_command(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("sensitivity", "squeezenet1_1", "--dataset", "digits", "--out", "found")
+    assert code == 2
+    assert err.startswith("error: the model 'squeezenet1_1' has random weights, of which none is worth more than anoth")
+    assert list(tmp_path.iterdir()) == []
