@@ -93,6 +93,39 @@ def test_text_that_names_no_candidate_is_refused(text, message):
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("latency=5ms", ("latency", 5.0, "latency=5ms")),
+        ("latency=0.5", ("latency", 0.5, "latency=0.5")),
+        ("latency=250us", ("latency", 0.25, "latency=250us")),
+        ("macs=1.5G", ("macs", 1.5e9, "macs=1.5G")),
+        ("params=300k", ("params", 3e5, "params=300k")),
+        ("bytes=12 MiB", ("bytes", 12 * 2**20, "bytes=12-MiB")),
+    ],
+)
+def test_budgets_are_numbers_with_units(text, expected):
+    found = parse(text)
+    assert (found.what, found.limit) == (expected[0], pytest.approx(expected[1]))
+    assert found.folder == expected[2]
+    assert parse(found.name) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("latency=fast", "a budget of latency is a number above 0, and one of ms, s, us if need be, not 'fast'"),
+        ("macs=3ms", "a budget of macs is a number above 0, and one of k, M, G if need be, not '3ms'"),
+        ("params=0", "a budget of params is a number above 0"),
+        ("bytes=-3", "a budget of bytes is a number above 0"),
+    ],
+)
+def test_a_budget_that_cannot_be_read_is_refused(text, message):
+    with pytest.raises(UsageError) as caught:
+        parse(text)
+    assert str(caught.value).startswith(message)
+
+
 def test_a_candidate_given_twice_is_refused():
     with pytest.raises(UsageError, match=r"candidate 2=0\.5 is given more than once"):
         chosen([{"2": 0.5}], ["slim:2=0.5"])
@@ -148,15 +181,14 @@ def test_no_epochs_train_nothing(dense, tmp_path):
     ("text", "round_to", "message"),
     [
         ("widen=1.5", 1, "Knowledge Evolution carves at split rates alone: leave out candidate 'widen=1.5'"),
-        ("0.5", 8, "Knowledge Evolution carves at split rates alone: leave out round_to"),
+        ("macs=1M", 1, "Knowledge Evolution carves at split rates alone: leave out candidate 'macs=1M'"),
+        ("0.5", 8, "Knowledge Evolution carves at split rates alone: leave out round_to and importance"),
     ],
 )
 def test_evolving_anything_but_a_split_rate_is_refused(dense, text, round_to, message):
     candidate = parse(text)
     with pytest.raises(UsageError) as caught:
-        Lesson("evolve", 1, 0.05, 64, seed=0).refuse(
-            candidate, candidate.made(dense, round_to=1, seed=0), dense, round_to=round_to
-        )
+        Lesson("evolve", 1, 0.05, 64, seed=0).refuse(candidate, dense, dense, round_to=round_to)
     assert str(caught.value) == message
 
 

@@ -52,7 +52,7 @@ def point(name: str, correct: int, p50: float) -> Point:
 
 @pytest.fixture(scope="module")
 def result():
-    settings = Settings(("1",), 1, 2, "labels", 2, 1, 3, 0.1, 64, None, None, 1, 0)
+    settings = Settings(("1",), 1, "prefix", 2, "labels", 2, 1, 3, 0.1, 64, None, None, 1, 0)
     data = DataSummary("digits", 100, 1000, tuple("0123456789"), 8, Normalisation())
     points = (point("1", 950, 4.0), point("0.5", 930, 2.0), point("</script><b>=2", 900, 3.0))
     return Tradeoff("resnet18", data, settings, points, None, (), environment(), 1.0, "surgery tradeoff <&>")

@@ -41,6 +41,7 @@ from surgery.deploy.teaching import TEACHERS
 from surgery.deploy.tradeoff import MARKER
 from surgery.deploy.tradeoff import tradeoff as run_tradeoff
 from surgery.deploy.units import mebibytes, quantity
+from surgery.passes.importance import IMPORTANCE
 from surgery.passes.slim import Rate
 
 
@@ -87,7 +88,7 @@ def tradeoff(
         typer.Option(
             metavar="RATES",
             help="Split rates in (0, 1]; per layer as in 0.5,layer3=0.5;layer4=0.25. [default: "
-            "1.0,0.75,0.5,0.25; 1.0 beside --candidate]",
+            "1.0,0.75,0.5,0.25; 1.0 beside candidates and budgets]",
             show_default=False,
         ),
     ] = "",
@@ -98,6 +99,14 @@ def tradeoff(
             help="A further candidate, several times: widen=1.5, deepen:layer3=1, slim:layer4=0.5+deepen:layer3=1.",
         ),
     ] = None,
+    latency_budget: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MS", help="Slim to this latency, measured, as in 5ms; several times."),
+    ] = None,
+    macs_budget: Annotated[list[str] | None, typer.Option(metavar="N", help="To so many MACs, as in 300M.")] = None,
+    params_budget: Annotated[list[str] | None, typer.Option(metavar="N", help="To so many parameters.")] = None,
+    bytes_budget: Annotated[list[str] | None, typer.Option(metavar="N", help="To so many bytes, as in 12MB.")] = None,
+    importance: Annotated[str, typer.Option(help=f"Which channels are kept: {', '.join(IMPORTANCE)}.")] = "prefix",
     round_to: Annotated[int, typer.Option(help="Round widths up to a multiple of this.")] = 1,
     epochs: Annotated[int, typer.Option(help="Passes over the data for the dense model; 0: take it as is.")] = 5,
     finetune_epochs: Annotated[int, typer.Option(help="Passes over the data for each candidate.")] = 3,
@@ -127,7 +136,9 @@ def tradeoff(
     ONNX file of each model. A run that was cut off goes on when the same command is given again; with --force, what
     the last run into the folder trained with the same settings is taken over.
     """
-    rates = _rates(split_rates or ("1.0" if candidate else "1.0,0.75,0.5,0.25"))
+    budgets = {"latency": latency_budget, "macs": macs_budget, "params": params_budget, "bytes": bytes_budget}
+    others = [*(candidate or ()), *(f"{what}={text}" for what, texts in budgets.items() for text in texts or ())]
+    rates = _rates(split_rates or ("1.0" if others else "1.0,0.75,0.5,0.25"))
     refuse_folder(out, marker=MARKER, force=force)
     source: str | nn.Module = load(model, trust=trust) if is_saved(model) else model
     with Bars() as bars, _going_on(out):
@@ -136,7 +147,8 @@ def tradeoff(
             dataset=dataset,
             split_rates=rates,
             out=out,
-            candidates=candidate or (),
+            candidates=others,
+            importance=importance,
             round_to=round_to,
             epochs=epochs,
             finetune_epochs=finetune_epochs,
@@ -163,6 +175,7 @@ def tradeoff(
         _curve_table(result),
         note=f"{result.seconds:.0f} s; written to {out}: tradeoff.png, tradeoff.html, tradeoff.csv, tradeoff.json, "
         f"report.md and {', '.join(point.folder for point in result.points)}"
+        + "".join(f"\n{point.name} is above its budget: {point.takes:g}" for point in result.points if point.over)
         + (f"\ntaken over from an earlier run: {', '.join(result.reused)}" if result.reused else ""),
     )
 

@@ -16,6 +16,17 @@ from surgery.passes.widen import widen
 
 KINDS = ("slim", "widen", "deepen")
 
+LIMITS: Mapping[str, str] = {"latency": "latency_ms", "macs": "macs", "params": "params", "bytes": "bytes"}
+"""What a budget is written as, and what `surgery.slim_to_budget` calls it."""
+
+_COUNTS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
+_UNITS: Mapping[str, Mapping[str, float]] = {
+    "latency": {"": 1.0, "ms": 1.0, "s": 1e3, "us": 1e-3},
+    "macs": _COUNTS,
+    "params": _COUNTS,
+    "bytes": {**_COUNTS, "B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30},
+}
+
 _FORM = "OPERATION=NUMBER or OPERATION:LAYER=NUMBER;LAYER=NUMBER, several joined by +, as in widen=1.5+deepen:layer3=1"
 
 
@@ -31,11 +42,11 @@ class Operation:
             return f"{self.kind}:{';'.join(f'{name}={_text(value)}' for name, value in self.amount.items())}"
         return f"{self.kind}={_text(self.amount)}"
 
-    def done_to(self, module: nn.Module, *, round_to: int, seed: int) -> nn.Module:
+    def done_to(self, module: nn.Module, *, round_to: int, importance: str, seed: int) -> nn.Module:
         """A new module to which it is done."""
         amount: Any = self.amount
         if self.kind == "slim":
-            return slim(module, amount, round_to=round_to)
+            return slim(module, amount, round_to=round_to, importance=importance)
         if self.kind == "widen":
             return widen(module, amount, break_symmetry="zero-sum", round_to=round_to, seed=seed)
         return deepen(module, amount, seed=seed)
@@ -69,12 +80,55 @@ class Candidate:
         """A name for its files."""
         return f"rate-{self.name}" if self.uniform_rate is not None else folder_name(self.name)
 
-    def made(self, dense: nn.Module, *, round_to: int, seed: int) -> nn.Module:
+    def made(self, dense: nn.Module, *, round_to: int = 1, importance: str = "prefix", seed: int = 0) -> nn.Module:
         """The candidate, carved and grown from the dense model, not trained further."""
         module = dense
         for operation in self.operations:
-            module = operation.done_to(module, round_to=round_to, seed=seed)
+            module = operation.done_to(module, round_to=round_to, importance=importance, seed=seed)
         return module
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A model of a curve: the dense one slimmed until it takes no more than it may (`surgery.slim_to_budget`).
+
+    Attributes:
+        what: one of `LIMITS`.
+        limit: in ms, or what is counted.
+        text: the limit as it was written, with its unit.
+    """
+
+    what: str
+    limit: float
+    text: str
+    rate: None = None
+    uniform_rate: None = None
+
+    @property
+    def name(self) -> str:
+        """Text that `parse` reads: ``latency=5ms``."""
+        return f"{self.what}={self.text}"
+
+    @property
+    def folder(self) -> str:
+        """A name for its files."""
+        return folder_name(self.name)
+
+
+def budget(what: str, text: str) -> Budget:
+    """The budget that a text names: a number and a unit, as in ``5ms``, ``300M`` and ``12MB``.
+
+    Raises `UsageError` for text that is no number above 0 with a unit that goes with it.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    try:
+        limit = float(match[1]) * _UNITS[what][match[2]] if match else 0.0
+    except (KeyError, ValueError):
+        limit = 0.0
+    if limit <= 0:
+        units = ", ".join(unit for unit in _UNITS[what] if unit)
+        raise UsageError(f"a budget of {what} is a number above 0, and one of {units} if need be, not {text!r}")
+    return Budget(what, limit, text.strip())
 
 
 def folder_name(text: str) -> str:
@@ -93,17 +147,21 @@ def of_rate(rate: Rate) -> Candidate:
     return Candidate((Operation("slim", rate),))
 
 
-def parse(text: str) -> Candidate:
+def parse(text: str) -> Candidate | Budget:
     """The candidate that a text names.
 
     A number is a split rate, and ``LAYER=RATE;LAYER=RATE`` one for each of some layers, containers or globs. Any other
     candidate is operations joined by ``+`` and done in this order, each ``OPERATION=NUMBER`` for the whole model or
-    ``OPERATION:LAYER=NUMBER;...`` for some layers: ``widen=1.5``, ``slim:layer4=0.5+deepen:layer3=1``.
+    ``OPERATION:LAYER=NUMBER;...`` for some layers: ``widen=1.5``, ``slim:layer4=0.5+deepen:layer3=1``. A budget is what
+    there is one of (`LIMITS`): ``latency=5ms``.
 
     Raises:
         UsageError: the text is none of these.
     """
-    if not re.match(r"\s*\w+\s*:", text) and text.partition("=")[0].strip() not in KINDS:
+    what, _, limit = text.partition("=")
+    if what.strip() in LIMITS:
+        return budget(what.strip(), limit)
+    if not re.match(r"\s*\w+\s*:", text) and what.strip() not in KINDS:
         return of_rate(_amount(text, text))
     operations = []
     for part in text.split("+"):
@@ -122,13 +180,13 @@ def parse(text: str) -> Candidate:
     return of_rate(only.amount) if len(operations) == 1 and only.kind == "slim" else Candidate(tuple(operations))
 
 
-def chosen(split_rates: Sequence[Rate], candidates: Sequence[str]) -> tuple[Candidate, ...]:
+def chosen(split_rates: Sequence[Rate], candidates: Sequence[str]) -> tuple[Candidate | Budget, ...]:
     """The candidates of a run: rates for the whole model, from 1 downwards, and then the others as they were given.
 
     Raises:
         UsageError: one that cannot be read or is given twice.
     """
-    found = [*map(of_rate, split_rates), *map(parse, candidates)]
+    found: list[Candidate | Budget] = [*map(of_rate, split_rates), *map(parse, candidates)]
     names = [candidate.name for candidate in found]
     for candidate, name in zip(found, names, strict=True):
         if names.count(name) > 1:

@@ -34,6 +34,22 @@ class Point:
     training: Mapping[str, History]
     """How it was trained after it was carved, by stage; empty if it was not."""
 
+    budget: Mapping[str, Any] | None = None
+    """How its widths were found, where it was slimmed to a budget: `surgery.deploy.budget.Budgeted` as data."""
+
+    @property
+    def takes(self) -> float | None:
+        """What there is a budget of, as it was found in the end: for latency, the median of this run."""
+        if self.budget is None:
+            return None
+        own = {"latency_ms": self.latency.p50_ms, "macs": self.macs, "params": self.params}
+        return float(own.get(self.budget["kind"], self.budget["measured"]))
+
+    @property
+    def over(self) -> bool:
+        """Whether it takes more than its budget."""
+        return self.budget is not None and self.takes is not None and self.takes > self.budget["limit"]
+
     @property
     def history(self) -> History | None:
         """How its last stage of training went; None if there was none."""
@@ -73,6 +89,7 @@ class Settings:
 
     candidates: tuple[str, ...]
     round_to: int
+    importance: str
     epochs: int
     teach: str
     finetune_epochs: int
@@ -139,6 +156,7 @@ class Tradeoff:
         points = [
             {
                 **row,
+                "budget": point.budget and {**point.budget, "takes": point.takes},
                 "training": {stage: history.to_dict() for stage, history in point.training.items()},
                 "benchmark": point.latency.to_dict(),
             }

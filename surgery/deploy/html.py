@@ -96,9 +96,18 @@ def told(point: Point) -> list[tuple[str, str]]:
         ("MACs", quantity(point.macs)),
         ("ONNX file", mebibytes(point.latency.file_bytes)),
         ("peak memory", mebibytes(point.latency.peak_memory_bytes)),
+        *_budget(point),
         ("trained", ", ".join(f"{stage}: {len(h.epochs)} epochs" for stage, h in point.training.items()) or "no more"),
         ("files", point.folder),
     ]
+
+
+def _budget(point: Point) -> list[tuple[str, str]]:
+    if point.budget is None:
+        return []
+    shown = (lambda value: f"{value:.3f} ms") if point.budget["kind"] == "latency_ms" else quantity
+    limit, predicted, measured = (shown(float(point.budget[name])) for name in ("limit", "predicted", "measured"))
+    return [("budget", limit), ("predicted, measured", f"{predicted}, {measured}")]
 
 
 def _exact(value: float | None) -> dict[str, float | None]:

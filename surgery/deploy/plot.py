@@ -114,6 +114,7 @@ def _short(text: str, most: int) -> str:
 def _table(axes: Axes, result: Tradeoff) -> None:
     axes.set_axis_off()
     front = result.front
+    wide = max(1 / 7, 0.012 * max(len(_short(p.name, 24)) for p in result.points) + 0.03)
     header = [_what(result), "accuracy", "latency", "speed-up", "parameters", "MACs", "ONNX file"]
     cells = [
         [
@@ -127,7 +128,15 @@ def _table(axes: Axes, result: Tradeoff) -> None:
         ]
         for p in result.points
     ]
-    table = axes.table(cells, colLabels=header, cellLoc="right", loc="center", bbox=Bbox.unit(), edges="horizontal")
+    table = axes.table(
+        cells,
+        colLabels=header,
+        cellLoc="right",
+        loc="center",
+        bbox=Bbox.unit(),
+        edges="horizontal",
+        colWidths=[wide, *[(1 - wide) / 6] * 6],
+    )
     table.auto_set_font_size(False)
     table.set_fontsize(9.5)
     for (row, _), cell in table.get_celld().items():

@@ -35,6 +35,7 @@ def _markdown(result: Tradeoff) -> str:
                 "![Accuracy over latency, one point for each candidate](tradeoff.png)",
                 "[The same with the figures of each point under the pointer](tradeoff.html)",
                 _points_table(result),
+                *_budgets(result),
                 _method(result),
                 "## Settings",
                 _settings_table(result),
@@ -100,6 +101,35 @@ def _points_table(result: Tradeoff) -> str:
     return _table(header, rows)
 
 
+def _budgets(result: Tradeoff) -> list[str]:
+    """What was predicted for the models that were slimmed to budgets, and what they take."""
+    rows, rates = [], []
+    for point in result.points:
+        if point.budget is None or point.takes is None:
+            continue
+        shown = (lambda value: f"{value:.3f} ms") if point.budget["kind"] == "latency_ms" else quantity
+        rows.append(
+            [
+                point.name,
+                *(shown(point.budget[name]) for name in ("before", "predicted", "measured")),
+                f"{shown(point.takes)}{'' if not point.over else ' **(above the budget)**'}",
+                str(len(point.budget["trials"])),
+                str(point.budget["round_to"]),
+            ]
+        )
+        widths = ", ".join(f"{name} {rate:g}" for name, rate in point.budget["rates"].items())
+        rates.append(f"- {point.name}: {widths or 'all as they were'}.")
+    if not rows:
+        return []
+    header = ["budget", "dense model", "predicted", "measured then", "in this run", "models tried", "multiples of"]
+    said = (
+        "Rates by dimension group, chosen by predicted saving over damage (the increase of the loss on training images "
+        "when a group is slimmed alone); the model was measured whole, before it was trained on. What is not named "
+        "kept all of its channels."
+    )
+    return ["## Budgets", _table(header, rows), said, "\n".join(rates)]
+
+
 def _speedup(point: Point) -> str:
     if point.speedup is None:
         return "1"
@@ -110,7 +140,10 @@ def _method(result: Tradeoff) -> str:
     settings, data = result.settings, result.data
     trained = f"trained for {settings.epochs} epochs" if settings.epochs else "taken as it was"
     notes = [f"- At {p.name}: {note}." for p in result.points for note in p.latency.notes]
-    slimmed = "At each split rate s, the first ceil(s n) channels of every layer were carved out of it (KELS)"
+    which = "the first ceil(s n) channels of every layer were carved out of it (KELS)"
+    if settings.importance != "prefix":
+        which = "the ceil(s n) channels of every layer with the largest weights were carved out of it"
+    slimmed = f"At each split rate s, {which}"
     if any(point.rate is None for point in result.points):
         slimmed += "; the other candidates are named after what was done to it"
     how = (
@@ -155,6 +188,9 @@ def _settings_table(result: Tradeoff) -> str:
         "dense training": f"{settings.epochs} epochs",
         "fine-tuning": f"{settings.finetune_epochs} epochs, {TEACHERS[settings.teach]}",
         "widths": f"multiples of {settings.round_to}" if settings.round_to > 1 else "as the rates say",
+        "channels that are kept": {"prefix": "the first", "magnitude": "those with the largest weights"}[
+            settings.importance
+        ],
         "optimiser": f"SGD, Nesterov momentum 0.9, one-cycle, peak rate {settings.lr:g}, batch {settings.batch_size}",
         "seed": str(settings.seed),
         "time for the whole run": f"{result.seconds:.0f} s",

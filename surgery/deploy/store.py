@@ -24,6 +24,9 @@ from surgery.training.history import Epoch, History, Score
 RECORD = "trained.json"
 """The file by which a folder is known as that of a trained model; written last."""
 
+NOTE = "budget.json"
+"""The file in a model's folder that says how its widths were found."""
+
 _PACKAGES = ("surgery", "torch", "onnxruntime")
 
 
@@ -51,6 +54,9 @@ class Store:
         for run in earlier:
             for record in sorted(Path(run).glob(f"*/{RECORD}")):
                 self._earlier.setdefault(_read(record)["key"], record.parent)
+        notes = [*folder.glob(f"*/{NOTE}"), *folder.glob(f"*.{NOTE}")]
+        notes += [note for run in earlier for note in Path(run).glob(f"*/{NOTE}")]
+        self._notes = {content["key"]: content for content in map(_plain, notes)}
 
     def place(self, key: str) -> Path:
         """Where the model of a key is, or is to be written."""
@@ -59,6 +65,15 @@ class Store:
     def unfinished(self, key: str) -> Path:
         """Where the checkpoints are of a training that is not over."""
         return self._folder / f"{key}.training"
+
+    def noted(self, key: str) -> dict[str, Any] | None:
+        """What was noted under a key, by this run or an earlier one."""
+        return self._notes.get(key)
+
+    def note(self, key: str, content: Mapping[str, Any]) -> None:
+        """Note plain JSON data, with its key, for this run or a later one to go on with."""
+        self._notes[key] = {**content, "key": key}
+        write_note(self._folder / f"{key}.{NOTE}", self._notes[key])
 
     def find(self, key: str) -> Kept | None:
         """The model of a key, taken over from an earlier run if need be; None where it is still to be trained."""
@@ -77,11 +92,16 @@ class Store:
         """Note that the model in its place is complete, and forget its checkpoints."""
         stages = {stage: history.to_dict() for stage, history in training.items()}
         record = {"key": key, "score": score and asdict(score), "training": stages, "made_by": dict(made_by)}
-        part = self.place(key) / f"{RECORD}.part"
-        part.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(part, self.place(key) / RECORD)
+        write_note(self.place(key) / RECORD, record)
         shutil.rmtree(self.unfinished(key), ignore_errors=True)
         return Kept(self.place(key), training, score)
+
+
+def write_note(path: Path, content: Mapping[str, Any]) -> None:
+    """Write plain JSON data, all of it or nothing."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(part, path)
 
 
 def key_of(made_by: Mapping[str, Any]) -> str:
@@ -117,13 +137,16 @@ def linked(source: Path, target: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    content = _plain(path)
+    if not {"key", "score", "training"} <= set(content):
+        raise UsageError(f"{path} is not complete: remove its folder to train that model anew")
+    return content
+
+
+def _plain(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-        if not {"key", "score", "training"} <= set(content):
-            raise UsageError(f"{path} is not complete: remove its folder to train that model anew")
     except (OSError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
         raise UsageError(f"{path} cannot be read ({error}): remove its folder to train that model anew") from error
     assert isinstance(content, dict)
     return content

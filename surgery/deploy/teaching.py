@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.deploy.candidates import Candidate
+from surgery.deploy.candidates import Budget, Candidate
 from surgery.errors import UsageError, unknown_name
 from surgery.passes.hints import attach_hint
 from surgery.passes.reset import reset_hypothesis
@@ -70,13 +70,21 @@ class Lesson:
         extra = self.hint_epochs if self.teach == "hints" else 0
         return self.epochs * (self.generations if self.teach == "evolve" else 1) + extra if self.epochs else 0
 
-    def refuse(self, candidate: Candidate, module: nn.Module, dense: nn.Module, *, round_to: int) -> None:
+    def refuse(
+        self,
+        candidate: Candidate | Budget,
+        module: nn.Module,
+        dense: nn.Module,
+        *,
+        round_to: int = 1,
+        importance: str = "prefix",
+    ) -> None:
         """Raise what `give` would, before anything is trained."""
         if self.epochs == 0:
             return
         if self.teach == "evolve":
-            if candidate.rate is None or round_to > 1:
-                what = "round_to" if candidate.rate is not None else f"candidate {candidate.name!r}"
+            if candidate.rate is None or round_to > 1 or importance != "prefix":
+                what = f"candidate {candidate.name!r}" if candidate.rate is None else "round_to and importance"
                 raise UsageError(f"Knowledge Evolution carves at split rates alone: leave out {what}")
             reset_hypothesis(dense, split_masks(dense, candidate.rate))
         elif self.teach == "hints":
@@ -84,7 +92,7 @@ class Lesson:
 
     def give(
         self,
-        candidate: Candidate,
+        candidate: Candidate | Budget,
         module: nn.Module,
         dense: nn.Module,
         data: Data,
@@ -111,7 +119,7 @@ class Lesson:
                 recalibrate=True,
                 checkpoint=checkpoint,
                 seed=self.seed,
-                progress=_parts(progress, task, names),
+                progress=parts_of(progress, task, names),
             )
             assert evolution.slim is not None
             return evolution.slim, {n: g.history for n, g in zip(names, evolution.generations, strict=True)}
@@ -136,13 +144,13 @@ class Lesson:
             optimizer="sgd",
             checkpoint=checkpoint,
             seed=self.seed,
-            progress=_parts(progress, task, ["hints: cache", "hints", "distill: cache", "distill"]),
+            progress=parts_of(progress, task, ["hints: cache", "hints", "distill: cache", "distill"]),
         )
         stages = {"hints": found.hints, "distill": found.history}
         return found.student, {name: history for name, history in stages.items() if history is not None}
 
 
-def _parts(progress: Progress, whole: str, names: list[str]) -> Progress:
+def parts_of(progress: Progress, whole: str, names: list[str]) -> Progress:
     """Tells ``progress`` how far ``whole`` is, from how far its parts are, each of which counts alike."""
 
     def part(task: str, done: int, total: int) -> None:

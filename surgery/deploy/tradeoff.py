@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from surgery import catalogue
 from surgery.deploy.benchmark import Comparison, Ratio, compare
-from surgery.deploy.candidates import Candidate, chosen
-from surgery.deploy.checkpoint import save
+from surgery.deploy.candidates import Budget, Candidate, chosen
 from surgery.deploy.classifiers import classifier, data_for
-from surgery.deploy.cost import Cost, cost
+from surgery.deploy.cost import cost
 from surgery.deploy.curve import DataSummary, Point, Settings, Tradeoff
 from surgery.deploy.environment import usable_cores
-from surgery.deploy.export import export_onnx
 from surgery.deploy.outputs import refuse_folder, staged_folder, unfinished_folder
 from surgery.deploy.report import write_report
-from surgery.deploy.store import Kept, Store, data_identity, key_of, linked
+from surgery.deploy.store import Store, linked
 from surgery.deploy.teaching import Lesson
-from surgery.errors import UsageError, whole_number
+from surgery.deploy.workbench import ONNX_FILE, Measured, Stages, Workbench
+from surgery.errors import UsageError, unknown_name, whole_number
 from surgery.graph.traced import info
+from surgery.passes.importance import IMPORTANCE
 from surgery.passes.slim import Rate
 from surgery.training.data import Data
-from surgery.training.evaluation import Progress, evaluate
-from surgery.training.fingerprint import module_digest
-from surgery.training.history import History, Score
-from surgery.training.loop import train
+from surgery.training.evaluation import Progress
 
-ONNX_FILE = "model.onnx"
 MARKER = "tradeoff.json"
 """The file by which a folder is known as a result of `tradeoff`."""
 
@@ -55,6 +46,7 @@ def tradeoff(
     round_to: int = 1,
     epochs: int = 5,
     finetune_epochs: int = 3,
+    importance: str = "prefix",
     teach: str = "labels",
     hint_epochs: int = 1,
     generations: int = 3,
@@ -88,8 +80,10 @@ def tradeoff(
         split_rates: each in (0, 1], or one for each of some layers, containers or globs (``{"layer4": 0.5}``).
         out: the folder to write: ``tradeoff.png``, ``.html``, ``.csv``, ``.json``, ``report.md``, and a folder for each
             candidate and for the dense model. It appears whole, at the end, or not at all.
-        candidates: further ones, as `surgery.deploy.candidates.parse` reads them: ``"widen=1.5"``.
-        round_to: widths are rounded up to multiples of it.
+        candidates: further ones, as `surgery.deploy.candidates.parse` reads them: ``"widen=1.5"``; or budgets, to which
+            `surgery.slim_to_budget` slims the trained dense model: ``"latency=5ms"``, ``"macs=300M"``.
+        round_to: widths are rounded up to multiples of it; for budgets of latency, 1 is whatever is fastest.
+        importance: which channels are kept, as in `surgery.slim`.
         epochs: passes over the training images for the dense model; 0 takes it as it is.
         finetune_epochs: the same for each candidate.
         teach: what candidates learn from, one of `surgery.deploy.teaching.TEACHERS`: ``labels``, ``kd`` or ``hints``
@@ -115,10 +109,13 @@ def tradeoff(
             raise UsageError(f"{folder} has no trained models to reuse: it holds no {MARKER}")
     _at_least(0, epochs=epochs, finetune_epochs=finetune_epochs)
     _at_least(1, image_size=image_size, limit=limit, threads=threads, hint_epochs=hint_epochs, generations=generations)
+    if importance not in IMPORTANCE:
+        raise unknown_name("importance", importance, IMPORTANCE)
     plan = _planned(split_rates, candidates)
     settings = Settings(
         candidates=tuple(candidate.name for candidate in plan),
         round_to=whole_number("round_to", round_to, 1),
+        importance=importance,
         epochs=epochs,
         teach=teach,
         finetune_epochs=finetune_epochs,
@@ -134,9 +131,9 @@ def tradeoff(
     lesson = Lesson(teach, finetune_epochs, lr, batch_size, seed, hint_epochs, generations)
     data = data_for({"the model": source}, dataset, data_root=data_root, image_size=image_size, limit=limit)
     dense = classifier(source, data, weights=weights, trust=trust, seed=seed)
-    stages = _Stages(_stage_weights(dense, plan, lesson, data, settings), progress)
+    stages = Stages(_stage_weights(dense, plan, lesson, data, settings), progress)
     with unfinished_folder(out, {"command": "tradeoff"}) as folder:
-        bench = _Bench(Store(folder, [*([out] if out.is_dir() else []), *reuse]), data, settings, lesson, stages)
+        bench = Workbench(Store(folder, [*([out] if out.is_dir() else []), *reuse]), data, settings, lesson, stages)
         trained = bench.dense(dense)
         measured = [bench.candidate(candidate, trained.module) for candidate in plan]
         with stages.stage("measure"):
@@ -162,7 +159,7 @@ def tradeoff(
     return result
 
 
-def _planned(split_rates: Sequence[Rate], candidates: Sequence[str]) -> tuple[Candidate, ...]:
+def _planned(split_rates: Sequence[Rate], candidates: Sequence[str]) -> tuple[Candidate | Budget, ...]:
     plan = chosen(split_rates, candidates)
     if not plan:
         raise UsageError("no split rates were given: pass at least one in (0, 1]")
@@ -179,151 +176,32 @@ def _at_least(least: int, **values: int | None) -> None:
             raise UsageError(f"{name} is {value}: it must be at least {least}")
 
 
-class _Stages:
-    """Tells how far the run is as a whole, from how far its stages are and how long each is likely to take."""
-
-    def __init__(self, weights: Mapping[str, float], progress: Progress | None) -> None:
-        self._weights = weights
-        self._total = sum(weights.values())
-        self._finished = 0.0
-        self._progress = progress
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[Progress]:
-        """A stage, from its begin to its end; what it yields can be told of its steps."""
-        self(name, 0, 1)
-        yield self
-        self(name, 1, 1)
-        self._finished += self._weights[name]
-
-    def __call__(self, task: str, done: int, total: int) -> None:
-        if self._progress is not None:
-            self._progress(task, done, total)
-            whole = self._finished + self._weights[task] * done / total
-            self._progress("all", round(1000 * whole / self._total), 1000)
-
-
 def _stage_weights(
-    dense: nn.Module, plan: Sequence[Candidate], lesson: Lesson, data: Data, settings: Settings
+    dense: nn.Module, plan: Sequence[Candidate | Budget], lesson: Lesson, data: Data, settings: Settings
 ) -> dict[str, float]:
     """A guess, in seconds, at how long each stage takes: only their proportions matter.
 
     It makes every candidate once, so that one that cannot be is refused before the training and not after it.
     """
-    macs_per_second, export, measurement = 3e10, 10.0, 5.0
+    macs_per_second, export, measurement, search = 3e10, 10.0, 5.0, 120.0
+    common: dict[str, Any] = {"round_to": settings.round_to, "importance": settings.importance}
     epoch_of_one_mac = 3 * data.counts[0] / macs_per_second  # a forward pass, and a backward pass of twice its cost
     whole = cost(dense).macs
     weights = {"train dense": settings.epochs * whole * epoch_of_one_mac}
     for candidate in plan:
-        module = candidate.made(dense, round_to=settings.round_to, seed=settings.seed)
-        lesson.refuse(candidate, module, dense, round_to=settings.round_to)
+        module = dense
+        if isinstance(candidate, Budget):
+            weights[f"{candidate.folder}: search"] = search if candidate.what == "latency" else export
+        else:
+            module = candidate.made(dense, **common, seed=settings.seed)
+        lesson.refuse(candidate, module, dense, **common)
         macs = whole if lesson.teach == "evolve" else cost(module).macs
         weights[f"{candidate.folder}: fine-tune"] = lesson.passes * macs * epoch_of_one_mac
         weights[f"{candidate.folder}: export and score"] = export
     return {**weights, "measure": measurement * len(plan)}
 
 
-@dataclass(frozen=True)
-class _Dense:
-    """The dense model, trained, and where it is kept if it was."""
-
-    module: nn.Module
-    history: History | None
-    folder: Path | None
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """A model of the curve, trained, saved, exported and scored, but not yet timed."""
-
-    candidate: Candidate
-    folder: Path
-    cost: Cost
-    score: Score
-    training: Mapping[str, History]
-
-
-class _Bench:
-    """Trains the models of a run, or finds them trained."""
-
-    def __init__(self, store: Store, data: Data, settings: Settings, lesson: Lesson, stages: _Stages) -> None:
-        self.store, self.data, self.settings, self.lesson, self.stages = store, data, settings, lesson, stages
-        self.identity = data_identity(data)
-        self.reused: list[str] = []
-
-    def dense(self, module: nn.Module) -> _Dense:
-        settings = self.settings
-        common: dict[str, Any] = {"epochs": settings.epochs, "lr": settings.lr, "batch_size": settings.batch_size}
-        made_by = {"model": module_digest(module), "data": self.identity, **common, "seed": settings.seed}
-        key = key_of(made_by)
-        with self.stages.stage("train dense") as progress:
-            if settings.epochs == 0:
-                return _Dense(module, None, None)
-            kept = self._kept(key, "dense")
-            if kept is not None:
-                return _Dense(kept.into(module), kept.training["train"], kept.folder)
-            trained = copy.deepcopy(module)
-            history = train(
-                trained,
-                self.data,
-                **common,
-                seed=settings.seed,
-                checkpoint=self.store.unfinished(key) / "model.pt",
-                progress=progress,
-                task="train dense",
-            )
-            save(trained, self.store.place(key))
-            return _Dense(trained, history, self.store.keep(key, {"train": history}, None, made_by).folder)
-
-    def candidate(self, candidate: Candidate, dense: nn.Module) -> _Measured:
-        start = candidate.made(dense, round_to=self.settings.round_to, seed=self.settings.seed)
-        made_by = {
-            "candidate": candidate.name,
-            "model": module_digest(start),
-            "dense": module_digest(dense),
-            "data": self.identity,
-            **self.lesson.settings(),
-        }
-        key = key_of(made_by)
-        tune, export = (f"{candidate.folder}: {stage}" for stage in ("fine-tune", "export and score"))
-        kept = self._kept(key, candidate.name)
-        place = self.store.place(key)
-        with self.stages.stage(tune) as progress:
-            if kept is None:
-                checkpoint = self.store.unfinished(key)
-                module, training = self.lesson.give(
-                    candidate, start, dense, self.data, checkpoint=checkpoint, progress=progress, task=tune
-                )
-        with self.stages.stage(export):
-            if kept is None:
-                save(module, place)
-                export_onnx(module, place / ONNX_FILE)
-                score = evaluate(_onnx_classifier(place / ONNX_FILE, self.settings.threads), self.data.test)
-                kept = self.store.keep(key, training, score, made_by)
-        assert kept.score is not None
-        return _Measured(candidate, kept.folder, cost(start), kept.score, kept.training)
-
-    def _kept(self, key: str, name: str) -> Kept | None:
-        kept = self.store.find(key)
-        if kept is not None:
-            self.reused.append(name)
-        return kept
-
-
-def _onnx_classifier(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
-    """The ONNX file as a function from images to logits, run by ONNX Runtime on the CPU."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-
-    def classify(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
-
-    return classify
-
-
-def _point(measured: _Measured, comparison: Comparison) -> Point:
+def _point(measured: Measured, comparison: Comparison) -> Point:
     candidate = measured.candidate
     ratio = comparison.ratios.get(candidate.folder)
     return Point(
@@ -336,6 +214,7 @@ def _point(measured: _Measured, comparison: Comparison) -> Point:
         latency=comparison.results[candidate.folder],
         speedup=ratio and Ratio(1 / ratio.value, 1 / ratio.high, 1 / ratio.low, ratio.confidence),
         training=measured.training,
+        budget=measured.budget,
     )
 
 

@@ -1,0 +1,100 @@
+"""Budgets among the candidates of a tradeoff."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import surgery
+from surgery.deploy.benchmark import compare
+from surgery.deploy.tradeoff import tradeoff
+from surgery.errors import UsageError
+
+
+def tiny() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(1024, 10),
+        )  # fmt: skip
+
+
+OPTIONS = {"dataset": "digits", "epochs": 1, "finetune_epochs": 1, "limit": 64, "threads": 1, "split_rates": [1.0]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def measured_in_passing():
+    """How models are timed is not what is tested here."""
+    brief = {"min_seconds": 0, "warmup": 0.01, "memory": False, "min_runs": 5}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("tradeoff", "parts"):
+            patch.setattr(
+                f"surgery.deploy.{module}.compare", lambda files, **given: compare(files, **{**given, **brief})
+            )
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("budgets") / "demo"
+    budgets = ["params=6k", "macs=50k", "latency=1s"]
+    return tradeoff(tiny(), candidates=budgets, importance="magnitude", out=out, **OPTIONS), out
+
+
+def test_models_are_slimmed_to_budgets_and_trained_on(run):
+    result, out = run
+    dense, params, macs, latency = result.points
+    assert [point.name for point in result.points] == ["1", "params=6k", "macs=50k", "latency=1s"]
+    assert 5400 <= params.params == params.takes <= 6000
+    assert 40_000 <= macs.macs == macs.takes <= 50_000
+    assert dense.budget is None
+    assert dense.takes is None
+    assert latency.takes == latency.latency.p50_ms
+    assert latency.params == dense.params  # a second is long enough
+    assert not any(point.over for point in result.points)
+    assert all(len(point.history.epochs) == 1 for point in result.points)
+    assert surgery.cost(surgery.load(out / "params=6k", model=tiny())).params == params.params
+
+
+def test_the_report_says_what_was_predicted_and_what_was_measured(run):
+    result, out = run
+    stored = json.loads((out / "tradeoff.json").read_text())["points"][1]["budget"]
+    assert stored["limit"] == 6000
+    assert stored["measured"] == stored["takes"] == result.points[1].params
+    assert stored["importance"] == "magnitude"
+    text = (out / "report.md").read_text()
+    assert "| budget | dense model | predicted | measured then | in this run |" in text
+    assert "- params=6k: " in text
+    assert "- latency=1s: all as they were." in text
+    assert "with the largest weights were carved out of it" in text
+    assert '"budget", "6.00 k"' in (out / "tradeoff.html").read_text()
+
+
+def test_widths_that_were_found_are_not_searched_for_again(run, tmp_path, monkeypatch):
+    def search(*_, **__):
+        raise AssertionError("searched again")
+
+    monkeypatch.setattr("surgery.deploy.workbench.slim_to_budget", search)
+    options = {**OPTIONS, "importance": "magnitude", "reuse": [run[1]]}
+    again = tradeoff(tiny(), candidates=["params=6k"], out=tmp_path / "again", **options)
+    assert again.reused == ("dense", "1", "params=6k")
+    assert again.points[1].budget == {**run[0].points[1].budget}
+    with pytest.raises(AssertionError, match="searched again"):
+        tradeoff(tiny(), candidates=["params=7k"], out=tmp_path / "other", **options)
+
+
+def test_a_model_that_turns_out_above_its_budget_is_said_to_be(run):
+    point = run[0].points[3]
+    slower = {**point.budget, "limit": point.latency.p50_ms / 2}
+    assert replace(point, budget=slower).over
+
+
+def test_an_unknown_importance_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(UsageError, match="unknown importance 'size'"):
+        tradeoff(tiny(), importance="size", out=tmp_path / "out", **OPTIONS)
+    assert list(tmp_path.iterdir()) == []
