@@ -1,5 +1,6 @@
 import gc
 import json
+import os
 
 import numpy as np
 import onnx
@@ -7,18 +8,21 @@ import pytest
 import torch
 from torch import nn
 
-from surgery.deploy import benchmark as benchmark_file
+from surgery.deploy import environment as environment_file
 from surgery.deploy import memory as memory_file
-from surgery.deploy import runners
-from surgery.deploy.benchmark import benchmark, compare
+from surgery.deploy import onnx_runtimes
+from surgery.deploy import timing as timing_file
+from surgery.deploy.benchmark import Comparison, Ratio, benchmark, compare, sweep
 from surgery.deploy.cost import cost
 from surgery.deploy.environment import environment
 from surgery.deploy.export import export_onnx
-from surgery.deploy.runners import RUNTIMES, Runner
+from surgery.deploy.jobs import Runner
+from surgery.deploy.memory import Peak
+from surgery.deploy.runners import RUNTIMES
 from surgery.errors import UsageError
 from surgery.graph.tracing import trace
 
-QUICK = {"warmup": 0.0, "min_runs": 5, "min_seconds": 0.0, "memory": False, "threads": 1}
+QUICK = {"warmup": 0.0, "min_runs": 5, "min_seconds": 0.0, "sessions": 1, "memory": False, "threads": 1}
 
 
 def small():
@@ -37,26 +41,43 @@ def small_onnx(tmp_path_factory):
 
 
 class SimulatedMachine:
-    """A clock that only queries move, so that tests of what is made of time measure none."""
+    """A clock that only queries move, so that tests of what is made of time measure none.
+
+    A latency is a function of how many queries there were, in ms. What is set up is noted with a star.
+    """
 
     def __init__(self, monkeypatch):
         self.now_ms = 0.0
+        self.count = 0
         self.asked = []
         self.latencies = {}
-        monkeypatch.setattr(benchmark_file.time, "perf_counter_ns", lambda: round(self.now_ms * 1e6))
-        monkeypatch.setattr(benchmark_file.time, "perf_counter", lambda: self.now_ms / 1e3)
+        self.setup_effect = lambda: 1.0
+        monkeypatch.setattr(timing_file.time, "perf_counter_ns", lambda: round(self.now_ms * 1e6))
+        monkeypatch.setattr(timing_file.time, "perf_counter", lambda: self.now_ms / 1e3)
         monkeypatch.setitem(RUNTIMES, "simulated", lambda job, stack: self.runner(job.candidate))
 
-    def runner(self, name):
-        def run():
-            self.asked.append(name)
-            self.now_ms += self.latencies[name](len(self.asked))
+    @property
+    def queries(self):
+        return [name for name in self.asked if not name.startswith("*")]
 
-        return Runner(run, lambda: 0, ((1, 3),), None, None, None)
+    def runner(self, name):
+        def start():
+            self.asked.append(f"*{name}")
+            effect = self.setup_effect()
+
+            def run():
+                self.asked.append(name)
+                self.count += 1
+                self.now_ms += effect * self.latencies[name](self.count)
+
+            return run
+
+        return Runner(start, lambda: Peak(0), ((1, 3),), None, None, None)
 
     def compare(self, latencies, **options):
         self.latencies = latencies
-        return compare({name: name for name in latencies}, runtime="simulated", **{**QUICK, **options})
+        names = {name: name for name in latencies}
+        return compare(names, runtime="simulated", **{**QUICK, "check": False, **options})
 
     def benchmark(self, latency, **options):
         self.latencies = {"a": latency}
@@ -216,16 +237,16 @@ def test_all_usable_cores_are_the_default_and_are_reported(small_onnx):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("runtime", list(RUNTIMES))
 def test_without_a_gpu_nothing_is_measured_on_one(runtime):
     with pytest.raises(UsageError, match="no GPU"):
         benchmark(small(), runtime=runtime, example_inputs=small_input(), device="cuda", **QUICK)
 
 
 def test_without_the_cuda_provider_nothing_is_measured_in_its_place(small_onnx, monkeypatch):
-    monkeypatch.setattr(runners.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(runners.torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(runners.onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(onnx_runtimes.onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(UsageError, match="no CUDAExecutionProvider: the installed onnxruntime has only CPUExec"):
         benchmark(small_onnx, device="cuda", **QUICK)
 
@@ -238,6 +259,10 @@ def test_without_the_cuda_provider_nothing_is_measured_in_its_place(small_onnx, 
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"threads": 0}, "threads must be at least 1, not 0"),
         ({"min_runs": 0}, "min_runs must be at least 1, not 0"),
+        ({"sessions": 0}, "sessions must be at least 1, not 0"),
+        ({"runtime": "torch-cuda-graphs"}, "the torch-cuda-graphs runtime needs a GPU: give it device 'cuda'"),
+        ({"runtime": "onnxruntime-cuda-graphs"}, "the onnxruntime-cuda-graphs runtime needs a GPU"),
+        ({"runtime": "onnxruntime-tensorrt"}, "the onnxruntime-tensorrt runtime needs a GPU"),
         ({"example_inputs": torch.randn(1, 3, 9, 9)}, r"cannot be run on these inputs \(\(1, 3, 9, 9\)\)"),
         ({"example_inputs": torch.randn(1, 3, 9, 9), "runtime": "torch"}, "cannot be run on these inputs"),
     ],
@@ -255,7 +280,7 @@ def test_files_that_are_no_models_are_refused(tmp_path, small_onnx):
         benchmark(tmp_path / "missing.onnx", **QUICK)
     with pytest.raises(UsageError, match="is not an ONNX model"):
         benchmark(text, **QUICK)
-    with pytest.raises(UsageError, match="the torch runtime takes a module"):
+    with pytest.raises(UsageError, match="the torch runtimes take a module"):
         benchmark(small_onnx, runtime="torch", **QUICK)
     with pytest.raises(UsageError, match=r"inputs \(\(1, 3, 9, 9\),\)"):
         benchmark(small_onnx, example_inputs=torch.randn(1, 3, 9, 9), **QUICK)
@@ -264,7 +289,7 @@ def test_files_that_are_no_models_are_refused(tmp_path, small_onnx):
 
 
 def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(runners.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(onnx_runtimes.tempfile, "tempdir", str(tmp_path))
     benchmark(small(), example_inputs=small_input(), **{**QUICK, "memory": True})
     assert list(tmp_path.iterdir()) == []
 
@@ -275,9 +300,9 @@ def test_measuring_goes_on_until_both_the_runs_and_the_seconds_are_reached(machi
 
 
 def test_warming_up_ends_when_two_windows_agree_and_its_runs_are_not_counted(machine):
-    result = machine.benchmark(lambda n: 100.0 if n <= 5 else 50.0 if n <= 10 else 10.0, warmup=60.0)
+    result = machine.benchmark(lambda n: 400.0 if n <= 5 else 200.0 if n <= 10 else 100.0, warmup=60.0)
     assert (result.warmup_runs, result.warmup_settled) == (20, True)
-    assert set(result.samples_ms) == {10.0}
+    assert set(result.samples_ms) == {100.0}
     assert result.notes == ()
 
 
@@ -289,50 +314,70 @@ def test_a_warm_up_that_never_settles_ends_in_time_and_is_noted(machine):
 
 
 def test_a_wide_spread_is_noted(machine):
-    result = machine.benchmark(lambda n: 10.0 if n % 2 else 12.0, warmup=60.0, min_runs=50)
+    result = machine.benchmark(lambda n: 100.0 if n % 2 else 120.0, warmup=60.0, min_runs=50)
     assert "noisy: the interquartile range is 18% of the median" in result.notes
 
 
 def test_candidates_take_turns_in_an_order_that_changes(machine):
-    machine.compare({"a": lambda n: 1.0, "b": lambda n: 2.0, "c": lambda n: 3.0}, min_runs=40)
-    rounds = [tuple(machine.asked[i : i + 3]) for i in range(0, len(machine.asked), 3)]
+    machine.compare({"a": lambda n: 100.0, "b": lambda n: 200.0, "c": lambda n: 300.0}, min_runs=40)
+    asked = machine.queries[3:]  # after one run each to warm up
+    rounds = [tuple(asked[i : i + 3]) for i in range(0, len(asked), 3)]
     assert len(rounds) == 40
     assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
     assert len(set(rounds)) == 6
 
 
-def test_the_ratio_is_that_of_the_medians_to_the_first(machine):
+@pytest.mark.parametrize(("fastest", "turn"), [(1.0, 5), (20.0, 3), (50.0, 1)])
+def test_a_turn_of_fast_models_is_several_queries_after_one_that_does_not_count(machine, fastest, turn):
+    found = machine.compare({"a": lambda n: fastest, "b": lambda n: 60.0}, min_runs=30)
+    uncounted = 1 if turn > 1 else 0
+    assert [result.turn for result in found.results.values()] == [turn, turn]
+    assert len(found.results["a"].samples_ms) == 30
+    asked = machine.queries[2:]
+    assert len(asked) == 2 * 30 // turn * (turn + uncounted)
+    turns = [set(asked[i : i + turn + uncounted]) for i in range(0, len(asked), turn + uncounted)]
+    assert all(len(of_turn) == 1 for of_turn in turns)
+
+
+def test_each_session_sets_every_model_up_afresh_in_an_order_that_changes_and_warms_it_up(machine):
+    found = machine.compare({"a": lambda n: 100.0, "b": lambda n: 100.0}, sessions=12, min_runs=36)
+    text = "".join(machine.asked)
+    assert len(found.results["a"].samples_ms) == 36
+    assert found.results["a"].session_runs == (3,) * 12
+    orders = {text[i : i + 4] for i in range(len(text) - 3) if text[i] == "*" and text[i + 2] == "*"}
+    assert orders == {"*a*b", "*b*a"}
+    assert (text.count("*a"), text.count("*b")) == (12, 12)
+    assert len(machine.queries) == 2 * (1 + 11 * 3 + 36)
+
+
+def test_sessions_share_the_runs_and_the_seconds(machine):
+    result = machine.benchmark(lambda n: 100.0, sessions=10, min_runs=25, min_seconds=6.0)
+    assert result.session_runs == (6,) * 10
+    assert machine.benchmark(lambda n: 100.0, sessions=10, min_runs=25).session_runs == (3,) * 10
+
+
+def test_the_ratio_is_that_of_typical_latencies_to_the_first(machine):
     noise = np.random.default_rng(3)
     found = machine.compare(
-        {"dense": lambda n: 4.0 + noise.exponential(), "slim": lambda n: 2.0 + noise.exponential()}, min_runs=200
+        {"dense": lambda n: 400 + 100 * noise.exponential(), "slim": lambda n: 200 + 100 * noise.exponential()},
+        min_runs=200,
     )
     assert found.baseline == "dense"
     assert list(found.ratios) == ["slim"]
     ratio = found.ratios["slim"]
-    assert ratio.value == found.results["slim"].p50_ms / found.results["dense"].p50_ms
+    assert ratio.value == pytest.approx(found.results["slim"].p50_ms / found.results["dense"].p50_ms, rel=0.05)
     assert 0.5 < ratio.low < ratio.value < ratio.high < 0.7
-    assert ratio.confidence == 0.95
+    assert (ratio.confidence, ratio.sessions) == (0.95, 1)
     assert json.loads(json.dumps(found.to_dict()))["ratios"]["slim"]["low"] == ratio.low
-
-
-def test_a_model_against_itself_has_a_ratio_interval_that_contains_1(machine):
-    """Also on a machine that slows down for a while, again and again: 9 times in 10 at least, as 95% would have it."""
-    noise = np.random.default_rng(4)
-
-    def latency(n):
-        return (10.0 if n // 40 % 2 else 13.0) + noise.gamma(2.0)
-
-    ratios = [machine.compare({"a": latency, "b": latency}, min_runs=200, seed=seed).ratios["b"] for seed in range(20)]
-    assert sum(ratio.low <= 1 <= ratio.high for ratio in ratios) >= 18
 
 
 def test_the_interval_is_wider_where_disturbances_last(machine):
     noise = np.random.default_rng(6)
-    walk = np.zeros(400)
+    walk = np.zeros(401)
     for index in range(1, len(walk)):
         walk[index] = 0.9 * walk[index - 1] + noise.normal()
     lasting, fleeting = (
-        machine.compare({"a": lambda n: 10.0, "b": lambda n, t=iter(times): 10.0 + next(t) / 10}, min_runs=400)
+        machine.compare({"a": lambda n: 100.0, "b": lambda n, t=iter(times): 100.0 + next(t)}, min_runs=400)
         for times in (walk, noise.permutation(walk))
     )
     width = [found.ratios["b"].high - found.ratios["b"].low for found in (lasting, fleeting)]
@@ -341,9 +386,90 @@ def test_the_interval_is_wider_where_disturbances_last(machine):
 
 def test_an_interval_of_more_confidence_is_wider(machine):
     noise = np.random.default_rng(5)
-    latencies = {"a": lambda n: 1 + noise.exponential(), "b": lambda n: 1 + noise.exponential()}
+    latencies = {"a": lambda n: 100 + noise.exponential(), "b": lambda n: 100 + noise.exponential()}
     sure, surer = (machine.compare(latencies, min_runs=100, confidence=c).ratios["b"] for c in (0.5, 0.99))
     assert surer.high - surer.low > sure.high - sure.low
+
+
+def test_the_first_is_measured_against_itself_too(machine):
+    latencies = {"dense": lambda n: 100.0, "slim": lambda n: 50.0}
+    quiet = machine.compare(latencies, check=True, sessions=8, min_runs=16)
+    assert (quiet.check.value, quiet.too_noisy) == (1.0, "")
+    assert len(quiet.check_samples_ms) == 16
+    assert json.loads(json.dumps(quiet.to_dict()))["check"]["low"] == 1.0
+    assert quiet.to_dict()["too_noisy"] is None
+
+
+def test_the_message_of_a_machine_that_was_too_noisy_says_how_noisy():
+    found = Comparison("dense", {}, {}, Ratio(1.034, 1.012, 1.057, 0.95, 10), ())
+    assert found.too_noisy == (
+        "too noisy: measured against itself, dense is 1.034 times as slow (1.012-1.057); "
+        "differences of this size mean nothing in this run"
+    )
+    assert Comparison("dense", {}, {}, Ratio(1.03, 0.99, 1.06, 0.95, 10), ()).too_noisy == ""
+
+
+def test_sessions_too_few_for_the_confidence_are_refused(small_onnx):
+    message = "5 sessions cannot bound a ratio with 95% confidence: take 6 or more, or 1, whose interval covers"
+    with pytest.raises(UsageError, match=message):
+        compare({"a": small_onnx, "b": small_onnx}, **{**QUICK, "sessions": 5})
+    assert len(benchmark(small_onnx, **{**QUICK, "sessions": 5}).session_runs) == 5
+
+
+def test_several_batch_sizes_can_be_measured_in_one_call(small_onnx):
+    found = sweep({"a": small_onnx}, [1, 4], **QUICK)
+    assert [result.results["a"].input_shapes for result in found.values()] == [((1, 3, 6, 6),), ((4, 3, 6, 6),)]
+    assert list(found) == [1, 4]
+
+
+def test_estimates_are_none_where_queries_are_too_few(machine):
+    result = machine.benchmark(lambda n: 100.0, min_runs=100)
+    assert result.early_stopping_ms == {"p90": 100.0, "p95": None, "p99": None}
+
+
+def test_the_process_keeps_to_as_many_cores_as_threads_while_it_is_measured(machine):
+    before = os.sched_getaffinity(0)
+    seen = []
+
+    def latency(n):
+        seen.append(os.sched_getaffinity(0))
+        return 100.0
+
+    result = machine.benchmark(latency, threads=1)
+    assert all(cores == set(result.cores) and len(cores) == 1 for cores in seen)
+    assert os.sched_getaffinity(0) == before
+
+
+def test_a_compiled_module_is_measured_and_its_memory_is_reported_missing(monkeypatch):
+    compile_module = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **options: compile_module(module, backend="eager", **options))
+    result = benchmark(
+        nn.Linear(3, 2), runtime="torch-compile", example_inputs=torch.randn(1, 3), **{**QUICK, "memory": True}
+    )
+    assert (len(result.samples_ms), result.peak_memory_bytes, result.params) == (5, None, 8)
+    assert result.notes[0] == "peak memory is not measured of compiled or captured modules"
+
+
+def test_without_a_compiler_compiling_is_refused(monkeypatch):
+    def broken(module, **options):
+        def run(*args):
+            raise RuntimeError("no working C++ compiler")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(UsageError, match=r"torch.compile does not work on this module here: no working C\+\+ compiler"):
+        benchmark(nn.Linear(3, 2), runtime="torch-compile", example_inputs=torch.randn(1, 3), **QUICK)
+
+
+def test_the_environment_says_what_the_system_tells_of_turbo(tmp_path, monkeypatch):
+    files = {}
+    monkeypatch.setattr(environment_file, "_first_line", lambda path: files.get(path.name))
+    assert environment().cpu_turbo is None
+    for name, text, turbo in [("no_turbo", "1", False), ("no_turbo", "0", True), ("boost", "0", False)]:
+        files[name] = text
+        assert environment().cpu_turbo is turbo
+    assert "CPUExecutionProvider" in environment().providers
 
 
 def test_files_and_modules_can_be_compared_in_one_run(small_onnx):
@@ -366,7 +492,7 @@ def test_what_one_candidate_opened_is_closed_when_another_fails(monkeypatch):
         if job.candidate == "b":
             raise UsageError("b is broken")
         stack.callback(closed.append, "a")
-        return Runner(lambda: None, lambda: 0, (), None, None, None)
+        return Runner(lambda: lambda: None, lambda: Peak(0), (), None, None, None)
 
     monkeypatch.setitem(RUNTIMES, "simulated", prepare)
     with pytest.raises(UsageError, match="b is broken"):

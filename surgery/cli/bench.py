@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +10,8 @@ import typer
 
 from surgery.cli.options import AsJson, InputShape, Seed, Threads, Trust, Weights, open_model
 from surgery.cli.output import emit, table
-from surgery.deploy.benchmark import Comparison, compare
+from surgery.deploy.benchmark import BenchmarkResult, Comparison, Ratio, sweep
+from surgery.deploy.runners import RUNTIMES
 from surgery.deploy.units import mebibytes, quantity
 from surgery.errors import UsageError
 
@@ -19,11 +20,12 @@ def bench(
     candidates: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="Models, as elsewhere, or ONNX files; at least one.")
     ],
-    runtime: Annotated[str, typer.Option(help="onnxruntime or torch.")] = "onnxruntime",
-    batch_size: Annotated[int, typer.Option(help="Samples of one query.")] = 1,
+    runtime: Annotated[str, typer.Option(help=f"{', '.join(RUNTIMES)}.")] = "onnxruntime",
+    batch_size: Annotated[str, typer.Option(metavar="N,...", help="Samples of one query; several: 1,8,32.")] = "1",
     threads: Threads = None,
     min_runs: Annotated[int, typer.Option(help="Queries of each model, at the least.")] = 100,
     min_seconds: Annotated[float, typer.Option(help="Seconds spent on each model, at the least.")] = 1.0,
+    sessions: Annotated[int, typer.Option(help="How often each model is set up afresh.")] = 10,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     input_shape: InputShape = None,
     weights: Weights = "none",
@@ -31,25 +33,52 @@ def bench(
     trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure latency, throughput, memory and size; several models take turns and are compared with the first."""
+    """Measure latency, throughput, memory and size; several models take turns and are compared with the first.
+
+    The first is measured against itself as well (A/A): where that shows a difference, the machine was too noisy.
+    """
     if len(set(candidates)) < len(candidates):
         raise UsageError("a model is given more than once")
+    sizes = _sizes(batch_size)
     opened: Mapping[str, Any] = {
         name: _file(name) or open_model(name, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
         for name in candidates
     }
-    measured = compare(
+    measured = sweep(
         opened,
+        sizes,
         runtime=runtime,
-        batch_size=batch_size,
         threads=threads,
         min_runs=min_runs,
         min_seconds=min_seconds,
+        sessions=sessions,
         device=device,
         seed=seed,
     )
-    notes = [f"{name}: {note}" for name, result in measured.results.items() for note in result.notes]
-    emit(measured.to_dict(), as_json, _comparison_table(measured), note="\n".join(notes))
+    plain = {size: compared.to_dict() for size, compared in measured.items()}
+    emit(
+        plain[sizes[0]] if len(sizes) == 1 else {"batch_sizes": plain},
+        as_json,
+        *map(_comparison_table, measured.values()),
+        note="\n".join(_notes(measured)),
+    )
+
+
+def _sizes(text: str) -> list[int]:
+    """``"1,8,32"`` as batch sizes, each once."""
+    try:
+        return list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers.", param_hint="'--batch-size'") from None
+
+
+def _notes(measured: Mapping[int, Comparison]) -> Iterator[str]:
+    for size, compared in measured.items():
+        batch = f" at batch {size}" if len(measured) > 1 else ""
+        for name, result in compared.results.items():
+            yield from (f"{name}{batch}: {note}" for note in result.notes)
+        if compared.too_noisy:
+            yield f"{compared.too_noisy}{batch and ','}{batch}"
 
 
 def _file(name: str) -> Path | None:
@@ -72,12 +101,24 @@ def _comparison_table(measured: Comparison) -> Any:
                 name,
                 *(f"{value:.3f}" for value in (result.p50_ms, result.p90_ms, result.p99_ms)),
                 f"{result.throughput:,.1f}",
-                f"{ratio.value:.3f} ({ratio.low:.3f}-{ratio.high:.3f})" if ratio else "1",
-                mebibytes(result.peak_memory_bytes),
+                _ratio(ratio) if ratio else "1",
+                _memory(result),
                 mebibytes(result.file_bytes),
                 quantity(result.params),
                 quantity(result.macs),
             ]
         )
     first = next(iter(measured.results.values()))
-    return table(f"{first.runtime} on {first.device}, batch {first.batch_size}, {first.threads} threads", header, rows)
+    title = f"{first.runtime} on {first.device}, batch {first.batch_size}, {first.threads} threads"
+    check = measured.check and f"; A/A {_ratio(measured.check)}{': too noisy' if measured.too_noisy else ''}"
+    return table(f"{title}{check or ''}", header, rows)
+
+
+def _memory(result: BenchmarkResult) -> str:
+    """On the host and, where there is one, on the GPU."""
+    device = result.device_peak_memory_bytes
+    return mebibytes(result.peak_memory_bytes) + ("" if device is None else f" + {mebibytes(device)} on the GPU")
+
+
+def _ratio(ratio: Ratio) -> str:
+    return f"{ratio.value:.3f} ({ratio.low:.3f}-{ratio.high:.3f})"

@@ -2,41 +2,50 @@
 
 How it is measured. One query follows another (MLPerf's single stream), each timed by itself, for averages over blocks
 have no tail. A query starts with its inputs on the device (in numpy arrays for ONNX Runtime on the CPU) and ends when
-its outputs are there. Python's garbage collector rests meanwhile. Candidates that are compared take turns, in an order
-drawn anew each round, so that a machine that slows down slows them all; what is said of them is the *ratio*.
+its outputs are there. Python's garbage collector rests meanwhile, and the process keeps to as many cores as it has
+threads. Candidates that are compared take turns, in an order drawn anew each round, so that a machine that slows down
+slows them all; what is said of them is the *ratio*. They are set up afresh several times (`surgery.deploy.timing`), for
+two sessions of one file differ. And the first is measured against itself: what that shows is noise.
 """
 
 from __future__ import annotations
 
-import gc
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from surgery.deploy.environment import Environment, environment, usable_cores
+from surgery.deploy.jobs import Candidate, Job, Runner
 from surgery.deploy.memory import UnmeasuredError
-from surgery.deploy.runners import Candidate, Job, Runner, ready
+from surgery.deploy.ratios import (
+    Ratio,
+    early_stopping_estimate,
+    ratio_of_medians,
+    ratio_over_sessions,
+    refuse_few_sessions,
+)
+from surgery.deploy.runners import ready
+from surgery.deploy.timing import Series, pinned, take_turns
 from surgery.errors import UsageError
 
-_WINDOW = 5
-_SETTLED = 0.05
+__all__ = ["BenchmarkResult", "Comparison", "Ratio", "benchmark", "compare", "ratio_of_medians", "sweep"]
+
 _NOISY = 0.1
-_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
     """One model, measured.
 
-    Measured: ``samples_ms``, every timed query in order, and what follows from it; ``peak_memory_bytes``, see
-    `surgery.deploy.memory.peak_memory`; ``file_bytes``, external weights included. Derived: ``macs`` of one sample and
-    ``params``, as `surgery.cost` counts them; for an ONNX file of other make, ``macs`` is unknown and ``params`` the
-    number of elements of its floating-point initialisers. What could not be had is None, and ``notes`` says why.
+    Measured: ``samples_ms``, every timed query in order, and what follows from it; ``peak_memory_bytes`` on the host
+    and ``device_peak_memory_bytes`` on the GPU, see `surgery.deploy.memory.peak_memory`; ``file_bytes``, external
+    weights included. Derived: ``macs`` of one sample and ``params``, as `surgery.cost` counts them; for an ONNX file of
+    other make, ``macs`` is unknown and ``params`` the number of elements of its floating-point initialisers. What could
+    not be had is None, and ``notes`` says why.
     """
 
     runtime: str
@@ -62,26 +71,20 @@ class BenchmarkResult:
     warmup_settled: bool
     notes: tuple[str, ...]
     environment: Environment
+    early_stopping_ms: Mapping[str, float | None]
+    """MLPerf's estimates of p90, p95 and p99, which lie above them with 99% confidence; None for too few queries."""
+    device_peak_memory_bytes: int | None
+    session_runs: tuple[int, ...]
+    """How many of the samples each session has."""
+    turn: int
+    """How many queries in a row a turn had; above 1, after one that does not count."""
+    cores: tuple[int, ...] | None
+    """The cores the process was kept on; None where the system does not let them be chosen."""
 
     def to_dict(self) -> dict[str, Any]:
         """The same, as plain JSON data."""
         shapes = [list(shape) for shape in self.input_shapes]
         return {**asdict(self), "input_shapes": shapes, "samples_ms": list(self.samples_ms), "notes": list(self.notes)}
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Median latency of one candidate over that of the baseline: below 1 it is faster.
-
-    ``low`` and ``high`` bound it with ``confidence`` as far as it varies from round to round; where 1 lies between
-    them, no difference was shown. They do not cover what stays the same all through a run, such as where a model's
-    weights came to lie in memory: two sessions of one file were seen to differ by 1 to 2% that way.
-    """
-
-    value: float
-    low: float
-    high: float
-    confidence: float
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,23 @@ class Comparison:
     baseline: str
     results: dict[str, BenchmarkResult]
     ratios: dict[str, Ratio]
+    check: Ratio | None
+    """The A/A check: the baseline's ratio to itself, from a second session beside each; None if it was not made."""
+    check_samples_ms: tuple[float, ...]
+    """What was timed for it."""
+
+    @property
+    def too_noisy(self) -> str:
+        """That the machine was too noisy for these ratios, if the A/A check shows it; else empty.
+
+        Also on a machine without noise it does, by its confidence: once in 20 times where that is 95%.
+        """
+        if self.check is None or self.check.contains_1:
+            return ""
+        return (
+            f"too noisy: measured against itself, {self.baseline or 'the model'} is {self.check.value:.3f} times as "
+            f"slow ({self.check.low:.3f}-{self.check.high:.3f}); differences of this size mean nothing in this run"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The same, as plain JSON data."""
@@ -98,6 +118,9 @@ class Comparison:
             "baseline": self.baseline,
             "results": {name: result.to_dict() for name, result in self.results.items()},
             "ratios": {name: asdict(ratio) for name, ratio in self.ratios.items()},
+            "check": self.check and asdict(self.check),
+            "check_samples_ms": list(self.check_samples_ms),
+            "too_noisy": self.too_noisy or None,
         }
 
 
@@ -112,6 +135,7 @@ def benchmark(
     warmup: float = 5.0,
     min_runs: int = 100,
     min_seconds: float = 1.0,
+    sessions: int = 10,
     device: str = "cpu",
     memory: bool = True,
 ) -> BenchmarkResult:
@@ -120,14 +144,16 @@ def benchmark(
     Args:
         candidate: a module, which is not modified (for ONNX Runtime it is exported to a temporary file), or the path
             of an ONNX file.
-        runtime: ``"onnxruntime"`` or ``"torch"`` (eager).
+        runtime: ``"onnxruntime"``, ``"torch"`` (eager), ``"torch-compile"``; on a GPU also
+            ``"onnxruntime-tensorrt"``, ``"onnxruntime-cuda-graphs"`` and ``"torch-cuda-graphs"``.
         batch_size: samples per query, axis 0 of the inputs.
         example_inputs: a tensor or a tuple of positional inputs, ``kwargs`` the named ones, of any batch size. A traced
             module and an ONNX file with one open axis, the batch, need none.
-        threads: intra-op threads; by default, all the cores this process may use.
+        threads: intra-op threads, on as many cores; by default, all the cores this process may use.
         warmup: the most seconds to warm up for. Warming up ends as soon as the median of five runs is within 5% of
             the median of the five before; ``warmup_settled`` says whether it came to that.
         min_runs, min_seconds: go on until both are reached: queries, and seconds spent in them.
+        sessions: how often to set the model up afresh, so that no one place in memory decides.
         device: ``"cpu"`` or ``"cuda"``.
         memory: measure peak memory too, in a process of its own (some seconds).
 
@@ -145,8 +171,10 @@ def benchmark(
         warmup=warmup,
         min_runs=min_runs,
         min_seconds=min_seconds,
+        sessions=sessions,
         device=device,
         memory=memory,
+        check=False,
     )
     return compared.results[""]
 
@@ -162,70 +190,96 @@ def compare(
     warmup: float = 5.0,
     min_runs: int = 100,
     min_seconds: float = 1.0,
+    sessions: int = 10,
     device: str = "cpu",
     memory: bool = True,
+    check: bool = True,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Comparison:
     """Measure several models in one run, taking turns, and each one's latency relative to the first.
 
-    The interval of a ratio is a bootstrap over rounds, in blocks: a round holds one query of every candidate, so that
-    what disturbed a round counts for all of them, and neighbouring rounds stay together, for disturbances last.
+    The interval of a ratio is a bootstrap over sessions, see `surgery.deploy.ratios.ratio_over_sessions`.
 
     Takes what `benchmark` takes. Each candidate answers the same number of queries, at least ``min_runs``, and on
-    average they spend at least ``min_seconds`` on them. ``seed`` draws the order within rounds and the resamples.
+    average they spend at least ``min_seconds`` on them. ``check`` measures the first against itself as well, which
+    takes as long as one candidate more. ``seed`` draws the orders and the resamples.
+
+    Raises:
+        UsageError: as `benchmark` does; or the sessions are too few for the ``confidence`` (1 is allowed: its interval
+            covers one session's rounds alone).
     """
     threads = usable_cores() if threads is None else threads
-    _refuse(candidates, batch_size=batch_size, threads=threads, min_runs=min_runs, confidence=confidence)
+    numbers = {"batch_size": batch_size, "threads": threads, "min_runs": min_runs, "sessions": sessions}
+    _refuse(candidates, numbers, confidence)
+    if check or len(candidates) > 1:
+        refuse_few_sessions(sessions, confidence)
     here = environment()
     rng = np.random.default_rng(seed)
     with ExitStack() as stack:
         stack.enter_context(_torch_threads(threads))
+        cores = stack.enter_context(pinned(threads))
         stack.enter_context(torch.random.fork_rng(devices=[] if device == "cpu" else None))
+        job = Job("", example_inputs, kwargs, batch_size, threads, device)
         runners = {
-            name: stack.enter_context(
-                ready(runtime, Job(candidate, example_inputs, kwargs, batch_size, threads, device))
-            )
+            name: stack.enter_context(ready(runtime, replace(job, candidate=candidate)))
             for name, candidate in candidates.items()
         }
-        with _resting_collector():
-            warmups = {name: _warm_up(runner.run, warmup) for name, runner in runners.items()}
-            samples = _take_turns([runner.run for runner in runners.values()], min_runs, min_seconds, rng)
+        setups = [runner.start for runner in runners.values()]
+        series = take_turns(
+            [*setups, *setups[:check]],
+            sessions=sessions,
+            warmup=warmup,
+            min_runs=min_runs,
+            min_seconds=min_seconds,
+            rng=rng,
+        )
         results = {}
-        for (name, runner), times in zip(runners.items(), samples, strict=True):
-            warmup_runs, settled = warmups[name]
-            peak, missing = _peak_memory(runner) if memory else (None, ())
+        for (name, runner), own in zip(runners.items(), series[: len(runners)], strict=True):
+            peak, device_peak, missing = _peak_memory(runner) if memory else (None, None, ())
             results[name] = BenchmarkResult(
                 runtime=runtime,
                 device=device,
                 threads=threads,
                 batch_size=batch_size,
                 input_shapes=runner.input_shapes,
-                **_statistics(times, batch_size),
+                **_statistics(own, batch_size),
                 peak_memory_bytes=peak,
+                device_peak_memory_bytes=device_peak,
                 file_bytes=runner.file_bytes,
                 macs=runner.macs,
                 params=runner.params,
-                samples_ms=tuple(times.tolist()),
-                warmup_runs=warmup_runs,
-                warmup_settled=settled,
-                notes=(*missing, *_doubts(times, settled)),
+                warmup_runs=own.warmup_runs,
+                warmup_settled=own.settled,
+                notes=(*missing, *_doubts(own)),
                 environment=here,
+                cores=cores,
             )
-    baseline, *others = candidates
-    ratios = {
-        name: ratio_of_medians(times, samples[0], confidence, rng)
-        for name, times in zip(others, samples[1:], strict=True)
-    }
-    return Comparison(baseline, results, ratios)
+
+    def ratio(own: Series) -> Ratio:
+        return ratio_over_sessions(own.sessions, series[0].sessions, confidence, rng)
+
+    names = list(runners)
+    ratios = {name: ratio(own) for name, own in zip(names[1:], series[1 : len(names)], strict=True)}
+    twin = series[-1] if check else None
+    return Comparison(
+        baseline=names[0],
+        results=results,
+        ratios=ratios,
+        check=ratio(twin) if twin else None,
+        check_samples_ms=tuple(twin.samples.tolist()) if twin else (),
+    )
 
 
-def _refuse(
-    candidates: Mapping[str, Candidate], *, batch_size: int, threads: int, min_runs: int, confidence: float
-) -> None:
+def sweep(candidates: Mapping[str, Candidate], batch_sizes: Sequence[int], **options: Any) -> dict[int, Comparison]:
+    """`compare`, with its other ``options``, at several batch sizes, one after the other."""
+    return {size: compare(candidates, batch_size=size, **options) for size in batch_sizes}
+
+
+def _refuse(candidates: Mapping[str, Candidate], numbers: Mapping[str, int], confidence: float) -> None:
     if not candidates:
         raise UsageError("nothing to measure: no candidates were given")
-    for name, value in {"batch_size": batch_size, "threads": threads, "min_runs": min_runs}.items():
+    for name, value in numbers.items():
         if value < 1:
             raise UsageError(f"{name} must be at least 1, not {value}")
     if not 0 < confidence < 1:
@@ -242,62 +296,16 @@ def _torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@contextmanager
-def _resting_collector() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
+def _peak_memory(runner: Runner) -> tuple[int | None, int | None, tuple[str, ...]]:
     try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _warm_up(run: Callable[[], object], seconds: float) -> tuple[int, bool]:
-    """Run until two windows in a row have the same median, or the time is up: how many runs, and whether it settled."""
-    times: list[float] = []
-    deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline:
-        times.append(_timed_ms(run))
-        if len(times) % _WINDOW == 0 and len(times) >= 2 * _WINDOW:
-            before, after = np.median(times[-2 * _WINDOW : -_WINDOW]), np.median(times[-_WINDOW:])
-            if abs(after - before) <= _SETTLED * before:
-                return len(times), True
-    return len(times), False
-
-
-def _take_turns(
-    runs: Sequence[Callable[[], object]], min_runs: int, min_seconds: float, rng: np.random.Generator
-) -> np.ndarray[Any, Any]:
-    """Latencies in ms, candidates x rounds."""
-    rounds: list[list[float]] = []
-    spent_ms = 0.0
-    while len(rounds) < min_runs or spent_ms < 1e3 * min_seconds * len(runs):
-        times = [0.0] * len(runs)
-        for index in rng.permutation(len(runs)):
-            times[index] = _timed_ms(runs[index])
-        rounds.append(times)
-        spent_ms += sum(times)
-    return np.array(rounds).T
-
-
-def _timed_ms(run: Callable[[], object]) -> float:
-    start = time.perf_counter_ns()
-    outputs = run()
-    elapsed = time.perf_counter_ns() - start
-    del outputs  # freeing them is not part of answering
-    return elapsed / 1e6
-
-
-def _peak_memory(runner: Runner) -> tuple[int | None, tuple[str, ...]]:
-    try:
-        return runner.peak_memory(), ()
+        peak = runner.peak_memory()
     except UnmeasuredError as reason:
-        return None, (str(reason),)
+        return None, None, (str(reason),)
+    return peak.host, peak.device, ()
 
 
-def _statistics(times: np.ndarray[Any, Any], batch_size: int) -> dict[str, float]:
+def _statistics(series: Series, batch_size: int) -> dict[str, Any]:
+    times = series.samples
     p25, p50, p75, p90, p95, p99 = np.percentile(times, [25, 50, 75, 90, 95, 99]).tolist()
     mean = float(times.mean())
     return {
@@ -309,29 +317,17 @@ def _statistics(times: np.ndarray[Any, Any], batch_size: int) -> dict[str, float
         "min_ms": float(times.min()),
         "iqr_ms": p75 - p25,
         "throughput": 1e3 * batch_size / mean,
+        "samples_ms": tuple(times.tolist()),
+        "session_runs": tuple(own.size for own in series.sessions),
+        "turn": series.sessions[0].shape[1],
+        "early_stopping_ms": {f"p{p}": early_stopping_estimate(times, p / 100) for p in (90, 95, 99)},
     }
 
 
-def _doubts(times: np.ndarray[Any, Any], settled: bool) -> Iterator[str]:
+def _doubts(series: Series) -> Iterator[str]:
     """What a reader of the figures should know. The bound on the spread is that of `torch.utils.benchmark`."""
-    if not settled:
+    if not series.settled:
         yield "still settling: the warm-up ended before two windows in a row had about the same median"
-    p25, p50, p75 = np.percentile(times, [25, 50, 75])
+    p25, p50, p75 = np.percentile(series.samples, [25, 50, 75])
     if p75 - p25 > _NOISY * p50:
         yield f"noisy: the interquartile range is {(p75 - p25) / p50:.0%} of the median"
-
-
-def ratio_of_medians(
-    times: np.ndarray[Any, Any], baseline: np.ndarray[Any, Any], confidence: float, rng: np.random.Generator
-) -> Ratio:
-    """Ratio of the medians of two candidates that took turns, one time of each for every round, with the percentile
-    interval of a paired, circular block bootstrap (Politis, Romano 1992)."""
-    count = len(times)
-    length = round(count ** (1 / 3))
-    starts = rng.integers(count, size=(_RESAMPLES, -(-count // length), 1))
-    ratios = np.empty(_RESAMPLES)
-    for index, start in enumerate(starts):  # one resample at a time: all at once would fill memory
-        rounds = ((start + np.arange(length)) % count).ravel()[:count]
-        ratios[index] = np.median(times[rounds]) / np.median(baseline[rounds])
-    low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
-    return Ratio(float(np.median(times) / np.median(baseline)), low, high, confidence)

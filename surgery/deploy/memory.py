@@ -1,4 +1,4 @@
-"""How much memory running a model takes, measured in a fresh process.
+"""How much memory running a model takes, on the host and on a GPU, measured in a fresh process.
 
 This file is also the program of that process, which is why it imports nothing but the standard library at its top: an
 import made before the baseline is read would be hidden, one made after it would count as the model's.
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _RUNS = 3
 _STATUS = Path("/proc/self/status")
@@ -22,41 +25,55 @@ class UnmeasuredError(Exception):
     """The memory could not be measured; the message says why."""
 
 
-def peak_memory(runtime: str, model: Path, inputs: Path, threads: int) -> int:
-    """Bytes by which a fresh process's resident set peaks above its baseline while it loads and runs a model.
+@dataclass(frozen=True)
+class Peak:
+    """Bytes of memory that a model takes at most, see `peak_memory`; on a ``device`` None where it uses none."""
 
-    The baseline is read once the interpreter and the runtime are loaded; the peak (the kernel's own high-water mark,
-    not samples of it) covers loading the model and three runs. So it holds weights, activations, whatever loading
-    needs for a moment, and what the runtime sets aside for itself; it leaves out the libraries' code read before.
+    host: int
+    device: int | None = None
+
+
+def peak_memory(runtime: str, model: Path, inputs: Path, threads: int, device: str = "cpu") -> Peak:
+    """Bytes by which the memory of a fresh process peaks above its baseline while it loads and runs a model.
+
+    The baseline is read once the interpreter and the runtime are loaded; the peak covers loading the model and three
+    runs. So it holds weights, activations, whatever loading needs for a moment, and what the runtime sets aside for
+    itself; it leaves out the libraries' code read before. On the host the peak is that of the resident set, by the
+    kernel's own high-water mark, not by samples of it. On a GPU it is what has gone of its free memory since there was
+    a context, runtimes giving nothing back while they live: nothing else may be using the GPU then.
 
     Args:
-        runtime: ``"onnxruntime"``, ``model`` being an ONNX file and ``inputs`` an ``.npz`` of its inputs in order; or
-            ``"torch"``, where `torch.save` wrote the module to ``model`` and ``(args, kwargs)`` to ``inputs``.
+        runtime: ``"torch"``, where `torch.save` wrote the module to ``model`` and ``(args, kwargs)`` to ``inputs``; or
+            the name of an execution provider of ONNX Runtime, ``model`` being an ONNX file and ``inputs`` an ``.npz``
+            of its inputs in order.
         threads: intra-op threads of the run.
+        device: ``"cpu"`` or ``"cuda"``.
 
     Raises:
         UnmeasuredError: the system keeps no high-water mark (it is Linux that does), or the run failed.
     """
     if not _STATUS.exists():
         raise UnmeasuredError(f"peak memory is not measured on {sys.platform}: it needs the high-water mark of Linux")
-    worker = [sys.executable, "-P", str(Path(__file__).resolve()), runtime, str(model), str(inputs), str(threads)]
+    script = [sys.executable, "-P", str(Path(__file__).resolve())]
     where = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the module's classes are found
+    worker = [*script, runtime, str(model), str(inputs), str(threads), device]
     done = subprocess.run(worker, env=where, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise UnmeasuredError(f"peak memory could not be measured in a fresh process: {last}")
-    return int(done.stdout.split()[-1])
+    return Peak(*json.loads(done.stdout.splitlines()[-1]))
 
 
-def _measure(load: Callable[[], Callable[[], object]]) -> int:
+def _measure(load: Callable[[], Callable[[], object]], device: str) -> tuple[int, int | None]:
     gc.collect()
     with contextlib.suppress(OSError):  # not every kernel lets the mark be reset; then growth is a lower bound
         Path("/proc/self/clear_refs").write_text("5")
+    free = _free_on_gpu() if device == "cuda" else 0
     baseline = _high_water()
     run = load()
     for _ in range(_RUNS):
         run()
-    return _high_water() - baseline
+    return _high_water() - baseline, free - _free_on_gpu() if device == "cuda" else None
 
 
 def _high_water() -> int:
@@ -65,8 +82,19 @@ def _high_water() -> int:
     return int(fields["VmHWM"].split()[0]) * 1024
 
 
-def _onnxruntime(model: Path, inputs: Path, threads: int) -> int:
+def _free_on_gpu() -> int:
+    """Free bytes on the GPU, with all that was asked of it done."""
+    import torch
+
+    torch.cuda.synchronize()
+    return torch.cuda.mem_get_info()[0]
+
+
+def _onnxruntime(provider: str, model: Path, inputs: Path, threads: int, device: str) -> tuple[int, int | None]:
     import numpy
+
+    if device == "cuda":
+        import torch  # noqa: F401  the CUDA libraries that come with it are those the provider finds
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -75,30 +103,43 @@ def _onnxruntime(model: Path, inputs: Path, threads: int) -> int:
         values = list(arrays.values())
 
     def load() -> Callable[[], object]:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(model, options, providers=[provider])
+        if session.get_providers()[0] != provider:
+            raise RuntimeError(f"no {provider}")
         feed = {node.name: value for node, value in zip(session.get_inputs(), values, strict=True)}
         return lambda: session.run(None, feed)
 
-    return _measure(load)
+    return _measure(load, device)
 
 
-def _torch(model: Path, inputs: Path, threads: int) -> int:
+def _torch(model: Path, inputs: Path, threads: int, device: str) -> tuple[int, int | None]:
     import torch
 
     torch.set_num_threads(threads)
     # On the meta device the weights are left out, but every class the module needs is imported before the baseline.
     torch.load(model, weights_only=False, map_location="meta")
-    args, kwargs = torch.load(inputs, weights_only=False)
     torch.nn.functional.conv2d(torch.zeros(1, 1, 3, 3), torch.zeros(1, 1, 3, 3))
 
+    def placed(tree: Any) -> Any:
+        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), tree)
+
+    args, kwargs = placed(torch.load(inputs, weights_only=False))
+
     def load() -> Callable[[], object]:
-        module = torch.load(model, weights_only=False)
+        module = torch.load(model, weights_only=False, map_location=device)
         return lambda: module(*args, **kwargs)
 
     with torch.inference_mode():
-        return _measure(load)
+        return _measure(load, device)
+
+
+def _main(runtime: str, model: str, inputs: str, threads: str, device: str) -> None:
+    if runtime == "torch":
+        found = _torch(Path(model), Path(inputs), int(threads), device)
+    else:
+        found = _onnxruntime(runtime, Path(model), Path(inputs), int(threads), device)
+    sys.stdout.write(f"{json.dumps(found)}\n")
 
 
 if __name__ == "__main__":
-    runtimes = {"onnxruntime": _onnxruntime, "torch": _torch}
-    sys.stdout.write(f"{runtimes[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))}\n")
+    _main(*sys.argv[1:])
