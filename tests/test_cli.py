@@ -173,6 +173,19 @@ def test_export_writes_a_file_that_bench_can_measure(run):
     assert "torch on cpu, batch 1" in out
 
 
+def test_bench_compares_at_several_batch_sizes_and_checks_the_machine_against_itself(run):
+    quick = ["--min-runs", 1, "--min-seconds", 0, "--threads", 1, "--sessions", 6]
+    assert run("export", *TINY, *TINY_PIXELS, "--out", "tiny.onnx")[0] == 0
+    code, out, _ = run("bench", "tiny.onnx", "--batch-size", "1,3", *quick, "--json")
+    assert code == 0
+    measured = json.loads(out)["batch_sizes"]
+    assert [measured[size]["results"]["tiny.onnx"]["batch_size"] for size in ("1", "3")] == [1, 3]
+    assert measured["1"]["check"]["sessions"] == 6
+    code, out, _ = run("bench", "tiny.onnx", *quick)
+    assert code == 0
+    assert "1 threads; A/A " in out
+
+
 def test_tradeoff_prints_a_table_and_keeps_the_exact_command(run, empty_folder):
     options = ["--dataset", "digits", "--split-rates", "1.0,0.5", "--limit", "64", "--threads", "1"]
     short = ["--epochs", "1", "--finetune-epochs", "1", "--out", "runs/demo"]
@@ -260,7 +273,7 @@ TRADEOFF = ["tradeoff", SMALL, "--dataset", "digits", "--out", "made"]
         ),
         (["export", SMALL, "--weights", "BEST", "--out", "a.onnx"], "unknown weights of 'squeezenet1_1' 'BEST'"),
         (["bench", "nothing.onnx"], "there is no file nothing.onnx\n"),
-        (["bench", SMALL, "--runtime", "onxruntime"], "unknown runtime 'onxruntime'; did you mean 'onnxruntime'?\n"),
+        (["bench", SMALL, "--runtime", "onxruntime"], "unknown runtime 'onxruntime'; did you mean 'onnxruntime', "),
         (["bench", SMALL, SMALL], "a model is given more than once\n"),
         ([*TRADEOFF, "--dataset", "digit"], "unknown data set 'digit'; did you mean 'digits'?\n"),
         ([*TRADEOFF, "--dataset", "torchvision:CIFAR10"], "data set 'torchvision:CIFAR10' needs a folder to keep its "),

@@ -5,24 +5,27 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 
+from surgery.deploy.inputs import squashed
 from surgery.errors import UsageError
+
+Array = np.ndarray[Any, Any]
 
 _WARM_UP = 3
 
 
-def time_by_operator(
-    path: str | Path, inputs: dict[str, np.ndarray], *, threads: int, runs: int = 20
-) -> dict[str, float]:
+def time_by_operator(path: str | Path, inputs: Sequence[Array], *, threads: int, runs: int = 20) -> dict[str, float]:
     """Milliseconds of a query that ONNX Runtime's profiler attributes to each type of operator, on the CPU.
 
-    Means over ``runs``, without the first ones; the slowest type first. Operators that the runtime has fused or laid
-    out anew go by the names it gives them (``FusedConv``, ``ReorderInput``). The profiler costs time itself: take the
-    figures as shares.
+    ``inputs`` are the file's, in order. Means over ``runs``, without the first ones; the slowest type first. Operators
+    that the runtime has fused or laid out anew go by the names it gives them (``FusedConv``, ``ReorderInput``). The
+    profiler costs time itself: take the figures as shares.
 
     Raises:
         UsageError: the file cannot be run on these inputs.
@@ -35,10 +38,11 @@ def time_by_operator(
         options.profile_file_prefix = str(Path(folder) / "profile")
         try:
             session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            feed = {node.name: array for node, array in zip(session.get_inputs(), inputs, strict=True)}
             for _ in range(_WARM_UP + runs):
-                session.run(None, inputs)
+                session.run(None, feed)
         except Exception as error:  # ONNX Runtime's errors share no base of their own
-            raise UsageError(f"{path} cannot be profiled: {error}") from error
+            raise UsageError(f"{path} cannot be profiled: {squashed(error)}") from error
         events = json.loads(Path(session.end_profiling()).read_text())
     begins = sorted(event["ts"] for event in events if event["name"] == "model_run")
     found: defaultdict[str, float] = defaultdict(float)
