@@ -401,12 +401,12 @@ def test_the_first_is_measured_against_itself_too(machine):
 
 
 def test_the_message_of_a_machine_that_was_too_noisy_says_how_noisy():
-    found = Comparison("dense", {}, {}, Ratio(1.034, 1.012, 1.057, 0.95, 10), ())
+    found = Comparison("dense", {}, {}, Ratio(1.034, 1.012, 1.057, 0.95, 10))
     assert found.too_noisy == (
         "too noisy: measured against itself, dense is 1.034 times as slow (1.012-1.057); "
         "differences of this size mean nothing in this run"
     )
-    assert Comparison("dense", {}, {}, Ratio(1.03, 0.99, 1.06, 0.95, 10), ()).too_noisy == ""
+    assert Comparison("dense", {}, {}, Ratio(1.03, 0.99, 1.06, 0.95, 10)).too_noisy == ""
 
 
 def test_sessions_too_few_for_the_confidence_are_refused(small_onnx):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -71,14 +71,14 @@ class BenchmarkResult:
     warmup_settled: bool
     notes: tuple[str, ...]
     environment: Environment
-    early_stopping_ms: Mapping[str, float | None]
+    early_stopping_ms: Mapping[str, float | None] = field(default_factory=dict)
     """MLPerf's estimates of p90, p95 and p99, which lie above them with 99% confidence; None for too few queries."""
-    device_peak_memory_bytes: int | None
-    session_runs: tuple[int, ...]
+    device_peak_memory_bytes: int | None = None
+    session_runs: tuple[int, ...] = ()
     """How many of the samples each session has."""
-    turn: int
+    turn: int = 1
     """How many queries in a row a turn had; above 1, after one that does not count."""
-    cores: tuple[int, ...] | None
+    cores: tuple[int, ...] | None = None
     """The cores the process was kept on; None where the system does not let them be chosen."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,9 +94,9 @@ class Comparison:
     baseline: str
     results: dict[str, BenchmarkResult]
     ratios: dict[str, Ratio]
-    check: Ratio | None
+    check: Ratio | None = None
     """The A/A check: the baseline's ratio to itself, from a second session beside each; None if it was not made."""
-    check_samples_ms: tuple[float, ...]
+    check_samples_ms: tuple[float, ...] = ()
     """What was timed for it."""
 
     @property
