@@ -1,6 +1,6 @@
 """Model surgery on torch.fx graphs: widen, deepen, slim, export and measure, exactly."""
 
-from surgery.deploy.benchmark import benchmark, compare
+from surgery.deploy.benchmark import benchmark, compare, sweep
 from surgery.deploy.budget import Budgeted, slim_to_budget
 from surgery.deploy.changes import Changes, changes
 from surgery.deploy.checkpoint import load, save
@@ -103,6 +103,7 @@ __all__ = [
     "slim",
     "slim_to_budget",
     "split_masks",
+    "sweep",
     "trace",
     "tradeoff",
     "train",
