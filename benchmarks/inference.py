@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", default="1,32")
     parser.add_argument("--devices", default="cpu,cuda")
     parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--round-to", type=int, default=1, help="round widths up to a multiple of this")
     parser.add_argument("--sessions", type=int, default=8, help="how often each model is set up afresh")
     parser.add_argument("--min-runs", type=int, default=40)
     parser.add_argument("--min-seconds", type=float, default=1.0)
@@ -58,7 +59,7 @@ def main() -> None:
     if options.draw:
         report(json.loads(out.read_text()), out)
         return
-    settings = {key: getattr(options, key) for key in ("threads", "sessions", "min_runs", "min_seconds")}
+    settings = {key: getattr(options, key) for key in ("round_to", "threads", "sessions", "min_runs", "min_seconds")}
     document = opened(out, settings)
     for name in options.models.split(","):
         wanted = [(d, int(b)) for d in options.devices.split(",") for b in options.batch_sizes.split(",")]
@@ -87,16 +88,18 @@ def measure(name: str, wanted: list[tuple[str, int]], settings: dict[str, Any]) 
     source = catalogue.canonical(name)
     images = catalogue.example_inputs(source)
     dense = surgery.trace(catalogue.build(source, seed=0).eval(), images, source=source)
+    timing = {key: value for key, value in settings.items() if key != "round_to"}
     found = []
     with tempfile.TemporaryDirectory() as folder:
         files = {}
         for rate in RATES:
             files[str(rate)] = Path(folder) / f"{rate}.onnx"
-            surgery.export_onnx(dense if rate == 1 else surgery.slim(dense, rate), files[str(rate)], verify=False)
+            slim = dense if rate == 1 else surgery.slim(dense, rate, round_to=settings["round_to"])
+            surgery.export_onnx(slim, files[str(rate)], verify=False)
         for device, batch_size in wanted:
             record = {"model": name, "device": device, "batch_size": batch_size}
             try:
-                compared = surgery.compare(files, device=device, batch_size=batch_size, memory=False, **settings)
+                compared = surgery.compare(files, device=device, batch_size=batch_size, memory=False, **timing)
             except UsageError as reason:
                 found.append({**record, "missing": str(reason)})
                 continue

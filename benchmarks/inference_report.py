@@ -27,6 +27,7 @@ def markdown(document: dict[str, Any]) -> str:
         "",
         f"`{document['command']}`; {where['date'][:10]}, {where['cpu']}, {settings['threads']} threads"
         + (f", {where['gpu']}" if where["gpu"] else "")
+        + (f", widths rounded up to multiples of {settings['round_to']}" if settings["round_to"] > 1 else "")
         + f", onnxruntime {where['versions'].get('onnxruntime-gpu') or where['versions']['onnxruntime']}, load "
         f"{where['load_1min']:.1f} at the start. All rates of a model take turns, in {settings['sessions']} sessions "
         "each; speed-ups are ratios to the dense model, with 95% intervals. Efficiency is the part of the MACs ratio "

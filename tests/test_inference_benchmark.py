@@ -65,7 +65,7 @@ def measured(**changes):
 
 
 def document(*found):
-    settings = {"threads": 2, "sessions": 8, "min_runs": 40, "min_seconds": 1.0}
+    settings = {"round_to": 1, "threads": 2, "sessions": 8, "min_runs": 40, "min_seconds": 1.0}
     return {"command": "x", "environment": environment().to_dict(), "settings": settings, "measured": list(found)}
 
 
