@@ -14,6 +14,7 @@ from surgery.deploy.benchmark import BenchmarkResult, Ratio
 from surgery.deploy.curve import DataSummary, Point, Settings, Tradeoff
 from surgery.deploy.environment import environment
 from surgery.deploy.html import page
+from surgery.deploy.report import write_report
 from surgery.training.data import Normalisation
 from surgery.training.history import Epoch, History, Score
 
@@ -82,6 +83,19 @@ def test_the_page_fetches_nothing(result):
     text = page(result)
     assert "default-src 'none'" in text
     assert not re.search(r"https?:|\b(src|href)=|@import|url\(", text)
+
+
+def test_a_machine_that_was_too_noisy_is_said_on_every_page(result, tmp_path):
+    assert content(page(result))["facts"][-1][0] == "versions"
+    noisy = replace(result, check=Ratio(0.8, 0.75, 0.9, 0.95, 10), too_noisy="too noisy: measured against itself")
+    assert content(page(noisy))["facts"][-1] == ["noise", "too noisy: measured against itself"]
+    write_report(noisy, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "**The machine was too noisy: measured against itself.**" in text
+    assert "the first model's to itself is 1.250 (1.111 – 1.333). One MAC" in text
+    assert json.loads((tmp_path / "tradeoff.json").read_text())["check"]["value"] == 0.8
+    write_report(result, tmp_path)
+    assert "noisy" not in (tmp_path / "report.md").read_text()
 
 
 def browser() -> str | None:

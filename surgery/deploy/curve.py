@@ -134,6 +134,10 @@ class Tradeoff:
     environment: Environment
     seconds: float
     command: str
+    check: Ratio | None = None
+    """The A/A check of the latencies: the first point's ratio to itself."""
+    too_noisy: str = ""
+    """That the machine was too noisy for these speed-ups, if the check shows it."""
 
     @property
     def name(self) -> str:
@@ -173,6 +177,8 @@ class Tradeoff:
             "reused": list(self.reused),
             "environment": self.environment.to_dict(),
             "seconds": self.seconds,
+            "check": self.check and asdict(self.check),
+            "too_noisy": self.too_noisy or None,
         }
 
 

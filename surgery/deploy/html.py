@@ -39,6 +39,7 @@ def _content(result: Tradeoff) -> dict[str, Any]:
         "candidates": f"{result.settings.finetune_epochs} epochs more, by {result.settings.teach}",
         "measured": f"{here.date}, on {here.cpu}, {here.cpu_cores_usable} of {here.cpu_cores} cores usable",
         "versions": ", ".join(f"{name} {version}" for name, version in here.versions.items()),
+        **({"noise": result.too_noisy} if result.too_noisy else {}),
     }
     return {
         "title": f"{result.name} on {data.source}: speed and accuracy",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,11 @@ class Ratio:
     def contains_1(self) -> bool:
         """Whether no difference was shown."""
         return self.low <= 1 <= self.high
+
+    @property
+    def inverse(self) -> Ratio:
+        """The baseline's latency over the candidate's: how many times as fast it is."""
+        return replace(self, value=1 / self.value, low=1 / self.high, high=1 / self.low)
 
 
 def ratio_of_medians(times: Array, baseline: Array, confidence: float, rng: np.random.Generator) -> Ratio:

@@ -32,6 +32,7 @@ def _markdown(result: Tradeoff) -> str:
             [
                 f"# Speed and accuracy of {result.name} on {result.data.source}",
                 _finding(result),
+                *([f"**The machine was {result.too_noisy}.**"] if result.too_noisy else []),
                 "![Accuracy over latency, one point for each candidate](tradeoff.png)",
                 "[The same with the figures of each point under the pointer](tradeoff.html)",
                 _points_table(result),
@@ -154,12 +155,27 @@ def _method(result: Tradeoff) -> str:
     timing = (
         f"Latency is that of the ONNX file, one image at a time, on the CPU with {settings.threads} threads. "
         f"All models were timed in one run, {len(result.points[0].latency.samples_ms)} queries each, taking turns in "
-        "random order. Speed-up is the ratio of median latencies, with a 95% bootstrap interval. One MAC is one "
+        f"random order, in {_sessions(result)} for which each was set up afresh. Speed-up is the geometric mean, over "
+        "these, of the median ratio of latencies, with a 95% bootstrap interval"
+        f"{_checked(result)}. One MAC is one "
         "multiplication and one addition; biases and norms are not counted. Peak memory is what a fresh process needs "
         "beyond its libraries to load and run the file. A point is *dominated* if another is at least as fast and at "
         "least as accurate."
     )
     return "\n\n".join(["## How it was measured", how, timing, *(["\n".join(notes)] if notes else [])])
+
+
+def _sessions(result: Tradeoff) -> str:
+    count = len(result.points[0].latency.session_runs)
+    return "one session" if count == 1 else f"{count} sessions"
+
+
+def _checked(result: Tradeoff) -> str:
+    """What the A/A check showed, to stand behind a sentence."""
+    if result.check is None:
+        return ""
+    own = result.check.inverse
+    return f"; the first model's to itself is {own.value:.3f} ({own.low:.3f} – {own.high:.3f})"
 
 
 def _tuned(settings: Settings) -> str:

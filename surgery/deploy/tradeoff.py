@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from surgery import catalogue
-from surgery.deploy.benchmark import Comparison, Ratio, compare
+from surgery.deploy.benchmark import Comparison, compare
 from surgery.deploy.candidates import Budget, Candidate, chosen
 from surgery.deploy.classifiers import classifier, data_for
 from surgery.deploy.cost import cost
@@ -149,6 +149,8 @@ def tradeoff(
             environment=next(iter(comparison.results.values())).environment,
             seconds=time.perf_counter() - started,
             command=command or _call(source, dataset, settings, out),
+            check=comparison.check,
+            too_noisy=comparison.too_noisy,
         )
         with staged_folder(out, marker=MARKER, force=force) as staging:
             if trained.folder is not None:
@@ -212,7 +214,7 @@ def _point(measured: Measured, comparison: Comparison) -> Point:
         macs=measured.cost.macs,
         score=measured.score,
         latency=comparison.results[candidate.folder],
-        speedup=ratio and Ratio(1 / ratio.value, 1 / ratio.high, 1 / ratio.low, ratio.confidence),
+        speedup=ratio and ratio.inverse,
         training=measured.training,
         budget=measured.budget,
     )
