@@ -1,7 +1,7 @@
 """How much faster are slim models, and how much faster should they be? Measured speed-up beside the MACs ratio.
 
     python benchmarks/inference.py                          # benchmarks/results/inference.{json,md,png}
-    python benchmarks/inference.py --models resnet18,vgg16 --batch-sizes 1 --out /tmp/inference.json
+    python benchmarks/inference.py --models resnet18,vgg16 --batch-sizes 1 --out inference.json
     python benchmarks/inference.py --draw                   # the table and the picture of what is there
 
 Each model is slimmed at each split rate (random weights: speed does not depend on them) and exported to ONNX, and the
