@@ -29,6 +29,9 @@ def empty_folder(module_in_folder):
         def tiny():
             return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
                                  nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 10))
+
+        def pooled():
+            return nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
     """
     return module_in_folder("cli_factory", code)
 
@@ -184,6 +187,16 @@ def test_bench_compares_at_several_batch_sizes_and_checks_the_machine_against_it
     code, out, _ = run("bench", "tiny.onnx", *quick)
     assert code == 0
     assert "1 threads; A/A " in out
+
+
+def test_bench_says_that_models_were_given_images_of_different_sizes(run):
+    quick = ["--min-runs", 1, "--min-seconds", 0, "--threads", 1, "--sessions", 6]
+    for size in (8, 12):
+        shape = f"2,3,{size},{size}"
+        assert run("export", "cli_factory:pooled", "--trust", "--input-shape", shape, "--out", f"{size}.onnx")[0] == 0
+    note = "not alike: the models were measured on inputs of different shapes"
+    assert f"{note}: 8.onnx 1 x 3 x 8 x 8, 12.onnx 1 x 3 x 12 x 12\n" in run("bench", "8.onnx", "12.onnx", *quick)[1]
+    assert note not in run("bench", "8.onnx", *quick)[1]
 
 
 def test_tradeoff_prints_a_table_and_keeps_the_exact_command(run, empty_folder):

@@ -77,8 +77,15 @@ def _notes(measured: Mapping[int, Comparison]) -> Iterator[str]:
         batch = f" at batch {size}" if len(measured) > 1 else ""
         for name, result in compared.results.items():
             yield from (f"{name}{batch}: {note}" for note in result.notes)
+        if len({result.input_shapes for result in compared.results.values()}) > 1:
+            shapes = ", ".join(f"{name} {_shapes(result)}" for name, result in compared.results.items())
+            yield f"not alike: the models were measured on inputs of different shapes{batch}: {shapes}"
         if compared.too_noisy:
             yield f"{compared.too_noisy}{batch and ','}{batch}"
+
+
+def _shapes(result: BenchmarkResult) -> str:
+    return " and ".join(" x ".join(map(str, shape)) for shape in result.input_shapes)
 
 
 def _file(name: str) -> Path | None:
