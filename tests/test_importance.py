@@ -64,3 +64,8 @@ def test_slim_by_magnitude_is_masked_dense(residual, rate):
 def test_an_unknown_importance_is_refused(residual):
     with pytest.raises(UsageError, match="unknown importance 'magnitud'; did you mean 'magnitude'"):
         surgery.slim(residual, 0.5, importance="magnitud")
+
+
+def test_scattered_weights_have_no_channels_to_choose():
+    with pytest.raises(UsageError, match="leave it out for WELS, which keeps scattered weights"):
+        surgery.split_masks(chain(), 0.5, kind="wels", importance="magnitude")

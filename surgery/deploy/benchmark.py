@@ -24,6 +24,7 @@ from surgery.deploy.memory import UnmeasuredError
 from surgery.deploy.ratios import (
     Ratio,
     early_stopping_estimate,
+    noise,
     ratio_of_medians,
     ratio_over_sessions,
     refuse_few_sessions,
@@ -105,12 +106,7 @@ class Comparison:
 
         Also on a machine without noise it does, by its confidence: once in 20 times where that is 95%.
         """
-        if self.check is None or self.check.contains_1:
-            return ""
-        return (
-            f"too noisy: measured against itself, {self.baseline or 'the model'} is {self.check.value:.3f} times as "
-            f"slow ({self.check.low:.3f}-{self.check.high:.3f}); differences of this size mean nothing in this run"
-        )
+        return noise(self.check, self.baseline or "the model")
 
     def to_dict(self) -> dict[str, Any]:
         """The same, as plain JSON data."""

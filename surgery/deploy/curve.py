@@ -10,6 +10,7 @@ import numpy as np
 
 from surgery.deploy.benchmark import BenchmarkResult, Ratio
 from surgery.deploy.environment import Environment
+from surgery.deploy.ratios import noise
 from surgery.training.data import Data, Normalisation
 from surgery.training.history import History, Score
 
@@ -136,8 +137,11 @@ class Tradeoff:
     command: str
     check: Ratio | None = None
     """The A/A check of the latencies: the first point's ratio to itself."""
-    too_noisy: str = ""
-    """That the machine was too noisy for these speed-ups, if the check shows it."""
+
+    @property
+    def too_noisy(self) -> str:
+        """That the machine was too noisy for these speed-ups, if the check shows it; else empty."""
+        return noise(self.check, self.points[0].folder)
 
     @property
     def name(self) -> str:

@@ -43,6 +43,16 @@ class Ratio:
         return replace(self, value=1 / self.value, low=1 / self.high, high=1 / self.low)
 
 
+def noise(check: Ratio | None, what: str) -> str:
+    """That a machine was too noisy, where the ratio of ``what`` to itself shows it; else, and without one, empty."""
+    if check is None or check.contains_1:
+        return ""
+    return (
+        f"too noisy: measured against itself, {what} is {check.value:.3f} times as slow "
+        f"({check.low:.3f}-{check.high:.3f}); differences of this size mean nothing in this run"
+    )
+
+
 def ratio_of_medians(times: Array, baseline: Array, confidence: float, rng: np.random.Generator) -> Ratio:
     """Ratio of the medians of two candidates that took turns, one time of each for every round, with the percentile
     interval of a paired, circular block bootstrap (Politis, Romano 1992)."""

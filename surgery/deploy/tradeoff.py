@@ -150,7 +150,6 @@ def tradeoff(
             seconds=time.perf_counter() - started,
             command=command or _call(source, dataset, settings, out),
             check=comparison.check,
-            too_noisy=comparison.too_noisy,
         )
         with staged_folder(out, marker=MARKER, force=force) as staging:
             if trained.folder is not None:
