@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -127,3 +128,11 @@ def refuse_folder(out: str | os.PathLike[str], *, marker: str, force: bool) -> N
         raise UsageError(f"{out} exists: choose another folder, or replace it with force=True (--force)")
     if any(out.iterdir()) and not (out / marker).is_file():
         raise UsageError(f"{out} is not replaced: it holds no {marker}, so it was not made by this command")
+
+
+def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write rows that have the same keys, of which there is at least one, as CSV."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)

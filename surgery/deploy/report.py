@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
 from surgery.deploy.curve import Point, Settings, Tradeoff
 from surgery.deploy.html import page
+from surgery.deploy.outputs import write_table
 from surgery.deploy.plot import draw
 from surgery.deploy.teaching import TEACHERS
 from surgery.deploy.units import mebibytes, quantity
@@ -15,11 +15,7 @@ from surgery.deploy.units import mebibytes, quantity
 
 def write_report(result: Tradeoff, folder: Path) -> None:
     """Write ``tradeoff.csv``, ``.json``, ``.png`` and ``.html``, and ``report.md``, into ``folder``."""
-    rows = result.rows()
-    with (folder / "tradeoff.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(result.rows(), folder / "tradeoff.csv")
     (folder / "tradeoff.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
     draw(result, folder / "tradeoff.png")
     (folder / "tradeoff.html").write_text(page(result))

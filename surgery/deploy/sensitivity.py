@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from torch import nn
 from surgery.deploy.benchmark import Ratio
 from surgery.deploy.cost import Cost, cost
 from surgery.deploy.environment import Environment, environment
+from surgery.deploy.outputs import write_table
 from surgery.deploy.parts import Clock, Judged, Timer, judged, parts, slimmed_alone
 from surgery.errors import UsageError
 from surgery.graph.traced import info
@@ -174,11 +174,7 @@ def sensitivity(
 
 def write_sensitivity(result: Sensitivity, folder: Path) -> None:
     """Write ``sensitivity.csv``, ``.json`` and ``.png`` into ``folder``."""
-    rows = result.to_rows()
-    with (folder / "sensitivity.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(result.to_rows(), folder / "sensitivity.csv")
     (folder / "sensitivity.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
     _draw(result, folder / "sensitivity.png")
 
