@@ -1,6 +1,9 @@
 import hashlib
 import json
 import logging
+import subprocess
+import sys
+import textwrap
 import warnings
 from collections import namedtuple
 
@@ -10,13 +13,15 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from surgery.catalogue import CATALOGUE, build
 from surgery.deploy import export as export_file
 from surgery.deploy.export import export_onnx
 from surgery.errors import ExportError, UsageError
 from surgery.graph.tracing import trace
-from surgery.passes.recipe import recipe
+from surgery.passes.recipe import Recipe, recipe
+from surgery.passes.slim import slim
 
 ONE_OF_EACH_FAMILY = {
     "alexnet": 96,
@@ -147,7 +152,10 @@ class Applies(nn.Module):
         (lambda y, x: y * 2 if x.shape[0] == 1 else y, "at batch 1, output 'output' differs from torch by"),
         (lambda y, x: y / int(x.shape[0]), "at batch 1, ONNX Runtime fails"),
         (lambda y, x: y + torch.rand(3), "differs from torch by"),
-        (lambda y, x: y.view(4, 3), "with an open batch; dynamic_batch=False fixes it"),
+        (
+            lambda y, x: y.view(4, 3),
+            "exported by dynamo: .* exported by torchscript: .*dynamic_batch=False fixes",
+        ),
     ],
     ids=["branches on the batch", "bakes the batch in", "is random", "takes one batch size only"],
 )
@@ -249,7 +257,7 @@ def test_the_file_says_where_it_comes_from_and_nothing_of_this_machine(tmp_path)
 def test_an_untraced_module_has_no_source_to_note(tmp_path):
     written = export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input())
     notes = {entry.key for entry in onnx.load(written.path).metadata_props}
-    assert notes == {"surgery.version", "surgery.torch", "surgery.macs", "surgery.params"}
+    assert notes == {f"surgery.{key}" for key in ("version", "torch", "onnx", "exporter", "macs", "params")}
 
 
 def test_what_the_exporter_prints_logs_and_warns_of_stays_inside(tmp_path, monkeypatch, capfd, caplog, recwarn):
@@ -275,10 +283,147 @@ def test_the_opset_asked_for_is_the_opset_written(tmp_path):
     assert onnx.load(written.path).opset_import[0].version == 18
 
 
+def test_an_opset_too_old_for_the_newer_exporter_is_had_from_the_older_one(tmp_path):
+    written = export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input(), opset=13)
+    assert (written.opset, written.exporter, written.batches) == (13, "torchscript", (1, 2, 3))
+
+
 def test_an_opset_that_cannot_be_had_is_an_error(tmp_path):
-    with pytest.raises(ExportError, match="opset 11 cannot be had"):
-        export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input(), opset=11)
+    with pytest.raises(ExportError, match=r"opset 5 cannot be had: the dynamo exporter made opset 18; .*torchscript"):
+        export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input(), opset=5)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_exporter_that_is_unknown_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="unknown exporter 'dynamic'; did you mean 'dynamo'"):
+        export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input(), exporter="dynamic")
+
+
+def nodes(path, *types):
+    return [node for node in onnx.load(path).graph.node if node.op_type in types]
+
+
+class Norms(nn.Module):
+    """A norm behind a convolution, one before it, and one behind it whose input is needed elsewhere, too."""
+
+    def __init__(self, norm):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.behind, self.before = nn.Conv2d(3, 4, 3), norm(4), norm(4)
+        self.other, self.shared = nn.Conv2d(4, 4, 1), norm(4)
+        for norm in (self.behind, self.before, self.shared):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2.0)
+
+    def forward(self, x):
+        y = self.other(self.before(self.behind(self.conv(x)).relu()).relu())
+        return self.shared(y) * y.sigmoid()
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, FrozenBatchNorm2d], ids=["batch norm", "frozen batch norm"])
+def test_a_norm_is_folded_into_the_convolution_before_it_where_nothing_else_reads_that(norm, exporter, tmp_path):
+    model = Norms(norm)
+    path = export_onnx(model, tmp_path / "m.onnx", example_inputs=images(2, 6), exporter=exporter).path
+    found = nodes(path, "Conv", "BatchNormalization", "Relu", "Mul", "Sub")
+    assert [node.op_type for node in found] == [
+        *("Conv", "Relu", "BatchNormalization", "Relu", "Conv", "BatchNormalization", "Mul")
+    ]
+    assert type(model.behind) is norm
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_height_and_width_can_be_left_open(exporter, tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    options = {"example_inputs": images(2, 8), "exporter": exporter}
+    written = export_onnx(model, tmp_path / "m.onnx", **options, dynamic_size=True)
+    assert written.open_axes == ("batch", "height", "width")
+    assert written.image_sizes == ((40, 72),)
+    x = torch.randn(3, 3, 11, 17)
+    np.testing.assert_allclose(run(written.path, x)[0], model(x).detach().numpy(), atol=1e-5)
+    fixed = export_onnx(model, tmp_path / "fixed.onnx", **options)
+    assert fixed.open_axes == ("batch",)
+    assert [axis.dim_value for axis in onnx.load(fixed.path).graph.input[0].type.tensor_type.shape.dim] == [0, 3, 8, 8]
+
+
+def test_images_of_one_size_share_the_names_of_their_axes(tmp_path):
+    class Two(nn.Module):
+        def forward(self, a, b, c):
+            return a + b, c * 2
+
+    given = (images(2, 8), images(2, 8), torch.randn(2, 3, 4, 6))
+    written = export_onnx(Two(), tmp_path / "m.onnx", example_inputs=given, dynamic_size=True)
+    assert written.open_axes == ("batch", "height", "width", "height_1", "width_1")
+
+
+def test_an_image_size_that_cannot_be_open_is_an_error_and_leaves_no_file(tmp_path):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 36, 2))
+    with pytest.raises(
+        ExportError, match=r"^the module runs on its example inputs, but not on images of 38 x 70: [^;]*$"
+    ):
+        export_onnx(model, tmp_path / "m.onnx", example_inputs=small_input(), dynamic_size=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_size_is_left_open_only_of_images(tmp_path):
+    with pytest.raises(UsageError, match="none of the example inputs is an image"):
+        export_onnx(nn.Linear(4, 3), tmp_path / "m.onnx", example_inputs=torch.randn(2, 4), dynamic_size=True)
+
+
+def test_what_the_newer_exporter_cannot_prove_the_older_one_exports(tmp_path):
+    class Halves(nn.Module):
+        def forward(self, a, b):
+            first, second = torch.cat([a, b]).chunk(2)
+            return first - second
+
+    given = (torch.randn(2, 4), torch.randn(2, 4))
+    written = export_onnx(Halves(), tmp_path / "m.onnx", example_inputs=given)
+    assert (written.exporter, written.batches, written.open_axes) == ("torchscript", (1, 2, 3), ("batch",))
+    with pytest.raises(ExportError, match=r"dynamic_batch=False fixes the batch"):
+        export_onnx(Halves(), tmp_path / "n.onnx", example_inputs=given, exporter="dynamo")
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_both_exporters_take_nested_and_named_inputs_by_the_same_names(exporter, tmp_path):
+    class Nested(nn.Module):
+        def forward(self, pair, *more, scale, bias=None, twice=False):
+            y = pair["a"] + more[0] * scale
+            return {"sum": y * 2 if twice else y, "none": bias, "pair": (y, y.sum())}
+
+    x = torch.randn(2, 4)
+    written = export_onnx(
+        Nested(),
+        tmp_path / "m.onnx",
+        example_inputs=({"a": x}, x + 1),
+        kwargs={"twice": True, "scale": x * 2},
+        exporter=exporter,
+    )
+    graph = onnx.load(written.path).graph
+    assert {value.name for value in graph.input} == {"pair_a", "more_0", "scale"}
+    assert [value.name for value in graph.output] == ["sum", "pair_0", "pair_1"]
+
+
+def test_a_recipe_goes_into_the_file_unless_it_is_long(tmp_path, monkeypatch):
+    traced = slim(trace(small(), small_input()), 0.5)
+    notes = {e.key: e.value for e in onnx.load(export_onnx(traced, tmp_path / "a.onnx").path).metadata_props}
+    assert Recipe.from_json(notes["surgery.recipe"]).to_json() == recipe(traced).to_json()
+    monkeypatch.setattr(export_file, "_INLINE_RECIPE", 10)
+    notes = {e.key for e in onnx.load(export_onnx(traced, tmp_path / "b.onnx").path).metadata_props}
+    assert "surgery.recipe_sha256" in notes
+    assert "surgery.recipe" not in notes
+
+
+def test_an_export_that_is_killed_leaves_nothing_at_its_path(tmp_path):
+    code = f"""
+        import os, torch
+        from torch import nn
+        from surgery.deploy import export
+        export.parity = lambda *_: os.kill(os.getpid(), 9)
+        export.export_onnx(nn.Linear(2, 2), {str(tmp_path / "m.onnx")!r}, example_inputs=torch.zeros(2, 2))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    assert done.returncode == -9
+    assert not (tmp_path / "m.onnx").exists()
 
 
 def test_weights_too_large_for_one_file_go_beside_it(tmp_path, monkeypatch):

@@ -36,6 +36,7 @@ from surgery.cli.output import Bars, emit, table
 from surgery.deploy.checkpoint import load
 from surgery.deploy.curve import Tradeoff
 from surgery.deploy.export import export_onnx
+from surgery.deploy.exporters import EXPORTERS
 from surgery.deploy.outputs import refuse_folder, unfinished
 from surgery.deploy.teaching import TEACHERS
 from surgery.deploy.tradeoff import MARKER
@@ -58,6 +59,11 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The ONNX file to write.")],
     opset: Annotated[int | None, typer.Option(help="ONNX operator set. [default: torch's]")] = None,
+    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Leave height and width open, too.")] = False,
+    fixed_batch: Annotated[bool, typer.Option("--fixed-batch", help="For the batch of --input-shape alone.")] = False,
+    exporter: Annotated[
+        str | None, typer.Option(help=f"{' or '.join(EXPORTERS)}. [default: dynamo, and if it fails torchscript]")
+    ] = None,
     input_shape: InputShape = None,
     weights: Weights = "none",
     seed: Seed = 0,
@@ -68,13 +74,24 @@ def export(
     """Export a model to ONNX, checked against torch in ONNX Runtime before the file appears."""
     refuse_if_taken(out, force)
     module = open_model(model, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
-    done = export_onnx(module, out, opset=opset, force=force)
-    batches = ", ".join(map(str, done.batches))
+    done = export_onnx(
+        module,
+        out,
+        opset=opset,
+        dynamic_batch=False if fixed_batch else None,
+        dynamic_size=dynamic_size,
+        exporter=exporter,
+        force=force,
+    )
+    checked = [f"batch {', '.join(map(str, done.batches))}"] if done.batches else []
+    checked += [f"{height} x {width} pixels" for height, width in done.image_sizes]
+    found = "" if done.detections is None else f" of {done.detections} detections"
     emit(
         done.to_dict(),
         as_json,
-        note=f"{out}: {mebibytes(done.bytes)}, opset {done.opset}; relative difference to torch "
-        f"{done.max_rel:.1e} at batch {batches}",
+        note=f"{out}: {mebibytes(done.bytes)}, opset {done.opset}, by {done.exporter}; open axes: "
+        f"{', '.join(done.open_axes) or 'none'}; relative difference to torch{found} {done.max_rel:.1e} at "
+        f"{' and '.join(checked)}",
     )
 
 

@@ -30,6 +30,14 @@ def is_detector(module: nn.Module) -> bool:
     return {"backbone", "transform"} <= parts.keys() and (one_stage or {"rpn", "roi_heads"} <= parts.keys())
 
 
+def without_threshold(module: nn.Module) -> bool:
+    """Let the detection model keep detections of any score, in place; False where no part of it has a threshold."""
+    parts = [part for part in module.modules() if isinstance(getattr(part, "score_thresh", None), float | int)]
+    for part in parts:
+        part.score_thresh = 0.0  # type: ignore[assignment]
+    return bool(parts)
+
+
 def image_batch(module: nn.Module, images: Sequence[Tensor]) -> Tensor:
     """The images (N, 3, height, width) as the detection model's own transform resizes and pads them."""
     transform: Any = module.get_submodule("transform")

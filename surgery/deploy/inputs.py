@@ -105,6 +105,29 @@ def _rolled(sample: Any, shift: int) -> Any:
     return sample.roll(shift, -1) if isinstance(sample, torch.Tensor) and sample.ndim == 3 else sample
 
 
+def images_of(args: Args, kwargs: Kwargs) -> list[torch.Tensor]:
+    """The tensors among these inputs whose last two axes are the height and width of images or videos.
+
+    They are those of four axes or more, and the members of a list of images.
+    """
+    listed = args[0] if is_list_of_images(args) else []
+    return [tensor for tensor in tensors((args, kwargs)) if tensor.ndim >= 4 or any(tensor is one for one in listed)]
+
+
+def enlarged(args: Args, kwargs: Kwargs, higher: int, wider: int) -> tuple[Args, Kwargs]:
+    """These inputs with `images_of` them ``higher`` and ``wider`` by so many pixels: repeated, as tiles are."""
+    ids = {id(image) for image in images_of(args, kwargs)}
+
+    def tiled(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in ids:
+            return tensor
+        height, width = tensor.shape[-2:]
+        return tensor[..., torch.arange(height + higher) % height, :][..., torch.arange(width + wider) % width]
+
+    larger: tuple[Args, Kwargs] = pytree.tree_map_only(torch.Tensor, tiled, (args, kwargs))
+    return larger
+
+
 def tensors(tree: Any) -> list[torch.Tensor]:
     """The tensors among the leaves of a nest of tuples, lists and dicts, in order."""
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

@@ -47,7 +47,8 @@ def onnxruntime_graphs(job: Job, stack: ExitStack) -> Runner:
 def _runner(job: Job, stack: ExitStack, providers: list[tuple[str, Options]], *, fixed_outputs: bool = False) -> Runner:
     if isinstance(job.candidate, nn.Module):
         path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="surgery-"))) / "model.onnx"
-        export_onnx(job.candidate, path, example_inputs=job.example_inputs, kwargs=job.kwargs, verify=False)
+        args, kwargs = resolve(job.candidate, job.example_inputs, job.kwargs, batch_size=job.batch_size)
+        export_onnx(job.candidate, path, example_inputs=args, kwargs=kwargs, verify=False)
     else:
         path = Path(job.candidate)
     model = _load(path)
