@@ -359,7 +359,7 @@ def test_images_of_one_size_share_the_names_of_their_axes(tmp_path):
 def test_an_image_size_that_cannot_be_open_is_an_error_and_leaves_no_file(tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 36, 2))
     with pytest.raises(
-        ExportError, match=r"^the module runs on its example inputs, but not on images of 38 x 70: [^;]*$"
+        ExportError, match=r"^the module runs .* but not on images of 38 x 70: [^;]*$"
     ):
         export_onnx(model, tmp_path / "m.onnx", example_inputs=small_input(), dynamic_size=True)
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,79 @@
+"""The table of exports.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+ISSUES: dict[str, str] = {}
+"""Public issues about what an exporter says, by a part of that."""
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row, as the terminal shows it."""
+    if "error" in row:
+        return f"{row['model']} {row['variant']}: {row['error']}"
+    files = row["files"]
+    counted = "" if files[0]["detections"] is None else f", {sum(file['detections'] for file in files)} detections"
+    return (
+        f"{row['model']} {row['variant']}: {files[0]['exporter']}, {worst(row):.1e}{counted}, {row['seconds']:.0f} s"
+        + (f", NOT FOLDED {files[0]['unfolded']}" if files[0]["unfolded"] else "")
+    )
+
+
+def worst(row: dict[str, Any]) -> float:
+    """The largest relative error of the row's files."""
+    return float(max(file["max_rel"] for file in row["files"]))
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The summary, what failed, and a row for each model."""
+    rows = document["models"]
+    good = [row for row in rows if "error" not in row]
+    run = document["runs"][-1]
+    versions = run["environment"]["versions"]
+    built, slim = (sum(row["variant"] == variant for row in good) for variant in ("built", "slim"))
+    dynamo, torchscript = (sum(r["files"][0]["exporter"] == e for r in good) for e in ("dynamo", "torchscript"))
+    head = [
+        "# ONNX exports of the catalogue",
+        "",
+        f"{len(good)} of {len(rows)} exports agree with torch at batch 1, 2 and 3: {built} models as built, {slim} slimmed "
+        f"by half. The exporter was dynamo for {dynamo} of them, TorchScript for {torchscript}.",
+        f"BatchNorms that could have been folded and were not: {sum(len(r['files'][0]['unfolded']) for r in good)}.",
+        "",
+        f"Made by `{run['command']}` on {run['environment']['cpu']}, torch {versions['torch']}, ONNX Runtime "
+        f"{versions['onnxruntime']}.",
+        "",
+    ]
+    failed = [row for row in rows if "error" in row]
+    if failed:
+        head += ["## What could not be exported", ""]
+        for row in failed:
+            issue = next((f" ({link})" for part, link in ISSUES.items() if part in row["error"]), "")
+            head.append(f"- `{row['model']}`, {row['variant']}: {row['error']}{issue}")
+        head.append("")
+    head += [
+        "## All",
+        "",
+        "| model | variant | input | exporter | opset | open axes | max. rel. error | detections | MB | nodes | s |",
+        "| --- | --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    return "\n".join([*head, *map(_cells, good)]) + "\n"
+
+
+def _cells(row: dict[str, Any]) -> str:
+    files = row["files"]
+    counts = [file["detections"] for file in files if file["detections"] is not None]
+    cells = [
+        row["model"],
+        row["variant"],
+        " x ".join(map(str, row["input_shapes"][0])),
+        files[0]["exporter"],
+        str(files[0]["opset"]),
+        ", ".join(files[0]["open_axes"]) or "none",
+        f"{worst(row):.1e}",
+        str(sum(counts)) if counts else "",
+        f"{files[0]['bytes'] / 1e6:.1f}",
+        str(files[0]["nodes"]),
+        f"{row['seconds']:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
