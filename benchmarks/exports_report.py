@@ -36,8 +36,8 @@ def markdown(document: dict[str, Any]) -> str:
     head = [
         "# ONNX exports of the catalogue",
         "",
-        f"{len(good)} of {len(rows)} exports agree with torch at batch 1, 2 and 3: {built} models as built, {slim} slimmed "
-        f"by half. The exporter was dynamo for {dynamo} of them, TorchScript for {torchscript}.",
+        f"{len(good)} of {len(rows)} exports agree with torch at batch 1, 2 and 3: {built} models as built, {slim} "
+        f"slimmed by half. The exporter was dynamo for {dynamo} of them, TorchScript for {torchscript}.",
         f"BatchNorms that could have been folded and were not: {sum(len(r['files'][0]['unfolded']) for r in good)}.",
         "",
         f"Made by `{run['command']}` on {run['environment']['cpu']}, torch {versions['torch']}, ONNX Runtime "
