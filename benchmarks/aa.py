@@ -25,8 +25,8 @@ import torch
 
 import surgery
 from surgery import catalogue
-from surgery.deploy.benchmark import BenchmarkResult, Comparison
-from surgery.deploy.environment import environment
+from surgery.deploy.measure.benchmark import BenchmarkResult, Comparison
+from surgery.deploy.measure.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 

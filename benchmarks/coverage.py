@@ -35,7 +35,7 @@ import torchvision
 from coverage_report import line, markdown
 
 from surgery import catalogue
-from surgery.deploy.environment import environment
+from surgery.deploy.measure.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 HEAVY = 100_000_000

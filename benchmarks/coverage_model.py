@@ -28,7 +28,7 @@ from torchvision.models.optical_flow import raft
 
 import surgery
 from surgery import catalogue
-from surgery.deploy.detectors import image_batch, is_detector, raw_outputs, regions_of
+from surgery.graph.detectors import image_batch, is_detector, raw_outputs, regions_of
 from surgery.passes.deepen import deepen_plan
 
 HALF_WIDTH = 100_000_000

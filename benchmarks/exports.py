@@ -26,7 +26,7 @@ from typing import Any
 from exports_report import line, markdown
 
 from surgery import catalogue
-from surgery.deploy.environment import environment, usable_cores
+from surgery.deploy.measure.environment import environment, usable_cores
 
 RESULTS = Path(__file__).parent / "results"
 VARIANTS = ("built", "slim")

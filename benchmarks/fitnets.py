@@ -43,7 +43,7 @@ from fitnets_pictures import draw_cost, draw_depth, draw_mnist, draw_step
 from fitnets_tables import cost_table, step_table, train_table
 from fitnets_train import TrainSettings, all_runs
 
-from surgery.deploy.environment import environment
+from surgery.deploy.measure.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 REPORTS: dict[str, tuple[Callable[[dict[str, Any]], str], Callable[[dict[str, Any], Path], None]]] = {

@@ -10,7 +10,7 @@ import torch
 
 import surgery
 from surgery import catalogue
-from surgery.deploy.paper_cost import paper_cost
+from surgery.counting.paper_cost import paper_cost
 from surgery.errors import UsageError
 
 

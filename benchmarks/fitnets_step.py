@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery import catalogue
-from surgery.deploy.benchmark import ratio_of_medians
+from surgery.deploy.measure.benchmark import ratio_of_medians
 from surgery.passes.hints import HintPair, hint_loss
 
 T = TypeVar("T", bound=nn.Module)

@@ -30,8 +30,8 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from surgery.deploy.cost import weight_macs
-from surgery.deploy.detectors import is_detector, raw_outputs
+from surgery.counting.cost import weight_macs
+from surgery.graph.detectors import is_detector, raw_outputs
 
 _POSITIONS = {"update_block.motion_encoder.convcorr1.*weight": 1}
 """Axes whose positions are not channels: RAFT's correlations with the pixels around."""
@@ -55,7 +55,7 @@ def ideals(model: nn.Module, inputs: tuple[Any, ...], changes: Mapping[str, Call
     """The ideal cost of an untraced model under each of the ``changes``.
 
     ``inputs`` are tensors, of a batch of two; of a detection model, one batch of images, and its network is what is
-    meant (see `surgery.deploy.detectors`).
+    meant (see `surgery.graph.detectors`).
     """
     whole = _whole_axes(model, inputs)
     heads = dict(_attention(model))

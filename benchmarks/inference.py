@@ -28,10 +28,10 @@ from inference_report import draw, markdown
 
 import surgery
 from surgery import catalogue
-from surgery.deploy.environment import environment, usable_cores
-from surgery.deploy.profile import time_by_operator
-from surgery.deploy.units import quantity
+from surgery.deploy.measure.environment import environment, usable_cores
+from surgery.deploy.measure.profile import time_by_operator
 from surgery.errors import UsageError
+from surgery.units import quantity
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = (

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from surgery.deploy.units import quantity
+from surgery.units import quantity
 
 _HEADER = (
     "model", "device", "batch", "rate", "MACs", "p50 ms", "p99 ms", "images/s", "MACs ratio", "speed-up", "efficiency",

@@ -35,7 +35,7 @@ import knowledge_evolution_generations as generations
 import knowledge_evolution_report as report
 import knowledge_evolution_step as step
 
-from surgery.deploy.environment import environment
+from surgery.deploy.measure.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 

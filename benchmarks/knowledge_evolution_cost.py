@@ -12,7 +12,7 @@ from torchvision.models import vgg11_bn
 
 import surgery
 from surgery import catalogue
-from surgery.deploy.ke_cost import ke_cost
+from surgery.counting.ke_cost import ke_cost
 
 RATES = (1.0, 0.8, 0.5, 0.25)
 IMAGE = (2, 3, 224, 224)
@@ -184,7 +184,7 @@ def _count_table(document: Mapping[str, Any]) -> Iterator[str]:
     yield from (
         "# Knowledge Evolution: what slim networks cost",
         "",
-        f"`{document['command']}`. Operations are counted as the authors' code does (`surgery.deploy.ke_cost`), for "
+        f"`{document['command']}`. Operations are counted as the authors' code does (`surgery.counting.ke_cost`), for "
         "one image of 224 x 224 pixels and 200 classes where not said otherwise; parameters are those of the network, "
         f"without the masks that their log adds. {equal} of {len(rows)} rows equal the figures that were worked out "
         "from the authors' code, to the printed digits of all three.",

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import surgery
 from surgery import catalogue
-from surgery.deploy.benchmark import ratio_of_medians
+from surgery.deploy.measure.benchmark import ratio_of_medians
 from surgery.training.data import Data, Normalisation
 from surgery.training.evolve import evolve
 from surgery.training.history import Score

@@ -35,7 +35,7 @@ from typing import Any
 from net2net_report import draw, markdown
 from net2net_run import GROWTHS, Settings, run_seed
 
-from surgery.deploy.environment import environment
+from surgery.deploy.measure.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -22,7 +22,7 @@ from coverage_model import randomised
 
 import surgery
 from surgery import catalogue
-from surgery.deploy.environment import environment
+from surgery.deploy.measure.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 

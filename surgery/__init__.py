@@ -1,13 +1,13 @@
 """Model surgery on torch.fx graphs: widen, deepen, slim, export and measure, exactly."""
 
-from surgery.deploy.benchmark import benchmark, compare, sweep
-from surgery.deploy.budget import Budgeted, slim_to_budget
-from surgery.deploy.changes import Changes, changes
+from surgery.counting.changes import Changes, changes
+from surgery.counting.cost import cost
+from surgery.deploy.budget.budget import Budgeted, slim_to_budget
+from surgery.deploy.budget.sensitivity import Sensitivity, sensitivity
 from surgery.deploy.checkpoint import load, save
-from surgery.deploy.cost import cost
-from surgery.deploy.export import export_onnx
-from surgery.deploy.sensitivity import Sensitivity, sensitivity
-from surgery.deploy.tradeoff import tradeoff
+from surgery.deploy.curve.tradeoff import tradeoff
+from surgery.deploy.measure.benchmark import benchmark, compare, sweep
+from surgery.deploy.onnx.export import export_onnx
 from surgery.errors import EditError, ExportError, SurgeryError, TraceError, UsageError, VerificationError
 from surgery.graph.dims import DimensionGroup, Member, dimension_groups
 from surgery.graph.ops import oprule

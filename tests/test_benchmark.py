@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from surgery.deploy import environment as environment_file
-from surgery.deploy import memory as memory_file
-from surgery.deploy import onnx_runtimes
-from surgery.deploy import timing as timing_file
-from surgery.deploy.benchmark import Comparison, Ratio, benchmark, compare, sweep
-from surgery.deploy.cost import cost
-from surgery.deploy.environment import environment
-from surgery.deploy.export import export_onnx
-from surgery.deploy.jobs import Runner
-from surgery.deploy.memory import Peak
-from surgery.deploy.runners import RUNTIMES
+from surgery.counting.cost import cost
+from surgery.deploy.measure import environment as environment_file
+from surgery.deploy.measure import memory as memory_file
+from surgery.deploy.measure import onnx_runtimes
+from surgery.deploy.measure import timing as timing_file
+from surgery.deploy.measure.benchmark import Comparison, Ratio, benchmark, compare, sweep
+from surgery.deploy.measure.environment import environment
+from surgery.deploy.measure.jobs import Runner
+from surgery.deploy.measure.memory import Peak
+from surgery.deploy.measure.runners import RUNTIMES
+from surgery.deploy.onnx.export import export_onnx
 from surgery.errors import UsageError
 from surgery.graph.tracing import trace
 

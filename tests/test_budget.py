@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.deploy.parts import parts
+from surgery.deploy.budget.parts import parts
 from surgery.errors import EditError, UsageError
 from surgery.training.data import load_data
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.deploy.candidates import chosen, of_rate, parse
-from surgery.deploy.teaching import Lesson
+from surgery.deploy.curve.candidates import chosen, of_rate, parse
+from surgery.deploy.curve.teaching import Lesson
 from surgery.errors import UsageError
 from surgery.passes.widen import widen
 from surgery.training.data import load_data

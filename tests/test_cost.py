@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models import get_model, get_model_weights
 
 from surgery import catalogue
-from surgery.deploy.cost import cost
+from surgery.counting.cost import cost
 from surgery.errors import UsageError
 from surgery.graph.tracing import trace
 

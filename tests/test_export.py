@@ -16,8 +16,8 @@ from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from surgery.catalogue import CATALOGUE, build
-from surgery.deploy import export as export_file
-from surgery.deploy.export import export_onnx
+from surgery.deploy.onnx import export as export_file
+from surgery.deploy.onnx.export import export_onnx
 from surgery.errors import ExportError, UsageError
 from surgery.graph.tracing import trace
 from surgery.passes.recipe import Recipe, recipe
@@ -358,9 +358,7 @@ def test_images_of_one_size_share_the_names_of_their_axes(tmp_path):
 
 def test_an_image_size_that_cannot_be_open_is_an_error_and_leaves_no_file(tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 36, 2))
-    with pytest.raises(
-        ExportError, match=r"^the module runs .* but not on images of 38 x 70: [^;]*$"
-    ):
+    with pytest.raises(ExportError, match=r"^the module runs .* but not on images of 38 x 70: [^;]*$"):
         export_onnx(model, tmp_path / "m.onnx", example_inputs=small_input(), dynamic_size=True)
     assert list(tmp_path.iterdir()) == []
 
@@ -417,7 +415,7 @@ def test_an_export_that_is_killed_leaves_nothing_at_its_path(tmp_path):
     code = f"""
         import os, torch
         from torch import nn
-        from surgery.deploy import export
+        from surgery.deploy.onnx import export
         export.parity = lambda *_: os.kill(os.getpid(), 9)
         export.export_onnx(nn.Linear(2, 2), {str(tmp_path / "m.onnx")!r}, example_inputs=torch.zeros(2, 2))
     """

@@ -8,10 +8,10 @@ from torch import nn
 
 from surgery import benchmark, slim, trace
 from surgery.catalogue import build
-from surgery.deploy import parity as parity_file
-from surgery.deploy.detections import are_detections, paired, unpaired
-from surgery.deploy.export import export_onnx
-from surgery.deploy.parity import Case, parity
+from surgery.deploy.onnx import parity as parity_file
+from surgery.deploy.onnx.detections import are_detections, paired, unpaired
+from surgery.deploy.onnx.export import export_onnx
+from surgery.deploy.onnx.parity import Case, parity
 from surgery.errors import ExportError, UsageError
 
 SMALL = (
@@ -104,7 +104,7 @@ def test_where_nothing_is_detected_the_comparison_is_made_without_a_threshold(tm
         compared.append((path, original(path, *args)))
         return compared[-1][1]
 
-    monkeypatch.setattr("surgery.deploy.export.parity", watched)
+    monkeypatch.setattr("surgery.deploy.onnx.export.parity", watched)
     model = trace(randomised(build(f"{SMALL}&box_score_thresh=0.999", seed=0)).eval(), ([two_images()[0]],))
     with torch.no_grad():
         assert not len(model([two_images()[0]])[0]["boxes"])

@@ -8,7 +8,7 @@ from torch import nn
 
 import surgery
 from surgery import catalogue
-from surgery.deploy.paper_cost import PaperCost, paper_cost
+from surgery.counting.paper_cost import PaperCost, paper_cost
 from surgery.errors import UsageError
 from surgery.graph.maxout import Maxout
 

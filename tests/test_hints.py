@@ -13,7 +13,7 @@ from torch import nn
 
 import surgery
 from surgery import catalogue
-from surgery.deploy.cost import weight_macs
+from surgery.counting.cost import weight_macs
 from surgery.errors import EditError, UsageError
 from surgery.graph.maxout import Maxout
 from surgery.graph.tracing import TracedModule

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.deploy.benchmark import compare
-from surgery.deploy.environment import environment
-from surgery.deploy.profile import time_by_operator
+from surgery.deploy.measure.benchmark import compare
+from surgery.deploy.measure.environment import environment
+from surgery.deploy.measure.profile import time_by_operator
 from surgery.errors import UsageError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from surgery.deploy.inputs import batch_of, resolve, with_batch
+from surgery.graph.inputs import batch_of, resolve, with_batch
 
 
 def test_samples_beyond_those_given_hold_the_same_values_and_yet_differ():

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.deploy.cost import cost, weight_macs
+from surgery.counting.cost import cost, weight_macs
+from surgery.counting.group_cost import group_costs
 from surgery.deploy.draw import draw
-from surgery.deploy.group_cost import group_costs
 
 SVG = "{http://www.w3.org/2000/svg}"
 

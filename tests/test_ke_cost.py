@@ -8,7 +8,7 @@ from torch import nn
 
 import surgery
 from surgery import catalogue
-from surgery.deploy.ke_cost import KECost, ke_cost
+from surgery.counting.ke_cost import KECost, ke_cost
 
 X = torch.zeros(2, 3, 224, 224)
 

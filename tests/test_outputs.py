@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from surgery.deploy.outputs import SETTINGS, unfinished, unfinished_folder
 from surgery.errors import UsageError
+from surgery.folders import SETTINGS, unfinished, unfinished_folder
 
 ASKED = {"epochs": 3, "layers": ("a", "b"), "lr": None}
 

@@ -1,7 +1,12 @@
 import numpy as np
 import pytest
 
-from surgery.deploy.ratios import early_stopping_estimate, fewest_sessions, ratio_of_medians, ratio_over_sessions
+from surgery.deploy.measure.ratios import (
+    early_stopping_estimate,
+    fewest_sessions,
+    ratio_of_medians,
+    ratio_over_sessions,
+)
 from surgery.errors import UsageError
 
 

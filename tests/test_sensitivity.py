@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from torch import nn
 
 import surgery
-from surgery.deploy.sensitivity import write_sensitivity
+from surgery.deploy.budget.sensitivity import write_sensitivity
 from surgery.errors import UsageError
 from surgery.training.data import load_data
 

@@ -13,10 +13,10 @@ from matplotlib.image import imread
 from torch import nn
 
 from surgery.deploy.checkpoint import load
-from surgery.deploy.curve import pareto
-from surgery.deploy.outputs import staged_folder
-from surgery.deploy.tradeoff import tradeoff
+from surgery.deploy.curve.points import pareto
+from surgery.deploy.curve.tradeoff import tradeoff
 from surgery.errors import UsageError
+from surgery.folders import staged_folder
 from surgery.training.data import load_data
 
 

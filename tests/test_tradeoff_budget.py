@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.deploy.benchmark import compare
-from surgery.deploy.tradeoff import tradeoff
+from surgery.deploy.curve.tradeoff import tradeoff
+from surgery.deploy.measure.benchmark import compare
 from surgery.errors import UsageError
 
 
@@ -32,7 +32,7 @@ def measured_in_passing():
     """How models are timed is not what is tested here."""
     brief = {"min_seconds": 0, "warmup": 0.01, "memory": False, "min_runs": 5}
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("tradeoff", "parts"):
+        for module in ("curve.tradeoff", "budget.parts"):
             patch.setattr(
                 f"surgery.deploy.{module}.compare", lambda files, **given: compare(files, **{**given, **brief})
             )
@@ -79,7 +79,7 @@ def test_widths_that_were_found_are_not_searched_for_again(run, tmp_path, monkey
     def search(*_, **__):
         raise AssertionError("searched again")
 
-    monkeypatch.setattr("surgery.deploy.workbench.slim_to_budget", search)
+    monkeypatch.setattr("surgery.deploy.curve.workbench.slim_to_budget", search)
     options = {**OPTIONS, "importance": "magnitude", "reuse": [run[1]]}
     again = tradeoff(tiny(), candidates=["params=6k"], out=tmp_path / "again", **options)
     assert again.reused == ("dense", "1", "params=6k")

@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import pytest
 
-from surgery.deploy.benchmark import BenchmarkResult, Ratio
-from surgery.deploy.curve import DataSummary, Point, Settings, Tradeoff
-from surgery.deploy.environment import environment
-from surgery.deploy.html import page
-from surgery.deploy.report import write_report
+from surgery.deploy.curve.html import page
+from surgery.deploy.curve.points import DataSummary, Point, Settings, Tradeoff
+from surgery.deploy.curve.report import write_report
+from surgery.deploy.measure.benchmark import BenchmarkResult, Ratio
+from surgery.deploy.measure.environment import environment
 from surgery.training.data import Normalisation
 from surgery.training.history import Epoch, History, Score
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from surgery.deploy.benchmark import compare
-from surgery.deploy.tradeoff import tradeoff
+from surgery.deploy.curve.tradeoff import tradeoff
+from surgery.deploy.measure.benchmark import compare
 from surgery.errors import UsageError
 
 
@@ -47,7 +47,9 @@ def measured_in_passing():
     """How models are timed is not what is tested here."""
     with pytest.MonkeyPatch.context() as patch:
         quick = functools.partial(compare, memory=False, min_runs=5)
-        patch.setattr("surgery.deploy.tradeoff.compare", lambda files, **given: quick(files, **{**given, **BRIEF}))
+        patch.setattr(
+            "surgery.deploy.curve.tradeoff.compare", lambda files, **given: quick(files, **{**given, **BRIEF})
+        )
         yield
 
 

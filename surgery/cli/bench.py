@@ -10,10 +10,10 @@ import typer
 
 from surgery.cli.options import AsJson, InputShape, Seed, Threads, Trust, Weights, open_model
 from surgery.cli.output import emit, table
-from surgery.deploy.benchmark import BenchmarkResult, Comparison, Ratio, sweep
-from surgery.deploy.runners import RUNTIMES
-from surgery.deploy.units import mebibytes, quantity
+from surgery.deploy.measure.benchmark import BenchmarkResult, Comparison, Ratio, sweep
+from surgery.deploy.measure.runners import RUNTIMES
 from surgery.errors import UsageError
+from surgery.units import mebibytes, quantity
 
 
 def bench(

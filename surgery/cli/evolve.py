@@ -41,15 +41,14 @@ from surgery.cli.runs import (
     one_after_the_other,
     under_way,
 )
+from surgery.counting.cost import Cost, cost
 from surgery.deploy.checkpoint import load, save
 from surgery.deploy.classifiers import classifier, data_for
-from surgery.deploy.cost import Cost, cost
-from surgery.deploy.curve import DataSummary
-from surgery.deploy.environment import environment
+from surgery.deploy.curve.points import DataSummary
 from surgery.deploy.generations import draw
-from surgery.deploy.outputs import refuse_folder, staged_folder
-from surgery.deploy.units import mebibytes, quantity
+from surgery.deploy.measure.environment import environment
 from surgery.errors import UsageError, unknown_name, whole_number
+from surgery.folders import refuse_folder, staged_folder
 from surgery.graph.traced import info
 from surgery.passes.tickets import magnitude_masks
 from surgery.training.checks import check_numbers, check_settings
@@ -61,6 +60,7 @@ from surgery.training.evolve import evolve as run_evolve
 from surgery.training.history import Score
 from surgery.training.lottery import Lottery
 from surgery.training.lottery import lottery as run_lottery
+from surgery.units import mebibytes, quantity
 
 MARKER = "evolve.json"
 """The file by which a folder is known as a result of ``evolve``."""

@@ -34,16 +34,16 @@ from surgery.cli.options import (
 )
 from surgery.cli.output import Bars, emit, table
 from surgery.deploy.checkpoint import load
-from surgery.deploy.curve import Tradeoff
-from surgery.deploy.export import export_onnx
-from surgery.deploy.exporters import EXPORTERS
-from surgery.deploy.outputs import refuse_folder, unfinished
-from surgery.deploy.teaching import TEACHERS
-from surgery.deploy.tradeoff import MARKER
-from surgery.deploy.tradeoff import tradeoff as run_tradeoff
-from surgery.deploy.units import mebibytes, quantity
+from surgery.deploy.curve.points import Tradeoff
+from surgery.deploy.curve.teaching import TEACHERS
+from surgery.deploy.curve.tradeoff import MARKER
+from surgery.deploy.curve.tradeoff import tradeoff as run_tradeoff
+from surgery.deploy.onnx.export import export_onnx
+from surgery.deploy.onnx.exporters import EXPORTERS
+from surgery.folders import refuse_folder, unfinished
 from surgery.passes.importance import IMPORTANCE
 from surgery.passes.slim import Rate
+from surgery.units import mebibytes, quantity
 
 
 def register(app: typer.Typer) -> None:

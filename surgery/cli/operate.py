@@ -28,13 +28,12 @@ from surgery.cli.options import (
     per_layer,
 )
 from surgery.cli.output import emit, table
-from surgery.deploy.changes import HEADER, changes
+from surgery.counting.changes import HEADER, changes
+from surgery.counting.cost import cost
 from surgery.deploy.checkpoint import RECIPE, save
-from surgery.deploy.cost import cost
-from surgery.deploy.detectors import comparable
-from surgery.deploy.outputs import refuse_folder
-from surgery.deploy.units import mebibytes, quantity
 from surgery.errors import UsageError
+from surgery.folders import refuse_folder
+from surgery.graph.detectors import comparable
 from surgery.graph.tracing import example_inputs
 from surgery.passes.apply import apply
 from surgery.passes.deepen import deepen as deepen_module
@@ -44,6 +43,7 @@ from surgery.passes.slim import slim as slim_module
 from surgery.passes.verify import Verification, verify
 from surgery.passes.widen import unwidened
 from surgery.passes.widen import widen as widen_module
+from surgery.units import mebibytes, quantity
 
 INEXACT = "inexact by choice: noise on the weights of copies changes the output"
 SHOWN = 40

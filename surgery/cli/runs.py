@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from surgery.cli.output import Bars, Whole
-from surgery.deploy.outputs import unfinished, unfinished_folder
+from surgery.folders import unfinished, unfinished_folder
 from surgery.training.descent import OPTIMIZERS, SCHEDULES
 from surgery.training.engine import Engine
 from surgery.training.evaluation import Progress

@@ -22,12 +22,12 @@ from surgery.cli.options import (
     is_saved,
 )
 from surgery.cli.output import Bars, emit, table
+from surgery.deploy.budget.sensitivity import Sensitivity, write_sensitivity
+from surgery.deploy.budget.sensitivity import sensitivity as run_sensitivity
 from surgery.deploy.checkpoint import load
 from surgery.deploy.classifiers import classifier, data_for
-from surgery.deploy.outputs import refuse_folder, staged_folder
-from surgery.deploy.sensitivity import Sensitivity, write_sensitivity
-from surgery.deploy.sensitivity import sensitivity as run_sensitivity
 from surgery.errors import UsageError
+from surgery.folders import refuse_folder, staged_folder
 from surgery.passes.importance import IMPORTANCE
 from surgery.training.loop import train
 

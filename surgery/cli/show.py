@@ -24,16 +24,16 @@ from surgery.cli.options import (
     refuse_if_taken,
 )
 from surgery.cli.output import emit, table
-from surgery.deploy.cost import cost, weight_macs
-from surgery.deploy.detectors import comparable
+from surgery.counting.cost import cost, weight_macs
+from surgery.counting.group_cost import GroupCost, group_costs
 from surgery.deploy.draw import draw
-from surgery.deploy.group_cost import GroupCost, group_costs
-from surgery.deploy.units import mebibytes, quantity
 from surgery.errors import UsageError, unknown_name
+from surgery.graph.detectors import comparable
 from surgery.graph.dims import DimensionGroup, dimension_groups
 from surgery.graph.tracing import example_inputs, info
 from surgery.passes.recipe import recipe
 from surgery.passes.verify import verify as verify_modules
+from surgery.units import mebibytes, quantity
 
 
 def register(app: typer.Typer) -> None:

@@ -42,14 +42,13 @@ from surgery.cli.runs import (
     one_after_the_other,
     under_way,
 )
+from surgery.counting.cost import Cost, cost
 from surgery.deploy.checkpoint import load, save
 from surgery.deploy.classifiers import classifier, data_for
-from surgery.deploy.cost import Cost, cost
-from surgery.deploy.curve import DataSummary
-from surgery.deploy.environment import environment
-from surgery.deploy.outputs import refuse_folder, staged_folder
-from surgery.deploy.units import mebibytes, quantity
+from surgery.deploy.curve.points import DataSummary
+from surgery.deploy.measure.environment import environment
 from surgery.errors import UsageError, whole_number
+from surgery.folders import refuse_folder, staged_folder
 from surgery.graph.traced import info
 from surgery.passes.hints import attach_hint
 from surgery.training.cache import cache_bytes
@@ -63,6 +62,7 @@ from surgery.training.history import History, Score
 from surgery.training.loop import train
 from surgery.training.objectives import Hint, Objective
 from surgery.training.observed import observe
+from surgery.units import mebibytes, quantity
 
 MARKER = "distill.json"
 """The file by which a folder is known as a result of ``distill``."""

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from surgery import catalogue
-from surgery.deploy.outputs import refuse_folder, staged_folder
 from surgery.errors import SurgeryError, UsageError
+from surgery.folders import refuse_folder, staged_folder
 from surgery.graph.tracing import TensorSpec, info, inputs_like, trace, with_info
 from surgery.passes.apply import apply
 from surgery.passes.recipe import Recipe, recipe

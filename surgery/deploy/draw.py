@@ -14,9 +14,9 @@ from xml.sax.saxutils import escape
 
 from torch import nn
 
-from surgery.deploy.group_cost import GroupCost
-from surgery.deploy.units import quantity
+from surgery.counting.group_cost import GroupCost
 from surgery.graph.dims import DimensionGroup, Member
+from surgery.units import quantity
 
 _ROW, _LANE, _TOP, _LEFT = 24, 13, 92, 16
 _BOX = 17
@@ -55,8 +55,8 @@ def draw(
     Args:
         module: the traced module.
         groups: what `surgery.dimension_groups` says of it.
-        costs: what `surgery.deploy.group_cost.group_costs` says of them.
-        macs: MACs by parameter, in the order of the forward pass, as `surgery.deploy.cost.weight_macs` gives them.
+        costs: what `surgery.counting.group_cost.group_costs` says of them.
+        macs: MACs by parameter, in the order of the forward pass, as `surgery.counting.cost.weight_macs` gives them.
         title: the line on top.
         subtitle: the line below it.
     """

@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from surgery.deploy.outputs import refuse_folder
-from surgery.deploy.units import mebibytes
 from surgery.errors import UsageError
+from surgery.folders import refuse_folder
 from surgery.graph.traced import named_tensors
 from surgery.training.data import Derived, Images
 from surgery.training.evaluation import Progress, in_mode
 from surgery.training.fingerprint import images_digest, is_deterministic, module_digest
 from surgery.training.growth import count
+from surgery.units import mebibytes
 
 MARKER = "teacher-outputs.json"
 """The file by which a folder is known as a cache. It says whether the cache is complete, and of what."""

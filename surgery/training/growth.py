@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
-from surgery.deploy.cost import cost
+from surgery.counting.cost import cost
 from surgery.errors import UsageError, unknown_name
 from surgery.passes.deepen import deepen
 from surgery.passes.recipe import Recipe, recipe

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.deploy.cost import Cost
+from surgery.counting.cost import Cost
 from surgery.passes.verify import Verification
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from surgery.deploy.cost import Cost
+from surgery.counting.cost import Cost
 from surgery.errors import UsageError
 from surgery.passes.verify import Verification
 from surgery.training.history import Epoch, Grown, Score

@@ -1,0 +1,153 @@
+"""What a module costs on paper: multiply-accumulates, parameters and bytes, counted without running it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from surgery.graph.detectors import image_batch, is_detector, raw_outputs
+from surgery.graph.inputs import Args, Kwargs, is_list_of_images, refusing_bad_inputs, resolve, tensors
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one sample costs.
+
+    ``macs`` are multiply-accumulates of one forward pass of one sample, in eval mode; ``params`` is the number of
+    parameters; ``bytes`` is what parameters and buffers occupy in memory.
+    """
+
+    macs: int
+    params: int
+    bytes: int
+
+    def to_dict(self) -> dict[str, int]:
+        """The three figures, as plain JSON data."""
+        return asdict(self)
+
+
+def cost(module: nn.Module, example_inputs: Any = None, *, kwargs: Mapping[str, Any] | None = None) -> Cost:
+    """Count what ``module`` costs, without running it and without touching it.
+
+    A MAC is one multiplication and one addition: half of what `torch.utils.flop_counter` calls FLOPs. Convolutions,
+    linear layers, matrix products and attention are counted, at one sample (axis 0 of the inputs is cut to length 1)
+    and in eval mode; biases, norms, activations and pooling are not, as in the papers and in torchvision's own figures.
+    A tensor that is used twice, or that shares its memory with another, is counted once in ``params`` and ``bytes``.
+
+    How much of a detection model runs depends on what it finds. Counted is its network at a fixed number of regions:
+    the backbone and the head, or the region proposal head, the box head on 1,000 regions of the image, and mask and
+    keypoint heads on 100. A list of images is resized by the model's transform first, a tensor of images is taken as it
+    is.
+
+    ``example_inputs`` is a tensor or a tuple of positional inputs, ``kwargs`` the named ones; a traced module needs
+    neither.
+
+    Raises `UsageError` where the inputs do not fit, where an untraced module comes without inputs, or where the shapes
+    inside depend on the values of the input, so that they cannot be known without running it.
+    """
+    args, named = resolve(module, example_inputs, kwargs, batch_size=1)
+    return Cost(
+        macs=sum(_macs(module, args, named).values()),
+        params=sum(count for count, _ in _footprints(module.parameters())),
+        bytes=sum(count * size for count, size in _footprints([*module.parameters(), *module.buffers()])),
+    )
+
+
+def weight_macs(
+    module: nn.Module, example_inputs: Any = None, *, kwargs: Mapping[str, Any] | None = None
+) -> dict[str, int]:
+    """The MACs of `cost`, by the name of the parameter that multiplies, in the order of the forward pass.
+
+    Products of activations with each other, as in attention, are under ``""``.
+    """
+    args, named = resolve(module, example_inputs, kwargs, batch_size=1)
+    return _macs(module, args, named)
+
+
+def _macs(module: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, int]:
+    found: dict[str, int] = {}
+
+    def counting(fake: nn.Module) -> FlopCounterMode:
+        return FlopCounterMode(display=False, custom_mapping=_noting(fake, found))
+
+    run_on_fakes(module, args, kwargs, counting)
+    return {name: flops // 2 for name, flops in found.items()}
+
+
+def run_on_fakes(
+    module: nn.Module, args: Args, kwargs: Kwargs, watching: Callable[[nn.Module], AbstractContextManager[object]]
+) -> None:
+    """Run the network of ``module`` in eval mode on tensors without data: a copy, inside what ``watching`` gives for
+    it."""
+    fake_mode = FakeTensorMode()
+    with FakeCopyMode(fake_mode):  # a copy without weights: nothing is allocated, and the original stays as it is
+        fake = copy.deepcopy(module).eval()
+    call: Callable[..., Any] = fake
+    if is_detector(module):
+        call = functools.partial(raw_outputs, fake)
+        if is_list_of_images(args):
+            with refusing_bad_inputs(args, kwargs):
+                args, kwargs = (image_batch(module, args[0]),), {}
+    fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, fake_mode.from_tensor, (args, kwargs))
+    with (
+        refusing_bad_inputs(args, kwargs),
+        _countable_attention(),
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+        fake_mode,
+        watching(fake),
+    ):
+        call(*fake_args, **fake_kwargs)
+
+
+def _noting(module: nn.Module, found: dict[str, int]) -> dict[Any, Callable[..., int]]:
+    """torch's FLOP formulas, which also add what they count to ``found``, under the parameter that takes part."""
+    names = {p.untyped_storage()._cdata: name for name, p in reversed(list(module.named_parameters()))}
+
+    def noting(formula: Callable[..., int]) -> Callable[..., int]:
+        def count(*args: Any, **kwargs: Any) -> int:
+            flops = formula(*args, **kwargs)
+            used = (names.get(t.untyped_storage()._cdata) for t in tensors(args))
+            name = next((name for name in used if name is not None and name in matrices), "")
+            found[name] = found.get(name, 0) + flops
+            return flops
+
+        count._get_raw = True  # type: ignore[attr-defined]  # the formula is given tensors, not their shapes
+        return count
+
+    matrices = {name for name, p in module.named_parameters() if p.ndim > 1}
+    return {op: noting(formula) for op, formula in flop_registry.items()}
+
+
+@contextmanager
+def _countable_attention() -> Iterator[None]:
+    """Attention as its matrix products: the fused inference kernel of `nn.MultiheadAttention` has no FLOP formula."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _footprints(tensors: Iterable[torch.Tensor]) -> Iterator[tuple[int, int]]:
+    """Elements and bytes per element of each storage behind ``tensors``: never more than the storage holds."""
+    used: defaultdict[tuple[int, int], int] = defaultdict(int)
+    held: dict[tuple[int, int], int] = {}
+    for tensor in {id(tensor): tensor for tensor in tensors}.values():
+        storage, size = tensor.untyped_storage(), tensor.element_size()
+        used[storage._cdata, size] += tensor.numel()
+        held[storage._cdata, size] = storage.nbytes() // size
+    for (storage_id, size), count in used.items():
+        yield min(count, held[storage_id, size]), size

@@ -1,0 +1,60 @@
+"""What each dimension group carries: the parameters and the multiply-accumulates that would go with its channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from surgery.counting.cost import weight_macs
+from surgery.graph.dims import DimensionGroup
+
+
+@dataclass(frozen=True)
+class GroupCost:
+    """What a dimension group carries.
+
+    ``params`` are the elements of parameters that lie at one of the group's channels along any of their axes, each
+    counted once: those that would go if all of its channels went. ``macs`` are the multiply-accumulates, of one sample,
+    of these elements: of a layer's MACs, the share of its weight that they are.
+
+    A weight lies between two groups and counts for both, so the figures of all groups add up to more than the model's.
+    Products of activations with each other, as in attention, belong to no weight and so to no group.
+    """
+
+    params: int
+    macs: int
+
+
+def group_costs(
+    module: nn.Module, groups: list[DimensionGroup], macs: Mapping[str, int] | None = None
+) -> dict[str, GroupCost]:
+    """The cost of each of the ``groups`` of a traced module, by name; read off shapes, nothing is run or slimmed.
+
+    ``macs`` is what `surgery.counting.cost.weight_macs` found, where that is known already.
+    """
+    macs = weight_macs(module) if macs is None else macs
+    parameters = dict(module.named_parameters())
+    return {group.name: _cost(group, parameters, macs) for group in groups}
+
+
+def _cost(group: DimensionGroup, parameters: Mapping[str, nn.Parameter], macs: Mapping[str, int]) -> GroupCost:
+    left: dict[str, float] = {}
+    """For each parameter, the share that lies at none of the group's channels."""
+    for member in group.members:
+        if member.name in parameters:
+            left[member.name] = left.get(member.name, 1.0) * (1 - _share(group, member.name, member.axis))
+    params = sum(round(parameters[name].numel() * (1 - rest)) for name, rest in left.items())
+    carried = sum(round(macs.get(name, 0) * (1 - rest)) for name, rest in left.items())
+    return GroupCost(params, carried)
+
+
+def _share(group: DimensionGroup, name: str, axis: int) -> float:
+    """The share of a parameter's positions along an axis that hold units of the group."""
+    units = group.owner.axis_units[name, axis]
+    return (
+        float(np.mean((units >= group.start) & (units < group.start + group.units))) if math.prod(units.shape) else 0.0
+    )

@@ -1,0 +1,311 @@
+"""Slimming to a budget: widths for which a model takes so much time, and no more, chosen by what they cost and spare.
+
+What a slim model takes is predicted (`surgery.deploy.budget.predict`) and then measured, on the whole of it: tables of
+layers' latencies do not add up. What was measured corrects the next prediction, until a model keeps to the budget and
+nearly uses it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from surgery.counting.cost import cost
+from surgery.deploy.budget.parts import Clock, Timer, judged, parts, slimmed_alone
+from surgery.deploy.budget.predict import Array, Latency, Layers, Linear
+from surgery.deploy.budget.widths import Levels, Widths
+from surgery.errors import EditError, UsageError, whole_number
+from surgery.graph.dims import DimensionGroup, dimensions
+from surgery.passes.slim import fit_units, slim
+from surgery.training.data import Data
+from surgery.training.evaluation import Progress
+
+KINDS: Mapping[str, str] = {"latency_ms": "ms", "macs": "MACs", "params": "parameters", "bytes": "bytes"}
+"""What a budget can be of, and its unit."""
+
+_JUDGED = 512
+"""Training images on which the damage of slimming is measured, at the most."""
+_RATES = (0.75, 0.5, 0.25)
+"""Rates at which each part is slimmed alone, to see what that damages."""
+_ROUND = (8, 16, 32)
+"""Multiples that widths may be rounded up to where that is faster."""
+_FASTER = 0.03
+"""By how much it must be faster than a smaller multiple."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A model that was made and measured: what was predicted for it, and what it took."""
+
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class Budgeted:
+    """A model that keeps to a budget.
+
+    Attributes:
+        module: the model.
+        kind: what the budget is of, one of `KINDS`.
+        limit: the budget.
+        before: what the dense model takes.
+        predicted: what was predicted for ``module``, before it was measured.
+        measured: what it takes; never above ``limit``. For latency, the larger of two measurements.
+        rates: the rate at which each group was slimmed; those that were left as they are have none.
+        round_to: what widths are multiples of.
+        importance: which channels were kept.
+        damage: of each part the increase of the loss when it was slimmed alone, by rate; without data, the share of its
+            weights' squares that went.
+        trials: all models that were measured on the way, in order.
+    """
+
+    module: nn.Module = field(repr=False, compare=False)
+    kind: str
+    limit: float
+    before: float
+    predicted: float
+    measured: float
+    rates: Mapping[str, float]
+    round_to: int
+    importance: str
+    damage: Mapping[str, Mapping[float, float]]
+    trials: tuple[Trial, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON data, without the model."""
+        damage = {name: {f"{rate:g}": value for rate, value in found.items()} for name, found in self.damage.items()}
+        fields = ("kind", "limit", "before", "predicted", "measured", "round_to", "importance")
+        plain = {name: getattr(self, name) for name in fields}
+        return {**plain, "rates": dict(self.rates), "damage": damage, "trials": [asdict(t) for t in self.trials]}
+
+
+def slim_to_budget(
+    module: nn.Module,
+    *,
+    latency_ms: float | None = None,
+    macs: float | None = None,
+    params: float | None = None,
+    bytes: float | None = None,
+    data: Data | None = None,
+    by: str = "group",
+    importance: str = "magnitude",
+    round_to: int | None = None,
+    least: float = 0.125,
+    tolerance: float = 0.05,
+    rounds: int = 8,
+    runtime: str = "onnxruntime",
+    batch_size: int = 1,
+    threads: int | None = None,
+    device: str = "cpu",
+    min_seconds: float = 1.0,
+    timer: Timer | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Budgeted:
+    """Slim a model to a budget, each part of it at a rate of its own; it is to be fine-tuned afterwards.
+
+    Parts lose channels in the order of what that saves, by prediction, over the damage it does.
+
+    Args:
+        module: a traced, trained module. It is not changed.
+        latency_ms, macs, params, bytes: the budget, one of them: the median latency of one query, or what
+            `surgery.cost` counts (``bytes`` are those of parameters and buffers).
+        data: damage is the increase of the loss on up to 512 of its *training* images when a part is slimmed alone;
+            without data it is the share of the part's weights that goes, by their squares.
+        by: what has a rate of its own: each ``"group"``, or ``"stage"`` (`surgery.deploy.budget.parts.parts`).
+        importance: which channels are kept, as in `surgery.slim`.
+        round_to: widths are rounded up to a multiple of it. By default, for latency, 8, 16 or 32 if models of such
+            widths were measured to be faster for their size, and 1 elsewhere.
+        least: no part is slimmed below this rate.
+        tolerance: a model that takes at least ``1 - tolerance`` of the budget is not improved on.
+        rounds: models that are made and measured on the way to the budget, at the most.
+        runtime, batch_size, threads, device, min_seconds: how models are timed, as in `surgery.benchmark`.
+        timer: times them instead: from modules by name to ms by name, on the machine they are meant for, say.
+        progress: told of ``"damage"``, ``"probe"`` and ``"search"``.
+
+    Raises:
+        UsageError: no budget or several, or a setting out of range.
+        EditError: no rates of at least ``least`` were found that keep to the budget; says what the smallest takes.
+    """
+    given = {"latency_ms": latency_ms, "macs": macs, "params": params, "bytes": bytes}
+    budgets = {kind: value for kind, value in given.items() if value is not None}
+    if len(budgets) != 1:
+        raise UsageError(f"give one budget, of {', '.join(KINDS)}, not {len(budgets)}")
+    ((kind, limit),) = budgets.items()
+    for name, value, above, most in (
+        (kind, limit, 0, math.inf), ("least", least, 0, 1), ("tolerance", tolerance, 0, 1)
+    ):  # fmt: skip
+        if not above < value <= most:
+            raise UsageError(f"{name} is {value}: it must be above {above}" + (f" and at most {most}" * (most == 1)))
+    whole_number("rounds", rounds, 1)
+    tell = progress or (lambda task, done, total: None)
+    found = parts(module, by)
+    clock = Clock(runtime, batch_size, threads, device, min_seconds, seed, timer)
+    space = Widths(module, found, least, 1 if round_to is None else whole_number("round_to", round_to, 1), importance)
+
+    def measure(candidate: nn.Module) -> float:
+        if kind == "latency_ms":
+            return clock.times({"candidate": candidate})["candidate"].ms
+        return _counted(candidate, kind)
+
+    before = measure(module)
+    common: dict[str, Any] = {"kind": kind, "limit": limit, "before": before, "importance": importance}
+    if before <= limit:
+        common |= {"predicted": before, "measured": before, "round_to": space.round_to}
+        return Budgeted(slim(module, {}), rates={}, damage={}, trials=(), **common)
+    predict: Latency | Linear
+    if kind == "latency_ms":
+        predict, space.round_to = _probed(module, space, clock, before, round_to, tell)
+    else:
+        predict = _counting(space.layers, module, kind)
+    damage = _damage(module, found, data, space, tell)
+    space.prepare(damage)
+    search = _Search(space, predict, measure, limit, tolerance, KINDS[kind])
+    levels, trial = search.run(rounds, tell)
+    return Budgeted(
+        module=space.made(levels),
+        predicted=trial.predicted,
+        measured=trial.measured,
+        rates=space.rates(levels),
+        round_to=space.round_to,
+        damage=damage,
+        trials=tuple(search.trials),
+        **common,
+    )
+
+
+def _counted(module: nn.Module, kind: str) -> float:
+    return float(getattr(cost(module), kind))
+
+
+def _counting(layers: Layers, module: nn.Module, kind: str) -> Linear:
+    amounts = {"macs": layers.macs, "params": layers.params, "bytes": layers.bytes}[kind]
+    return Linear(layers, amounts, _counted(module, kind) - float(amounts.sum()))
+
+
+def _probed(
+    module: nn.Module, space: Widths, clock: Clock, before: float, round_to: int | None, tell: Progress
+) -> tuple[Latency, int]:
+    """A prediction of latency, fitted to the model with each stage slimmed alone and all of them together; and the
+    multiple that widths are best rounded to."""
+    stages = parts(module, "stage")
+    probes: dict[str, nn.Module] = {"dense": module}
+    kept: dict[str, Array] = {"dense": np.ones(len(space.groups))}
+
+    def add(name: str, rates: Mapping[str, float] | float, multiple: int) -> None:
+        options: dict[str, Any] = {"round_to": multiple, "importance": space.importance}
+        probes[name] = slim(module, rates, **options)
+        kept[name] = space.kept(fit_units(dimensions(module), module, rates, multiple))
+
+    for name, groups in stages.items():
+        add(f"stage {name}", {g.name: 0.5 for g in groups}, space.round_to)
+    for rate in (0.75, 0.5, 0.25):
+        add(f"rate {rate}", rate, space.round_to)
+    odd = 0.55  # for powers of 2, a width that is a multiple of no power of 2 from 4 upwards
+    if round_to is None:
+        for multiple in (1, *_ROUND):
+            add(f"round {multiple}", odd, multiple)
+    times = {name: timed.ms for name, timed in clock.times(probes, lambda _, d, t: tell("probe", d, t)).items()}
+    predict = Latency(space.layers, stages)
+    for name, ms in times.items():
+        if not name.startswith("round "):
+            predict.learn(kept[name], ms * before / times["dense"])
+    if round_to is not None:
+        return predict, round_to
+    paid = {m: times[f"round {m}"] / float(predict(kept[f"round {m}"][:, None])[0]) for m in (1, *_ROUND)}
+    fast = min(paid.values()) / (1 - _FASTER)
+    return predict, next(multiple for multiple, ms in paid.items() if ms <= fast)
+
+
+def _damage(
+    module: nn.Module,
+    found: Mapping[str, Sequence[DimensionGroup]],
+    data: Data | None,
+    space: Widths,
+    tell: Progress,
+) -> dict[str, dict[float, float]]:
+    """Of each part, by rate, what is worse when it is slimmed alone."""
+    if data is None:
+        return space.weights_lost(_RATES)
+    damage: dict[str, dict[float, float]] = {name: {} for name in found}
+    before = judged(module, data.train, most=_JUDGED).loss
+    for number, rate in enumerate(_RATES):
+        alone = slimmed_alone(module, found, rate, importance=space.importance)
+        for done, (name, candidate) in enumerate(alone, 1):
+            damage[name][rate] = judged(candidate, data.train, most=_JUDGED).loss - before
+            tell("damage", number * len(found) + done, len(_RATES) * len(found))
+    return damage
+
+
+class _Search:
+    """Makes and measures models until one keeps to the limit and nearly uses it."""
+
+    def __init__(
+        self,
+        space: Widths,
+        predict: Latency | Linear,
+        measure: Callable[[nn.Module], float],
+        limit: float,
+        tolerance: float,
+        unit: str,
+    ) -> None:
+        self._space, self._predict, self._measure = space, predict, measure
+        self._limit, self._tolerance, self._unit = limit, tolerance, unit
+        self._scale = 1.0
+        self.trials: list[Trial] = []
+
+    def run(self, rounds: int, tell: Progress) -> tuple[Levels, Trial]:
+        """The levels of parts that do least damage of those that were measured and keep to the limit.
+
+        Raises `EditError` where the smallest model does not.
+        """
+        timed = isinstance(self._predict, Latency)
+        aim = self._limit * (1 - self._tolerance / 2 if timed else 1)
+        fitting: list[tuple[float, Levels, Trial]] = []
+        seen: set[tuple[int, ...]] = set()
+        for number in range(rounds):
+            levels = self._space.fitted(lambda kept: self._predict(kept) * self._scale, aim)
+            if tuple(levels) in seen:
+                if fitting:
+                    break
+                aim *= 1 - self._tolerance
+                continue
+            seen.add(tuple(levels))
+            trial = self._tried(levels)
+            tell("search", number + 1, rounds)
+            if trial.measured <= self._limit:
+                fitting.append((self._space.harm(levels), levels, trial))
+                if trial.measured >= self._limit * (1 - self._tolerance):
+                    break
+        if not fitting:
+            levels = self._space.smallest
+            trial = self._tried(levels)
+            if trial.measured > self._limit:
+                raise EditError(
+                    f"no model of these widths keeps to {self._limit:.10g} {self._unit}: the smallest takes "
+                    f"{trial.measured:.10g}; allow a lower rate (least), or begin with a smaller model"
+                )
+            fitting.append((self._space.harm(levels), levels, trial))
+        tell("search", rounds, rounds)
+        _, levels, trial = min(fitting, key=lambda item: item[0])
+        return levels, trial
+
+    def _tried(self, levels: Levels) -> Trial:
+        """What a model takes, which corrects the prediction; one that keeps to the limit is measured again."""
+        kept = self._space.shares(levels[:, None])
+        predicted = float(self._predict(kept)[0]) * self._scale
+        module = self._space.made(levels)
+        measured = self._measure(module)
+        if measured <= self._limit and isinstance(self._predict, Latency):
+            measured = max(measured, self._measure(module))
+        if isinstance(self._predict, Latency):
+            self._predict.learn(kept[:, 0], measured)
+        self._scale = measured / float(self._predict(kept)[0])
+        self.trials.append(Trial(predicted, measured))
+        return self.trials[-1]

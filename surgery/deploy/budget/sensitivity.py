@@ -1,0 +1,218 @@
+"""Sensitivity: what each part of a model is worth, in accuracy, and what it costs, in time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from torch import nn
+
+from surgery.counting.cost import Cost, cost
+from surgery.deploy.budget.parts import Clock, Judged, Timer, judged, parts, slimmed_alone
+from surgery.deploy.measure.benchmark import Ratio
+from surgery.deploy.measure.environment import Environment, environment
+from surgery.errors import UsageError
+from surgery.folders import write_table
+from surgery.graph.traced import info
+from surgery.passes.slim import slim
+from surgery.training.data import Data
+from surgery.training.evaluation import Progress
+
+_INK, _LOSS, _TIME = "#222222", "#b3452c", "#0b6e99"
+
+
+@dataclass(frozen=True)
+class Slimmed:
+    """A model in which one part was slimmed and nothing else, and which was not trained since.
+
+    Attributes:
+        name: the part.
+        groups: the dimension groups in it.
+        judged: its score and loss on the test images.
+        cost: on paper.
+        latency_ms: median latency of one query.
+        ratio: of that to the whole model's, with its interval; None where another clock timed them.
+    """
+
+    name: str
+    groups: tuple[str, ...]
+    judged: Judged
+    cost: Cost
+    latency_ms: float
+    ratio: Ratio | None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What slimming each part alone does.
+
+    Attributes:
+        source: of the model.
+        data: its name.
+        rate, importance, by: how each part was slimmed, and what a part is.
+        dense: the model as it is.
+        rows: one for each part, in the order of the forward pass.
+    """
+
+    source: str
+    data: str
+    rate: float
+    importance: str
+    by: str
+    dense: Slimmed
+    rows: tuple[Slimmed, ...]
+    environment: Environment
+
+    def drop(self, row: Slimmed) -> float:
+        """How much accuracy is lost, as a fraction of the test images."""
+        return self.dense.judged.score.accuracy - row.judged.score.accuracy
+
+    def saved(self, row: Slimmed) -> float:
+        """What share of the whole model's latency is saved; below 0 it became slower."""
+        return 1 - (row.ratio.value if row.ratio else row.latency_ms / self.dense.latency_ms)
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """One flat row for each part, for tables; accuracies and shares are fractions."""
+        return [self._row(row) for row in self.rows]
+
+    def _row(self, row: Slimmed) -> dict[str, Any]:
+        low, high = row.judged.score.interval()
+        return {
+            "part": row.name,
+            "groups": " ".join(row.groups),
+            "accuracy": row.judged.score.accuracy,
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "accuracy_drop": self.drop(row),
+            "loss": row.judged.loss,
+            "loss_gain": row.judged.loss - self.dense.judged.loss,
+            "latency_ms": row.latency_ms,
+            "time_saved": self.saved(row),
+            "time_saved_low": 1 - row.ratio.high if row.ratio else None,
+            "time_saved_high": 1 - row.ratio.low if row.ratio else None,
+            "macs_saved": 1 - row.cost.macs / self.dense.cost.macs,
+            "params_saved": 1 - row.cost.params / self.dense.cost.params,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        own = {name: getattr(self, name) for name in ("source", "data", "rate", "importance", "by")}
+        whole = {**asdict(self.dense.judged.score), "loss": self.dense.judged.loss}
+        dense = {**whole, **self.dense.cost.to_dict(), "latency_ms": self.dense.latency_ms}
+        return {"schema": 1, **own, "dense": dense, "parts": self.to_rows(), "environment": self.environment.to_dict()}
+
+
+def sensitivity(
+    module: nn.Module,
+    data: Data,
+    *,
+    rate: float = 0.5,
+    by: str = "group",
+    importance: str = "prefix",
+    round_to: int = 1,
+    limit: int | None = None,
+    runtime: str = "onnxruntime",
+    batch_size: int = 1,
+    threads: int | None = None,
+    device: str = "cpu",
+    min_seconds: float = 1.0,
+    timer: Timer | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """Slim each part of a trained model alone, and measure what accuracy that costs and what time it saves.
+
+    Nothing is trained in between, so this is the damage before fine-tuning: it says what parts are worth relative to
+    each other. What several parts lose together is not the sum of what each does.
+
+    Args:
+        module: a traced module. It is not changed.
+        data: whose test images accuracy is taken on, or ``limit`` of them.
+        rate: at which each part is slimmed.
+        by: what a part is: each dimension ``"group"``, or ``"stage"`` (`surgery.deploy.budget.parts.parts`).
+        importance, round_to: as in `surgery.slim`.
+        runtime, batch_size, threads, device, min_seconds: how models are timed, as in `surgery.benchmark`.
+        timer: times them instead: from modules by name to ms by name.
+        progress: told of ``"score"`` and ``"time"``.
+
+    Raises:
+        UsageError: a rate outside (0, 1], or another unknown setting.
+        EditError: nothing in the model can be slimmed.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit is {limit}: it must be at least 1")
+    found = parts(module, by)
+    slim(module, rate, round_to=round_to, importance=importance)  # what is refused is refused at once
+    modules = {"": module}
+    modules.update(slimmed_alone(module, found, rate, round_to=round_to, importance=importance))
+    scores = {}
+    for done, (name, candidate) in enumerate(modules.items(), 1):
+        scores[name] = judged(candidate, data.test, most=limit)
+        if progress is not None:
+            progress("score", done, len(modules))
+    times = Clock(runtime, batch_size, threads, device, min_seconds, seed, timer).times(modules, progress)
+    dense, *rows = (
+        Slimmed(
+            name=name,
+            groups=tuple(group.name for group in found.get(name, ())),
+            judged=scores[name],
+            cost=cost(candidate),
+            latency_ms=times[name].ms,
+            ratio=times[name].ratio,
+        )
+        for name, candidate in modules.items()
+    )
+    source = info(module).source or type(module).__name__
+    return Sensitivity(source, data.source, rate, importance, by, dense, tuple(rows), environment())
+
+
+def write_sensitivity(result: Sensitivity, folder: Path) -> None:
+    """Write ``sensitivity.csv``, ``.json`` and ``.png`` into ``folder``."""
+    write_table(result.to_rows(), folder / "sensitivity.csv")
+    (folder / "sensitivity.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+    _draw(result, folder / "sensitivity.png")
+
+
+def _draw(result: Sensitivity, path: Path) -> None:
+    """Two bars for each part, one above the other: what is lost and what is saved."""
+    count = len(result.rows)
+    layout = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1)
+    figure = Figure(figsize=(10, 1.9 + 0.3 * count), dpi=150, layout=layout, facecolor="white")
+    FigureCanvasAgg(figure)
+    lost, saved = figure.subplots(1, 2, sharey=True)
+    places: Sequence[int] = range(count)
+    accuracy = result.dense.judged.score.accuracy
+    drops = [100 * result.drop(row) for row in result.rows]
+    intervals = [[100 * (accuracy - bound) for bound in row.judged.score.interval()[::-1]] for row in result.rows]
+    reach = [[max(0.0, d - i[0]) for d, i in zip(drops, intervals, strict=True)],
+             [max(0.0, i[1] - d) for d, i in zip(drops, intervals, strict=True)]]  # fmt: skip
+    lost.barh(places, drops, xerr=reach, color=_LOSS, ecolor=_INK, error_kw={"elinewidth": 1, "capsize": 2})
+    lost.set_xlabel("accuracy lost, points (bars: 95% interval)")
+    gains = [100 * result.saved(row) for row in result.rows]
+    saved.barh(places, gains, color=_TIME)
+    for place, row in zip(places, result.rows, strict=True):
+        if row.ratio is not None:
+            ends = [100 * (1 - row.ratio.high), 100 * (1 - row.ratio.low)]
+            saved.plot(ends, [place, place], color=_INK, linewidth=1)
+    saved.set_xlabel("time saved, % of the whole model's (lines: 95% interval)")
+    lost.set_yticks(places, [row.name for row in result.rows], fontsize=8)
+    lost.set_ylim(count - 0.4, -0.6)
+    for axes in (lost, saved):
+        axes.axvline(0, color=_INK, linewidth=0.8)
+        axes.grid(axis="x", alpha=0.25)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{result.source} on {result.data}: each {result.by} alone at {result.rate:g} of its width, not trained since\n"
+        f"the whole model: {accuracy:.1%}, {result.dense.latency_ms:.2f} ms",
+        fontsize=11,
+        x=0.02,
+        ha="left",
+    )
+    figure.savefig(path)

@@ -1,0 +1,231 @@
+"""A tradeoff run as files: a picture, two tables for machines, and two pages for people, one of them interactive."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from surgery.deploy.curve.html import page
+from surgery.deploy.curve.plot import draw
+from surgery.deploy.curve.points import Point, Settings, Tradeoff
+from surgery.deploy.curve.teaching import TEACHERS
+from surgery.folders import write_table
+from surgery.units import mebibytes, quantity
+
+
+def write_report(result: Tradeoff, folder: Path) -> None:
+    """Write ``tradeoff.csv``, ``.json``, ``.png`` and ``.html``, and ``report.md``, into ``folder``."""
+    write_table(result.rows(), folder / "tradeoff.csv")
+    (folder / "tradeoff.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+    draw(result, folder / "tradeoff.png")
+    (folder / "tradeoff.html").write_text(page(result))
+    (folder / "report.md").write_text(_markdown(result))
+
+
+def _markdown(result: Tradeoff) -> str:
+    return (
+        "\n\n".join(
+            [
+                f"# Speed and accuracy of {result.name} on {result.data.source}",
+                _finding(result),
+                *([f"**The machine was {result.too_noisy}.**"] if result.too_noisy else []),
+                "![Accuracy over latency, one point for each candidate](tradeoff.png)",
+                "[The same with the figures of each point under the pointer](tradeoff.html)",
+                _points_table(result),
+                *_budgets(result),
+                _method(result),
+                "## Settings",
+                _settings_table(result),
+                "## Environment",
+                _environment_table(result),
+                "## Command",
+                f"```sh\n{result.command}\n```",
+            ]
+        )
+        + "\n"
+    )
+
+
+def _finding(result: Tradeoff) -> str:
+    """The curve's ends in a sentence."""
+    first, fastest = result.points[0], result.front[0]
+    what = f"At {first.name} the model" if first.rate is None else f"At split rate {first.rate:g} the model"
+    said = (
+        f"{what} classifies {first.score.accuracy:.1%} of the test images correctly, "
+        f"in {first.latency.p50_ms:.2f} ms an image."
+    )
+    if fastest is first:
+        return said + " None of the others is faster."
+    return said + (
+        f" At {fastest.name} it is {fastest.score.accuracy:.1%} in {fastest.latency.p50_ms:.2f} ms: "
+        f"{_speedup(fastest)} times as fast, with {fastest.params / first.params:.1%} of the parameters."
+    )
+
+
+def _points_table(result: Tradeoff) -> str:
+    front = result.front
+    rows = [
+        [
+            f"{point.name}{'' if point in front else ' (dominated)'}",
+            f"{point.score.accuracy:.2%}",
+            "{:.1%} – {:.1%}".format(*point.score.interval()),
+            f"{point.latency.p50_ms:.3f}",
+            f"{point.quantile_ms(0.25):.3f} – {point.quantile_ms(0.75):.3f}",
+            f"{point.latency.p99_ms:.3f}",
+            _speedup(point),
+            quantity(point.params),
+            quantity(point.macs),
+            mebibytes(point.latency.file_bytes),
+            mebibytes(point.latency.peak_memory_bytes),
+            f"[{point.folder}]({point.folder})",
+        ]
+        for point in result.points
+    ]
+    header = [
+        "split rate" if all(point.rate is not None for point in result.points) else "candidate",
+        "accuracy",
+        "95% interval",
+        "p50 ms",
+        "p25 – p75 ms",
+        "p99 ms",
+        "speed-up",
+        "parameters",
+        "MACs",
+        "ONNX file",
+        "peak memory",
+        "files",
+    ]
+    return _table(header, rows)
+
+
+def _budgets(result: Tradeoff) -> list[str]:
+    """What was predicted for the models that were slimmed to budgets, and what they take."""
+    rows, rates = [], []
+    for point in result.points:
+        if point.budget is None or point.takes is None:
+            continue
+        shown = (lambda value: f"{value:.3f} ms") if point.budget["kind"] == "latency_ms" else quantity
+        rows.append(
+            [
+                point.name,
+                *(shown(point.budget[name]) for name in ("before", "predicted", "measured")),
+                f"{shown(point.takes)}{'' if not point.over else ' **(above the budget)**'}",
+                str(len(point.budget["trials"])),
+                str(point.budget["round_to"]),
+            ]
+        )
+        widths = ", ".join(f"{name} {rate:g}" for name, rate in point.budget["rates"].items())
+        rates.append(f"- {point.name}: {widths or 'all as they were'}.")
+    if not rows:
+        return []
+    header = ["budget", "dense model", "predicted", "measured then", "in this run", "models tried", "multiples of"]
+    said = (
+        "Rates by dimension group, chosen by predicted saving over damage (the increase of the loss on training images "
+        "when a group is slimmed alone); the model was measured whole, before it was trained on. What is not named "
+        "kept all of its channels."
+    )
+    return ["## Budgets", _table(header, rows), said, "\n".join(rates)]
+
+
+def _speedup(point: Point) -> str:
+    if point.speedup is None:
+        return "1"
+    return f"{point.speedup.value:.2f} ({point.speedup.low:.2f} – {point.speedup.high:.2f})"
+
+
+def _method(result: Tradeoff) -> str:
+    settings, data = result.settings, result.data
+    trained = f"trained for {settings.epochs} epochs" if settings.epochs else "taken as it was"
+    notes = [f"- At {p.name}: {note}." for p in result.points for note in p.latency.notes]
+    which = "the first ceil(s n) channels of every layer were carved out of it (KELS)"
+    if settings.importance != "prefix":
+        which = "the ceil(s n) channels of every layer with the largest weights were carved out of it"
+    slimmed = f"At each split rate s, {which}"
+    if any(point.rate is None for point in result.points):
+        slimmed += "; the other candidates are named after what was done to it"
+    how = (
+        f"The dense model was {trained} on {data.train_images} images of {data.image_size} x {data.image_size}. "
+        f"{slimmed}, and the result was {_tuned(settings)}; at 1 nothing is cut off. Accuracy is that of the ONNX file "
+        f"itself, in ONNX Runtime, on {data.test_images} test images that no training saw; its interval is Wilson's."
+    )
+    timing = (
+        f"Latency is that of the ONNX file, one image at a time, on the CPU with {settings.threads} threads. "
+        f"All models were timed in one run, {len(result.points[0].latency.samples_ms)} queries each, taking turns in "
+        f"random order, in {_sessions(result)} for which each was set up afresh. Speed-up is the geometric mean, over "
+        "these, of the median ratio of latencies, with a 95% bootstrap interval"
+        f"{_checked(result)}. One MAC is one "
+        "multiplication and one addition; biases and norms are not counted. Peak memory is what a fresh process needs "
+        "beyond its libraries to load and run the file. A point is *dominated* if another is at least as fast and at "
+        "least as accurate."
+    )
+    return "\n\n".join(["## How it was measured", how, timing, *(["\n".join(notes)] if notes else [])])
+
+
+def _sessions(result: Tradeoff) -> str:
+    count = len(result.points[0].latency.session_runs)
+    return "one session" if count == 1 else f"{count} sessions"
+
+
+def _checked(result: Tradeoff) -> str:
+    """What the A/A check showed, to stand behind a sentence."""
+    if result.check is None:
+        return ""
+    own = result.check.inverse
+    return f"; the first model's to itself is {own.value:.3f} ({own.low:.3f} – {own.high:.3f})"
+
+
+def _tuned(settings: Settings) -> str:
+    """How candidates were trained, in words."""
+    if settings.finetune_epochs == 0:
+        return "not trained further"
+    how = {
+        "labels": f"trained for {settings.finetune_epochs} more",
+        "evolve": f"trained {TEACHERS['evolve']}: {settings.generations} of {settings.finetune_epochs} epochs each",
+        "hints": f"trained {TEACHERS['hints']}: {settings.hint_epochs} and {settings.finetune_epochs} epochs",
+    }
+    return how.get(settings.teach, f"trained for {settings.finetune_epochs} more, {TEACHERS[settings.teach]}")
+
+
+def _settings_table(result: Tradeoff) -> str:
+    settings, data = result.settings, result.data
+    normalised = ", ".join(
+        f"{m:.4g} ± {s:.4g}" for m, s in zip(data.normalisation.mean, data.normalisation.std, strict=True)
+    )
+    images = f"{data.train_images} to train on, {data.test_images} to test on, {len(data.classes)} classes"
+    rows = {
+        "model": f"`{result.source}`",
+        "initial weights": settings.weights or f"random, seed {settings.seed}",
+        "data": f"{data.source}: {images}",
+        "images": f"RGB, {data.image_size} x {data.image_size}, normalised by {normalised}",
+        "dense training": f"{settings.epochs} epochs",
+        "fine-tuning": f"{settings.finetune_epochs} epochs, {TEACHERS[settings.teach]}",
+        "widths": f"multiples of {settings.round_to}" if settings.round_to > 1 else "as the rates say",
+        "channels that are kept": {"prefix": "the first", "magnitude": "those with the largest weights"}[
+            settings.importance
+        ],
+        "optimiser": f"SGD, Nesterov momentum 0.9, one-cycle, peak rate {settings.lr:g}, batch {settings.batch_size}",
+        "seed": str(settings.seed),
+        "time for the whole run": f"{result.seconds:.0f} s",
+        "taken over from earlier runs": ", ".join(result.reused) or "nothing",
+    }
+    return _table(["setting", "value"], [[key, value] for key, value in rows.items()])
+
+
+def _environment_table(result: Tradeoff) -> str:
+    here = result.environment
+    rows = {
+        "date": here.date,
+        "system": here.system,
+        "CPU": f"{here.cpu}, {here.cpu_cores_usable} of {here.cpu_cores} cores usable",
+        "load before (1 min)": "unknown" if here.load_1min is None else f"{here.load_1min:.2f}",
+        "memory": f"{here.memory_bytes / 2**30:.1f} GiB",
+        "GPU": here.gpu or "none",
+        "Python": here.python,
+        **here.versions,
+    }
+    return _table(["what", "value"], [[key, value] for key, value in rows.items()])
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

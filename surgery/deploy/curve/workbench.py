@@ -1,0 +1,197 @@
+"""Where the models of a curve are trained, exported and scored, each of them once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from surgery.counting.cost import Cost, cost
+from surgery.deploy.budget.budget import slim_to_budget
+from surgery.deploy.checkpoint import save
+from surgery.deploy.curve.candidates import LIMITS, Budget, Candidate
+from surgery.deploy.curve.points import Settings
+from surgery.deploy.curve.store import NOTE, Kept, Store, data_identity, key_of, write_note
+from surgery.deploy.curve.teaching import Lesson, parts_of
+from surgery.deploy.measure.environment import environment
+from surgery.deploy.onnx.export import export_onnx
+from surgery.passes.slim import slim
+from surgery.training.data import Data
+from surgery.training.evaluation import Progress, evaluate
+from surgery.training.fingerprint import module_digest
+from surgery.training.history import History, Score
+from surgery.training.loop import train
+
+ONNX_FILE = "model.onnx"
+
+
+class Stages:
+    """Tells how far the run is as a whole, from how far its stages are and how long each is likely to take."""
+
+    def __init__(self, weights: Mapping[str, float], progress: Progress | None) -> None:
+        self._weights = weights
+        self._total = sum(weights.values())
+        self._finished = 0.0
+        self._progress = progress
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Progress]:
+        """A stage, from its begin to its end; what it yields can be told of its steps."""
+        self(name, 0, 1)
+        yield self
+        self(name, 1, 1)
+        self._finished += self._weights[name]
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(task, done, total)
+            whole = self._finished + self._weights[task] * done / total
+            self._progress("all", round(1000 * whole / self._total), 1000)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense model, trained, and where it is kept if it was."""
+
+    module: nn.Module
+    history: History | None
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model of the curve, trained, saved, exported and scored, but not yet timed."""
+
+    candidate: Candidate | Budget
+    folder: Path
+    cost: Cost
+    score: Score
+    training: Mapping[str, History]
+    budget: Mapping[str, Any] | None
+    """How its widths were found, where it was slimmed to a budget."""
+
+
+class Workbench:
+    """Trains the models of a run, or finds them trained."""
+
+    def __init__(self, store: Store, data: Data, settings: Settings, lesson: Lesson, stages: Stages) -> None:
+        self.store, self.data, self.settings, self.lesson, self.stages = store, data, settings, lesson, stages
+        self.identity = data_identity(data)
+        self.reused: list[str] = []
+
+    def dense(self, module: nn.Module) -> Dense:
+        """The dense model, a copy of ``module`` trained; or as an earlier run left it."""
+        settings = self.settings
+        common: dict[str, Any] = {"epochs": settings.epochs, "lr": settings.lr, "batch_size": settings.batch_size}
+        made_by = {"model": module_digest(module), "data": self.identity, **common, "seed": settings.seed}
+        key = key_of(made_by)
+        with self.stages.stage("train dense") as progress:
+            if settings.epochs == 0:
+                return Dense(module, None, None)
+            kept = self._kept(key, "dense")
+            if kept is not None:
+                return Dense(kept.into(module), kept.training["train"], kept.folder)
+            trained = copy.deepcopy(module)
+            history = train(
+                trained,
+                self.data,
+                **common,
+                seed=settings.seed,
+                checkpoint=self.store.unfinished(key) / "model.pt",
+                progress=progress,
+                task="train dense",
+            )
+            save(trained, self.store.place(key))
+            return Dense(trained, history, self.store.keep(key, {"train": history}, None, made_by).folder)
+
+    def candidate(self, candidate: Candidate | Budget, dense: nn.Module) -> Measured:
+        """The candidate, made of the trained dense model and trained on; or as an earlier run left it."""
+        start, found = self._start(candidate, dense)
+        made_by = {
+            "model": module_digest(start),
+            "dense": module_digest(dense),
+            "data": self.identity,
+            **self.lesson.settings(),
+        }
+        key = key_of(made_by)
+        tune, export = (f"{candidate.folder}: {stage}" for stage in ("fine-tune", "export and score"))
+        kept = self._kept(key, candidate.name)
+        place = self.store.place(key)
+        with self.stages.stage(tune) as progress:
+            if kept is None:
+                checkpoint = self.store.unfinished(key)
+                module, training = self.lesson.give(
+                    candidate, start, dense, self.data, checkpoint=checkpoint, progress=progress, task=tune
+                )
+        with self.stages.stage(export):
+            if kept is None:
+                save(module, place)
+                if found is not None:
+                    write_note(place / NOTE, found)
+                export_onnx(module, place / ONNX_FILE)
+                score = evaluate(_onnx_classifier(place / ONNX_FILE, self.settings.threads), self.data.test)
+                kept = self.store.keep(key, training, score, made_by)
+        assert kept.score is not None
+        return Measured(candidate, kept.folder, cost(start), kept.score, kept.training, found)
+
+    def _start(self, candidate: Candidate | Budget, dense: nn.Module) -> tuple[nn.Module, Mapping[str, Any] | None]:
+        """The candidate as it is before it is trained; for a budget, with how its widths were found."""
+        settings = self.settings
+        common: dict[str, Any] = {"round_to": settings.round_to, "importance": settings.importance}
+        if isinstance(candidate, Candidate):
+            return candidate.made(dense, **common, seed=settings.seed), None
+        made_by = {
+            "budget": [candidate.what, candidate.limit],
+            "dense": module_digest(dense),
+            "data": self.identity,
+            "machine": [environment().cpu, settings.threads] if candidate.what == "latency" else [],
+            **common,
+            "seed": settings.seed,
+        }
+        key = key_of(made_by)
+        with self.stages.stage(f"{candidate.folder}: search") as progress:
+            found = self.store.noted(key)
+            if found is None:
+                told = parts_of(progress, f"{candidate.folder}: search", ["probe", "damage", "search"])
+                limits: dict[str, Any] = {LIMITS[candidate.what]: candidate.limit}
+                result = slim_to_budget(
+                    dense,
+                    **limits,
+                    data=self.data,
+                    importance=settings.importance,
+                    round_to=settings.round_to if settings.round_to > 1 else None,
+                    threads=settings.threads,
+                    seed=settings.seed,
+                    progress=told,
+                )
+                self.store.note(key, result.to_dict())
+                found = self.store.noted(key)
+        assert found is not None
+        start = slim(dense, found["rates"], round_to=found["round_to"], importance=found["importance"])
+        return start, found
+
+    def _kept(self, key: str, name: str) -> Kept | None:
+        kept = self.store.find(key)
+        if kept is not None:
+            self.reused.append(name)
+        return kept
+
+
+def _onnx_classifier(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
+    """The ONNX file as a function from images to logits, run by ONNX Runtime on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def classify(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+    return classify

@@ -1,0 +1,1 @@
+"""What a model costs in practice: latency, throughput and memory, with what bounds them."""

@@ -1,0 +1,171 @@
+"""Timing several candidates so that they can be compared: in sessions, in rounds, in turns.
+
+A *session* sets every candidate up afresh, in an order that is drawn, and warms it up. It is made of *rounds*, in each
+of which every candidate has a *turn*, in an order drawn anew. A turn of models that answer fast is several queries in a
+row, after one that is not counted: the model before has pushed this one's weights out of the caches, which is not how
+it would run by itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from surgery.deploy.measure.environment import usable_cores
+from surgery.deploy.measure.ratios import Array
+
+Run = Callable[[], object]
+"""Answers one query: returns when the outputs are there."""
+
+_WINDOW = 5
+_SETTLED = 0.05
+_WARM_AGAIN = 3
+_TURN_MS = 50.0
+_LONGEST_TURN = 5
+
+
+@dataclass
+class Series:
+    """What was timed of one candidate: for each session an array (rounds, queries of a turn) of ms."""
+
+    sessions: list[Array] = field(default_factory=list)
+    warmup_runs: int = 0
+    settled: bool = False
+
+    @property
+    def samples(self) -> Array:
+        """All of them, in order."""
+        return np.concatenate([times.ravel() for times in self.sessions])
+
+
+def take_turns(
+    setups: Sequence[Callable[[], Run]],
+    *,
+    sessions: int,
+    warmup: float,
+    min_runs: int,
+    min_seconds: float,
+    rng: np.random.Generator,
+) -> list[Series]:
+    """Time candidates, each of which a call of its setup makes ready, until each has ``min_runs`` queries and all
+    have spent ``min_seconds`` in them on average; both are shared out evenly among the sessions.
+
+    The first session warms each up for at most ``warmup`` seconds (see `_warm_up`), the others with a few runs: the
+    machine is warm by then, and what a runtime does at first runs, it does at the very first ones.
+    """
+    series = [Series() for _ in setups]
+    turn = 1
+    with _resting_collector():
+        for session in range(sessions):
+            runs = _set_up(setups, rng)
+            typical = []
+            for index in rng.permutation(len(runs)):
+                if session == 0:
+                    one = series[index]
+                    one.warmup_runs, one.settled, milliseconds = _warm_up(runs[index], warmup)
+                    typical.append(milliseconds)
+                else:
+                    for _ in range(_WARM_AGAIN):
+                        runs[index]()
+            if session == 0:
+                turn = max(1, min(_LONGEST_TURN, math.ceil(_TURN_MS / max(min(typical), 1e-6)), min_runs // sessions))
+            times = _session(runs, turn, math.ceil(min_runs / sessions), 1e3 * min_seconds / sessions, rng)
+            for one, own in zip(series, times, strict=True):
+                one.sessions.append(own)
+            runs.clear()  # before others take their place, which may then be the same in memory
+    return series
+
+
+@contextmanager
+def pinned(threads: int) -> Iterator[tuple[int, ...] | None]:
+    """Keep this process, with the threads it has and will have, on as many cores as it uses threads.
+
+    Gives the cores' numbers, or None where the system (it is Linux that does) does not let them be chosen.
+    """
+    tasks = Path("/proc/self/task")
+    if not hasattr(os, "sched_setaffinity") or not tasks.is_dir():
+        yield None
+        return
+    cores = tuple(sorted(os.sched_getaffinity(0))[-min(threads, usable_cores()) :])
+    before = {}
+    for task in _numbers(tasks):
+        try:
+            before[task] = os.sched_getaffinity(task)
+            os.sched_setaffinity(task, cores)
+        except ProcessLookupError:  # it has ended meanwhile
+            continue
+    try:
+        yield cores
+    finally:
+        here = before[os.getpid()]
+        for task in _numbers(tasks):
+            try:
+                os.sched_setaffinity(task, before.get(task, here))
+            except ProcessLookupError:
+                continue
+
+
+def _numbers(folder: Path) -> list[int]:
+    return [int(path.name) for path in folder.iterdir()]
+
+
+@contextmanager
+def _resting_collector() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _set_up(setups: Sequence[Callable[[], Run]], rng: np.random.Generator) -> list[Run]:
+    """Each candidate's run; in an order that is drawn, for what is set up first may find the better place."""
+    made = {index: setups[index]() for index in rng.permutation(len(setups))}
+    return [made[index] for index in range(len(setups))]
+
+
+def _warm_up(run: Run, seconds: float) -> tuple[int, bool, float]:
+    """Run, at least once, until two windows of five runs in a row have medians within 5% of each other or the time is
+    up: how many runs, whether it settled, and the median of the last window in ms."""
+    times: list[float] = []
+    deadline = time.perf_counter() + seconds
+    while not times or time.perf_counter() < deadline:
+        times.append(_timed_ms(run))
+        if len(times) % _WINDOW == 0 and len(times) >= 2 * _WINDOW:
+            before, after = np.median(times[-2 * _WINDOW : -_WINDOW]), np.median(times[-_WINDOW:])
+            if abs(after - before) <= _SETTLED * before:
+                return len(times), True, float(after)
+    return len(times), False, float(np.median(times[-_WINDOW:]))
+
+
+def _session(runs: Sequence[Run], turn: int, min_runs: int, min_ms: float, rng: np.random.Generator) -> list[Array]:
+    rounds: list[list[list[float]]] = []
+    spent_ms = 0.0
+    while len(rounds) * turn < min_runs or spent_ms < min_ms * len(runs):
+        times: list[list[float]] = [[] for _ in runs]
+        for index in rng.permutation(len(runs)):
+            if turn > 1:
+                runs[index]()
+            times[index] = [_timed_ms(runs[index]) for _ in range(turn)]
+            spent_ms += sum(times[index])
+        rounds.append(times)
+    return list(np.array(rounds).swapaxes(0, 1))
+
+
+def _timed_ms(run: Run) -> float:
+    start = time.perf_counter_ns()
+    outputs = run()
+    elapsed = time.perf_counter_ns() - start
+    del outputs  # freeing them is not part of answering
+    return elapsed / 1e6

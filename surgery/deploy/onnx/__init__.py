@@ -1,0 +1,1 @@
+"""ONNX files that are as good as the models they are of."""

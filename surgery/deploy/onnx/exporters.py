@@ -1,0 +1,187 @@
+"""torch's two ONNX exporters behind one signature.
+
+The newer one, torch.export's, is asked first. It proves of an open axis that the graph holds at every length, and
+refuses what it cannot prove; the older one, which records a run as TorchScript, takes anything that runs and proves
+nothing. Both are believed only as far as the file agrees with torch: see `surgery.deploy.onnx.parity`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import io
+import logging
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ShapesCollection
+from torch.utils import _pytree as pytree
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from surgery.errors import ExportError
+from surgery.graph.inputs import Args, Kwargs, squashed, tensors
+
+OpenAxes = list[dict[int, str]]
+"""For each tensor of the inputs, in order, the name of each axis whose length is left open."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to export: ``model`` in eval mode as it is called with ``args`` and ``kwargs``, which gives ``outputs``."""
+
+    model: nn.Module
+    args: Args
+    kwargs: Kwargs
+    outputs: Any
+    open_axes: OpenAxes
+    opset: int | None
+
+
+def dynamo(order: Order) -> ir.Model:
+    """By torch.export."""
+    collection = ShapesCollection()  # type: ignore[no-untyped-call]
+    dims = {name: Dim(name) for axes in order.open_axes for name in axes.values()}
+    for tensor, axes in zip(tensors((order.args, order.kwargs)), order.open_axes, strict=True):
+        if axes:
+            collection[tensor] = {axis: dims[name] for axis, name in axes.items()}
+    program = torch.onnx.export(
+        order.model,
+        order.args,
+        kwargs=order.kwargs,
+        dynamo=True,
+        verbose=False,
+        opset_version=order.opset,
+        dynamic_shapes=collection.dynamic_shapes(order.model, order.args, order.kwargs),  # type: ignore[no-untyped-call]
+        output_names=output_names(order),
+    )
+    assert program is not None  # it is None for the other exporter only
+    model: ir.Model = program.model
+    return model
+
+
+def torchscript(order: Order) -> ir.Model:
+    """By a recorded run: what Python decides in it is decided for good."""
+    flat = _Flat(order.model, order.args, order.kwargs).eval()
+    given = tensors((order.args, order.kwargs))
+    names = input_names(order)
+    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
+        draft = Path(folder) / "model.onnx"
+        torch.onnx.export(
+            flat,
+            tuple(given),
+            draft,
+            dynamo=False,
+            opset_version=order.opset,
+            input_names=names,
+            output_names=output_names(order),
+            dynamic_axes={name: axes for name, axes in zip(names, order.open_axes, strict=True) if axes},
+        )
+        model = ir.load(draft)
+        ir.external_data.load_to_model(model)  # the folder of what it kept outside is about to go
+    return model
+
+
+EXPORTERS: Mapping[str, Callable[[Order], ir.Model]] = {"dynamo": dynamo, "torchscript": torchscript}
+
+
+def convert(exporter: str, order: Order) -> ir.Model:
+    """The ONNX model that ``exporter`` makes; `ExportError` with its reason where it makes none."""
+    try:
+        with _quietly(), torch.random.fork_rng(devices=[]):
+            model = EXPORTERS[exporter](order)
+    except Exception as error:  # exporters raise whatever fails inside them
+        name = type(order.model).__name__
+        raise ExportError(f"{name} cannot be exported by {exporter}: {squashed(_innermost(error))}") from error
+    made = model.opset_imports[""]
+    if order.opset is not None and made != order.opset:
+        raise ExportError(f"opset {order.opset} cannot be had: the {exporter} exporter made opset {made}")
+    return model
+
+
+def exportable_copy(module: nn.Module) -> nn.Module:
+    """A copy on the CPU, in eval mode, with its FrozenBatchNorm2d as BatchNorm2d: exporters fold only these."""
+    model = copy.deepcopy(module).eval().cpu()
+    for path, frozen in list(model.named_modules()):
+        if type(frozen) is FrozenBatchNorm2d and path:
+            norm = nn.BatchNorm2d(len(frozen.weight), eps=frozen.eps, dtype=frozen.weight.dtype).eval()
+            norm.load_state_dict(frozen.state_dict(), strict=False)  # a frozen norm counts no batches
+            model.set_submodule(path, norm.requires_grad_(False))
+    return model
+
+
+def input_names(order: Order) -> list[str]:
+    """The names that `dynamo` gives: parameters of ``forward``, and within a list or dict the keys that lead on."""
+    bound = inspect.signature(order.model.forward).bind(*order.args, **order.kwargs).arguments
+    found = pytree.tree_flatten_with_path(bound)[0]
+    by_id = {id(leaf): _joined(keys) for keys, leaf in found if isinstance(leaf, Tensor)}
+    return [by_id[id(tensor)] for tensor in tensors((order.args, order.kwargs))]
+
+
+def output_names(order: Order) -> list[str]:
+    """``output``, or the keys that lead to each output: ``{"out": a, "aux": (b, c)}`` gives out, aux_0 and aux_1."""
+    taken = set(inspect.signature(order.model.forward).parameters)  # an output of an input's name would be that input
+    taken |= set(input_names(order))
+    names = []
+    for keys, leaf in pytree.tree_flatten_with_path(order.outputs)[0]:
+        if leaf is None:
+            continue
+        name = _joined(keys)
+        if not name or name[0].isdigit():
+            name = f"output_{name}".rstrip("_")
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+class _Flat(nn.Module):
+    """A module as a function of its tensors, whatever nest they are passed in, that returns its leaves as a tuple."""
+
+    def __init__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        super().__init__()
+        self.module = module
+        self._leaves, self._spec = pytree.tree_flatten((args, kwargs))
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        rest: Iterable[Tensor] = iter(given)
+        leaves = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]  # type: ignore[call-overload]
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        found = pytree.tree_leaves(self.module(*args, **kwargs))
+        return tuple(torch.as_tensor(leaf) for leaf in found if leaf is not None)
+
+
+def _joined(keys: Sequence[Any]) -> str:
+    return re.sub(r"\W+", "_", pytree.keystr(tuple(keys))).strip("_")
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what the exporter prints, logs and warns of: what matters of it is raised.
+
+    Standard error is left alone, for a progress bar may be drawn there meanwhile; the exporter's own messages reach it
+    through ``logging`` and ``warnings`` only.
+    """
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

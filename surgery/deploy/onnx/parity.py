@@ -1,0 +1,175 @@
+"""Whether an ONNX file computes what a module computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from surgery.deploy.onnx.detections import are_detections, paired, unpaired
+from surgery.errors import ExportError, UsageError
+from surgery.graph.inputs import Args, Kwargs, refusing_bad_inputs, squashed, tensors
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs to compare on, and what tells them from others: ``at batch 2``."""
+
+    where: str
+    args: Args
+    kwargs: Kwargs
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a file is from a module.
+
+    ``max_abs`` is the largest absolute difference over all outputs and cases; ``max_rel`` the largest
+    max|onnx - torch| / max|torch| of an output. Of a detection model, ``detections`` is how many there were to compare.
+    """
+
+    max_abs: float
+    max_rel: float
+    detections: int | None
+
+
+def parity(path: Path, model: nn.Module, cases: Iterable[Case], rtol: float) -> Parity:
+    """Compare the outputs of ``path`` in ONNX Runtime with those of ``model``, both on the CPU.
+
+    Detections are paired (`surgery.deploy.onnx.detections`): each that scores above the lowest needs its like on the
+    other side, ``rtol`` being the tolerance, too, of scores and of boxes in terms of the largest coordinate.
+
+    Raises `ExportError` at the first output whose relative difference is above ``rtol``, or that is of another shape.
+    """
+    session = _session(path)
+    names = [node.name for node in session.get_outputs()]
+    worst, detections = np.zeros(2), None
+    for case in cases:
+        try:
+            outputs = reference(model, case.args, case.kwargs)
+        except UsageError as error:
+            raise ExportError(f"the module runs on its example inputs, but not {case.where}: {error}") from error
+        expected = _arrays(outputs)
+        found = _run(session, case)
+        if are_detections(outputs):
+            found, expected = _sorted_alike(found, outputs, case, rtol)
+            detections = (detections or 0) + sum(len(boxes) for boxes in expected[:: len(outputs[0])])
+        _refuse_other_shapes(found, expected, case)
+        for name, a, b in zip(names, found, expected, strict=True):
+            absolute, relative = difference(a, b)
+            if not relative <= rtol:  # also where it is not a number
+                raise ExportError(
+                    f"{case.where}, output {name!r} differs from torch by {relative:.2e} relative "
+                    f"({absolute:.2e} absolute); rtol is {rtol:.0e}{_excuse(model, case, relative)}"
+                )
+            worst = np.maximum(worst, (absolute, relative))
+    return Parity(float(worst[0]), float(worst[1]), detections)
+
+
+def reference(model: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+    """What ``model`` returns, without gradients and without drawing from the caller's random numbers."""
+    with refusing_bad_inputs(args, kwargs), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return model(*args, **kwargs)
+
+
+def difference(found: Array, expected: Array) -> tuple[float, float]:
+    """max|a - b| and max|a - b| / max|b|."""
+    if expected.size == 0 or np.array_equal(found, expected):
+        return 0.0, 0.0
+    a, b = found.astype(np.float64), expected.astype(np.float64)
+    absolute, scale = float(np.abs(a - b).max()), float(np.abs(b).max())
+    return absolute, absolute / scale if scale else float("inf")
+
+
+def _sorted_alike(
+    found: list[Array], outputs: list[dict[str, torch.Tensor]], case: Case, tolerance: float
+) -> tuple[list[Array], list[Array]]:
+    """Both sets of detections without what has no partner, in one order, as lists of arrays.
+
+    Raises `ExportError` where something has no partner that should have one.
+    """
+    keys = list(outputs[0])
+    sorted_found: list[Array] = []
+    sorted_expected: list[Array] = []
+    for k, image in enumerate(outputs):
+        a = dict(zip(keys, found[k * len(keys) : (k + 1) * len(keys)], strict=True))
+        b = {key: value.numpy() for key, value in image.items()}
+        counts = len(a["scores"]), len(b["scores"])
+        if counts[0] != counts[1]:
+            raise ExportError(f"{case.where}, image {k} has {counts[0]} detections, and {counts[1]} in torch")
+        rows, columns = paired(a, b, tolerance)
+        alone = max(unpaired(a["scores"], rows, tolerance), unpaired(b["scores"], columns, tolerance), key=len)
+        if len(alone):
+            raise ExportError(
+                f"{case.where}, {len(alone)} of {counts[0]} detections of image {k}, of scores up to {alone.max():.4f},"
+                f" have no partner on the other side of the same label, score and box; rtol is {tolerance:.0e}"
+            )
+        sorted_found += [a[key][rows] for key in keys]
+        sorted_expected += [b[key][columns] for key in keys]
+    return sorted_found, sorted_expected
+
+
+def _refuse_other_shapes(found: list[Array], expected: list[Array], case: Case) -> None:
+    if [a.shape for a in found] != [b.shape for b in expected]:
+        shapes = f"{[a.shape for a in found]} instead of {[b.shape for b in expected]}"
+        raise ExportError(f"{case.where}, the exported model's outputs have the shapes {shapes}")
+
+
+def _session(path: Path) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # what fails is raised: nothing needs to be printed as well
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors share no base of their own
+        raise ExportError(f"ONNX Runtime cannot load the exported model: {squashed(error)}") from error
+
+
+def _run(session: Any, case: Case) -> list[Array]:
+    names = [node.name for node in session.get_inputs()]
+    values = _arrays(tensors((case.args, case.kwargs)))
+    if len(names) != len(values):
+        raise ExportError(f"the exported model has the inputs {names}, and the module {len(values)} tensors")
+    try:
+        found: list[Array] = session.run(None, dict(zip(names, values, strict=True)))
+    except Exception as error:  # ONNX Runtime's errors share no base of their own
+        raise ExportError(f"{case.where}, ONNX Runtime fails: {squashed(error)}") from error
+    return found
+
+
+def _arrays(tree: Any) -> list[Array]:
+    """The leaves as ONNX has them: tensors and numbers as arrays, and no None."""
+    leaves = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in pytree.tree_leaves(tree)]
+    if any(getattr(leaf, "dtype", None) is torch.bfloat16 for leaf in leaves):
+        raise ExportError("an export in bfloat16 cannot be checked, for numpy lacks it: export module.float()")
+    return [np.asarray(leaf) for leaf in leaves if leaf is not None]
+
+
+def _excuse(model: nn.Module, case: Case, relative: float) -> str:
+    """Whose fault it may be: where torch's own rounding moves the outputs as much, it need not be the export's."""
+
+    def doubled(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.double() if tensor.is_floating_point() else tensor
+
+    args, kwargs = pytree.tree_map_only(torch.Tensor, doubled, (case.args, case.kwargs))
+    expected = _arrays(reference(model, case.args, case.kwargs))
+    try:
+        exact = _arrays(reference(copy.deepcopy(model).double(), args, kwargs))
+    except UsageError:  # the module fixes a dtype somewhere
+        return ""
+    if [a.shape for a in exact] != [b.shape for b in expected]:
+        return " (torch itself gives another number of things in float64)"
+    rounding = max((difference(b, c)[1] for b, c in zip(expected, exact, strict=True)), default=0.0)
+    if rounding < relative / 10:
+        return ""
+    return f" (torch itself is {rounding:.2e} off its own float64: more cannot be asked of this model; raise rtol)"
