@@ -1,0 +1,94 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import exports
+import exports_model
+import exports_report
+import plain_export
+
+from surgery.catalogue import CATALOGUE
+
+
+def test_a_row_says_what_the_export_is_like(tmp_path):
+    row = exports.export("squeezenet1_1", "slim", 600)
+    assert "error" not in row
+    (file,) = row["files"]
+    assert file["batches"] == [1, 2, 3]
+    assert file["max_rel"] < 1e-4
+    assert file["unfolded"] == []
+    text = exports_report.markdown({"models": [{"model": "squeezenet1_1", **row}], "runs": [RUN]})
+    assert "1 of 1 exports agree with torch at batch 1, 2 and 3: 0 models as built, 1 slimmed by half" in text
+    assert "| squeezenet1_1 | slim | 2 x 3 x 224 x 224 | dynamo |" in text
+
+
+RUN = {"command": "python exports.py", "environment": {"cpu": "a CPU", "versions": {"torch": "2", "onnxruntime": "1"}}}
+
+
+def test_a_model_that_takes_too_long_is_a_row_with_the_reason():
+    row = exports.export("squeezenet1_1", "built", 0.01)
+    assert row["error"] == "ended at the time limit of 0.000166667 minutes (during start)"
+    assert exports_report.line({"model": "squeezenet1_1", **row}).startswith("squeezenet1_1 built: ended at")
+
+
+def test_what_cannot_be_exported_is_listed_with_its_reason_and_an_issue(monkeypatch):
+    monkeypatch.setattr(exports_report, "ISSUES", {"no such op": "project#1"})
+    failed = {"model": "alexnet", "variant": "built", "error": "the exporter knows no such op"}
+    text = exports_report.markdown({"models": [failed], "runs": [RUN]})
+    assert "0 of 1 exports" in text
+    assert "- `alexnet`, built: the exporter knows no such op (project#1)" in text
+
+
+def test_models_that_resize_their_images_are_given_small_ones():
+    assert exports.source_of("fcos_resnet50_fpn") == "fcos_resnet50_fpn?min_size=320"
+    assert exports.source_of("ssd300_vgg16") == "ssd300_vgg16"
+    assert set(CATALOGUE) == {exports.source_of(name).partition("?")[0] for name in CATALOGUE}
+
+
+def test_rows_that_are_there_are_kept_and_not_made_again(tmp_path, monkeypatch):
+    made = []
+
+    def row(source, variant, seconds):
+        made.append((source, variant))
+        return {"variant": variant, "error": f"made as number {len(made)}"}
+
+    monkeypatch.setattr(exports, "export", row)
+    out = tmp_path / "exports.json"
+    monkeypatch.setattr(sys, "argv", ["exports.py", "vgg11", "alexnet", "--variants", "built", "--out", str(out)])
+    exports.main()
+    monkeypatch.setattr(sys, "argv", ["exports.py", "alexnet", "--missing", "--out", str(out)])
+    exports.main()
+    assert made == [("alexnet", "built"), ("vgg11", "built"), ("alexnet", "slim")]
+    document = json.loads(out.read_text())
+    assert [row["variant"] for row in document["models"]] == ["built", "slim", "built"]
+    assert len(document["runs"]) == 2
+    assert "made as number 3" in out.with_suffix(".md").read_text()
+
+
+def test_norms_are_settled_so_that_nothing_explodes():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).eval()
+    x = 100 * torch.randn(8, 3, 9, 9)
+    settled = exports_model.settled(model, (x,))
+    assert 0.5 < settled(x).square().mean() < 2
+    assert not any(module._forward_pre_hooks for module in settled.modules())
+
+
+def test_ours_and_a_plain_export_are_compared():
+    brief = {"threads": 1, "sessions": 1, "min_runs": 2, "min_seconds": 0, "warmup": 0.01}
+    record = plain_export.measure("squeezenet1_1", 1, brief)
+    assert record["ratio"]["low"] <= record["ratio"]["value"] <= record["ratio"]["high"]
+    text = plain_export.markdown({**RUN, "measured": [record]})
+    assert "| squeezenet1_1 | 1 |" in text
+
+
+@pytest.mark.parametrize("script", ["exports.py", "plain_export.py"])
+def test_the_scripts_say_how_they_are_used(script):
+    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True)
+    assert f"python benchmarks/{script}" in done.stdout
