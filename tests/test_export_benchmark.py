@@ -90,5 +90,6 @@ def test_ours_and_a_plain_export_are_compared():
 
 @pytest.mark.parametrize("script", ["exports.py", "plain_export.py"])
 def test_the_scripts_say_how_they_are_used(script):
+    path = Path(exports.__file__).with_name(script)
     done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True)
     assert f"python benchmarks/{script}" in done.stdout
