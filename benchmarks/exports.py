@@ -4,9 +4,9 @@
     python benchmarks/exports.py 'resnet*' --variants slim   # these rows anew, the others kept
     python benchmarks/exports.py --missing                   # what has no row yet
 
-Weights and the statistics of norms are random. Images are of the size that published weights are evaluated at, but of
-detection models that resize their images, which are to be 320 pixels high. ``slim`` keeps half of the channels
-of each group. ONNX Runtime and torch are compared at batch 1, 2 and 3; of a detection model each of these is a file of
+Weights and the statistics of norms are random. As they are built, models are given images of the size that published
+weights are evaluated at; detection models resize theirs to a height of 320 pixels, where that can be set. ``slim`` keeps
+half of the channels of each group, in a model for small images. ONNX Runtime and torch are compared at batch 1, 2 and 3; of a detection model each of these is a file of
 its own. Each export runs in a process of its own, ended at a limit of time; rows are written one by one, so that a
 killed run goes on with ``--missing``.
 """
@@ -30,7 +30,6 @@ from surgery.deploy.measure.environment import environment, usable_cores
 
 RESULTS = Path(__file__).parent / "results"
 VARIANTS = ("built", "slim")
-DETECTION_SIZE = 320
 
 
 def main() -> None:
@@ -56,26 +55,21 @@ def main() -> None:
     for name, variant in wanted:
         if options.missing and (name, variant) in rows:
             continue
-        rows[name, variant] = {"model": name, **export(source_of(name), variant, 60 * options.minutes)}
+        rows[name, variant] = {"model": name, **export(name, variant, 60 * options.minutes)}
         print(line(rows[name, variant]), flush=True)
         document["models"] = [rows[n, v] for n in catalogue.CATALOGUE for v in VARIANTS if (n, v) in rows]
         out.write_text(json.dumps(document, indent=1) + "\n")
         out.with_suffix(".md").write_text(markdown(document))
 
 
-def source_of(name: str) -> str:
-    """The model as it is built for export: smaller images for those that resize them."""
-    return f"{name}?min_size={DETECTION_SIZE}" if "min_size" in catalogue.CATALOGUE[name].small else name
-
-
-def export(source: str, variant: str, seconds: float) -> dict[str, Any]:
+def export(name: str, variant: str, seconds: float) -> dict[str, Any]:
     """What came of one model, in a process of its own."""
     script = Path(__file__).with_name("exports_model.py")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "row.json"
         try:
             done = subprocess.run(
-                [sys.executable, str(script), source, variant, str(file)],
+                [sys.executable, str(script), name, variant, str(file)],
                 env={**os.environ, "OMP_NUM_THREADS": str(usable_cores())},
                 capture_output=True,
                 text=True,

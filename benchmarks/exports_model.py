@@ -1,4 +1,4 @@
-"""One model for exports.py: ``python exports_model.py SOURCE VARIANT FILE`` writes what came of it to FILE, as JSON."""
+"""One model for exports.py: ``python exports_model.py NAME VARIANT FILE`` writes what came of it to FILE, as JSON."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ import surgery
 from surgery import catalogue
 from surgery.errors import SurgeryError
 
+DETECTION_SIZE = 320
+"""Pixels to which detection models resize the height of images, but for those that have no choice."""
 BATCHES = (1, 2, 3)
 """The lengths of the list of images that a detection model is exported for, one after the other."""
 
 
 def main() -> None:
-    source, variant, file = catalogue.canonical(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    name, variant, file = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    source = source_of(name, variant)
     begun = time.perf_counter()
     row: dict[str, Any] = {"source": source, "variant": variant, "step": "build"}
 
@@ -33,16 +36,15 @@ def main() -> None:
         file.write_text(json.dumps(row))
 
     note()
-    images = catalogue.example_inputs(source)
-    inputs = images if isinstance(images, tuple) else (images,)
+    inputs = inputs_of(name, source, variant, 2)
     model = settled(randomised(catalogue.build(source, seed=0)).eval(), inputs)
     if variant == "slim":
         note(step="slim")
-        model = surgery.slim(surgery.trace(model, images, source=source), 0.5)
+        model = surgery.slim(surgery.trace(model, inputs, source=source), 0.5)
     note(step="export", input_shapes=[list(tensor.shape) for tensor in _flat(inputs)][:2])
     files = []
     for batch in BATCHES if isinstance(inputs[0], list) else (None,):
-        given = inputs if batch is None else tuple(catalogue.example_inputs(source, batch_size=batch))
+        given = inputs if batch is None else inputs_of(name, source, variant, batch)
         try:
             files.append(exported(model, given))
         except SurgeryError as error:
@@ -50,6 +52,21 @@ def main() -> None:
             return
         note(files=files)
     note(step=None)
+
+
+def source_of(name: str, variant: str) -> str:
+    """The model as it is exported: what is slimmed in its small form, and detection models for smaller images."""
+    entry = catalogue.CATALOGUE[name]
+    if variant == "slim":
+        return entry.small_source
+    return f"{name}?min_size={DETECTION_SIZE}" if "min_size" in entry.small else name
+
+
+def inputs_of(name: str, source: str, variant: str, batch: int) -> tuple[Any, ...]:
+    """Images of the published size, or, for what is slimmed, of the smallest."""
+    small = variant == "slim"
+    images = catalogue.small_inputs(name, batch) if small else catalogue.example_inputs(source, batch_size=batch)
+    return images if isinstance(images, tuple) else (images,)
 
 
 def exported(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:

@@ -14,8 +14,6 @@ import exports_model
 import exports_report
 import plain_export
 
-from surgery.catalogue import CATALOGUE
-
 
 def test_a_row_says_what_the_export_is_like(tmp_path):
     row = exports.export("squeezenet1_1", "slim", 600)
@@ -26,7 +24,7 @@ def test_a_row_says_what_the_export_is_like(tmp_path):
     assert file["unfolded"] == []
     text = exports_report.markdown({"models": [{"model": "squeezenet1_1", **row}], "runs": [RUN]})
     assert "1 of 1 exports agree with torch at batch 1, 2 and 3: 0 models as built, 1 slimmed by half" in text
-    assert "| squeezenet1_1 | slim | 2 x 3 x 224 x 224 | dynamo |" in text
+    assert "| squeezenet1_1 | slim | 2 x 3 x 64 x 64 | dynamo |" in text
 
 
 RUN = {"command": "python exports.py", "environment": {"cpu": "a CPU", "versions": {"torch": "2", "onnxruntime": "1"}}}
@@ -47,16 +45,22 @@ def test_what_cannot_be_exported_is_listed_with_its_reason_and_an_issue(monkeypa
 
 
 def test_models_that_resize_their_images_are_given_small_ones():
-    assert exports.source_of("fcos_resnet50_fpn") == "fcos_resnet50_fpn?min_size=320"
-    assert exports.source_of("ssd300_vgg16") == "ssd300_vgg16"
-    assert set(CATALOGUE) == {exports.source_of(name).partition("?")[0] for name in CATALOGUE}
+    assert exports_model.source_of("fcos_resnet50_fpn", "built") == "fcos_resnet50_fpn?min_size=320"
+    assert exports_model.source_of("ssd300_vgg16", "built") == "ssd300_vgg16"
+    assert exports_model.source_of("vit_b_16", "slim") == "vit_b_16?image_size=32"
+
+
+@pytest.mark.parametrize(("variant", "size"), [("built", 224), ("slim", 32)])
+def test_models_are_given_images_of_the_published_size_and_slim_ones_small_images(variant, size):
+    (images,) = exports_model.inputs_of("vit_b_16", exports_model.source_of("vit_b_16", variant), variant, 2)
+    assert images.shape == (2, 3, size, size)
 
 
 def test_rows_that_are_there_are_kept_and_not_made_again(tmp_path, monkeypatch):
     made = []
 
-    def row(source, variant, seconds):
-        made.append((source, variant))
+    def row(name, variant, seconds):
+        made.append((name, variant))
         return {"variant": variant, "error": f"made as number {len(made)}"}
 
     monkeypatch.setattr(exports, "export", row)
