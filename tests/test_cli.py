@@ -176,6 +176,20 @@ def test_export_writes_a_file_that_bench_can_measure(run):
     assert "torch on cpu, batch 1" in out
 
 
+def test_a_detection_model_is_exported_for_one_image_or_for_as_many_as_are_given(run):
+    few = "min_size=64&max_size=96&rpn_post_nms_top_n_test=8&box_detections_per_img=4&box_score_thresh=0"
+    model = f"fasterrcnn_mobilenet_v3_large_320_fpn?{few}"
+    code, out, _ = run("export", model, "--out", "one.onnx")
+    assert code == 0
+    assert out.startswith("one.onnx: ")
+    assert "by torchscript; open axes: none; relative difference to torch of " in out
+    assert out.endswith(" at batch 1\n")
+    code, out, _ = run("export", model, "--input-shape", "2,3,64,96", "--dynamic-size", "--out", "two.onnx", "--json")
+    assert json.loads(out)["batches"] == [2]
+    assert json.loads(out)["image_sizes"] == [[96, 160]]
+    assert run("export", model, "--input-shape", "2,3,64,96", "--exporter", "onnx", "--out", "three.onnx")[0] == 2
+
+
 def test_bench_compares_at_several_batch_sizes_and_checks_the_machine_against_itself(run):
     quick = ["--min-runs", 1, "--min-seconds", 0, "--threads", 1, "--sessions", 6]
     assert run("export", *TINY, *TINY_PIXELS, "--out", "tiny.onnx")[0] == 0

@@ -41,6 +41,7 @@ from surgery.deploy.curve.tradeoff import tradeoff as run_tradeoff
 from surgery.deploy.onnx.export import export_onnx
 from surgery.deploy.onnx.exporters import EXPORTERS
 from surgery.folders import refuse_folder, unfinished
+from surgery.graph.inputs import is_list_of_images, resolve
 from surgery.passes.importance import IMPORTANCE
 from surgery.passes.slim import Rate
 from surgery.units import mebibytes, quantity
@@ -71,12 +72,20 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Export a model to ONNX, checked against torch in ONNX Runtime before the file appears."""
+    """Export a model to ONNX, checked against torch in ONNX Runtime before the file appears.
+
+    A detection model's file takes one image, or as many as --input-shape has.
+    """
     refuse_if_taken(out, force)
     module = open_model(model, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
+    args, named = resolve(module)
+    if is_list_of_images(args) and input_shape is None:
+        args, named = resolve(module, batch_size=1)
     done = export_onnx(
         module,
         out,
+        example_inputs=args,
+        kwargs=named,
         opset=opset,
         dynamic_batch=False if fixed_batch else None,
         dynamic_size=dynamic_size,
