@@ -1,6 +1,9 @@
+import pytest
 import torch
 from torch import nn
 
+from surgery.deploy.onnx.parity import reference
+from surgery.errors import UsageError
 from surgery.graph.inputs import batch_of, resolve, with_batch
 
 
@@ -69,3 +72,13 @@ def test_a_traced_module_that_takes_a_list_of_images_is_given_as_many_as_asked_f
     monkeypatch.setattr("surgery.graph.tracing.example_inputs", lambda module, batch_size=None: (traced_with, {}))
     (images,), _ = resolve(Detects(), batch_size=3)
     assert [image.shape for image in images] == [(3, 4, 5), (3, 6, 7), (3, 4, 5)]
+
+
+@pytest.mark.parametrize("error", [AssertionError("too small"), KeyError("too small"), AttributeError("too small")])
+def test_whatever_a_module_raises_on_its_inputs_is_one_line_that_gives_their_shapes(error):
+    class Raises(nn.Module):
+        def forward(self, x):
+            raise error
+
+    with pytest.raises(UsageError, match=r"cannot be run on these inputs \(\(2, 4\)\): '?too small"):
+        reference(Raises(), (torch.zeros(2, 4),), {})

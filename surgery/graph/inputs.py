@@ -140,7 +140,7 @@ def refusing_bad_inputs(args: Args, kwargs: Kwargs) -> Iterator[None]:
         yield
     except SurgeryError:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except Exception as error:  # what a module's own code checks, it may raise as anything
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors((args, kwargs))) or "no tensor"
         raise UsageError(f"the module cannot be run on these inputs ({shapes}): {squashed(error)}") from error
 
