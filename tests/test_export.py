@@ -241,6 +241,21 @@ def test_integer_inputs_stay_integers(tmp_path):
     assert written.max_abs == 0.0
 
 
+@pytest.mark.parametrize("dynamic_batch", [True, False])
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_a_module_that_writes_into_its_input_is_exported_and_the_example_inputs_stay_as_they_are(
+    exporter, dynamic_batch, tmp_path
+):
+    model = nn.Sequential(nn.Hardswish(inplace=True), nn.Linear(4, 3))
+    given = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    before = given.clone()
+    written = export_onnx(
+        model, tmp_path / "m.onnx", example_inputs=given, exporter=exporter, dynamic_batch=dynamic_batch
+    )
+    assert torch.equal(given, before)
+    np.testing.assert_allclose(run(written.path, given)[0], model(given.clone()).detach().numpy(), atol=1e-5)
+
+
 def test_the_file_says_where_it_comes_from_and_nothing_of_this_machine(tmp_path):
     traced = trace(small(), small_input(), source="package.module:small")
     written = export_onnx(traced, tmp_path / "small.onnx", metadata={"dataset": "digits"})

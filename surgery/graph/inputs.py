@@ -47,6 +47,16 @@ def resolve(
     return (args, named) if batch_size is None else with_batch(args, named, batch_size)
 
 
+def copied(args: Args, kwargs: Kwargs, device: str | None = None) -> tuple[Args, Kwargs]:
+    """These inputs with copies of their tensors, on ``device`` where one is given: a module may write into its inputs.
+
+    One tensor given twice stays one.
+    """
+    once = {id(tensor): tensor.detach().to(device, copy=True) for tensor in tensors((args, kwargs))}
+    copies: tuple[Args, Kwargs] = pytree.tree_map_only(torch.Tensor, lambda tensor: once[id(tensor)], (args, kwargs))
+    return copies
+
+
 def batch_of(args: Args, kwargs: Kwargs) -> int | None:
     """The batch size of these inputs: the length of their list of images, or of axis 0 of their first tensor; None if
     they have none."""

@@ -15,7 +15,6 @@ import onnx
 import onnx_ir as ir
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from surgery.counting.cost import cost
 from surgery.deploy.onnx.detections import are_detections
@@ -25,7 +24,7 @@ from surgery.deploy.onnx.parity import Parity, parity, reference
 from surgery.errors import ExportError, UsageError, unknown_name
 from surgery.graph import tracing
 from surgery.graph.detectors import without_threshold
-from surgery.graph.inputs import Args, Kwargs, is_list_of_images, resolve, squashed
+from surgery.graph.inputs import Args, Kwargs, copied, is_list_of_images, resolve, squashed
 from surgery.passes.recipe import recipe
 from surgery.version import __version__
 
@@ -114,7 +113,7 @@ def export_onnx(
     _refuse_path(path, force)
     if exporter is not None and exporter not in EXPORTERS:
         raise unknown_name("exporter", exporter, EXPORTERS)
-    args, named = pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, resolve(module, example_inputs, kwargs))
+    args, named = copied(*resolve(module, example_inputs, kwargs), "cpu")
     listed = is_list_of_images(args)
     plan = Plan(args, named, not listed if dynamic_batch is None else dynamic_batch, dynamic_size, opset)
     outputs = reference(exportable_copy(module), args, named)

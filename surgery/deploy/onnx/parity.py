@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.deploy.onnx.detections import are_detections, paired, unpaired
 from surgery.errors import ExportError, UsageError
-from surgery.graph.inputs import Args, Kwargs, refusing_bad_inputs, squashed, tensors
+from surgery.graph.inputs import Args, Kwargs, copied, refusing_bad_inputs, squashed, tensors
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -78,6 +78,7 @@ def parity(path: Path, model: nn.Module, cases: Iterable[Case], rtol: float) -> 
 
 def reference(model: nn.Module, args: Args, kwargs: Kwargs) -> Any:
     """What ``model`` returns, without gradients and without drawing from the caller's random numbers."""
+    args, kwargs = copied(args, kwargs)
     with refusing_bad_inputs(args, kwargs), torch.no_grad(), torch.random.fork_rng(devices=[]):
         return model(*args, **kwargs)
 
