@@ -30,6 +30,7 @@ def detections(boxes, scores, labels=None):
     return {"boxes": np.array(boxes, float).reshape(-1, 4), "scores": np.array(scores), "labels": np.array(labels)}
 
 
+KEYS = ["boxes", "scores", "labels"]
 NEAR, FAR = [0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 90.0, 100.0]
 
 
@@ -41,11 +42,22 @@ NEAR, FAR = [0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 90.0, 100.0]
         (detections([NEAR, NEAR], [0.5, 0.5]), detections([NEAR, NEAR], [0.5, 0.5]), [(0, 0), (1, 1)]),
         (detections([NEAR], [0.9], [1]), detections([NEAR], [0.9], [2]), []),
         (detections([NEAR], [0.9]), detections([NEAR], [0.8]), []),
+        (detections([NEAR], [0.0101]), detections([NEAR], [0.0102]), []),
         (detections([NEAR, FAR], [0.9, 0.5]), detections([FAR, FAR], [0.9, 0.5]), [(1, 1)]),
         (detections([], []), detections([], []), []),
         (detections([[np.nan] * 4], [0.9]), detections([NEAR], [0.9]), []),
     ],
-    ids=["same", "tied", "doubles", "other label", "other score", "other box", "none", "not a number"],
+    ids=[
+        "same",
+        "tied",
+        "doubles",
+        "other label",
+        "other score",
+        "other low score",
+        "other box",
+        "none",
+        "not a number",
+    ],
 )
 def test_detections_are_paired_in_whatever_order_they_come(found, expected, pairs):
     rows, columns = paired(found, expected, 1e-3)
@@ -53,16 +65,28 @@ def test_detections_are_paired_in_whatever_order_they_come(found, expected, pair
 
 
 def test_as_many_as_can_be_are_paired_where_one_fits_several():
-    found = detections([NEAR, NEAR], [0.5, 0.5006])
-    expected = detections([NEAR, NEAR], [0.5012, 0.5])
+    found = detections([NEAR, NEAR], [0.9, 0.9006])
+    expected = detections([NEAR, NEAR], [0.9012, 0.9])
     rows, columns = paired(found, expected, 1e-3)
     assert dict(zip(rows.tolist(), columns.tolist(), strict=True)) == {0: 1, 1: 0}
 
 
-def test_of_those_tied_for_the_last_place_rounding_may_choose():
-    scores = np.array([0.9, 0.5, 0.2, 0.2])
-    assert unpaired(scores, np.array([0, 1, 2]), 1e-3).tolist() == []
-    assert unpaired(scores, np.array([0, 2]), 1e-3).tolist() == [0.5]
+@pytest.mark.parametrize(
+    ("scores", "others", "rows", "alone"),
+    [
+        ([0.9, 0.5, 0.2, 0.2], [0.9, 0.5, 0.2, 0.2], [0, 1, 2], []),
+        ([0.9, 0.5, 0.2, 0.2], [0.9, 0.5, 0.2, 0.2], [0, 2], [0.5, 0.5]),
+        ([0.9, 0.5], [0.9, 0.4], [0], [0.5]),
+        ([0.02, 0.0102, 0.0101, 0.01], [0.02, 0.0102, 0.0101, 0.01], [0], [0.0102, 0.0101, 0.0102, 0.0101]),
+        ([0.5, 0.5], [0.5, 0.5], [], [0.5] * 4),
+        ([], [], [], []),
+    ],
+    ids=["tied", "not tied", "tied on one side", "low scores", "all alone", "none"],
+)
+def test_of_those_tied_for_the_last_place_rounding_may_choose(scores, others, rows, alone):
+    found, expected = (detections([NEAR] * len(some), some) for some in (scores, others))
+    places = np.array(rows, int)
+    assert unpaired(found, expected, places, places, 1e-3).tolist() == alone
 
 
 @pytest.mark.parametrize(
@@ -72,8 +96,18 @@ def test_of_those_tied_for_the_last_place_rounding_may_choose():
         ([{"boxes": torch.zeros(1, 4), "scores": torch.zeros(1)}], False),
         ([], False),
         (torch.zeros(1), False),
+        (
+            [{"boxes": torch.zeros(1, 4), "scores": torch.zeros(1), "labels": torch.zeros(1), "x": torch.zeros(2)}],
+            False,
+        ),
+        ([{"boxes": torch.zeros(1, 4), "scores": torch.zeros(1), "labels": torch.zeros(1), "x": None}], False),
+        ([{"boxes": torch.zeros(4), "scores": torch.zeros(4), "labels": torch.zeros(4)}], False),
+        ([dict.fromkeys(names, torch.zeros(0)) | {"boxes": torch.zeros(0, 4)} for names in (KEYS, KEYS[::-1])], False),
     ],
-    ids=["detections", "no labels", "no image", "tensor"],
+    ids=[
+        *("detections", "no labels", "no image", "tensor"),
+        *("something of another length", "something else", "boxes of one axis", "keys of another order"),
+    ],
 )
 def test_detections_are_known_by_their_keys(outputs, are):
     assert are_detections(outputs) is are
@@ -140,8 +174,9 @@ class Detector(nn.Module):
         ([NEAR, FAR], [0.9, 0.4], [2, 1], "of scores up to 0.9000, have no partner"),
         ([NEAR, FAR], [0.8, 0.4], [1, 1], "of scores up to 0.9000, have no partner"),
         ([FAR, NEAR], [0.4, 0.9], [1, 1], None),
+        ([FAR, NEAR], [0.9, 0.4], [1, 1], "2 of 2 detections of image 0, of scores up to 0.9000, have no partner"),
     ],
-    ids=["fewer", "last box", "first box", "label", "score", "order"],
+    ids=["fewer", "last box", "first box", "label", "score", "order", "all"],
 )
 def test_a_file_that_detects_something_else_is_found_out(boxes, scores, labels, message, tmp_path):
     given = [torch.zeros(3, 4, 4)]

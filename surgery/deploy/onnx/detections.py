@@ -18,35 +18,53 @@ Detections = Mapping[str, Array]
 """Of one image: ``boxes`` (N, 4), ``scores`` (N,) and ``labels`` (N,); other arrays, such as ``masks``, have an entry
 for each of the N, too."""
 
-_NEEDED = ("boxes", "scores", "labels")
+_NEEDED = {"boxes": 2, "scores": 1, "labels": 1}
+"""How many axes each has."""
 
 
 def are_detections(outputs: Any) -> bool:
     """Whether a module's outputs are, for each image, what torchvision's detection models return."""
-    return isinstance(outputs, list) and bool(outputs) and all(map(_is_of_an_image, outputs))
+    if not isinstance(outputs, list) or not outputs or not all(map(_is_of_an_image, outputs)):
+        return False
+    return len({tuple(one) for one in outputs}) == 1
 
 
 def _is_of_an_image(one: Any) -> bool:
-    return isinstance(one, dict) and all(hasattr(one.get(key), "shape") for key in _NEEDED)
+    if not isinstance(one, dict) or not one.keys() >= _NEEDED.keys():
+        return False
+    shapes = {key: tuple(getattr(value, "shape", ())) for key, value in one.items()}
+    return len({shape[:1] for shape in shapes.values()}) == 1 and all(
+        len(shapes[key]) == _NEEDED[key] for key in _NEEDED
+    )
 
 
 def paired(found: Detections, expected: Detections, tolerance: float) -> tuple[Array, Array]:
     """Which detection of ``found`` is which of ``expected``: two arrays of indices, of one length.
 
-    As many as can be are paired of the same label, scores that differ by at most ``tolerance``, and boxes whose sides
-    differ by at most ``tolerance`` of the largest coordinate.
+    As many as can be are paired of the same label, scores that differ by at most ``tolerance`` of the highest, and
+    boxes whose sides differ by at most ``tolerance`` of the largest coordinate.
     """
-    extent = max((float(np.abs(boxes["boxes"]).max(initial=0)) for boxes in (found, expected)), default=0.0)
-    apart = cdist(found["boxes"], expected["boxes"], "chebyshev") / (extent or 1.0)
-    apart = np.maximum(apart, cdist(found["scores"][:, None], expected["scores"][:, None], "chebyshev"))
+    apart = cdist(found["boxes"], expected["boxes"], "chebyshev") / (_largest("boxes", found, expected) or 1.0)
+    scores = cdist(found["scores"][:, None], expected["scores"][:, None], "chebyshev")
+    apart = np.maximum(apart, scores / (_largest("scores", found, expected) or 1.0))
     alike = (apart <= tolerance) & (found["labels"][:, None] == expected["labels"])
     rows, columns = linear_sum_assignment(np.where(alike, apart / (tolerance or 1), 1 + len(apart)))
     kept = alike[rows, columns]
     return rows[kept], columns[kept]
 
 
-def unpaired(scores: Array, kept: Array, tolerance: float) -> Array:
-    """The scores without a partner that are no tie with the lowest: of tied ones, rounding chooses which are kept."""
-    alone = np.delete(scores, kept)
-    notable: Array = alone[alone > scores.min(initial=np.inf) + tolerance]
+def unpaired(found: Detections, expected: Detections, rows: Array, columns: Array, tolerance: float) -> Array:
+    """The scores of those that `paired` left alone, but should not have.
+
+    Of detections that tie with the lowest of either side, rounding chooses which are kept; but not all can be such.
+    """
+    alone = np.concatenate([np.delete(found["scores"], rows), np.delete(expected["scores"], columns)])
+    if not len(rows):
+        return alone
+    lowest = min(found["scores"].min(), expected["scores"].min())
+    notable: Array = alone[~(alone <= lowest + tolerance * _largest("scores", found, expected))]
     return notable
+
+
+def _largest(key: str, *detections: Detections) -> float:
+    return max(float(np.abs(one[key]).max(initial=0)) for one in detections)

@@ -46,8 +46,9 @@ class Parity:
 def parity(path: Path, model: nn.Module, cases: Iterable[Case], rtol: float) -> Parity:
     """Compare the outputs of ``path`` in ONNX Runtime with those of ``model``, both on the CPU.
 
-    Detections are paired (`surgery.deploy.onnx.detections`): each that scores above the lowest needs its like on the
-    other side, ``rtol`` being the tolerance, too, of scores and of boxes in terms of the largest coordinate.
+    Detections are paired (`surgery.deploy.onnx.detections`): each that scores above the lowest needs its like on the other
+    side, ``rtol`` being the tolerance, too, of scores in terms of the highest and of boxes in terms of the largest
+    coordinate.
 
     Raises `ExportError` at the first output whose relative difference is above ``rtol``, or that is of another shape.
     """
@@ -109,11 +110,12 @@ def _sorted_alike(
         if counts[0] != counts[1]:
             raise ExportError(f"{case.where}, image {k} has {counts[0]} detections, and {counts[1]} in torch")
         rows, columns = paired(a, b, tolerance)
-        alone = max(unpaired(a["scores"], rows, tolerance), unpaired(b["scores"], columns, tolerance), key=len)
+        alone = unpaired(a, b, rows, columns, tolerance)
         if len(alone):
             raise ExportError(
-                f"{case.where}, {len(alone)} of {counts[0]} detections of image {k}, of scores up to {alone.max():.4f},"
-                f" have no partner on the other side of the same label, score and box; rtol is {tolerance:.0e}"
+                f"{case.where}, {counts[0] - len(rows)} of {counts[0]} detections of image {k}, of scores up to "
+                f"{alone.max():.4f}, have no partner on the other side of the same label, score and box; "
+                f"rtol is {tolerance:.0e}"
             )
         sorted_found += [a[key][rows] for key in keys]
         sorted_expected += [b[key][columns] for key in keys]
