@@ -16,6 +16,7 @@ from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from surgery.catalogue import CATALOGUE, build
+from surgery.deploy import parity as parity_file
 from surgery.deploy.onnx import export as export_file
 from surgery.deploy.onnx.export import export_onnx
 from surgery.errors import ExportError, UsageError
@@ -177,6 +178,21 @@ def test_a_difference_no_larger_than_torchs_own_rounding_is_said_to_be_that(tmp_
         export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input(), rtol=1e-12)
 
 
+def test_a_model_that_changes_with_each_call_is_not_said_to_round(tmp_path):
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return x * self.calls
+
+    with pytest.raises(ExportError, match="differs from torch by") as caught:
+        export_onnx(Counts(), tmp_path / "m.onnx", example_inputs=torch.randn(2, 4))
+    assert "torch itself" not in str(caught.value)
+
+
 def test_without_verification_no_error_is_claimed(tmp_path):
     written = export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input(), verify=False)
     assert (written.max_abs, written.max_rel, written.batches) == (None, None, ())
@@ -233,6 +249,56 @@ def test_named_inputs_arrive_whatever_their_order(tmp_path):
     x = torch.randn(2, 4)
     found = session.run(None, {"x": x.numpy(), "shift": named["shift"].numpy(), "scale": named["scale"].numpy()})
     np.testing.assert_allclose(found[0], model(x, **named).detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "difference"),
+    [
+        ([1.0, 2.0, 8.0], [1.0, 2.0, 10.0], (2.0, 0.2)),
+        ([0.0], [0.5], (0.5, 1.0)),
+        ([0.5], [0.0], (0.5, np.inf)),
+        ([-np.inf, 8.0], [-np.inf, 10.0], (2.0, 0.2)),
+        ([np.inf, 10.0], [-np.inf, 10.0], (np.inf, np.inf)),
+        ([1e30, 10.0], [np.inf, 10.0], (np.inf, np.inf)),
+        ([np.nan, 10.0], [1.0, 10.0], (np.nan, np.nan)),
+        ([np.nan], [0.0], (np.nan, np.nan)),
+        ([50_001, 3], [50_000, 3], (1.0, 1.0)),
+        ([True, False], [True, True], (1.0, 1.0)),
+        ([], [], (0.0, 0.0)),
+    ],
+    ids=[
+        *("floats", "from zero", "of zero", "infinite on both sides", "other sign", "finite on one side"),
+        *("not a number", "nor zero", "whole numbers", "truth values", "empty"),
+    ],
+)
+def test_a_difference_is_that_of_the_outputs_in_terms_of_the_largest(found, expected, difference, recwarn):
+    np.testing.assert_array_equal(parity_file.difference(np.array(found), np.array(expected)), difference)
+    assert not list(recwarn)
+
+
+def test_a_mask_of_infinities_is_no_difference(tmp_path):
+    model = Applies(lambda y, x: y.masked_fill(torch.tensor([True, False, True]), -torch.inf))
+    assert export_onnx(model, tmp_path / "m.onnx", example_inputs=torch.randn(2, 4)).max_rel < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "message"),
+    [
+        (
+            Applies(lambda y, x: y * torch.nan),
+            torch.float32,
+            "give example inputs that the model has finite outputs on",
+        ),
+        (Applies(lambda y, x: y.to(torch.float8_e4m3fn)), torch.float32, "numpy lacks a dtype of it: .*Float8"),
+        (nn.Conv2d(3, 4, 3).double(), torch.float64, r"\(the model is in torch.float64: export module.float\(\)\)"),
+    ],
+    ids=["not a number", "8 bits", "float64"],
+)
+def test_what_cannot_be_compared_is_an_error_that_says_why(model, dtype, message, tmp_path):
+    given = torch.ones(2, 3, 4, 4, dtype=dtype) if isinstance(model, nn.Conv2d) else torch.ones(2, 4)
+    with pytest.raises(ExportError, match=message) as caught:
+        export_onnx(model, tmp_path / "m.onnx", example_inputs=given)
+    assert "raise rtol" not in str(caught.value)
 
 
 def test_integer_inputs_stay_integers(tmp_path):

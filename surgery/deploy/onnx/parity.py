@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -52,7 +52,7 @@ def parity(path: Path, model: nn.Module, cases: Iterable[Case], rtol: float) -> 
 
     Raises `ExportError` at the first output whose relative difference is above ``rtol``, or that is of another shape.
     """
-    session = _session(path)
+    session = _session(path, model)
     names = [node.name for node in session.get_outputs()]
     worst, detections = np.zeros(2), None
     for case in cases:
@@ -63,7 +63,7 @@ def parity(path: Path, model: nn.Module, cases: Iterable[Case], rtol: float) -> 
         expected = _arrays(outputs)
         found = _run(session, case)
         if are_detections(outputs):
-            found, expected = _sorted_alike(found, outputs, case, rtol)
+            found, expected = _sorted_alike(found, outputs, model, case, rtol)
             detections = (detections or 0) + sum(len(boxes) for boxes in expected[:: len(outputs[0])])
         _refuse_other_shapes(found, expected, case)
         for name, a, b in zip(names, found, expected, strict=True):
@@ -85,16 +85,19 @@ def reference(model: nn.Module, args: Args, kwargs: Kwargs) -> Any:
 
 
 def difference(found: Array, expected: Array) -> tuple[float, float]:
-    """max|a - b| and max|a - b| / max|b|."""
+    """max|a - b| and max|a - b| / max|b|, where whole numbers are on a scale of 1, and infinities as good as equal."""
     if expected.size == 0 or np.array_equal(found, expected):
         return 0.0, 0.0
-    a, b = found.astype(np.float64), expected.astype(np.float64)
-    absolute, scale = float(np.abs(a - b).max()), float(np.abs(b).max())
-    return absolute, absolute / scale if scale else float("inf")
+    unequal = found != expected
+    absolute = float(np.abs(found[unequal].astype(np.float64) - expected[unequal]).max())
+    if expected.dtype.kind in "iub":
+        return absolute, absolute
+    scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0))
+    return absolute, absolute / scale if scale else absolute * float("inf")
 
 
 def _sorted_alike(
-    found: list[Array], outputs: list[dict[str, torch.Tensor]], case: Case, tolerance: float
+    found: list[Array], outputs: list[dict[str, torch.Tensor]], model: nn.Module, case: Case, tolerance: float
 ) -> tuple[list[Array], list[Array]]:
     """Both sets of detections without what has no partner, in one order, as lists of arrays.
 
@@ -115,7 +118,7 @@ def _sorted_alike(
             raise ExportError(
                 f"{case.where}, {counts[0] - len(rows)} of {counts[0]} detections of image {k}, of scores up to "
                 f"{alone.max():.4f}, have no partner on the other side of the same label, score and box; "
-                f"rtol is {tolerance:.0e}"
+                f"rtol is {tolerance:.0e}{_detections_excuse(model, case, k, b, tolerance)}"
             )
         sorted_found += [a[key][rows] for key in keys]
         sorted_expected += [b[key][columns] for key in keys]
@@ -128,14 +131,16 @@ def _refuse_other_shapes(found: list[Array], expected: list[Array], case: Case) 
         raise ExportError(f"{case.where}, the exported model's outputs have the shapes {shapes}")
 
 
-def _session(path: Path) -> Any:
+def _session(path: Path, model: nn.Module) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4  # what fails is raised: nothing needs to be printed as well
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors share no base of their own
-        raise ExportError(f"ONNX Runtime cannot load the exported model: {squashed(error)}") from error
+        dtypes = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
+        hint = f" (the model is in {' and '.join(sorted(dtypes))}: export module.float())" if dtypes else ""
+        raise ExportError(f"ONNX Runtime cannot load the exported model: {squashed(error)}{hint}") from error
 
 
 def _run(session: Any, case: Case) -> list[Array]:
@@ -153,22 +158,18 @@ def _run(session: Any, case: Case) -> list[Array]:
 def _arrays(tree: Any) -> list[Array]:
     """The leaves as ONNX has them: tensors and numbers as arrays, and no None."""
     leaves = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in pytree.tree_leaves(tree)]
-    if any(getattr(leaf, "dtype", None) is torch.bfloat16 for leaf in leaves):
-        raise ExportError("an export in bfloat16 cannot be checked, for numpy lacks it: export module.float()")
-    return [np.asarray(leaf) for leaf in leaves if leaf is not None]
+    try:
+        return [np.asarray(leaf) for leaf in leaves if leaf is not None]
+    except TypeError as error:  # bfloat16, 8-bit floats
+        raise ExportError(f"the export cannot be checked, for numpy lacks a dtype of it: {squashed(error)}") from error
 
 
 def _excuse(model: nn.Module, case: Case, relative: float) -> str:
     """Whose fault it may be: where torch's own rounding moves the outputs as much, it need not be the export's."""
-
-    def doubled(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.double() if tensor.is_floating_point() else tensor
-
-    args, kwargs = pytree.tree_map_only(torch.Tensor, doubled, (case.args, case.kwargs))
-    expected = _arrays(reference(model, case.args, case.kwargs))
-    try:
-        exact = _arrays(reference(copy.deepcopy(model).double(), args, kwargs))
-    except UsageError:  # the module fixes a dtype somewhere
+    if np.isnan(relative):
+        return ": one of the two is not a number; give example inputs that the model has finite outputs on"
+    expected, exact = (_arrays(outputs) for outputs in _twice(model, case))
+    if not exact:
         return ""
     if [a.shape for a in exact] != [b.shape for b in expected]:
         return " (torch itself gives another number of things in float64)"
@@ -176,3 +177,35 @@ def _excuse(model: nn.Module, case: Case, relative: float) -> str:
     if rounding < relative / 10:
         return ""
     return f" (torch itself is {rounding:.2e} off its own float64: more cannot be asked of this model; raise rtol)"
+
+
+def _detections_excuse(model: nn.Module, case: Case, k: int, expected: Mapping[str, Array], tolerance: float) -> str:
+    """The same, where the detections of image ``k`` are not those of torch."""
+    _, exact = _twice(model, case)
+    if not exact:
+        return ""
+    other = {key: value.numpy() for key, value in exact[k].items()}
+    rows, columns = paired(expected, other, tolerance)
+    if not len(unpaired(expected, other, rows, columns, tolerance)):
+        return ""
+    return (
+        " (torch itself detects other things in float64: the scores tie, as those of an untrained model do, and "
+        "rounding chooses; take trained weights)"
+    )
+
+
+def _twice(model: nn.Module, case: Case) -> tuple[Any, Any]:
+    """The outputs of the model as it is, and in float64 (none, where it fixes another dtype somewhere).
+
+    Both are of copies: a model that changes with each call is to differ by rounding only.
+    """
+
+    def doubled(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.double() if tensor.is_floating_point() else tensor
+
+    args, kwargs = pytree.tree_map_only(torch.Tensor, doubled, (case.args, case.kwargs))
+    expected = reference(copy.deepcopy(model), case.args, case.kwargs)
+    try:
+        return expected, reference(copy.deepcopy(model).double(), args, kwargs)
+    except UsageError:
+        return expected, []
