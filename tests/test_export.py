@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 from collections import namedtuple
 
@@ -411,6 +412,32 @@ def test_a_norm_is_folded_into_the_convolution_before_it_where_nothing_else_read
         *("Conv", "Relu", "BatchNormalization", "Relu", "Conv", "BatchNormalization", "Mul")
     ]
     assert type(model.behind) is norm
+
+
+@pytest.mark.parametrize("where", ["forward hook", "forward pre-hook"])
+def test_a_frozen_norm_with_a_hook_is_exported_with_it(where, tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), FrozenBatchNorm2d(4))
+    if where == "forward hook":
+        model[1].register_forward_hook(lambda module, given, output: output * 3)
+    else:
+        model[1].register_forward_pre_hook(lambda module, given: (given[0] * 3,))
+    path = export_onnx(model, tmp_path / "m.onnx", example_inputs=images(2, 6)).path
+    np.testing.assert_allclose(run(path, images(2, 6))[0], model(images(2, 6)).detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("resnet18", "only a module can be exported, not 'resnet18'"),
+        (nn.Linear(4, 3, device="meta"), "Linear cannot be copied to the CPU: Cannot copy out of meta tensor"),
+        (Applies(threading.Lock()), "Applies cannot be copied to the CPU: cannot pickle"),
+    ],
+    ids=["a name", "no data", "not to be copied"],
+)
+def test_what_is_no_module_or_cannot_be_copied_is_refused(module, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        export_onnx(module, tmp_path / "m.onnx", example_inputs=torch.randn(2, 4))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])

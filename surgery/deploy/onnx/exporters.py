@@ -27,7 +27,7 @@ from torch.export import Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from surgery.errors import ExportError
+from surgery.errors import ExportError, UsageError
 from surgery.graph.inputs import Args, Kwargs, squashed, tensors
 
 OpenAxes = list[dict[int, str]]
@@ -108,10 +108,18 @@ def convert(exporter: str, order: Order) -> ir.Model:
 
 
 def exportable_copy(module: nn.Module) -> nn.Module:
-    """A copy on the CPU, in eval mode, with its FrozenBatchNorm2d as BatchNorm2d: exporters fold only these."""
-    model = copy.deepcopy(module).eval().cpu()
+    """A copy on the CPU, in eval mode, with its FrozenBatchNorm2d as BatchNorm2d: exporters fold only these.
+
+    Raises `UsageError` where there is no module to copy, or it cannot be.
+    """
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"only a module can be exported, not {module!r}")
+    try:
+        model = copy.deepcopy(module).eval().cpu()
+    except Exception as error:  # whatever the module's parts raise that cannot be copied
+        raise UsageError(f"{type(module).__name__} cannot be copied to the CPU: {squashed(error)}") from error
     for path, frozen in list(model.named_modules()):
-        if type(frozen) is FrozenBatchNorm2d and path:
+        if type(frozen) is FrozenBatchNorm2d and path and not (frozen._forward_hooks or frozen._forward_pre_hooks):
             norm = nn.BatchNorm2d(len(frozen.weight), eps=frozen.eps, dtype=frozen.weight.dtype).eval()
             norm.load_state_dict(frozen.state_dict(), strict=False)  # a frozen norm counts no batches
             model.set_submodule(path, norm.requires_grad_(False))
