@@ -381,6 +381,25 @@ def test_an_exporter_that_is_unknown_is_refused(tmp_path):
         export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input(), exporter="dynamic")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"opset": -1}, "opset must be a whole number of at least 1, not -1"),
+        ({"opset": 0}, "opset must be a whole number of at least 1, not 0"),
+        ({"opset": "18"}, "opset must be a whole number of at least 1, not '18'"),
+        ({"rtol": -1.0}, r"rtol must be a number of at least 0, not -1.0"),
+        ({"rtol": float("nan")}, "rtol must be a number of at least 0, not nan"),
+        ({"rtol": float("inf")}, "rtol must be a number of at least 0, not inf"),
+        ({"rtol": "1e-4"}, "rtol must be a number of at least 0, not '1e-4'"),
+        ({"metadata": {"epoch": 3}}, "the keys and values of metadata must be strings, not {'epoch': 3}"),
+    ],
+    ids=lambda value: f"{value}" if isinstance(value, dict) else "",
+)
+def test_an_option_that_means_nothing_is_refused(options, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input(), **options)
+
+
 def nodes(path, *types):
     return [node for node in onnx.load(path).graph.node if node.op_type in types]
 

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from surgery.deploy.onnx.detections import are_detections
 from surgery.deploy.onnx.exporters import EXPORTERS, Order, convert, exportable_copy
 from surgery.deploy.onnx.openings import Plan
 from surgery.deploy.onnx.parity import Parity, parity, reference
-from surgery.errors import ExportError, UsageError, unknown_name
+from surgery.errors import ExportError, UsageError, unknown_name, whole_number
 from surgery.graph import tracing
 from surgery.graph.detectors import without_threshold
 from surgery.graph.inputs import Args, Kwargs, copied, is_list_of_images, resolve, squashed
@@ -106,13 +107,18 @@ def export_onnx(
         force: replace ``path`` if it exists.
 
     Raises:
-        UsageError: the path or the inputs are not usable.
+        UsageError: the path, the inputs or an option are not usable.
         ExportError: the module cannot be exported, or its export does not match it; no file is left.
     """
     path = Path(path)
     _refuse_path(path, force)
     if exporter is not None and exporter not in EXPORTERS:
         raise unknown_name("exporter", exporter, EXPORTERS)
+    opset = None if opset is None else whole_number("opset", opset, 1)
+    if rtol is not None and not (isinstance(rtol, Real) and 0 <= rtol < float("inf")):
+        raise UsageError(f"rtol must be a number of at least 0, not {rtol!r}")
+    if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
+        raise UsageError(f"the keys and values of metadata must be strings, not {metadata!r}")
     args, named = copied(*resolve(module, example_inputs, kwargs), "cpu")
     listed = is_list_of_images(args)
     plan = Plan(args, named, not listed if dynamic_batch is None else dynamic_batch, dynamic_size, opset)
