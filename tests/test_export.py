@@ -1,6 +1,7 @@
 import hashlib
 import json
 import logging
+import os
 import subprocess
 import sys
 import textwrap
@@ -559,6 +560,39 @@ def test_weights_too_large_for_one_file_go_beside_it(tmp_path, monkeypatch):
     with torch.no_grad():
         expected = small().eval()(small_input()).numpy()
     np.testing.assert_allclose(run(written.path, small_input())[0], expected, atol=1e-5)
+
+
+def test_a_file_where_the_weights_would_go_is_replaced_only_by_force(tmp_path, monkeypatch):
+    monkeypatch.setattr(export_file, "_INLINE_LIMIT", 1000)
+    data = tmp_path / "small.onnx.data"
+    data.write_text("precious")
+    with pytest.raises(UsageError, match=r"small\.onnx\.data exists; pass force=True"):
+        export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input())
+    assert [file.name for file in tmp_path.iterdir()] == [data.name]
+    assert data.read_text() == "precious"
+    export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input(), force=True)
+    onnx.checker.check_model(tmp_path / "small.onnx")
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    path = tmp_path / "small.onnx"
+    original = export_file.parity
+
+    def slowly(*args):
+        path.write_text("precious")
+        return original(*args)
+
+    monkeypatch.setattr(export_file, "parity", slowly)
+    with pytest.raises(UsageError, match=r"small\.onnx exists; pass force=True"):
+        export_onnx(small(), path, example_inputs=small_input())
+    assert path.read_text() == "precious"
+
+
+def test_a_pipe_is_not_replaced_even_by_force(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="it is no regular file"):
+        export_onnx(small(), tmp_path / "pipe", example_inputs=small_input(), force=True)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_a_file_that_exists_is_replaced_only_by_force_and_only_by_a_good_one(tmp_path):

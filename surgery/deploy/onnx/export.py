@@ -140,6 +140,8 @@ def export_onnx(
                 failed.append(error)
                 continue
             graph_last = sorted(Path(folder).iterdir(), key=lambda file: file == draft)  # it names the rest
+            for file in graph_last:  # the weights' file, or one that has appeared meanwhile, may be someone else's
+                _refuse_path(path.parent / file.name, force)
             for file in graph_last:
                 os.replace(file, path.parent / file.name)
         return done
@@ -152,6 +154,8 @@ def _refuse_path(path: Path, force: bool) -> None:
         raise UsageError(f"cannot write {path}: there is no folder {path.parent}")
     if path.is_dir():
         raise UsageError(f"cannot write {path}: it is a folder")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"cannot write {path}: it is no regular file")
     if path.exists() and not force:
         raise UsageError(f"{path} exists; pass force=True (--force) to replace it")
 
