@@ -529,6 +529,39 @@ def test_both_exporters_take_nested_and_named_inputs_by_the_same_names(exporter,
     assert [value.name for value in graph.output] == ["sum", "pair_0", "pair_1"]
 
 
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_a_tensor_given_twice_is_two_inputs(exporter, tmp_path):
+    class Both(nn.Module):
+        def forward(self, a, b):
+            return a - b.relu()
+
+    x = torch.randn(2, 4)
+    written = export_onnx(Both(), tmp_path / "m.onnx", example_inputs=(x, x), exporter=exporter)
+    given = onnx.load(written.path).graph.input
+    assert [(value.name, value.type.tensor_type.shape.dim[0].dim_param) for value in given] == [
+        *(("a", "batch"), ("b", "batch"))
+    ]
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_an_axis_that_is_as_long_as_the_batch_is_in_the_export_is_not_open_for_that(exporter, tmp_path):
+    class Sums(nn.Module):
+        def forward(self, x, pair):
+            return x + pair.sum(0)
+
+    given = (torch.randn(1, 4), torch.randn(2, 4))
+    path = export_onnx(Sums(), tmp_path / "m.onnx", example_inputs=given, exporter=exporter).path
+    dims = [value.type.tensor_type.shape.dim[0] for value in onnx.load(path).graph.input]
+    assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 2]
+
+
+@pytest.mark.parametrize("x", [torch.tensor(3.0), torch.zeros(0, 4)], ids=["no axis", "an empty axis"])
+def test_inputs_without_a_batch_are_exported_for_a_fixed_one_only(x, tmp_path):
+    with pytest.raises(UsageError, match=r"no batch axis to leave open.* pass dynamic_batch=False \(--fixed-batch\)"):
+        export_onnx(nn.ReLU(), tmp_path / "m.onnx", example_inputs=x)
+    assert export_onnx(nn.ReLU(), tmp_path / "m.onnx", example_inputs=x, dynamic_batch=False).max_abs == 0
+
+
 def test_a_recipe_goes_into_the_file_unless_it_is_long(tmp_path, monkeypatch):
     traced = slim(trace(small(), small_input()), 0.5)
     notes = {e.key: e.value for e in onnx.load(export_onnx(traced, tmp_path / "a.onnx").path).metadata_props}

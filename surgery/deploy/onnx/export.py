@@ -145,7 +145,11 @@ def export_onnx(
             for file in graph_last:
                 os.replace(file, path.parent / file.name)
         return done
-    hint = " (dynamic_batch=False fixes the batch to that of the example inputs)" if plan.dynamic_batch else ""
+    hint = (
+        " (dynamic_batch=False fixes the batch to that of the example inputs: --fixed-batch)"
+        if plan.dynamic_batch
+        else ""
+    )
     raise ExportError("; ".join(dict.fromkeys(map(str, failed))) + hint) from failed[0]
 
 

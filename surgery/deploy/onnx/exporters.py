@@ -128,10 +128,11 @@ def exportable_copy(module: nn.Module) -> nn.Module:
 
 def input_names(order: Order) -> list[str]:
     """The names that `dynamo` gives: parameters of ``forward``, and within a list or dict the keys that lead on."""
-    bound = inspect.signature(order.model.forward).bind(*order.args, **order.kwargs).arguments
-    found = pytree.tree_flatten_with_path(bound)[0]
-    by_id = {id(leaf): _joined(keys) for keys, leaf in found if isinstance(leaf, Tensor)}
-    return [by_id[id(tensor)] for tensor in tensors((order.args, order.kwargs))]
+    leaves, spec = pytree.tree_flatten((order.args, order.kwargs))
+    args, kwargs = pytree.tree_unflatten(list(range(len(leaves))), spec)  # a tensor may be given twice, a place not
+    bound = inspect.signature(order.model.forward).bind(*args, **kwargs).arguments
+    names = {place: _joined(keys) for keys, place in pytree.tree_flatten_with_path(bound)[0]}
+    return [names[place] for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
 
 def output_names(order: Order) -> list[str]:

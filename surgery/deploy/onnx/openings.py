@@ -41,6 +41,11 @@ class Plan:
     def __post_init__(self) -> None:
         if self.dynamic_batch and is_list_of_images(self.args):
             raise UsageError("a list of images has no batch axis to leave open: each image is an input of its own")
+        if self.dynamic_batch and not batch_of(self.args, self.kwargs):
+            raise UsageError(
+                "the example inputs have no batch axis to leave open: their first tensor has no axis 0, or an empty "
+                "one; pass dynamic_batch=False (--fixed-batch)"
+            )
         if self.dynamic_size and not images_of(self.args, self.kwargs):
             raise UsageError("dynamic_size: none of the example inputs is an image, (N, channels, height, width)")
 
@@ -86,10 +91,11 @@ class Plan:
         args, kwargs = self._exported
         images = {id(image) for image in images_of(args, kwargs)} if self.dynamic_size else set()
         listed = is_list_of_images(args)
+        batch = batch_of(self.args, self.kwargs)
         sizes: list[object] = []
         found: OpenAxes = []
-        for tensor in tensors((args, kwargs)):
-            axes = {0: "batch"} if self.dynamic_batch and tensor.ndim and tensor.shape[0] == _EXPORT_BATCH else {}
+        for given, tensor in zip(tensors((self.args, self.kwargs)), tensors((args, kwargs)), strict=True):
+            axes = {0: "batch"} if self.dynamic_batch and given.ndim and given.shape[0] == batch else {}
             if id(tensor) in images:
                 size = id(tensor) if listed else tensor.shape[-2:]
                 sizes += [] if size in sizes else [size]
