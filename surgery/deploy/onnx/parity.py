@@ -46,9 +46,9 @@ class Parity:
 def parity(path: Path, model: nn.Module, cases: Iterable[Case], rtol: float) -> Parity:
     """Compare the outputs of ``path`` in ONNX Runtime with those of ``model``, both on the CPU.
 
-    Detections are paired (`surgery.deploy.onnx.detections`): each that scores above the lowest needs its like on the other
-    side, ``rtol`` being the tolerance, too, of scores in terms of the highest and of boxes in terms of the largest
-    coordinate.
+    Detections are paired (`surgery.deploy.onnx.detections`): each that scores above the lowest needs its like on the
+    other side, ``rtol`` being the tolerance, too, of scores in terms of the highest and of boxes in terms of the
+    largest coordinate.
 
     Raises `ExportError` at the first output whose relative difference is above ``rtol``, or that is of another shape.
     """
