@@ -1,5 +1,6 @@
 import gc
 import json
+import math
 import os
 
 import numpy as np
@@ -260,6 +261,9 @@ def test_without_the_cuda_provider_nothing_is_measured_in_its_place(small_onnx, 
         ({"threads": 0}, "threads must be at least 1, not 0"),
         ({"min_runs": 0}, "min_runs must be at least 1, not 0"),
         ({"sessions": 0}, "sessions must be at least 1, not 0"),
+        ({"min_seconds": -1.0}, "min_seconds must be at least 0, not -1.0"),
+        ({"min_seconds": math.nan}, "min_seconds must be at least 0, not nan"),
+        ({"min_seconds": math.inf}, "min_seconds must be at least 0, not inf"),
         ({"runtime": "torch-cuda-graphs"}, "the torch-cuda-graphs runtime needs a GPU: give it device 'cuda'"),
         ({"runtime": "onnxruntime-cuda-graphs"}, "the onnxruntime-cuda-graphs runtime needs a GPU"),
         ({"runtime": "onnxruntime-tensorrt"}, "the onnxruntime-tensorrt runtime needs a GPU"),
@@ -483,6 +487,8 @@ def test_comparing_nothing_or_with_no_confidence_is_refused(small_onnx):
         compare({})
     with pytest.raises(UsageError, match="confidence must lie between 0 and 1, not 95"):
         compare({"a": small_onnx}, confidence=95)
+    with pytest.raises(UsageError, match="seed must be a whole number of at least 0, not -1"):
+        compare({"a": small_onnx}, seed=-1)
 
 
 def test_what_one_candidate_opened_is_closed_when_another_fails(monkeypatch):

@@ -277,6 +277,11 @@ TRADEOFF = ["tradeoff", SMALL, "--dataset", "digits", "--out", "made"]
         (["slim", SMALL, *PIXELS, "--rate", "1.5", *OUT], "split rate must be in (0, 1], not 1.5\n"),
         (["slim", SMALL, *PIXELS, "--rate", "0", *OUT], "split rate must be in (0, 1], not 0.0\n"),
         (["slim", SMALL, *PIXELS, "--rate", "half", *OUT], "--rate 'half' is neither a number nor of the form LAYER="),
+        (
+            ["slim", SMALL, *PIXELS, "--rate", "fc=0.5", "--rate", "fc=1", *OUT],
+            "--rate: 'fc' is given more than once\n",
+        ),
+        (["slim", SMALL, *PIXELS, "--rate", "0.5", "--seed", "-1", *OUT], "Invalid value for '--seed': "),
         (["slim", SMALL, *PIXELS, "--rate", "a=0.5", "--rate", "0.5", *OUT], "--rate '0.5' is not of the form LAYER="),
         (
             ["inspect", SMALL, "--input-shape", "2,1,32,32"],
@@ -301,6 +306,10 @@ TRADEOFF = ["tradeoff", SMALL, "--dataset", "digits", "--out", "made"]
         (["export", SMALL, "--weights", "BEST", "--out", "a.onnx"], "unknown weights of 'squeezenet1_1' 'BEST'"),
         (["bench", "nothing.onnx"], "there is no file nothing.onnx\n"),
         (["bench", SMALL, "--runtime", "onxruntime"], "unknown runtime 'onxruntime'; did you mean 'onnxruntime', "),
+        (
+            ["sensitivity", SMALL, "--dataset", "digits", "--image-size", "0", *OUT],
+            "--image-size must be a whole number of at least 1, not 0\n",
+        ),
         (["bench", SMALL, SMALL], "a model is given more than once\n"),
         ([*TRADEOFF, "--dataset", "digit"], "unknown data set 'digit'; did you mean 'digits'?\n"),
         ([*TRADEOFF, "--dataset", "torchvision:CIFAR10"], "data set 'torchvision:CIFAR10' needs a folder to keep its "),

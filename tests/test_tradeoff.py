@@ -184,6 +184,7 @@ def refused(tmp_path, source=None, **changes):
         ({"split_rates": [float("nan")]}, "split rate nan is outside (0, 1]"),
         ({"split_rates": [0.5, 0.5]}, "split rate 0.5 is given more than once"),
         ({"epochs": -1}, "epochs is -1: it must be at least 0"),
+        ({"seed": -1}, "seed is -1: it must be at least 0"),
         ({"threads": 0}, "threads is 0: it must be at least 1"),
         ({"lr": 0.0}, "the learning rate is 0.0: it must be above 0"),
         ({"source": tiny(5)}, "'digits' has 10 classes, but from 2 images the model makes (2, 5)"),

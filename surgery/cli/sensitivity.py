@@ -26,7 +26,7 @@ from surgery.deploy.budget.sensitivity import Sensitivity, write_sensitivity
 from surgery.deploy.budget.sensitivity import sensitivity as run_sensitivity
 from surgery.deploy.checkpoint import load
 from surgery.deploy.classifiers import classifier, data_for
-from surgery.errors import UsageError
+from surgery.errors import UsageError, whole_number
 from surgery.folders import refuse_folder, staged_folder
 from surgery.passes.importance import IMPORTANCE
 from surgery.training.loop import train
@@ -68,6 +68,8 @@ def sensitivity(
     Writes sensitivity.png, sensitivity.csv and sensitivity.json.
     """
     refuse_folder(out, marker=MARKER, force=force)
+    if image_size is not None:
+        whole_number("--image-size", image_size, 1)
     saved = is_saved(model)
     if not saved and not epochs:
         parsed = catalogue.parse(model, weights=weights)

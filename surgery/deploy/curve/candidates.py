@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -207,7 +208,7 @@ def _amount(text: str, whole: str) -> Any:
     values = {}
     for item in text.split(";"):
         name, _, number = item.rpartition("=")
-        if not name.strip():
+        if not name.strip() or name.strip() in values:
             raise _unreadable(whole)
         values[name.strip()] = _number(number, whole)
     return values
@@ -217,10 +218,14 @@ def _number(text: str, whole: str) -> int | float:
     try:
         return int(text)
     except ValueError:
-        try:
-            return float(text)
-        except ValueError:
-            raise _unreadable(whole) from None
+        pass
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise _unreadable(whole)
+    return value
 
 
 def _unreadable(text: str) -> UsageError:

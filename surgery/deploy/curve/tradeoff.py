@@ -107,7 +107,7 @@ def tradeoff(
     for folder in reuse:
         if not (Path(folder) / MARKER).is_file():
             raise UsageError(f"{folder} has no trained models to reuse: it holds no {MARKER}")
-    _at_least(0, epochs=epochs, finetune_epochs=finetune_epochs)
+    _at_least(0, epochs=epochs, finetune_epochs=finetune_epochs, seed=seed)
     _at_least(1, image_size=image_size, limit=limit, threads=threads, hint_epochs=hint_epochs, generations=generations)
     if importance not in IMPORTANCE:
         raise unknown_name("importance", importance, IMPORTANCE)

@@ -11,6 +11,7 @@ that shows is noise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -32,7 +33,7 @@ from surgery.deploy.measure.ratios import (
 )
 from surgery.deploy.measure.runners import ready
 from surgery.deploy.measure.timing import Series, pinned, take_turns
-from surgery.errors import UsageError
+from surgery.errors import UsageError, whole_number
 
 __all__ = ["BenchmarkResult", "Comparison", "Ratio", "benchmark", "compare", "ratio_of_medians", "sweep"]
 
@@ -208,7 +209,8 @@ def compare(
     """
     threads = usable_cores() if threads is None else threads
     numbers = {"batch_size": batch_size, "threads": threads, "min_runs": min_runs, "sessions": sessions}
-    _refuse(candidates, numbers, confidence)
+    _refuse(candidates, numbers, min_seconds, confidence)
+    whole_number("seed", seed, 0)
     if check or len(candidates) > 1:
         refuse_few_sessions(sessions, confidence)
     here = environment()
@@ -273,12 +275,16 @@ def sweep(candidates: Mapping[str, Candidate], batch_sizes: Sequence[int], **opt
     return {size: compare(candidates, batch_size=size, **options) for size in batch_sizes}
 
 
-def _refuse(candidates: Mapping[str, Candidate], numbers: Mapping[str, int], confidence: float) -> None:
+def _refuse(
+    candidates: Mapping[str, Candidate], numbers: Mapping[str, int], min_seconds: float, confidence: float
+) -> None:
     if not candidates:
         raise UsageError("nothing to measure: no candidates were given")
     for name, value in numbers.items():
         if value < 1:
             raise UsageError(f"{name} must be at least 1, not {value}")
+    if not 0 <= min_seconds < math.inf:
+        raise UsageError(f"min_seconds must be at least 0, not {min_seconds}")
     if not 0 < confidence < 1:
         raise UsageError(f"confidence must lie between 0 and 1, not {confidence}")
 
