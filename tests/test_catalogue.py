@@ -349,6 +349,9 @@ def factories(tmp_path, monkeypatch):
 
         def text():
             return "no module"
+
+        def fails():
+            return {}["width"]
     """
     (tmp_path / "factories_of_a_test.py").write_text(textwrap.dedent(code))
     monkeypatch.syspath_prepend(tmp_path)
@@ -364,6 +367,7 @@ def test_a_trusted_factory_is_called_with_the_keywords(factories):
     [
         ("nothing", "cannot import 'factories_of_a_test:nothing'"),
         ("tiny?depth=2", "'factories_of_a_test:tiny' cannot be called with depth=2"),
+        ("fails", "'factories_of_a_test:fails' cannot be called with no arguments: KeyError: 'width'"),
         ("text", "'factories_of_a_test:text' returned str, not an nn.Module"),
         ("tiny?weights=DEFAULT", "'factories_of_a_test:tiny' is a factory of your own"),
     ],

@@ -17,7 +17,7 @@ from surgery.catalogue import pretrained
 from surgery.catalogue.entries import FROZEN_NORM, Value, text
 from surgery.catalogue.fitnets import build_fitnet
 from surgery.catalogue.sources import Source, parse
-from surgery.errors import UsageError
+from surgery.errors import SurgeryError, UsageError
 
 
 def build(
@@ -65,12 +65,15 @@ def _from_factory(source: Source, trust: bool) -> nn.Module:
         raise UsageError(f"{where!r} is a factory of your own: load its weights in the factory, not by name")
     try:
         factory = getattr(import_module(source.prefix), source.name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # importing runs the module, which may raise anything
         raise UsageError(f"cannot import {where!r}: {error}") from error
     try:
         module = factory(**source.keywords)
-    except TypeError as error:
-        raise UsageError(f"{where!r} cannot be called with {_described(source.keywords)}: {error}") from error
+    except SurgeryError:
+        raise
+    except Exception as error:  # it is someone else's code
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{where!r} cannot be called with {_described(source.keywords)}: {reason}") from error
     if not isinstance(module, nn.Module):
         raise UsageError(f"{where!r} returned {type(module).__name__}, not an nn.Module")
     return module
