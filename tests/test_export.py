@@ -360,6 +360,27 @@ def test_what_the_exporter_prints_logs_and_warns_of_stays_inside(tmp_path, monke
     assert logging.root.manager.disable == logging.NOTSET
 
 
+def test_an_exporter_that_fails_prints_nothing(tmp_path):
+    code = f"""
+        import torch
+        from surgery.deploy.onnx.export import export_onnx
+        from surgery.errors import ExportError
+
+        class Fails(torch.nn.Module):
+            def forward(self, x):
+                y = x if x.sum() > 0 else -x
+                return torch.complex(y, y)
+
+        try:
+            export_onnx(Fails(), {str(tmp_path / "m.onnx")!r}, example_inputs=torch.ones(2, 2))
+        except ExportError:
+            raise SystemExit(7)
+    """
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
+
+
 def test_the_opset_asked_for_is_the_opset_written(tmp_path):
     written = export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input(), opset=18)
     assert written.opset == 18

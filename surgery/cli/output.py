@@ -47,7 +47,7 @@ class Bars:
     """
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
+        self._console = Console(file=sys.stderr)  # this one, whatever an exporter makes of sys.stderr meanwhile
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

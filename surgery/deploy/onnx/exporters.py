@@ -162,6 +162,7 @@ class _Flat(nn.Module):
         self._leaves, self._spec = pytree.tree_flatten((args, kwargs))
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        torch._C._jit_set_onnx_log_enabled(False)  # torch turned it on: C++ prints graphs to stdout if the export fails
         rest: Iterable[Tensor] = iter(given)
         leaves = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]  # type: ignore[call-overload]
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
@@ -183,13 +184,16 @@ def _innermost(error: BaseException) -> BaseException:
 def _quietly() -> Iterator[None]:
     """Without what the exporter prints, logs and warns of: what matters of it is raised.
 
-    Standard error is left alone, for a progress bar may be drawn there meanwhile; the exporter's own messages reach it
-    through ``logging`` and ``warnings`` only.
+    A progress bar that is drawn meanwhile has to hold on to the standard error it began with.
     """
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
