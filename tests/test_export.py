@@ -18,8 +18,8 @@ from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from surgery.catalogue import CATALOGUE, build
-from surgery.deploy import parity as parity_file
 from surgery.deploy.onnx import export as export_file
+from surgery.deploy.onnx import parity as parity_file
 from surgery.deploy.onnx.export import export_onnx
 from surgery.errors import ExportError, UsageError
 from surgery.graph.tracing import trace
@@ -591,6 +591,39 @@ def test_a_recipe_goes_into_the_file_unless_it_is_long(tmp_path, monkeypatch):
     notes = {e.key for e in onnx.load(export_onnx(traced, tmp_path / "b.onnx").path).metadata_props}
     assert "surgery.recipe_sha256" in notes
     assert "surgery.recipe" not in notes
+
+
+def test_a_branch_on_values_that_the_example_inputs_do_not_take_is_found_out(tmp_path):
+    model = Applies(lambda y, x: y * 2 if x.sum() > 0 else y)
+    with pytest.raises(ExportError, match="on other values, output 'output' differs from torch by"):
+        export_onnx(model, tmp_path / "m.onnx", example_inputs=torch.zeros(2, 4))
+
+
+def test_wrong_weights_are_found_out_though_the_example_inputs_are_zero(tmp_path, monkeypatch):
+    convert = export_file.convert
+
+    def spoilt(exporter, order):
+        with torch.no_grad():
+            order.model.linear.weight *= 1.01
+            made = convert(exporter, order)
+            order.model.linear.weight /= 1.01
+        return made
+
+    monkeypatch.setattr(export_file, "convert", spoilt)
+    with pytest.raises(ExportError, match="on other values, output 'output' differs from torch by"):
+        export_onnx(Applies(lambda y, x: y), tmp_path / "m.onnx", example_inputs=torch.zeros(2, 4))
+
+
+def test_values_that_a_module_refuses_are_not_held_against_it(tmp_path):
+    class Increasing(nn.Module):
+        def forward(self, x):
+            if not torch.compiler.is_compiling() and not (x.diff() > 0).all():
+                raise ValueError("not increasing")
+            return x * 2
+
+    model, x = Increasing(), torch.arange(8.0).reshape(1, 8)
+    written = export_onnx(model, tmp_path / "m.onnx", example_inputs=x, dynamic_batch=False)
+    assert written.max_abs == 0.0
 
 
 def test_an_export_that_is_killed_leaves_nothing_at_its_path(tmp_path):

@@ -209,6 +209,14 @@ def test_a_file_that_detects_something_else_is_found_out(boxes, scores, labels, 
             parity(path, other, cases, 1e-3)
 
 
+def test_an_export_of_which_nothing_could_be_compared_is_an_error(tmp_path):
+    given = ([torch.zeros(3, 4, 4)],)
+    with pytest.raises(ExportError, match=r"nothing was detected on the example inputs, .*verify=False"):
+        export_onnx(Detector([], []), tmp_path / "m.onnx", example_inputs=given)
+    assert list(tmp_path.iterdir()) == []
+    assert export_onnx(Detector([], []), tmp_path / "m.onnx", example_inputs=given, verify=False).detections is None
+
+
 def test_a_list_of_images_has_no_batch_axis(tmp_path):
     with pytest.raises(UsageError, match="each image is an input of its own"):
         export_onnx(

@@ -4,7 +4,7 @@ from torch import nn
 
 from surgery.deploy.onnx.parity import reference
 from surgery.errors import UsageError
-from surgery.graph.inputs import batch_of, resolve, with_batch
+from surgery.graph.inputs import batch_of, other_values, resolve, with_batch
 
 
 def test_samples_beyond_those_given_hold_the_same_values_and_yet_differ():
@@ -82,3 +82,14 @@ def test_whatever_a_module_raises_on_its_inputs_is_one_line_that_gives_their_sha
 
     with pytest.raises(UsageError, match=r"cannot be run on these inputs \(\(2, 4\)\): '?too small"):
         reference(Raises(), (torch.zeros(2, 4),), {})
+
+
+def test_other_values_are_of_the_same_kind():
+    whole, mixed = torch.arange(6), torch.randn(2, 3)
+    args, kwargs = other_values((whole, mixed, torch.zeros(2), torch.full((4,), -3.0)), {"again": mixed})
+    assert args[0] is whole
+    assert not torch.equal(args[1], mixed)
+    assert torch.equal(args[1].flatten().sort()[0], mixed.flatten().sort()[0])
+    assert ((args[2] >= 0.5) & (args[2] <= 1.5)).all()
+    assert ((args[3] <= -1.5) & (args[3] >= -4.5)).all()
+    assert kwargs["again"] is args[1]

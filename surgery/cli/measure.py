@@ -65,6 +65,9 @@ def export(
     exporter: Annotated[
         str | None, typer.Option(help=f"{' or '.join(EXPORTERS)}. [default: dynamo, and if it fails torchscript]")
     ] = None,
+    rtol: Annotated[
+        float | None, typer.Option(help="The relative error that passes. [default: 1e-4; 1e-3 for detections]")
+    ] = None,
     input_shape: InputShape = None,
     weights: Weights = "none",
     seed: Seed = 0,
@@ -90,6 +93,7 @@ def export(
         dynamic_batch=False if fixed_batch else None,
         dynamic_size=dynamic_size,
         exporter=exporter,
+        rtol=rtol,
         force=force,
     )
     checked = [f"batch {', '.join(map(str, done.batches))}"] if done.batches else []

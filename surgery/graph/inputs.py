@@ -138,6 +138,27 @@ def enlarged(args: Args, kwargs: Kwargs, higher: int, wider: int) -> tuple[Args,
     return larger
 
 
+def other_values(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """These inputs with other numbers of the same kind in their floating-point tensors: theirs in a random order.
+
+    Where all are one number, random fractions of it, or of 1 if it is 0. It is the same at every call.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def changed(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point() or not tensor.numel():
+            return tensor
+        values = tensor.flatten()
+        if (values != values[0]).any():
+            return values[torch.randperm(len(values), generator=generator)].reshape(tensor.shape)
+        fractions = 0.5 + torch.rand(tensor.shape, generator=generator).to(tensor.dtype)
+        return fractions * tensor if values[0] else fractions
+
+    once = {id(tensor): changed(tensor) for tensor in tensors((args, kwargs))}
+    other: tuple[Args, Kwargs] = pytree.tree_map_only(torch.Tensor, lambda tensor: once[id(tensor)], (args, kwargs))
+    return other
+
+
 def tensors(tree: Any) -> list[torch.Tensor]:
     """The tensors among the leaves of a nest of tuples, lists and dicts, in order."""
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

@@ -182,12 +182,17 @@ def _compare(exporter: str, order: Order, plan: Plan, path: Path, rtol: float | 
     default = DETECTIONS_RTOL if are_detections(order.outputs) else RTOL
     rtol = default if rtol is None else rtol
     found = parity(path, order.model, plan.cases(), rtol)
-    if found.detections != 0 or not without_threshold(order.model):
-        return found
-    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        bare = Path(folder) / path.name
-        _write(exporter, order, bare, {})
-        return parity(bare, order.model, plan.cases(), rtol)
+    if found.detections == 0 and without_threshold(order.model):
+        with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
+            bare = Path(folder) / path.name
+            _write(exporter, order, bare, {})
+            found = parity(bare, order.model, plan.cases(), rtol)
+    if found.detections == 0:
+        raise ExportError(
+            "nothing was detected on the example inputs, so that there was nothing to compare: give inputs on which "
+            "the model detects something (example_inputs), or waive the check (verify=False)"
+        )
+    return found
 
 
 def _provenance(module: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, str]:

@@ -12,7 +12,17 @@ from torch import nn
 from surgery.deploy.onnx.exporters import OpenAxes, Order
 from surgery.deploy.onnx.parity import Case
 from surgery.errors import UsageError
-from surgery.graph.inputs import Args, Kwargs, batch_of, enlarged, images_of, is_list_of_images, tensors, with_batch
+from surgery.graph.inputs import (
+    Args,
+    Kwargs,
+    batch_of,
+    enlarged,
+    images_of,
+    is_list_of_images,
+    other_values,
+    tensors,
+    with_batch,
+)
 
 CHECKED_BATCHES = (1, 2, 3)
 _EXPORT_BATCH = 2
@@ -59,6 +69,7 @@ class Plan:
             yield Case(f"at batch {batch}", *self._at(batch))
         if not self.batches:
             yield Case("on the example inputs", self.args, self.kwargs)
+        yield Case("on other values", *other_values(*self._exported), may_refuse=True)
         for height, width in self.other_sizes:
             yield Case(f"on images of {height} x {width}", *enlarged(*self._exported, _HIGHER, _WIDER))
 
