@@ -176,7 +176,7 @@ class Detector(nn.Module):
         told = detections(boxes, scores, labels)
         self.boxes = nn.Buffer(torch.tensor(told["boxes"]).float())
         self.scores = nn.Buffer(torch.tensor(told["scores"]).float())
-        self.labels = nn.Buffer(torch.tensor(told["labels"]))
+        self.labels = nn.Buffer(torch.tensor(told["labels"]).long())
 
     def forward(self, images):
         shift = sum(image.sum() for image in images) * 0
