@@ -25,7 +25,8 @@ def markdown(document: dict[str, Any]) -> str:
     lines = [
         "# Speed-up of slim models beside their MACs ratio",
         "",
-        f"`{document['command']}`; {where['date'][:10]}, {where['cpu']}, {settings['threads']} threads"
+        f"`{document['command']}`; {where['date'][:10]}, {where['cpu']}, {settings['threads']} "
+        f"thread{'s' if settings['threads'] > 1 else ''}"
         + (f", {where['gpu']}" if where["gpu"] else "")
         + (f", widths rounded up to multiples of {settings['round_to']}" if settings["round_to"] > 1 else "")
         + f", onnxruntime {where['versions'].get('onnxruntime-gpu') or where['versions']['onnxruntime']}, load "
