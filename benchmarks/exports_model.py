@@ -55,16 +55,16 @@ def main() -> None:
 
 
 def source_of(name: str, variant: str) -> str:
-    """The model as it is exported: what is slimmed in its small form, and detection models for smaller images."""
+    """The model as it is exported: but as ``built`` in its small form, and detection models for smaller images."""
     entry = catalogue.CATALOGUE[name]
-    if variant == "slim":
+    if variant != "built":
         return entry.small_source
     return f"{name}?min_size={DETECTION_SIZE}" if "min_size" in entry.small else name
 
 
 def inputs_of(name: str, source: str, variant: str, batch: int) -> tuple[Any, ...]:
-    """Images of the published size, or, for what is slimmed, of the smallest."""
-    small = variant == "slim"
+    """Images of the published size as ``built``, else of the smallest."""
+    small = variant != "built"
     images = catalogue.small_inputs(name, batch) if small else catalogue.example_inputs(source, batch_size=batch)
     return images if isinstance(images, tuple) else (images,)
 

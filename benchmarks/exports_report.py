@@ -31,13 +31,13 @@ def markdown(document: dict[str, Any]) -> str:
     good = [row for row in rows if "error" not in row]
     run = document["runs"][-1]
     versions = run["environment"]["versions"]
-    built, slim = (sum(row["variant"] == variant for row in good) for variant in ("built", "slim"))
+    built, small, slim = (sum(row["variant"] == variant for row in good) for variant in ("built", "small", "slim"))
     dynamo, torchscript = (sum(r["files"][0]["exporter"] == e for r in good) for e in ("dynamo", "torchscript"))
     head = [
         "# ONNX exports of the catalogue",
         "",
-        f"{len(good)} of {len(rows)} exports agree with torch at batch 1, 2 and 3: {built} models as built, {slim} "
-        f"slimmed by half. The exporter was dynamo for {dynamo} of them, TorchScript for {torchscript}.",
+        f"{len(good)} of {len(rows)} exports agree with torch at batch 1, 2 and 3: {built} models as built, {small} "
+        f"built for small images, {slim} of these slimmed by half. The exporter was dynamo for {dynamo} of them, TorchScript for {torchscript}.",
         f"BatchNorms that could have been folded and were not: {sum(len(r['files'][0]['unfolded']) for r in good)}.",
         "",
         f"Made by `{run['command']}` on {run['environment']['cpu']}, torch {versions['torch']}, ONNX Runtime "

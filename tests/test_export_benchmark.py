@@ -23,7 +23,10 @@ def test_a_row_says_what_the_export_is_like(tmp_path):
     assert file["max_rel"] < 1e-4
     assert file["unfolded"] == []
     text = exports_report.markdown({"models": [{"model": "squeezenet1_1", **row}], "runs": [RUN]})
-    assert "1 of 1 exports agree with torch at batch 1, 2 and 3: 0 models as built, 1 slimmed by half" in text
+    assert (
+        "1 of 1 exports agree with torch at batch 1, 2 and 3: 0 models as built, 0 built for small images, 1 of these slimmed"
+        in text
+    )
     assert "| squeezenet1_1 | slim | 2 x 3 x 64 x 64 | dynamo |" in text
 
 
@@ -50,7 +53,7 @@ def test_models_that_resize_their_images_are_given_small_ones():
     assert exports_model.source_of("vit_b_16", "slim") == "vit_b_16?image_size=32"
 
 
-@pytest.mark.parametrize(("variant", "size"), [("built", 224), ("slim", 32)])
+@pytest.mark.parametrize(("variant", "size"), [("built", 224), ("small", 32), ("slim", 32)])
 def test_models_are_given_images_of_the_published_size_and_slim_ones_small_images(variant, size):
     (images,) = exports_model.inputs_of("vit_b_16", exports_model.source_of("vit_b_16", variant), variant, 2)
     assert images.shape == (2, 3, size, size)
@@ -69,11 +72,11 @@ def test_rows_that_are_there_are_kept_and_not_made_again(tmp_path, monkeypatch):
     exports.main()
     monkeypatch.setattr(sys, "argv", ["exports.py", "alexnet", "--missing", "--out", str(out)])
     exports.main()
-    assert made == [("alexnet", "built"), ("vgg11", "built"), ("alexnet", "slim")]
+    assert made == [("alexnet", "built"), ("vgg11", "built"), ("alexnet", "small"), ("alexnet", "slim")]
     document = json.loads(out.read_text())
-    assert [row["variant"] for row in document["models"]] == ["built", "slim", "built"]
+    assert [row["variant"] for row in document["models"]] == ["built", "small", "slim", "built"]
     assert len(document["runs"]) == 2
-    assert "made as number 3" in out.with_suffix(".md").read_text()
+    assert "made as number 4" in out.with_suffix(".md").read_text()
 
 
 def test_norms_are_settled_so_that_nothing_explodes():
