@@ -37,7 +37,8 @@ def markdown(document: dict[str, Any]) -> str:
         "# ONNX exports of the catalogue",
         "",
         f"{len(good)} of {len(rows)} exports agree with torch at batch 1, 2 and 3: {built} models as built, {small} "
-        f"built for small images, {slim} of these slimmed by half. The exporter was dynamo for {dynamo} of them, TorchScript for {torchscript}.",
+        f"built for small images, {slim} of these slimmed by half. The exporter was dynamo for {dynamo} of "
+        f"them, TorchScript for {torchscript}.",
         f"BatchNorms that could have been folded and were not: {sum(len(r['files'][0]['unfolded']) for r in good)}.",
         "",
         f"Made by `{run['command']}` on {run['environment']['cpu']}, torch {versions['torch']}, ONNX Runtime "
