@@ -69,7 +69,7 @@ class Plan:
             yield Case(f"at batch {batch}", *self._at(batch))
         if not self.batches:
             yield Case("on the example inputs", self.args, self.kwargs)
-        yield Case("on other values", *other_values(*self._exported), may_refuse=True)
+        yield Case("on other values", *other_values(*self._exported), optional=True)
         for height, width in self.other_sizes:
             yield Case(f"on images of {height} x {width}", *enlarged(*self._exported, _HIGHER, _WIDER))
 
