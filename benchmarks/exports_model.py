@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 import surgery
 from surgery import catalogue
 from surgery.errors import SurgeryError
+from surgery.graph.inputs import tensors
 
 DETECTION_SIZE = 320
 """Pixels to which detection models resize the height of images, but for those that have no choice."""
@@ -41,7 +43,7 @@ def main() -> None:
     if variant == "slim":
         note(step="slim")
         model = surgery.slim(surgery.trace(model, inputs, source=source), 0.5)
-    note(step="export", input_shapes=[list(tensor.shape) for tensor in _flat(inputs)][:2])
+    note(step="export", input_shapes=[list(tensor.shape) for tensor in tensors(inputs)][:2])
     files = []
     for batch in BATCHES if isinstance(inputs[0], list) else (None,):
         given = inputs if batch is None else inputs_of(name, source, variant, batch)
@@ -77,10 +79,7 @@ def exported(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
         graph = onnx.load(Path(folder) / "model.onnx", load_external_data=False).graph
         files = sorted(file.name for file in Path(folder).iterdir())
     makers = {name: node for node in graph.node for name in node.output}
-    readers: dict[str, int] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers[name] = readers.get(name, 0) + 1
+    readers = Counter(name for node in graph.node for name in node.input)
     unfolded = [
         node.name
         for node in graph.node
@@ -113,10 +112,6 @@ def settled(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
     for hook in hooks:
         hook.remove()
     return model
-
-
-def _flat(inputs: tuple[Any, ...]) -> list[torch.Tensor]:
-    return [tensor for one in inputs for tensor in (one if isinstance(one, list) else [one])]
 
 
 if __name__ == "__main__":

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-ISSUES: dict[str, str] = {}
-"""Public issues about what an exporter says, by a part of that."""
-
 
 def line(row: dict[str, Any]) -> str:
     """One row, as the terminal shows it."""
@@ -41,16 +38,15 @@ def markdown(document: dict[str, Any]) -> str:
         f"them, TorchScript for {torchscript}.",
         f"BatchNorms that could have been folded and were not: {sum(len(r['files'][0]['unfolded']) for r in good)}.",
         "",
-        f"Made by `{run['command']}` on {run['environment']['cpu']}, torch {versions['torch']}, ONNX Runtime "
-        f"{versions['onnxruntime']}.",
+        f"Made on {run['environment']['cpu']}, torch {versions['torch']}, ONNX Runtime {versions['onnxruntime']}, by "
+        + "; ".join(dict.fromkeys(f"`{run['command']}`" for run in document["runs"]))
+        + ".",
         "",
     ]
     failed = [row for row in rows if "error" in row]
     if failed:
         head += ["## What could not be exported", ""]
-        for row in failed:
-            issue = next((f" ({link})" for part, link in ISSUES.items() if part in row["error"]), "")
-            head.append(f"- `{row['model']}`, {row['variant']}: {row['error']}{issue}")
+        head += [f"- `{row['model']}`, {row['variant']}: {row['error']}" for row in failed]
         head.append("")
     head += [
         "## All",

@@ -65,11 +65,9 @@ def measure(name: str, batch: int, timing: dict[str, Any]) -> dict[str, Any]:
             torch.onnx.export(model, images if isinstance(images, tuple) else (images,), plain, verbose=False)
         surgery.export_onnx(surgery.trace(model, images, source=source), ours, verify=False)
         compared = surgery.compare({"plain": plain, "ours": ours}, batch_size=batch, memory=False, **timing)
-    ratio = compared.ratios["ours"]
-    found = {key: result.to_dict() for key, result in compared.results.items()}
-    check = compared.to_dict()["check"]
-    record = {"model": name, "batch_size": batch, "ratio": {"value": ratio.value, "low": ratio.low, "high": ratio.high}}
-    return {**record, "check": check, "too_noisy": compared.too_noisy or None, "results": found}
+    said = compared.to_dict()
+    record = {"model": name, "batch_size": batch, "ratio": said["ratios"]["ours"]}
+    return {**record, **{key: said[key] for key in ("check", "too_noisy", "results")}}
 
 
 def markdown(document: dict[str, Any]) -> str:

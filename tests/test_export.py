@@ -10,6 +10,7 @@ import textwrap
 import threading
 import warnings
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -19,10 +20,15 @@ import torch
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from exports_model import settled
+
 from surgery.catalogue import CATALOGUE, build
 from surgery.deploy.onnx import export as export_file
 from surgery.deploy.onnx import parity as parity_file
 from surgery.deploy.onnx.export import export_onnx
+from surgery.deploy.onnx.parity import Case
 from surgery.errors import ExportError, UsageError
 from surgery.graph.tracing import trace
 from surgery.passes.recipe import Recipe, recipe
@@ -60,27 +66,6 @@ def run(path, *values):
     return session.run(None, {name: value.numpy() for name, value in zip(names, values, strict=True)})
 
 
-def settled(model, x):
-    """The model in eval mode, its norms fitted to ``x`` so that activations neither vanish nor explode.
-
-    They divide by the root mean square and shift by a random tenth of it. Batch statistics would not do: in an
-    untrained network they blow up the little by which it tells samples apart, and float32 rounding with it.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def fit(norm, inputs):
-        norm.running_var = inputs[0].square().mean((0, 2, 3))
-        norm.running_mean = norm.running_var.sqrt() * torch.randn(norm.num_features, generator=generator) / 10
-
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    hooks = [norm.register_forward_pre_hook(fit) for norm in norms]
-    with torch.no_grad():
-        model.eval()(x)
-    for hook in hooks:
-        hook.remove()
-    return model
-
-
 def small():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Hardswish(), nn.Flatten(), nn.Linear(8 * 16, 5))
@@ -103,7 +88,7 @@ def test_the_families_above_are_all_classifiers_of_images():
 
 @pytest.mark.parametrize(("source", "size"), ONE_OF_EACH_FAMILY.items())
 def test_the_onnx_file_computes_what_the_model_computes_at_batches_1_2_and_3(source, size, tmp_path):
-    model = settled(build(source, num_classes=10, seed=0), images(32, size, seed=9))
+    model = settled(build(source, num_classes=10, seed=0).eval(), (images(32, size, seed=9),))
     written = export_onnx(trace(model, images(1, size)), tmp_path / "model.onnx")
     assert written.batches == (1, 2, 3)
     for batch in (1, 2, 3):
@@ -627,6 +612,20 @@ def test_other_values_are_not_compared_where_rounding_decides_what_comes_out(tmp
     assert export_onnx(Chaotic(), tmp_path / "m.onnx", example_inputs=torch.zeros(2, 512)).max_abs == 0.0
     with pytest.raises(ExportError, match=r"torch itself is .* off its own float64"):
         export_onnx(Chaotic(), tmp_path / "n.onnx", example_inputs=torch.randn(2, 512))
+
+
+class Root(nn.Module):
+    def forward(self, x):
+        return x.sqrt()
+
+
+def test_a_file_that_gives_no_number_where_the_module_gives_one_is_wrong_on_other_values_too(tmp_path):
+    x = -torch.ones(2, 3)
+    path = export_onnx(Root(), tmp_path / "m.onnx", example_inputs=-x).path
+    other = Case("on other values", (x,), {}, optional=True)
+    with pytest.raises(ExportError, match=r"on other values, .* one of the two is not a number"):
+        parity_file.parity(path, nn.ReLU(), [other], 1e-4)
+    assert parity_file.parity(path, Root(), [other], 1e-4).max_abs == 0.0  # neither has numbers: nothing is known
 
 
 def test_values_that_a_module_refuses_are_not_held_against_it(tmp_path):

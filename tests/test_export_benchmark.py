@@ -37,12 +37,12 @@ def test_a_model_that_takes_too_long_is_a_row_with_the_reason():
     assert exports_report.line({"model": "squeezenet1_1", **row}).startswith("squeezenet1_1 built: ended at")
 
 
-def test_what_cannot_be_exported_is_listed_with_its_reason_and_an_issue(monkeypatch):
-    monkeypatch.setattr(exports_report, "ISSUES", {"no such op": "project#1"})
+def test_what_cannot_be_exported_is_listed_with_its_reason_and_every_run_with_its_command():
     failed = {"model": "alexnet", "variant": "built", "error": "the exporter knows no such op"}
-    text = exports_report.markdown({"models": [failed], "runs": [RUN]})
+    text = exports_report.markdown({"models": [failed], "runs": [RUN, {**RUN, "command": "python exports.py b"}, RUN]})
     assert "0 of 1 exports" in text
-    assert "- `alexnet`, built: the exporter knows no such op (project#1)" in text
+    assert "- `alexnet`, built: the exporter knows no such op\n" in text
+    assert "by `python exports.py`; `python exports.py b`.\n" in text
 
 
 def test_models_that_resize_their_images_are_given_small_ones():

@@ -89,6 +89,14 @@ def test_of_those_tied_for_the_last_place_rounding_may_choose(scores, others, ro
     assert unpaired(found, expected, places, places, 1e-3).tolist() == alone
 
 
+def test_scores_tie_in_terms_of_the_highest():
+    low = detections([NEAR, FAR, FAR, FAR], [0.011, 0.0105, 0.0102, 0.01])
+    other = detections([NEAR, NEAR, FAR, FAR], [0.011, 0.0105, 0.0102, 0.01])
+    rows, columns = paired(low, other, 1e-3)
+    assert rows.tolist() == [0, 2, 3]
+    assert unpaired(low, other, rows, columns, 1e-3).tolist() == [0.0105, 0.0105]
+
+
 @pytest.mark.parametrize(
     ("outputs", "are"),
     [

@@ -7,7 +7,7 @@ models take it, the batch size is the length of that list, and every list of tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,13 +48,8 @@ def resolve(
 
 
 def copied(args: Args, kwargs: Kwargs, device: str | None = None) -> tuple[Args, Kwargs]:
-    """These inputs with copies of their tensors, on ``device`` where one is given: a module may write into its inputs.
-
-    One tensor given twice stays one.
-    """
-    once = {id(tensor): tensor.detach().to(device, copy=True) for tensor in tensors((args, kwargs))}
-    copies: tuple[Args, Kwargs] = pytree.tree_map_only(torch.Tensor, lambda tensor: once[id(tensor)], (args, kwargs))
-    return copies
+    """These inputs with copies of their tensors, on ``device`` where one is given: a module may write into them."""
+    return _each(lambda tensor: tensor.detach().to(device, copy=True), args, kwargs)
 
 
 def batch_of(args: Args, kwargs: Kwargs) -> int | None:
@@ -94,9 +89,7 @@ def with_batch(args: Args, kwargs: Kwargs, size: int) -> tuple[Args, Kwargs]:
         rows = [tensor[i % batch] for i in range(size)]
         return torch.stack([row.roll(i // batch, -1) if row.ndim else row for i, row in enumerate(rows)])
 
-    once = {id(tensor): resize(tensor) for tensor in tensors((args, kwargs))}  # one tensor given twice stays one
-    resized: tuple[Args, Kwargs] = pytree.tree_map_only(torch.Tensor, lambda tensor: once[id(tensor)], (args, kwargs))
-    return resized
+    return _each(resize, args, kwargs)
 
 
 def _with_lists(args: Args, kwargs: Kwargs, batch: int, size: int) -> tuple[Args, Kwargs]:
@@ -134,8 +127,7 @@ def enlarged(args: Args, kwargs: Kwargs, higher: int, wider: int) -> tuple[Args,
         height, width = tensor.shape[-2:]
         return tensor[..., torch.arange(height + higher) % height, :][..., torch.arange(width + wider) % width]
 
-    larger: tuple[Args, Kwargs] = pytree.tree_map_only(torch.Tensor, tiled, (args, kwargs))
-    return larger
+    return _each(tiled, args, kwargs)
 
 
 def other_values(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
@@ -154,9 +146,14 @@ def other_values(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         fractions = 0.5 + torch.rand(tensor.shape, generator=generator).to(tensor.dtype)
         return fractions * tensor if values[0] else fractions
 
-    once = {id(tensor): changed(tensor) for tensor in tensors((args, kwargs))}
-    other: tuple[Args, Kwargs] = pytree.tree_map_only(torch.Tensor, lambda tensor: once[id(tensor)], (args, kwargs))
-    return other
+    return _each(changed, args, kwargs)
+
+
+def _each(change: Callable[[torch.Tensor], torch.Tensor], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """These inputs with each of their tensors changed. One tensor given twice stays one."""
+    once = {id(tensor): change(tensor) for tensor in tensors((args, kwargs))}
+    changed: tuple[Args, Kwargs] = pytree.tree_map_only(torch.Tensor, lambda tensor: once[id(tensor)], (args, kwargs))
+    return changed
 
 
 def tensors(tree: Any) -> list[torch.Tensor]:

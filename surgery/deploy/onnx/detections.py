@@ -56,14 +56,16 @@ def paired(found: Detections, expected: Detections, tolerance: float) -> tuple[A
 def unpaired(found: Detections, expected: Detections, rows: Array, columns: Array, tolerance: float) -> Array:
     """The scores of those that `paired` left alone, but should not have.
 
-    Of detections whose scores are within ``tolerance`` of the lowest of either side, rounding chooses which are kept.
+    Of detections whose scores are above the lowest of either side by at most ``tolerance`` of the highest, rounding
+    chooses which are kept.
     But where it would have chosen more than half of all, nothing tells that from a file that detects something else.
     """
     scores = np.concatenate([found["scores"], expected["scores"]])
     alone = np.concatenate([np.delete(found["scores"], rows), np.delete(expected["scores"], columns)])
     if 2 * len(alone) > len(scores):
         return alone
-    notable: Array = alone[~(alone <= scores.min(initial=np.inf) + tolerance)]
+    tie = scores.min(initial=np.inf) + tolerance * _largest("scores", found, expected)
+    notable: Array = alone[~(alone <= tie)]
     return notable
 
 

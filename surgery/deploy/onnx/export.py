@@ -130,9 +130,9 @@ def export_onnx(
             draft = Path(folder) / path.name
             try:
                 order = plan.order(exportable_copy(module), outputs)
-                opset = _write(name, order, draft, {"surgery.exporter": name, **properties})
+                made = _write(name, order, draft, {"surgery.exporter": name, **properties})
                 size = sum(file.stat().st_size for file in Path(folder).iterdir())
-                done = Export(path, name, opset, plan.open_names, size)
+                done = Export(path, name, made, plan.open_names, size)
                 if verify:
                     found = _compare(name, order, plan, draft, rtol)
                     done = replace(done, **asdict(found), batches=plan.batches, image_sizes=plan.other_sizes)

@@ -82,8 +82,10 @@ class Plan:
     @property
     def other_sizes(self) -> tuple[tuple[int, int], ...]:
         """The image sizes (height, width), in pixels, that are compared beside that of the example inputs."""
-        height, width = images_of(self.args, self.kwargs)[0].shape[-2:] if self.dynamic_size else (0, 0)
-        return ((height + _HIGHER, width + _WIDER),) if self.dynamic_size else ()
+        if not self.dynamic_size:
+            return ()
+        height, width = images_of(self.args, self.kwargs)[0].shape[-2:]
+        return ((height + _HIGHER, width + _WIDER),)
 
     @property
     def open_names(self) -> tuple[str, ...]:
