@@ -347,6 +347,13 @@ def test_bad_input_is_one_clear_line_and_exit_code_2_and_writes_nothing(
     assert [path.name for path in empty_folder.iterdir()] == ["cli_factory.py"]
 
 
+def test_a_width_beyond_all_memory_is_one_clear_line(run, empty_folder):
+    code, out, err = run("widen", *TINY, *TINY_PIXELS, "--width", "1e15", *OUT)
+    assert err.startswith("error: there is not enough memory for this: ")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert [path.name for path in empty_folder.iterdir()] == ["cli_factory.py"]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

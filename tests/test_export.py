@@ -675,6 +675,31 @@ def test_a_file_where_the_weights_would_go_is_replaced_only_by_force(tmp_path, m
     onnx.checker.check_model(tmp_path / "small.onnx")
 
 
+def test_a_smaller_export_takes_the_weights_of_the_larger_one_away(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(export_file, "_INLINE_LIMIT", 1000)
+        export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input())
+    export_onnx(small(), tmp_path / "small.onnx", example_inputs=small_input(), force=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["small.onnx"]
+    onnx.checker.check_model(tmp_path / "small.onnx")
+
+
+def test_a_run_killed_while_it_replaces_leaves_no_graph_with_the_weights_of_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(export_file, "_INLINE_LIMIT", 1000)
+    path = tmp_path / "small.onnx"
+    export_onnx(small(), path, example_inputs=small_input())
+    original = export_file.os.replace
+
+    def killed_between(source, target):
+        original(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_file.os, "replace", killed_between)
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx(small(), path, example_inputs=small_input(), force=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["small.onnx.data"]
+
+
 def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch):
     path = tmp_path / "small.onnx"
     original = export_file.parity

@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(error, 2)
         except (SurgeryError, FloatingPointError, OSError) as error:
             return _fail(error, 1)
+        except MemoryError as error:
+            return _fail(f"there is not enough memory for this: {error}" if str(error) else "out of memory", 1)
         except typer.Abort:  # what some versions of typer make of a KeyboardInterrupt; others return 130
             return 130
     return code or 0

@@ -104,7 +104,7 @@ def export_onnx(
         rtol: the largest relative error that passes: per output, max|onnx - torch| / max|torch|; 1e-4 where None.
             Detections are compared as such, in any order: scores and boxes to ``rtol``, 1e-3 where None.
         metadata: added to the properties the file carries.
-        force: replace ``path`` if it exists.
+        force: replace ``path`` if it exists, and the weights beside it.
 
     Raises:
         UsageError: the path, the inputs or an option are not usable.
@@ -139,11 +139,7 @@ def export_onnx(
             except ExportError as error:
                 failed.append(error)
                 continue
-            graph_last = sorted(Path(folder).iterdir(), key=lambda file: file == draft)  # it names the rest
-            for file in graph_last:  # the weights' file, or one that has appeared meanwhile, may be someone else's
-                _refuse_path(path.parent / file.name, force)
-            for file in graph_last:
-                os.replace(file, path.parent / file.name)
+            _place(draft, path, force)
         return done
     hint = (
         " (dynamic_batch=False fixes the batch to that of the example inputs: --fixed-batch)"
@@ -164,12 +160,32 @@ def _refuse_path(path: Path, force: bool) -> None:
         raise UsageError(f"{path} exists; pass force=True (--force) to replace it")
 
 
+def _place(draft: Path, path: Path, force: bool) -> None:
+    """Move what was written to where it belongs.
+
+    Of a graph with weights beside it the old one goes first and the new one comes last: whenever a run is killed, no
+    graph is left with the weights of another.
+    """
+    graph_last = sorted(draft.parent.iterdir(), key=lambda file: file == draft)
+    for file in graph_last:  # the weights' file, or one that has appeared meanwhile, may be someone else's
+        _refuse_path(path.parent / file.name, force)
+    if path.exists() and _weights_beside(path).is_file():
+        path.unlink()
+        _weights_beside(path).unlink()
+    for file in graph_last:
+        os.replace(file, path.parent / file.name)
+
+
+def _weights_beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.data")
+
+
 def _write(exporter: str, order: Order, path: Path, properties: Mapping[str, str]) -> int:
     """Convert, annotate, save and check; the opset of the file."""
     model = convert(exporter, order)
     _annotate(model, properties)
     size = sum(weight.const_value.nbytes for weight in model.graph.initializers.values() if weight.const_value)
-    ir.save(model, path, external_data=f"{path.name}.data" if size > _INLINE_LIMIT else None)
+    ir.save(model, path, external_data=_weights_beside(path).name if size > _INLINE_LIMIT else None)
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
