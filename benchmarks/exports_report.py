@@ -28,19 +28,20 @@ def markdown(document: dict[str, Any]) -> str:
     good = [row for row in rows if "error" not in row]
     run = document["runs"][-1]
     versions = run["environment"]["versions"]
-    built, small, slim = (sum(row["variant"] == variant for row in good) for variant in ("built", "small", "slim"))
+    names = {variant: [row["model"] for row in good if row["variant"] == variant] for variant in ("built", "slim")}
+    only_small = [row["model"] for row in good if row["variant"] == "small" and row["model"] not in names["built"]]
     dynamo, torchscript = (sum(r["files"][0]["exporter"] == e for r in good) for e in ("dynamo", "torchscript"))
+    unbuilt = f", and {len(only_small)} built for small images alone ({', '.join(only_small)})" if only_small else ""
     head = [
         "# ONNX exports of the catalogue",
         "",
-        f"{len(good)} of {len(rows)} exports agree with torch at batch 1, 2 and 3: {built} models as built, {small} "
-        f"built for small images, {slim} of these slimmed by half. The exporter was dynamo for {dynamo} of "
-        f"them, TorchScript for {torchscript}.",
+        f"{len(good)} of {len(rows)} exports agree with torch at batch 1, 2 and 3: {len(names['built'])} models as "
+        f"built{unbuilt}; and {len(names['slim'])} that were slimmed by half, for small images. "
+        f"The exporter was dynamo for {dynamo}, TorchScript for {torchscript}.",
         f"BatchNorms that could have been folded and were not: {sum(len(r['files'][0]['unfolded']) for r in good)}.",
         "",
         f"Made on {run['environment']['cpu']}, torch {versions['torch']}, ONNX Runtime {versions['onnxruntime']}, by "
-        + "; ".join(dict.fromkeys(f"`{run['command']}`" for run in document["runs"]))
-        + ".",
+        f"`python benchmarks/exports.py`, in {len(document['runs'])} runs, whose arguments are in the JSON file.",
         "",
     ]
     failed = [row for row in rows if "error" in row]

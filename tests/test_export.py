@@ -580,10 +580,46 @@ def test_a_recipe_goes_into_the_file_unless_it_is_long(tmp_path, monkeypatch):
     assert "surgery.recipe" not in notes
 
 
-def test_a_branch_on_values_that_the_example_inputs_do_not_take_is_found_out(tmp_path):
-    model = Applies(lambda y, x: y * 2 if x.sum() > 0 else y)
-    with pytest.raises(ExportError, match="on other values, output 'output' differs from torch by"):
-        export_onnx(model, tmp_path / "m.onnx", example_inputs=torch.zeros(2, 4))
+READ = r"by torchscript: its Python reads numbers that depend on the inputs \(test_export\.py:\d+\), and the file would"
+
+
+def halved_in(y, x):
+    total = torch.zeros(2)
+    total[0].add_(y.sum())
+    return y / 2 if total.max() > -1e9 else y
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y, x: -y if x.sum() > -1e9 else y,
+        lambda y, x: y * x.T.abs().max().item(),
+        lambda y, x: y + len(x.mean(1).tolist()),
+        halved_in,
+    ],
+    ids=["a branch", "a number", "a list", "written in place"],
+)
+def test_what_python_reads_of_the_inputs_is_never_recorded(tmp_path, function):
+    """Neither batches nor other values tell: all of these read the same on all of them, or nearly."""
+    path = tmp_path / "m.onnx"
+    given = {"example_inputs": torch.rand(2, 4), "exporter": "torchscript"}
+    with pytest.raises(ExportError, match=READ):
+        export_onnx(Applies(function), path, **given)
+    assert not list(tmp_path.iterdir())
+    assert export_onnx(Applies(function), path, verify=False, **given).exporter == "torchscript"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y, x: -y if len(x) > 0 and y.shape[1] == 3 and y.numel() else y,
+        lambda y, x: y * float(torch.ones(3).sum()) if torch.zeros_like(x).sum() == 0 else y,
+    ],
+    ids=["sizes", "constants"],
+)
+def test_what_python_reads_of_sizes_and_constants_may_be_recorded(tmp_path, function):
+    given = {"example_inputs": torch.rand(2, 4), "exporter": "torchscript"}
+    assert export_onnx(Applies(function), tmp_path / "m.onnx", **given).max_rel < 1e-5
 
 
 def test_wrong_weights_are_found_out_though_the_example_inputs_are_zero(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ def test_a_row_says_what_the_export_is_like(tmp_path):
     assert file["unfolded"] == []
     text = exports_report.markdown({"models": [{"model": "squeezenet1_1", **row}], "runs": [RUN]})
     assert "1 of 1 exports agree with torch at batch 1, 2 and 3: 0 models as built" in text
-    assert "1 of these slimmed by half" in text
+    assert "and 1 that were slimmed by half, for small images." in text
     assert "| squeezenet1_1 | slim | 2 x 3 x 64 x 64 | dynamo |" in text
 
 
@@ -37,12 +37,21 @@ def test_a_model_that_takes_too_long_is_a_row_with_the_reason():
     assert exports_report.line({"model": "squeezenet1_1", **row}).startswith("squeezenet1_1 built: ended at")
 
 
-def test_what_cannot_be_exported_is_listed_with_its_reason_and_every_run_with_its_command():
+def test_models_that_were_built_for_small_images_alone_are_named():
+    file = {"exporter": "dynamo", "opset": 20, "open_axes": [], "max_rel": 0.0, "detections": None, "bytes": 1}
+    row = {"files": [{**file, "nodes": 1, "unfolded": []}], "input_shapes": [[1, 3, 8, 8]], "seconds": 1.0}
+    models = [("alexnet", "built"), ("alexnet", "small"), ("raft_small", "small")]
+    rows = [{"model": name, "variant": variant, **row} for name, variant in models]
+    text = exports_report.markdown({"models": rows, "runs": [RUN]})
+    assert "1 models as built, and 1 built for small images alone (raft_small); and 0 that" in text
+
+
+def test_what_cannot_be_exported_is_listed_with_its_reason():
     failed = {"model": "alexnet", "variant": "built", "error": "the exporter knows no such op"}
-    text = exports_report.markdown({"models": [failed], "runs": [RUN, {**RUN, "command": "python exports.py b"}, RUN]})
+    text = exports_report.markdown({"models": [failed], "runs": [RUN, RUN]})
     assert "0 of 1 exports" in text
     assert "- `alexnet`, built: the exporter knows no such op\n" in text
-    assert "by `python exports.py`; `python exports.py b`.\n" in text
+    assert ", in 2 runs, whose arguments are in the JSON file.\n" in text
 
 
 def test_models_that_resize_their_images_are_given_small_ones():

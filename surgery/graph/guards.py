@@ -131,7 +131,7 @@ def user_line() -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
-        if not module.startswith(("surgery.graph.", "torch.", "contextlib", "functools")):
+        if not module.startswith(("surgery.graph.", "surgery.deploy.", "torch.", "contextlib", "functools")):
             return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
         frame = frame.f_back
     return "unknown line"

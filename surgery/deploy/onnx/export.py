@@ -100,7 +100,8 @@ def export_onnx(
             32 pixels higher and 64 wider.
         exporter: ``dynamo`` or ``torchscript``; where None, dynamo and, where that fails, TorchScript; for lists of
             images, TorchScript alone.
-        verify: compare with torch. Without it, only the exporter's and `onnx.checker`'s word is taken.
+        verify: compare with torch, and refuse what TorchScript records of a module whose Python reads numbers that
+            depend on the inputs. Without it, only the exporter's and `onnx.checker`'s word is taken.
         rtol: the largest relative error that passes: per output, max|onnx - torch| / max|torch|; 1e-4 where None.
             Detections are compared as such, in any order: scores and boxes to ``rtol``, 1e-3 where None.
         metadata: added to the properties the file carries.
@@ -129,7 +130,7 @@ def export_onnx(
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
             draft = Path(folder) / path.name
             try:
-                order = plan.order(exportable_copy(module), outputs)
+                order = plan.order(exportable_copy(module), outputs, frozen=not verify)
                 made = _write(name, order, draft, {"surgery.exporter": name, **properties})
                 size = sum(file.stat().st_size for file in Path(folder).iterdir())
                 done = Export(path, name, made, plan.open_names, size)

@@ -27,6 +27,7 @@ from torch.export import Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from surgery.deploy.onnx.reads import Reads
 from surgery.errors import ExportError, UsageError
 from surgery.graph.inputs import Args, Kwargs, squashed, tensors
 
@@ -36,7 +37,10 @@ OpenAxes = list[dict[int, str]]
 
 @dataclass(frozen=True)
 class Order:
-    """What to export: ``model`` in eval mode as it is called with ``args`` and ``kwargs``, which gives ``outputs``."""
+    """What to export: ``model`` in eval mode as it is called with ``args`` and ``kwargs``, which gives ``outputs``.
+
+    With ``frozen``, numbers of the inputs that Python reads on the way may become constants.
+    """
 
     model: nn.Module
     args: Args
@@ -44,6 +48,7 @@ class Order:
     outputs: Any
     open_axes: OpenAxes
     opset: int | None
+    frozen: bool
 
 
 def dynamo(order: Order) -> ir.Model:
@@ -69,7 +74,10 @@ def dynamo(order: Order) -> ir.Model:
 
 
 def torchscript(order: Order) -> ir.Model:
-    """By a recorded run: what Python decides in it is decided for good."""
+    """By a recorded run: what Python decides in it is decided for good.
+
+    Raises `ExportError` where that is decided by numbers of the inputs.
+    """
     flat = _Flat(order.model, order.args, order.kwargs).eval()
     given = tensors((order.args, order.kwargs))
     names = input_names(order)
@@ -85,6 +93,11 @@ def torchscript(order: Order) -> ir.Model:
             output_names=output_names(order),
             dynamic_axes={name: axes for name, axes in zip(names, order.open_axes, strict=True) if axes},
         )
+        if flat.reads and not order.frozen:
+            raise ExportError(
+                f"its Python reads numbers that depend on the inputs ({', '.join(flat.reads)}), and the file would "
+                "always do what follows from those of the example inputs (verify=False takes it as it is)"
+            )
         model = ir.load(draft)
         ir.external_data.load_to_model(model)  # the folder of what it kept outside is about to go
     return model
@@ -154,11 +167,15 @@ def output_names(order: Order) -> list[str]:
 
 
 class _Flat(nn.Module):
-    """A module as a function of its tensors, whatever nest they are passed in, that returns its leaves as a tuple."""
+    """A module as a function of its tensors, whatever nest they are passed in, that returns its leaves as a tuple.
+
+    ``reads`` are the lines at which Python read numbers that depend on them.
+    """
 
     def __init__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         super().__init__()
         self.module = module
+        self.reads: tuple[str, ...] = ()
         self._leaves, self._spec = pytree.tree_flatten((args, kwargs))
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
@@ -166,7 +183,9 @@ class _Flat(nn.Module):
         rest: Iterable[Tensor] = iter(given)
         leaves = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]  # type: ignore[call-overload]
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
-        found = pytree.tree_leaves(self.module(*args, **kwargs))
+        with Reads(given) as reads:
+            found = pytree.tree_leaves(self.module(*args, **kwargs))
+        self.reads = tuple(dict.fromkeys(reads.places))
         return tuple(torch.as_tensor(leaf) for leaf in found if leaf is not None)
 
 

@@ -59,9 +59,9 @@ class Plan:
         if self.dynamic_size and not images_of(self.args, self.kwargs):
             raise UsageError("dynamic_size: none of the example inputs is an image, (N, channels, height, width)")
 
-    def order(self, model: nn.Module, outputs: Any) -> Order:
+    def order(self, model: nn.Module, outputs: Any, *, frozen: bool) -> Order:
         """What an exporter is to do; ``outputs`` are those of the example inputs."""
-        return Order(model, *self._exported, outputs, self._open_axes, self.opset)
+        return Order(model, *self._exported, outputs, self._open_axes, self.opset, frozen)
 
     def cases(self) -> Iterator[Case]:
         """What the file and the module are compared on."""
