@@ -622,6 +622,16 @@ def test_what_python_reads_of_sizes_and_constants_may_be_recorded(tmp_path, func
     assert export_onnx(Applies(function), tmp_path / "m.onnx", **given).max_rel < 1e-5
 
 
+def test_a_branch_on_how_many_values_there_are_is_found_out(tmp_path):
+    """Such a number is a size, as those are by which detection models go, where what comes of it is the same."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4)
+    model = Applies(lambda y, x: y * 2 if len(x.relu().nonzero()) == positive else y)
+    positive = int((x > 0).sum())
+    with pytest.raises(ExportError, match="on other values, output 'output' differs from torch by"):
+        export_onnx(model, tmp_path / "m.onnx", example_inputs=x, dynamic_batch=False, exporter="torchscript")
+
+
 def test_wrong_weights_are_found_out_though_the_example_inputs_are_zero(tmp_path, monkeypatch):
     convert = export_file.convert
 

@@ -131,7 +131,8 @@ def enlarged(args: Args, kwargs: Kwargs, higher: int, wider: int) -> tuple[Args,
 
 
 def other_values(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-    """These inputs with other numbers of the same kind in their floating-point tensors: theirs in a random order.
+    """These inputs with other numbers of the same kind in their floating-point tensors: drawn from theirs, with
+    replacement, so that sums and counts change, too.
 
     Where all are one number, random fractions of it, or of 1 if it is 0. It is the same at every call.
     """
@@ -142,7 +143,7 @@ def other_values(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
             return tensor
         values = tensor.flatten()
         if (values != values[0]).any():
-            return values[torch.randperm(len(values), generator=generator)].reshape(tensor.shape)
+            return values[torch.randint(len(values), tensor.shape, generator=generator)]
         fractions = 0.5 + torch.rand(tensor.shape, generator=generator).to(tensor.dtype)
         return fractions * tensor if values[0] else fractions
 
