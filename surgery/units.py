@@ -13,6 +13,11 @@ def quantity(count: float | None) -> str:
     return f"{count:g}"
 
 
+def counted(count: int, noun: str) -> str:
+    """A count of things: ``1 epoch``, ``2 epochs``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def mebibytes(count: float | None) -> str:
     """A number of bytes in MiB; ``?`` where it is not known."""
     if count is None:

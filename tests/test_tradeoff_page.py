@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
 from surgery.deploy.curve.html import page
+from surgery.deploy.curve.layout import Box, placed, reach, short
+from surgery.deploy.curve.plot import draw
 from surgery.deploy.curve.points import DataSummary, Point, Settings, Tradeoff
 from surgery.deploy.curve.report import write_report
 from surgery.deploy.measure.benchmark import BenchmarkResult, Ratio
@@ -20,7 +27,7 @@ from surgery.training.history import Epoch, History, Score
 
 
 def point(name: str, correct: int, p50: float) -> Point:
-    samples = tuple(p50 * (0.9 + 0.02 * k) for k in range(11))
+    samples = tuple(p50 * (0.95 + 0.01 * k) for k in range(11))
     latency = BenchmarkResult(
         runtime="onnxruntime",
         device="cpu",
@@ -33,7 +40,7 @@ def point(name: str, correct: int, p50: float) -> Point:
         p99_ms=samples[10],
         mean_ms=p50,
         min_ms=samples[0],
-        iqr_ms=0.1 * p50,
+        iqr_ms=0.05 * p50,
         throughput=1000 / p50,
         peak_memory_bytes=None,
         file_bytes=3 * 2**20,
@@ -63,6 +70,11 @@ def content(text: str):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
 
 
+def report_of(result: Tradeoff, folder: Path) -> str:
+    write_report(result, folder)
+    return (folder / "report.md").read_text()
+
+
 def test_the_page_holds_every_figure_of_every_point(result):
     points = content(page(result))["points"]
     assert [p["name"] for p in points] == ["1", "0.5", "</script><b>=2"]
@@ -71,11 +83,11 @@ def test_the_page_holds_every_figure_of_every_point(result):
     assert told["accuracy"] == "93.00%"
     assert told["95% interval"] == "91.25% – 94.42%"
     assert told["latency p50"] == "2.000 ms"
-    assert told["p25 – p75"] == "1.900 – 2.100 ms"
+    assert told["p25 – p75"] == "1.950 – 2.050 ms"
     assert told["speed-up"] == "2.00 (1.90 – 2.10)"
     assert told["trained"] == "train: 2 epochs"
     assert points[2]["title"] == "</script><b>=2 (dominated)"
-    assert points[1]["latency"] == pytest.approx({"at": 2.0, "low": 1.9, "high": 2.1})
+    assert points[1]["latency"] == pytest.approx({"at": 2.0, "low": 1.95, "high": 2.05})
     assert points[1]["memory"]["at"] is None
 
 
@@ -86,20 +98,140 @@ def test_the_page_fetches_nothing(result):
 
 
 def test_a_machine_that_was_too_noisy_is_said_on_every_page(result, tmp_path):
-    assert content(page(result))["facts"][-1][0] == "versions"
+    assert content(page(result))["noise"] == ""
     noisy = replace(result, check=Ratio(0.8, 0.75, 0.9, 0.95, 10))
     said = (
         "too noisy: measured against itself, rate-1 is 0.800 times as slow (0.750-0.900); "
         "differences of this size mean nothing in this run"
     )
-    assert content(page(noisy))["facts"][-1] == ["noise", said]
-    write_report(noisy, tmp_path)
-    text = (tmp_path / "report.md").read_text()
-    assert f"**The machine was {said}.**" in text
+    assert content(page(noisy))["noise"] == f"The machine was {said}."
+    text = report_of(noisy, tmp_path)
+    assert text.split("\n\n")[1] == f"**The machine was {said}.**"
     assert "the first model's to itself is 1.250 (1.111 – 1.333). One MAC" in text
     assert json.loads((tmp_path / "tradeoff.json").read_text())["check"]["value"] == 0.8
-    write_report(replace(result, check=Ratio(0.99, 0.9, 1.1, 0.95, 10)), tmp_path)
-    assert "noisy" not in (tmp_path / "report.md").read_text()
+    assert "noisy" not in report_of(replace(result, check=Ratio(0.99, 0.9, 1.1, 0.95, 10)), tmp_path)
+
+
+def spread(of: Point, p25: float, p75: float) -> Point:
+    """The point with other quartiles of its latency."""
+    p50 = of.latency.p50_ms
+    samples = (*(p25,) * 4, *(p50,) * 3, *(p75,) * 4)
+    return replace(of, latency=replace(of.latency, samples_ms=samples, iqr_ms=p75 - p25))
+
+
+def test_a_spread_of_latencies_that_is_noisy_is_said_as_well(result, tmp_path):
+    points = (spread(result.points[0], 3.9, 4.5), spread(result.points[1], 1.0, 4.0))
+    widest = "the interquartile range of rate-0.5 is 150% of its median; differences of this size mean"
+    noisy = replace(result, points=points, check=Ratio(0.99, 0.9, 1.1, 0.95, 10))
+    assert noisy.too_noisy == f"too noisy: {widest} little in this run"
+    assert noisy.to_dict()["too_noisy"] == noisy.too_noisy
+    assert content(page(noisy))["noise"] == f"The machine was {noisy.too_noisy}."
+    assert report_of(noisy, tmp_path).split("\n\n")[1] == f"**The machine was {noisy.too_noisy}.**"
+    both = replace(noisy, check=Ratio(0.8, 0.75, 0.9, 0.95, 10))
+    assert both.too_noisy == (
+        "too noisy: measured against itself, rate-1 is 0.800 times as slow (0.750-0.900), "
+        f"and {widest} nothing in this run"
+    )
+
+
+def test_the_command_says_so_right_below_its_table(result, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    noisy = replace(result, check=Ratio(0.8, 0.75, 0.9, 0.95, 10))
+    monkeypatch.setattr("surgery.cli.measure.run_tradeoff", lambda *args, **options: noisy)
+    code, out, _ = run("tradeoff", "resnet18", "--dataset", "digits", "--out", "demo")
+    assert code == 0
+    *_, noise, written = out.splitlines()
+    assert noise == f"the machine was {noisy.too_noisy}"
+    assert written.startswith("1 s; written to demo")
+
+
+def drawn(result: Tradeoff, path: Path, monkeypatch) -> tuple[Axes, list[Annotation]]:
+    """The chart of the picture, and the names in it, as they were when it was saved."""
+    figures: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args: (figures.append(figure), save(figure, *args)))
+    draw(result, path)
+    chart = figures[0].axes[0]
+    names = {short(point.name) for point in result.points}
+    return chart, [
+        child for child in chart.get_children() if isinstance(child, Annotation) and child.get_text() in names
+    ]
+
+
+def test_the_picture_says_that_the_machine_was_too_noisy_and_only_then(result, tmp_path, monkeypatch):
+    quiet, _ = drawn(result, tmp_path / "quiet.png", monkeypatch)
+    assert not any("noisy" in child.get_text() for child in quiet.get_children() if isinstance(child, Annotation))
+    noisy = replace(result, check=Ratio(0.8, 0.75, 0.9, 0.95, 10))
+    chart, _ = drawn(noisy, tmp_path / "noisy.png", monkeypatch)
+    texts = [child.get_text() for child in chart.get_children() if isinstance(child, Annotation)]
+    lines = [text for text in reversed(texts) if text and not text.startswith("ONNX Runtime")]
+    assert f"The machine was {noisy.too_noisy}." in " ".join(lines)
+
+
+CROWD = ("1", "0.25", "params=1M", "slim:layer4=0.5+deepen:layer3=1", "0.26", "0.27", "0.28", "0.29", "0.3")
+
+
+def crowd(result: Tradeoff) -> Tradeoff:
+    """Points so close that their names cannot all stand beside them."""
+    others = [point(name, 930 + k % 2, 0.11 + 0.001 * k) for k, name in enumerate(CROWD[1:])]
+    return replace(result, points=(point("1", 950, 4.0), *others))
+
+
+def test_names_in_the_picture_lie_on_no_other_name_and_on_no_point(result, tmp_path, monkeypatch):
+    chart, names = drawn(crowd(result), tmp_path / "crowd.png", monkeypatch)
+    assert len(names) == len(CROWD)
+    boxes = [name.get_window_extent().padded(-0.01) for name in names]
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+    for (x, y), box in itertools.product(chart.transData.transform([name.xy for name in names]), boxes):
+        assert not box.contains(x, y)
+    assert all(chart.bbox.x0 <= box.x0 and box.x1 <= chart.bbox.x1 for box in boxes)
+
+
+def test_names_on_the_page_lie_on_no_other_name_over_any_axis(result):
+    text = page(crowd(result))
+    axes = content(text)["axes"]
+    assert list(axes) == ["latency", "macs", "params", "file"]
+    for axis in axes.values():
+        boxes = [Box(**label["box"]) for label in axis["labels"].values()]
+        assert len(boxes) == len(CROWD)
+        assert all(one.shared(other) == 0 for one, other in itertools.combinations(boxes, 2))
+    assert page(crowd(result)) == text
+
+
+def test_a_name_stands_below_and_to_the_right_where_there_is_room_and_a_line_leads_to_one_further_off():
+    area = Box(0, 0, 400, 400)
+    (near,) = placed([(200, 200)], [(40, 10)], area, radius=5)
+    assert (near.side, near.tie) == (1, None)
+    assert near.box.left > 205
+    assert near.box.top > 200
+    (left,) = placed([(390, 200)], [(40, 10)], area, radius=5)
+    assert left.side == -1
+    first, _ = placed([(200, 200), (230, 207)], [(40, 10)] * 2, area, radius=5)
+    assert first.box.shared(Box(225, 202, 235, 212)) == 0
+    last = placed([(200, 200)] * 9, [(40, 10)] * 9, area, radius=5)[-1]
+    assert last.tie == (last.box.left, last.box.top)
+
+
+def test_the_axis_reaches_as_far_as_the_medians_need_and_bars_beyond_it_are_cut(result, tmp_path, monkeypatch):
+    assert reach([1.0, 4.0], [1.1, 4.2]) == pytest.approx(1.1 * 4.2)
+    assert reach([1.0, 4.0], [40.0, 4.2]) == pytest.approx(1.1 * 4.8)
+    wide = replace(result, points=(*result.points[:2], spread(result.points[2], 2.9, 40.0)))
+    chart, _ = drawn(wide, tmp_path / "wide.png", monkeypatch)
+    assert chart.get_xlim() == pytest.approx((0, 1.1 * 4.8))
+    arrows = [line for line in chart.lines if line.get_marker() == ">"]
+    assert [tuple(line.get_xydata()[0]) for line in arrows] == [pytest.approx((1.1 * 4.8, 0.9))]
+    assert content(page(wide))["axes"]["latency"]["reach"] == pytest.approx(1.1 * 4.8)
+    assert dict(content(page(wide))["points"][2]["told"])["p25 – p75"] == "2.900 – 40.000 ms"
+
+
+def test_one_epoch_is_not_epochs(result, tmp_path):
+    once = replace(result, settings=replace(result.settings, epochs=1, finetune_epochs=1))
+    text = report_of(once, tmp_path)
+    assert "The dense model was trained for 1 epoch on" in text
+    assert "with 1 thread." in text
+    assert "1 epochs" not in text + page(once)
+    assert "trained for 2 epochs on" in report_of(result, tmp_path)
 
 
 def browser() -> str | None:
@@ -109,15 +241,18 @@ def browser() -> str | None:
 @pytest.mark.skipif(browser() is None, reason="there is no Chromium here")
 def test_a_browser_draws_the_chart_and_shows_the_tooltip_of_the_point_behind_the_hash(result, tmp_path):
     page_file = tmp_path / "tradeoff.html"
-    page_file.write_text(page(replace(result, points=result.points[:2])))
+    noisy = replace(result, points=result.points[:2], check=Ratio(0.8, 0.75, 0.9, 0.95, 10))
+    page_file.write_text(page(noisy))
     command = [
         *(str(browser()), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"),
         *("--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom", f"{page_file.as_uri()}#0.5"),
     ]
     drawn = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert len(re.findall(r'<g class="point front', drawn)) == 2
+    assert re.findall(r'class="name" x="[\d.]+" y="[\d.]+" text-anchor="\w+">([^<]+)', drawn) == ["1", "0.5"]
+    assert f'<p id="noise">The machine was {noisy.too_noisy}.</p>' in drawn
     tip = re.search(r'<div id="tip"[^>]*>(.*?)</div>', drawn, re.DOTALL)
     assert "hidden" not in tip[0].partition(">")[0]
     assert "split rate 0.5" in tip[1]
-    assert "1.900 – 2.100 ms" in tip[1]
+    assert "1.950 – 2.050 ms" in tip[1]
     assert re.findall(r"<option value=\"(\w+)\"", drawn) == ["latency", "macs", "params", "file"]

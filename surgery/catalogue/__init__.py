@@ -10,7 +10,7 @@ from surgery.catalogue.entries import CATALOGUE, Entry, Value
 from surgery.catalogue.examples import example_inputs, example_targets, inputs_of_shape, small_inputs
 from surgery.catalogue.fitnets import FITNETS, build_fitnet, fitnet_cost
 from surgery.catalogue.pretrained import WeightsWarning
-from surgery.catalogue.sources import Source, canonical, parse, published
+from surgery.catalogue.sources import Source, canonical, parse, published, short
 
 __all__ = [
     "CATALOGUE",
@@ -28,5 +28,6 @@ __all__ = [
     "inputs_of_shape",
     "parse",
     "published",
+    "short",
     "small_inputs",
 ]

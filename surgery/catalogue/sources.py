@@ -90,6 +90,11 @@ def published(name: str) -> Any:
     return get_model_weights(name.removeprefix("quantized_"))
 
 
+def short(source: str) -> str:
+    """The name of the model of a source, without what the source says beside it."""
+    return source.removeprefix("torchvision:").removeprefix("fitnets:").partition("?")[0]
+
+
 def _named(weights: Any) -> Any:
     return None if isinstance(weights, str) and weights.lower() == "none" else weights
 

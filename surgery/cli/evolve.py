@@ -60,7 +60,7 @@ from surgery.training.evolve import evolve as run_evolve
 from surgery.training.history import Score
 from surgery.training.lottery import Lottery
 from surgery.training.lottery import lottery as run_lottery
-from surgery.units import mebibytes, quantity
+from surgery.units import counted, mebibytes, quantity
 
 MARKER = "evolve.json"
 """The file by which a folder is known as a result of ``evolve``."""
@@ -202,7 +202,7 @@ def evolve(
             "lottery": tickets and tickets.to_dict()["tickets"],
             "environment": environment().to_dict(),
         }
-        title = f"{model} on {dataset}: {_plural(generations, 'generation')} of {_plural(epochs, 'epoch')}"
+        title = f"{model} on {dataset}: {counted(generations, 'generation')} of {counted(epochs, 'epoch')}"
         with staged_folder(out, marker=MARKER, force=force) as staging:
             for name, module in written.items():
                 save(module, staging / name)
@@ -247,10 +247,6 @@ def _scores(title: str, found: Evolution, tickets: Lottery | None) -> Any:
 def _costs(costs: dict[str, Cost]) -> Any:
     rows = [[name, quantity(c.params), quantity(c.macs), mebibytes(c.bytes)] for name, c in costs.items()]
     return table("", ["", "parameters", "MACs", "size"], rows)
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _percent(score: Score) -> str:

@@ -203,11 +203,11 @@ def tradeoff(
         {**result.to_dict(), "out": str(out)},
         as_json,
         _curve_table(result),
-        note=f"{result.seconds:.0f} s; written to {out}: tradeoff.png, tradeoff.html, tradeoff.csv, tradeoff.json, "
+        note=(f"the machine was {result.too_noisy}\n" if result.too_noisy else "")
+        + f"{result.seconds:.0f} s; written to {out}: tradeoff.png, tradeoff.html, tradeoff.csv, tradeoff.json, "
         f"report.md and {', '.join(point.folder for point in result.points)}"
         + "".join(f"\n{point.name} is above its budget: {point.takes:g}" for point in result.points if point.over)
-        + (f"\ntaken over from an earlier run: {', '.join(result.reused)}" if result.reused else "")
-        + (f"\nthe machine was {result.too_noisy}" if result.too_noisy else ""),
+        + (f"\ntaken over from an earlier run: {', '.join(result.reused)}" if result.reused else ""),
     )
 
 

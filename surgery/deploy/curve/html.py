@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
-from surgery.deploy.curve.points import Point, Tradeoff
-from surgery.units import mebibytes, quantity
+from surgery.deploy.curve.layout import Box, placed, reach, short
+from surgery.deploy.curve.points import Point, Tradeoff, pareto
+from surgery.units import counted, mebibytes, quantity
 
 _AXES = {
     "latency": "latency, ms (median; bars: 25th to 75th percentile)",
@@ -16,6 +19,12 @@ _AXES = {
     "file": "size of the ONNX file, MiB",
     "memory": "peak memory, MiB",
 }
+
+_AREA = Box(70, 24, 930, 440)
+"""Of the chart, within its 960 x 500 pixels."""
+
+_RADIUS, _LETTER, _LINE = 7, 9, 16
+"""Of a dot; and how wide a letter of its label is, and how high: at the most, for the reader's fonts are not known."""
 
 
 def page(result: Tradeoff) -> str:
@@ -31,25 +40,56 @@ def page(result: Tradeoff) -> str:
 def _content(result: Tradeoff) -> dict[str, Any]:
     data, here = result.data, result.environment
     front = result.front
+    points = [_point(point, on_front=point in front) for point in result.points]
+    threads = counted(result.settings.threads, "thread")
     facts = {
         "model": result.source,
         "data": f"{data.source}: {data.train_images} images to train on, {data.test_images} to test on",
-        "runtime": f"ONNX Runtime on the CPU, {result.settings.threads} threads, one image at a time",
-        "dense training": f"{result.settings.epochs} epochs",
-        "candidates": f"{result.settings.finetune_epochs} epochs more, by {result.settings.teach}",
+        "runtime": f"ONNX Runtime on the CPU, {threads}, one image at a time",
+        "dense training": counted(result.settings.epochs, "epoch"),
+        "candidates": f"{counted(result.settings.finetune_epochs, 'epoch')} more, by {result.settings.teach}",
         "measured": f"{here.date}, on {here.cpu}, {here.cpu_cores_usable} of {here.cpu_cores} cores usable",
         "versions": ", ".join(f"{name} {version}" for name, version in here.versions.items()),
-        **({"noise": result.too_noisy} if result.too_noisy else {}),
     }
     return {
         "title": f"{result.name} on {data.source}: speed and accuracy",
-        "said": f"ONNX Runtime, CPU, {result.settings.threads} threads, one image of {data.image_size} x "
+        "noise": result.too_noisy and f"The machine was {result.too_noisy}.",
+        "said": f"ONNX Runtime, CPU, {threads}, one image of {data.image_size} x "
         f"{data.image_size} at a time; {data.test_images} test images",
-        "axes": _AXES,
+        "area": asdict(_AREA),
+        "radius": _RADIUS,
+        "axes": {key: _axis(key, points) for key in _AXES if any(p[key]["at"] is not None for p in points)},
         "header": ["candidate", "accuracy", "p50 ms", "speed-up", "parameters", "MACs", "ONNX file"],
-        "points": [_point(point, on_front=point in front) for point in result.points],
+        "points": points,
         "facts": list(facts.items()),
         "command": result.command,
+    }
+
+
+def _axis(key: str, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Accuracy over ``key``: how far the axes reach, and where in the chart each point and its label are."""
+    shown = [point for point in points if point[key]["at"] is not None]
+    best = pareto([(point[key]["at"], point["accuracy"]["at"]) for point in shown])
+    shown = [shown[k] for k in best] + [point for k, point in enumerate(shown) if k not in best]
+    limit = reach([point[key]["at"] for point in shown], [point[key]["high"] for point in shown])
+    low = min(point["accuracy"]["low"] for point in shown)
+    high = max(point["accuracy"]["high"] for point in shown)
+    margin = (high - low) / 10 or 0.01
+    least, most = max(0.0, low - margin), min(1.0, high + margin)
+    dots = [
+        (
+            _AREA.left + (_AREA.right - _AREA.left) * point[key]["at"] / limit,
+            _AREA.bottom - (_AREA.bottom - _AREA.top) * (point["accuracy"]["at"] - least) / (most - least),
+        )
+        for point in shown
+    ]
+    sizes = [(float(_LETTER * len(point["label"])), float(_LINE)) for point in shown]
+    labels = placed(dots, sizes, _AREA, radius=_RADIUS)
+    return {
+        "title": _AXES[key],
+        "reach": limit,
+        "accuracy": [least, most],
+        "labels": {point["name"]: asdict(label) for point, label in zip(shown, labels, strict=True)},
     }
 
 
@@ -59,6 +99,7 @@ def _point(point: Point, *, on_front: bool) -> dict[str, Any]:
     what = point.name if point.rate is None else f"split rate {point.name}"
     return {
         "name": point.name,
+        "label": short(point.name),
         "title": what if on_front else f"{what} (dominated)",
         "pareto": on_front,
         "accuracy": {"at": point.score.accuracy, "low": low, "high": high},
@@ -84,6 +125,7 @@ def told(point: Point) -> list[tuple[str, str]]:
     """All figures of a point, as people read them."""
     low, high = point.score.interval()
     speedup = point.speedup
+    stages = [f"{stage}: {counted(len(history.epochs), 'epoch')}" for stage, history in point.training.items()]
     return [
         ("accuracy", f"{point.score.accuracy:.2%}"),
         ("95% interval", f"{low:.2%} – {high:.2%}"),
@@ -98,7 +140,7 @@ def told(point: Point) -> list[tuple[str, str]]:
         ("ONNX file", mebibytes(point.latency.file_bytes)),
         ("peak memory", mebibytes(point.latency.peak_memory_bytes)),
         *_budget(point),
-        ("trained", ", ".join(f"{stage}: {len(h.epochs)} epochs" for stage, h in point.training.items()) or "no more"),
+        ("trained", ", ".join(stages) or "no more"),
         ("files", point.folder),
     ]
 

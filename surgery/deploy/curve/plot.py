@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -10,12 +11,16 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Bbox, BboxBase
 
+from surgery.deploy.curve.layout import Box, placed, reach, short
 from surgery.deploy.curve.points import Point, Tradeoff
-from surgery.units import mebibytes, quantity
+from surgery.units import counted, mebibytes, quantity
 
 _FRONT, _DOMINATED, _INK, _FAINT = "#0b6e99", "#b4b4b4", "#222222", "#8a8a8a"
+_ALARM = "#9a3412"
+_MARKER = 10
+"""Size of a dot, in points."""
 
 
 def draw(result: Tradeoff, path: Path) -> None:
@@ -27,11 +32,13 @@ def draw(result: Tradeoff, path: Path) -> None:
     chart, table = figure.subplots(2, 1, height_ratios=[4.6, 0.5 + 0.28 * rows])
     _chart(chart, result)
     _table(table, result)
+    _names(figure, chart, result)
     figure.savefig(path)
 
 
 def _chart(axes: Axes, result: Tradeoff) -> None:
     front = result.front
+    limit = reach([p.latency.p50_ms for p in result.points], [p.quantile_ms(0.75) for p in result.points])
     axes.plot(
         [p.latency.p50_ms for p in front],
         [p.score.accuracy for p in front],
@@ -42,11 +49,13 @@ def _chart(axes: Axes, result: Tradeoff) -> None:
         label="Pareto front",
     )
     for point in result.points:
-        _point(axes, point, on_front=point in front)
+        _point(axes, point, limit, on_front=point in front)
+    axes.set_xlim(0, limit)
     _frame(axes, result)
 
 
-def _point(axes: Axes, point: Point, *, on_front: bool) -> None:
+def _point(axes: Axes, point: Point, limit: float, *, on_front: bool) -> None:
+    """A dot with its bars; an arrow where one goes on beyond the ``limit`` of the axis."""
     colour = _FRONT if on_front else _DOMINATED
     x, y = point.latency.p50_ms, point.score.accuracy
     low, high = point.score.interval()
@@ -62,38 +71,78 @@ def _point(axes: Axes, point: Point, *, on_front: bool) -> None:
         capsize=3,
         zorder=3 if on_front else 2,
     )
-    axes.plot([x], [y], "o", color=colour, markersize=10, markeredgecolor="white", zorder=5 if on_front else 4)
-    axes.annotate(
-        _short(point.name, 28),
-        (x, y),
-        xytext=(8, -16),  # the front rises to the right, so there is room below it
-        textcoords="offset points",
-        fontsize=12,
-        fontweight="bold" if on_front else "normal",
-        color=_INK if on_front else _FAINT,
-        path_effects=[withStroke(linewidth=3, foreground="white")],
-        zorder=6,
+    if point.quantile_ms(0.75) > limit:
+        axes.plot([limit], [y], ">", color=colour, alpha=0.55, markersize=7, markeredgewidth=0, clip_on=False)
+    axes.plot([x], [y], "o", color=colour, markersize=_MARKER, markeredgecolor="white", zorder=5 if on_front else 4)
+
+
+def _names(figure: Figure, axes: Axes, result: Tradeoff) -> None:
+    """Each point's name beside it. The figure is laid out first, for places are found in its pixels."""
+    points = [*result.front, *(p for p in result.points if p not in result.front)]
+    labels = [
+        axes.annotate(
+            short(point.name),
+            (point.latency.p50_ms, point.score.accuracy),
+            xytext=(0, 0),
+            textcoords="offset pixels",
+            ha="center",
+            va="center",
+            fontsize=12,
+            fontweight="bold" if point in result.front else "normal",
+            color=_INK if point in result.front else _FAINT,
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+            zorder=7,
+            in_layout=False,
+        )
+        for point in points
+    ]
+    figure.draw_without_rendering()
+    height = figure.bbox.height
+    dots = [(x, height - y) for x, y in axes.transData.transform([label.xy for label in labels]).tolist()]
+    legend = axes.get_legend()
+    found = placed(
+        dots,
+        [(box.width, box.height) for box in (label.get_window_extent() for label in labels)],
+        _flipped(axes.bbox, height),
+        radius=_MARKER / 2 * figure.dpi / 72,
+        taken=[_flipped(legend.get_window_extent(), height)] if legend else [],
     )
+    for label, (x, y), place in zip(labels, dots, found, strict=True):
+        box = place.box
+        label.xyann = ((box.left + box.right) / 2 - x, y - (box.top + box.bottom) / 2)
+        if place.tie is not None:
+            end = (place.tie[0] - x, y - place.tie[1])
+            line = {"arrowstyle": "-", "color": _FAINT, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
+            axes.annotate(
+                "", label.xy, xytext=end, textcoords="offset pixels", arrowprops=line, zorder=6, in_layout=False
+            )
+
+
+def _flipped(box: BboxBase, height: float) -> Box:
+    """A box of matplotlib's, whose y grows upwards."""
+    return Box(box.x0, height - box.y1, box.x1, height - box.y0)
 
 
 def _frame(axes: Axes, result: Tradeoff) -> None:
     settings, data = result.settings, result.data
-    axes.set_title(
-        f"{result.name} on {data.source}: accuracy over latency, by {_what(result)}", loc="left", fontsize=14, pad=24
+    said = (
+        f"ONNX Runtime, CPU, {counted(settings.threads, 'thread')}, one {data.image_size} x {data.image_size} image at "
+        f"a time; {data.test_images} test images"
     )
-    axes.text(
-        0,
-        1.025,
-        f"ONNX Runtime, CPU, {settings.threads} threads, one {data.image_size} x {data.image_size} image at a time; "
-        f"{data.test_images} test images",
-        transform=axes.transAxes,
-        fontsize=9,
-        color=_FAINT,
+    warned = textwrap.wrap(f"The machine was {result.too_noisy}.", 120) if result.too_noisy else []
+    lines = [(said, _FAINT), *((line, _ALARM) for line in warned)]
+    for number, (line, colour) in enumerate(reversed(lines)):
+        place = (0, 8 + 12 * number)
+        axes.annotate(line, (0, 1), place, "axes fraction", "offset points", fontsize=9, color=colour)
+    axes.set_title(
+        f"{result.name} on {data.source}: accuracy over latency, by {_what(result)}",
+        loc="left",
+        fontsize=14,
+        pad=12 + 12 * len(lines),
     )
     axes.set_xlabel("latency, ms (median; bars: 25th to 75th percentile)")
     axes.set_ylabel("accuracy (bars: 95% interval)")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
-    axes.set_xlim(0, 1.1 * max(p.quantile_ms(0.75) for p in result.points))
     axes.margins(y=0.12)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -107,18 +156,14 @@ def _what(result: Tradeoff) -> str:
     return "split rate" if all(point.rate is not None for point in result.points) else "candidate"
 
 
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
 def _table(axes: Axes, result: Tradeoff) -> None:
     axes.set_axis_off()
     front = result.front
-    wide = max(1 / 7, 0.012 * max(len(_short(p.name, 24)) for p in result.points) + 0.03)
+    wide = max(1 / 7, 0.012 * max(len(short(p.name, 24)) for p in result.points) + 0.03)
     header = [_what(result), "accuracy", "latency", "speed-up", "parameters", "MACs", "ONNX file"]
     cells = [
         [
-            _short(p.name, 24),
+            short(p.name, 24),
             f"{p.score.accuracy:.1%}",
             f"{p.latency.p50_ms:.2f} ms",
             "1" if p.speedup is None else f"{p.speedup.value:.2f}",

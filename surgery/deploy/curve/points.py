@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from surgery.catalogue import short
 from surgery.deploy.measure.benchmark import BenchmarkResult, Ratio
 from surgery.deploy.measure.environment import Environment
 from surgery.deploy.measure.ratios import noise
@@ -140,13 +141,13 @@ class Tradeoff:
 
     @property
     def too_noisy(self) -> str:
-        """That the machine was too noisy for these speed-ups, if the check shows it; else empty."""
-        return noise(self.check, self.points[0].folder)
+        """That the machine was too noisy for these speed-ups, if the check or a spread shows it; else empty."""
+        return noise(self.check, self.points[0].folder, {p.folder: p.latency.spread for p in self.points})
 
     @property
     def name(self) -> str:
         """The model's name without what its source says beside it."""
-        return self.source.removeprefix("torchvision:").removeprefix("fitnets:").partition("?")[0]
+        return short(self.source)
 
     @property
     def front(self) -> tuple[Point, ...]:

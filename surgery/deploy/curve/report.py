@@ -10,7 +10,7 @@ from surgery.deploy.curve.plot import draw
 from surgery.deploy.curve.points import Point, Settings, Tradeoff
 from surgery.deploy.curve.teaching import TEACHERS
 from surgery.folders import write_table
-from surgery.units import mebibytes, quantity
+from surgery.units import counted, mebibytes, quantity
 
 
 def write_report(result: Tradeoff, folder: Path) -> None:
@@ -27,8 +27,8 @@ def _markdown(result: Tradeoff) -> str:
         "\n\n".join(
             [
                 f"# Speed and accuracy of {result.name} on {result.data.source}",
-                _finding(result),
                 *([f"**The machine was {result.too_noisy}.**"] if result.too_noisy else []),
+                _finding(result),
                 "![Accuracy over latency, one point for each candidate](tradeoff.png)",
                 "[The same with the figures of each point under the pointer](tradeoff.html)",
                 _points_table(result),
@@ -135,7 +135,8 @@ def _speedup(point: Point) -> str:
 
 def _method(result: Tradeoff) -> str:
     settings, data = result.settings, result.data
-    trained = f"trained for {settings.epochs} epochs" if settings.epochs else "taken as it was"
+    trained = f"trained for {counted(settings.epochs, 'epoch')}" if settings.epochs else "taken as it was"
+    threads = counted(settings.threads, "thread")
     notes = [f"- At {p.name}: {note}." for p in result.points for note in p.latency.notes]
     which = "the first ceil(s n) channels of every layer were carved out of it (KELS)"
     if settings.importance != "prefix":
@@ -149,7 +150,7 @@ def _method(result: Tradeoff) -> str:
         f"itself, in ONNX Runtime, on {data.test_images} test images that no training saw; its interval is Wilson's."
     )
     timing = (
-        f"Latency is that of the ONNX file, one image at a time, on the CPU with {settings.threads} threads. "
+        f"Latency is that of the ONNX file, one image at a time, on the CPU with {threads}. "
         f"All models were timed in one run, {len(result.points[0].latency.samples_ms)} queries each, taking turns in "
         f"random order, in {_sessions(result)} for which each was set up afresh. Speed-up is the geometric mean, over "
         "these, of the median ratio of latencies, with a 95% bootstrap interval"
@@ -162,8 +163,7 @@ def _method(result: Tradeoff) -> str:
 
 
 def _sessions(result: Tradeoff) -> str:
-    count = len(result.points[0].latency.session_runs)
-    return "one session" if count == 1 else f"{count} sessions"
+    return counted(len(result.points[0].latency.session_runs), "session")
 
 
 def _checked(result: Tradeoff) -> str:
@@ -178,10 +178,11 @@ def _tuned(settings: Settings) -> str:
     """How candidates were trained, in words."""
     if settings.finetune_epochs == 0:
         return "not trained further"
+    epochs = counted(settings.finetune_epochs, "epoch")
     how = {
         "labels": f"trained for {settings.finetune_epochs} more",
-        "evolve": f"trained {TEACHERS['evolve']}: {settings.generations} of {settings.finetune_epochs} epochs each",
-        "hints": f"trained {TEACHERS['hints']}: {settings.hint_epochs} and {settings.finetune_epochs} epochs",
+        "evolve": f"trained {TEACHERS['evolve']}: {settings.generations} of {epochs} each",
+        "hints": f"trained {TEACHERS['hints']}: {counted(settings.hint_epochs, 'epoch')} and {epochs}",
     }
     return how.get(settings.teach, f"trained for {settings.finetune_epochs} more, {TEACHERS[settings.teach]}")
 
@@ -197,8 +198,8 @@ def _settings_table(result: Tradeoff) -> str:
         "initial weights": settings.weights or f"random, seed {settings.seed}",
         "data": f"{data.source}: {images}",
         "images": f"RGB, {data.image_size} x {data.image_size}, normalised by {normalised}",
-        "dense training": f"{settings.epochs} epochs",
-        "fine-tuning": f"{settings.finetune_epochs} epochs, {TEACHERS[settings.teach]}",
+        "dense training": counted(settings.epochs, "epoch"),
+        "fine-tuning": f"{counted(settings.finetune_epochs, 'epoch')}, {TEACHERS[settings.teach]}",
         "widths": f"multiples of {settings.round_to}" if settings.round_to > 1 else "as the rates say",
         "channels that are kept": {"prefix": "the first", "magnitude": "those with the largest weights"}[
             settings.importance

@@ -1,0 +1,103 @@
+"""Where things stand in the charts of a curve: how far an axis reaches, and labels that do not lie on each other."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+LONGEST = 28
+"""Letters of the longest label."""
+
+_RINGS = 8
+"""How many distances from its point a label is tried at, each a line of text further out."""
+
+_SIDES = ((1, 1), (-1, -1), (1, -1), (-1, 1), (0, 1), (0, -1), (1, 0), (-1, 0))
+"""To the right or left, below or above; the first two leave a front free that rises to the right."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle; its sides are in pixels, and y grows downwards."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def shared(self, other: Box) -> float:
+        """The area that two have in common."""
+        wide = min(self.right, other.right) - max(self.left, other.left)
+        high = min(self.bottom, other.bottom) - max(self.top, other.top)
+        return max(0.0, wide) * max(0.0, high)
+
+    @property
+    def area(self) -> float:
+        return (self.right - self.left) * (self.bottom - self.top)
+
+
+@dataclass(frozen=True)
+class Label:
+    """Where a label stands.
+
+    Attributes:
+        side: 1 where it is to the right of its point, -1 to the left, 0 in the middle.
+        tie: where a line from the point should end, where it is so far off that there should be one; else None.
+    """
+
+    box: Box
+    side: int
+    tie: tuple[float, float] | None
+
+
+def reach(medians: Sequence[float], highs: Sequence[float]) -> float:
+    """How far an axis from 0 goes: past all medians, and past the upper ends of their bars that are not far beyond."""
+    return 1.1 * min(max(highs), 1.2 * max(medians)) or 1.0
+
+
+def short(text: str, most: int = LONGEST) -> str:
+    """The text, or so much of it as fits into ``most`` letters."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def placed(
+    points: Sequence[tuple[float, float]],
+    sizes: Sequence[tuple[float, float]],
+    area: Box,
+    *,
+    radius: float,
+    taken: Sequence[Box] = (),
+) -> list[Label]:
+    """A place for the label of each point, where it lies on no other label and no point, and within the area.
+
+    Labels are placed one after the other, the first the most freely; where no place is free, the one is taken that has
+    the least in common with what is there. The same points give the same places.
+
+    Args:
+        points, sizes: where each point is, and how wide and high its label is.
+        radius: of the dots at the points.
+        taken: what labels should not lie on either.
+    """
+    dots = [Box(x - radius, y - radius, x + radius, y + radius) for x, y in points]
+    found: list[Label] = []
+    for (x, y), (width, height) in zip(points, sizes, strict=True):
+        others = [*dots, *taken, *(label.box for label in found)]
+        tries = list(_around(x, y, width, height, radius))
+        costs = [
+            label.box.area - label.box.shared(area) + sum(label.box.shared(other) for other in others)
+            for label in tries
+        ]
+        found.append(tries[costs.index(min(costs))])
+    return found
+
+
+def _around(x: float, y: float, width: float, height: float, radius: float) -> Iterator[Label]:
+    """Places for a label of the point (x, y), the best first."""
+    for ring, (right, below) in itertools.product(range(_RINGS), _SIDES):
+        out = ring * height
+        aside = 1.4 * radius + (out / 2 if below else out)
+        away = (0.5 if right else 1.4) * radius + out
+        left = x - width / 2 + right * (aside + width / 2)
+        top = y - height / 2 + below * (away + height / 2)
+        end = (min(max(x, left), left + width), min(max(y, top), top + height))
+        yield Label(Box(left, top, left + width, top + height), right, end if ring else None)
