@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from torch import nn
 
 import surgery
 from surgery.deploy.budget.sensitivity import write_sensitivity
+from surgery.deploy.measure.benchmark import Ratio
 from surgery.errors import UsageError
 from surgery.training.data import load_data
+from surgery.training.history import Score
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,64 @@ def test_what_is_measured_here_has_an_interval(net, data):
     for row in found.rows:
         assert row.ratio.low <= row.ratio.value <= row.ratio.high
         assert found.saved(row) == 1 - row.ratio.value
+        assert row.iqr_ms > 0
+    told = found.to_dict()
+    assert told["check"]["low"] <= found.dense.ratio.value <= told["check"]["high"]
+    assert told["dense"]["iqr_ms"] == found.dense.iqr_ms
+    assert told["too_noisy"] == (found.too_noisy or None)
+
+
+NOISY = (
+    "too noisy: measured against itself, the whole model is 1.300 times as slow (1.100-1.500), and the interquartile "
+    "range of the model with 2 slimmed is 80% of its median; differences of this size mean nothing in this run"
+)
+
+
+def noisy(result):
+    """The result as if the machine had been busy."""
+    dense = replace(result.dense, ratio=Ratio(1.3, 1.1, 1.5, 0.95, 10), iqr_ms=0.01 * result.dense.latency_ms)
+    first, second = result.rows
+    return replace(result, dense=dense, rows=(first, replace(second, iqr_ms=0.8 * second.latency_ms)))
+
+
+def test_a_machine_that_was_too_noisy_is_said(result):
+    assert result.too_noisy == ""
+    assert result.to_dict()["check"] is None
+    found = noisy(result)
+    assert found.too_noisy == NOISY
+    assert found.doubts == (f"the machine was {NOISY}",)
+    told = found.to_dict()
+    assert (told["check"]["value"], told["too_noisy"], told["doubts"]) == (1.3, NOISY, [f"the machine was {NOISY}"])
+    assert told["parts"][1]["iqr_ms"] == pytest.approx(0.8 * told["parts"][1]["latency_ms"])
+
+
+def test_a_model_that_is_no_better_than_guessing_is_said(result):
+    """Ten classes: one right in ten by chance."""
+
+    def judged(correct):
+        return replace(result, dense=replace(result.dense, judged=replace(result.dense.judged, score=correct)))
+
+    said = ("the model is no better than guessing: train it (--epochs)",)
+    assert result.doubts == ()
+    assert judged(Score(25, 200)).doubts == said
+    assert judged(Score(60, 200)).doubts == ()
+
+
+def test_the_picture_says_what_makes_the_figures_doubtful(result, tmp_path, monkeypatch):
+    titles = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, path: (titles.append(figure.get_suptitle()), save(figure, path))
+    )
+    for found in (result, noisy(result)):
+        write_sensitivity(found, tmp_path)
+    assert titles[0].count("\n") == 1
+    assert f"the machine was {NOISY}" in " ".join(titles[1].split("\n"))
+
+
+def test_a_model_of_the_catalogue_goes_by_its_name(result):
+    assert replace(result, source="torchvision:resnet18?num_classes=10").name == "resnet18"
+    assert replace(result, source="mymodel:make").name == "mymodel:make"
 
 
 def test_the_model_is_not_modified(net, data):
@@ -123,6 +185,9 @@ def test_the_command_prints_a_table_and_writes_the_files(run, module_in_folder):
     assert code == 0
     assert "points lost" in out
     assert "written to found: sensitivity.png" in out
+    assert "\nthe model is no better than guessing: train it (--epochs)\n" in out
+    told = json.loads((folder / "found" / "sensitivity.json").read_text())
+    assert out.splitlines()[-1 - len(told["doubts"]) : -1] == told["doubts"]
     assert {path.name for path in (folder / "found").iterdir()} == {f"sensitivity.{k}" for k in ("csv", "json", "png")}
     code, out, _ = run("sensitivity", *model, *timing, "--out", "found", "--force", "--json")
     assert code == 0

@@ -99,8 +99,8 @@ def sensitivity(
         )
     with staged_folder(out, marker=MARKER, force=force) as folder:
         write_sensitivity(result, folder)
-    note = f"written to {out}: sensitivity.png, sensitivity.csv and sensitivity.json"
-    emit({**result.to_dict(), "out": str(out)}, as_json, _table(result), note=note)
+    written = f"written to {out}: sensitivity.png, sensitivity.csv and sensitivity.json"
+    emit({**result.to_dict(), "out": str(out)}, as_json, _table(result), note="\n".join([*result.doubts, written]))
 
 
 def _table(result: Sensitivity) -> Any:
@@ -119,4 +119,4 @@ def _table(result: Sensitivity) -> Any:
             ]
         )
     header = ["slimmed", "accuracy", "points lost", "p50 ms", "time saved", "MACs saved", "parameters saved"]
-    return table(f"{result.source} on {result.data}, each {result.by} alone at {result.rate:g}", header, rows)
+    return table(f"{result.name} on {result.data}, each {result.by} alone at {result.rate:g}", header, rows)

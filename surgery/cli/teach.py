@@ -317,7 +317,7 @@ def _notes(found: Distillation, taught: History | None, data: Data, out: Path, w
     train, test = data.counts
     lines = [f"{train} training and {test} test images of {data.image_size} x {data.image_size}"]
     lines += [f"hint: {guided} learned {hint}" for guided, hint in found.names]
-    if found.teacher_score.interval()[0] <= 1 / len(data.classes):
+    if found.teacher_score.guessed(len(data.classes)):
         lines.append("the teacher is no better than guessing: train it (--teacher-epochs)")
     seconds = found.seconds + (taught.seconds if taught else 0)
     folders = ", ".join(f"{name}/" for name in written)

@@ -31,6 +31,10 @@ class Score:
         scale = 1 + z * z / n
         return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
+    def guessed(self, classes: int) -> bool:
+        """Whether this is no better than guessing: the interval goes down to one in ``classes``."""
+        return self.interval()[0] <= 1 / classes
+
 
 @dataclass(frozen=True)
 class Epoch:

@@ -75,10 +75,14 @@ def _cut(names: Sequence[str]) -> Callable[[str], str]:
 
 @dataclass(frozen=True)
 class Timed:
-    """What one query takes, in ms, and its ratio to the first model's where they took turns."""
+    """What one query takes, in ms, and where models took turns, its interquartile range and its ratio to the first's.
+
+    The first's own ratio is that to itself, where it was checked (A/A).
+    """
 
     ms: float
     ratio: Ratio | None = None
+    iqr_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class Clock:
         runtime, batch_size, threads, device: as in `surgery.benchmark`.
         min_seconds: spent on each model, at the least.
         timer: takes the place of `surgery.compare`: how long queries take on another machine, say.
+        check: measure the first model against itself as well, once.
     """
 
     runtime: str = "onnxruntime"
@@ -98,6 +103,7 @@ class Clock:
     min_seconds: float = 1.0
     seed: int = 0
     timer: Timer | None = None
+    check: bool = False
 
     def times(self, modules: Mapping[str, nn.Module], progress: Progress | None = None) -> dict[str, Timed]:
         """The median latency of each; all take turns with the first, a few at a time."""
@@ -115,11 +121,11 @@ class Clock:
                 device=self.device,
                 min_seconds=self.min_seconds,
                 memory=False,
-                check=False,  # the candidates are many, and none is a claim yet
+                check=self.check and number == 0,
                 seed=self.seed,
             )
             for name, result in compared.results.items():
-                found.setdefault(name, Timed(result.p50_ms, compared.ratios.get(name)))
+                found.setdefault(name, Timed(result.p50_ms, compared.ratios.get(name, compared.check), result.iqr_ms))
             if progress is not None:
                 progress("time", number + 1, len(chunks))
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,10 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import nn
 
+from surgery.catalogue import short
 from surgery.counting.cost import Cost, cost
 from surgery.deploy.budget.parts import Clock, Judged, Timer, judged, parts, slimmed_alone
 from surgery.deploy.measure.benchmark import Ratio
 from surgery.deploy.measure.environment import Environment, environment
+from surgery.deploy.measure.ratios import noise
 from surgery.errors import UsageError
 from surgery.folders import write_table
 from surgery.graph.traced import info
@@ -37,7 +40,9 @@ class Slimmed:
         judged: its score and loss on the test images.
         cost: on paper.
         latency_ms: median latency of one query.
-        ratio: of that to the whole model's, with its interval; None where another clock timed them.
+        ratio: of that to the whole model's, with its interval; the whole model's own is the A/A check. None where
+            another clock timed them.
+        iqr_ms: the interquartile range of latency; None likewise.
     """
 
     name: str
@@ -46,6 +51,7 @@ class Slimmed:
     cost: Cost
     latency_ms: float
     ratio: Ratio | None
+    iqr_ms: float | None
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Sensitivity:
     Attributes:
         source: of the model.
         data: its name.
+        classes: how many it has.
         rate, importance, by: how each part was slimmed, and what a part is.
         dense: the model as it is.
         rows: one for each part, in the order of the forward pass.
@@ -62,6 +69,7 @@ class Sensitivity:
 
     source: str
     data: str
+    classes: int
     rate: float
     importance: str
     by: str
@@ -76,6 +84,26 @@ class Sensitivity:
     def saved(self, row: Slimmed) -> float:
         """What share of the whole model's latency is saved; below 0 it became slower."""
         return 1 - (row.ratio.value if row.ratio else row.latency_ms / self.dense.latency_ms)
+
+    @property
+    def name(self) -> str:
+        """The model's name without what its source says beside it."""
+        return short(self.source)
+
+    @property
+    def too_noisy(self) -> str:
+        """That the machine was too noisy for these latencies, if the check or a spread shows it; else empty."""
+        timed = {"the whole model": self.dense, **{f"the model with {row.name} slimmed": row for row in self.rows}}
+        spreads = {name: row.iqr_ms / row.latency_ms for name, row in timed.items() if row.iqr_ms is not None}
+        return noise(self.dense.ratio, "the whole model", spreads)
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What a reader should know before the figures, in sentences."""
+        found = [f"the machine was {self.too_noisy}"] if self.too_noisy else []
+        if self.dense.judged.score.guessed(self.classes):
+            found.append("the model is no better than guessing: train it (--epochs)")
+        return tuple(found)
 
     def to_rows(self) -> list[dict[str, Any]]:
         """One flat row for each part, for tables; accuracies and shares are fractions."""
@@ -93,6 +121,7 @@ class Sensitivity:
             "loss": row.judged.loss,
             "loss_gain": row.judged.loss - self.dense.judged.loss,
             "latency_ms": row.latency_ms,
+            "iqr_ms": row.iqr_ms,
             "time_saved": self.saved(row),
             "time_saved_low": 1 - row.ratio.high if row.ratio else None,
             "time_saved_high": 1 - row.ratio.low if row.ratio else None,
@@ -102,10 +131,19 @@ class Sensitivity:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON data."""
-        own = {name: getattr(self, name) for name in ("source", "data", "rate", "importance", "by")}
+        own = {name: getattr(self, name) for name in ("source", "data", "classes", "rate", "importance", "by")}
         whole = {**asdict(self.dense.judged.score), "loss": self.dense.judged.loss}
-        dense = {**whole, **self.dense.cost.to_dict(), "latency_ms": self.dense.latency_ms}
-        return {"schema": 1, **own, "dense": dense, "parts": self.to_rows(), "environment": self.environment.to_dict()}
+        times = {"latency_ms": self.dense.latency_ms, "iqr_ms": self.dense.iqr_ms}
+        return {
+            "schema": 1,
+            **own,
+            "dense": {**whole, **self.dense.cost.to_dict(), **times},
+            "parts": self.to_rows(),
+            "environment": self.environment.to_dict(),
+            "check": self.dense.ratio and asdict(self.dense.ratio),
+            "too_noisy": self.too_noisy or None,
+            "doubts": list(self.doubts),
+        }
 
 
 def sensitivity(
@@ -156,7 +194,8 @@ def sensitivity(
         scores[name] = judged(candidate, data.test, most=limit)
         if progress is not None:
             progress("score", done, len(modules))
-    times = Clock(runtime, batch_size, threads, device, min_seconds, seed, timer).times(modules, progress)
+    clock = Clock(runtime, batch_size, threads, device, min_seconds, seed, timer, check=True)
+    times = clock.times(modules, progress)
     dense, *rows = (
         Slimmed(
             name=name,
@@ -165,11 +204,12 @@ def sensitivity(
             cost=cost(candidate),
             latency_ms=times[name].ms,
             ratio=times[name].ratio,
+            iqr_ms=times[name].iqr_ms,
         )
         for name, candidate in modules.items()
     )
     source = info(module).source or type(module).__name__
-    return Sensitivity(source, data.source, rate, importance, by, dense, tuple(rows), environment())
+    return Sensitivity(source, data.source, len(data.classes), rate, importance, by, dense, tuple(rows), environment())
 
 
 def write_sensitivity(result: Sensitivity, folder: Path) -> None:
@@ -182,8 +222,9 @@ def write_sensitivity(result: Sensitivity, folder: Path) -> None:
 def _draw(result: Sensitivity, path: Path) -> None:
     """Two bars for each part, one above the other: what is lost and what is saved."""
     count = len(result.rows)
+    doubts = [line for doubt in result.doubts for line in textwrap.wrap(doubt, 120)]
     layout = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1)
-    figure = Figure(figsize=(10, 1.9 + 0.3 * count), dpi=150, layout=layout, facecolor="white")
+    figure = Figure(figsize=(10, 1.9 + 0.3 * count + 0.2 * len(doubts)), dpi=150, layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
     lost, saved = figure.subplots(1, 2, sharey=True)
     places: Sequence[int] = range(count)
@@ -209,8 +250,8 @@ def _draw(result: Sensitivity, path: Path) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"{result.source} on {result.data}: each {result.by} alone at {result.rate:g} of its width, not trained since\n"
-        f"the whole model: {accuracy:.1%}, {result.dense.latency_ms:.2f} ms",
+        f"{result.name} on {result.data}: each {result.by} alone at {result.rate:g} of its width, not trained since\n"
+        f"the whole model: {accuracy:.1%}, {result.dense.latency_ms:.2f} ms" + "".join(f"\n{line}" for line in doubts),
         fontsize=11,
         x=0.02,
         ha="left",
