@@ -413,6 +413,13 @@ def test_the_message_of_a_machine_that_was_too_noisy_says_how_noisy():
     assert Comparison("dense", {}, {}, Ratio(1.03, 0.99, 1.06, 0.95, 10)).too_noisy == ""
 
 
+def test_a_machine_that_can_tell_nothing_is_too_noisy_though_its_interval_holds_1():
+    assert Comparison("dense", {}, {}, Ratio(1.1, 0.71, 1.77, 0.95, 10)).too_noisy.startswith(
+        "too noisy: measured against itself, dense is 1.100 times as slow (0.710-1.770); "
+    )
+    assert Comparison("dense", {}, {}, Ratio(1.0, 0.9, 1.1, 0.95, 10)).too_noisy == ""
+
+
 def test_sessions_too_few_for_the_confidence_are_refused(small_onnx):
     message = "5 sessions cannot bound a ratio with 95% confidence: take 6 or more, or 1, whose interval covers"
     with pytest.raises(UsageError, match=message):

@@ -119,21 +119,6 @@ def spread(of: Point, p25: float, p75: float) -> Point:
     return replace(of, latency=replace(of.latency, samples_ms=samples, iqr_ms=p75 - p25))
 
 
-def test_a_spread_of_latencies_that_is_noisy_is_said_as_well(result, tmp_path):
-    points = (spread(result.points[0], 3.9, 4.5), spread(result.points[1], 1.0, 4.0))
-    widest = "the interquartile range of rate-0.5 is 150% of its median; differences of this size mean"
-    noisy = replace(result, points=points, check=Ratio(0.99, 0.9, 1.1, 0.95, 10))
-    assert noisy.too_noisy == f"too noisy: {widest} little in this run"
-    assert noisy.to_dict()["too_noisy"] == noisy.too_noisy
-    assert content(page(noisy))["noise"] == f"The machine was {noisy.too_noisy}."
-    assert report_of(noisy, tmp_path).split("\n\n")[1] == f"**The machine was {noisy.too_noisy}.**"
-    both = replace(noisy, check=Ratio(0.8, 0.75, 0.9, 0.95, 10))
-    assert both.too_noisy == (
-        "too noisy: measured against itself, rate-1 is 0.800 times as slow (0.750-0.900), "
-        f"and {widest} nothing in this run"
-    )
-
-
 def test_the_command_says_so_right_below_its_table(result, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     noisy = replace(result, check=Ratio(0.8, 0.75, 0.9, 0.95, 10))

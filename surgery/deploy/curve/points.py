@@ -141,8 +141,8 @@ class Tradeoff:
 
     @property
     def too_noisy(self) -> str:
-        """That the machine was too noisy for these speed-ups, if the check or a spread shows it; else empty."""
-        return noise(self.check, self.points[0].folder, {p.folder: p.latency.spread for p in self.points})
+        """That the machine was too noisy for these speed-ups, if the A/A check shows it; else empty."""
+        return noise(self.check, self.points[0].folder)
 
     @property
     def name(self) -> str:

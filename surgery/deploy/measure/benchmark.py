@@ -24,7 +24,6 @@ from surgery.deploy.measure.environment import Environment, environment, usable_
 from surgery.deploy.measure.jobs import Candidate, Job, Runner
 from surgery.deploy.measure.memory import UnmeasuredError
 from surgery.deploy.measure.ratios import (
-    NOISY,
     Ratio,
     early_stopping_estimate,
     noise,
@@ -37,6 +36,8 @@ from surgery.deploy.measure.timing import Series, pinned, take_turns
 from surgery.errors import UsageError, whole_number
 
 __all__ = ["BenchmarkResult", "Comparison", "Ratio", "benchmark", "compare", "ratio_of_medians", "sweep"]
+
+_NOISY = 0.1
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,6 @@ class BenchmarkResult:
     """How many queries in a row a turn had; above 1, after one that does not count."""
     cores: tuple[int, ...] | None = None
     """The cores the process was kept on; None where the system does not let them be chosen."""
-
-    @property
-    def spread(self) -> float:
-        """The interquartile range over the median."""
-        return self.iqr_ms / self.p50_ms
 
     def to_dict(self) -> dict[str, Any]:
         """The same, as plain JSON data."""
@@ -332,9 +328,9 @@ def _statistics(series: Series, batch_size: int) -> dict[str, Any]:
 
 
 def _doubts(series: Series) -> Iterator[str]:
-    """What a reader of the figures should know. The bound on the spread is that of `torch.utils.benchmark`."""
+    """What a reader of the figures should know."""
     if not series.settled:
         yield "still settling: the warm-up ended before two windows in a row had about the same median"
     p25, p50, p75 = np.percentile(series.samples, [25, 50, 75])
-    if p75 - p25 > NOISY * p50:
+    if p75 - p25 > _NOISY * p50:
         yield f"noisy: the interquartile range is {(p75 - p25) / p50:.0%} of the median"

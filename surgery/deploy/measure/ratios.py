@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,8 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 _RESAMPLES = 2000
 
-NOISY = 0.1
-"""Above it a spread, the interquartile range over the median, is called noisy, as in `torch.utils.benchmark`."""
+_WIDE = 1.25
+"""The ends of an interval's ratio above which a machine tells nothing of use, though the interval holds 1."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,14 @@ class Ratio:
         return replace(self, value=1 / self.value, low=1 / self.high, high=1 / self.low)
 
 
-def noise(check: Ratio | None, what: str, spreads: Mapping[str, float] | None = None) -> str:
-    """That a machine was too noisy, where the ratio of ``what`` to itself shows it, or the widest of the ``spreads`` by
-    model; else, and without either, empty."""
-    shown, worth = [], "little"
-    if check is not None and not check.contains_1:
-        worth = "nothing"
-        shown.append(
-            f"measured against itself, {what} is {check.value:.3f} times as slow ({check.low:.3f}-{check.high:.3f})"
-        )
-    if spreads and max(spreads.values()) > NOISY:
-        name = max(spreads, key=lambda name: spreads[name])
-        shown.append(f"the interquartile range of {name} is {spreads[name]:.0%} of its median")
-    return f"too noisy: {', and '.join(shown)}; differences of this size mean {worth} in this run" if shown else ""
+def noise(check: Ratio | None, what: str) -> str:
+    """That a machine was too noisy, where the ratio of ``what`` to itself misses 1 or is hardly known; else empty."""
+    if check is None or (check.contains_1 and check.high <= _WIDE * check.low):
+        return ""
+    return (
+        f"too noisy: measured against itself, {what} is {check.value:.3f} times as slow "
+        f"({check.low:.3f}-{check.high:.3f}); differences of this size mean nothing in this run"
+    )
 
 
 def ratio_of_medians(times: Array, baseline: Array, confidence: float, rng: np.random.Generator) -> Ratio:
