@@ -39,6 +39,22 @@ def test_images_have_three_channels_the_size_asked_for_and_are_normalised(mnist5
     assert images.std().item() == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("options", [{}, {"channels": 1, "image_size": 32}], ids=["colour", "grey"])
+def test_images_do_not_depend_on_the_number_of_threads(options):
+    before, loaded = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            data = load_data("mnist5k", **options)
+            loaded.append((data.normalisation, torch.stack([image for image, _ in data.test])))
+    finally:
+        torch.set_num_threads(before)
+    (normalisation, images), *others = loaded
+    for found, same in others:
+        assert found == normalisation
+        assert torch.equal(same, images)
+
+
 def test_the_size_is_the_sets_own_unless_more_is_needed_or_told():
     assert load_data("digits").image_size == 8
     assert load_data("digits", at_least=32).image_size == 32

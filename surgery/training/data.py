@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -164,7 +165,7 @@ def _packaged(spec: str, size: int, seed: int) -> Data:
     if size != images.shape[-1]:
         images = torch.nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True)
     train, test = stratified_split(labels, seed=seed)
-    mean, std = images[train].mean().item(), images[train].std().item()
+    mean, std = _moments(images[train])
     normalised = ((images - mean) / std).expand(-1, 3, -1, -1)
     targets = torch.as_tensor(labels, dtype=torch.int64)
     return Data(
@@ -175,6 +176,18 @@ def _packaged(spec: str, size: int, seed: int) -> Data:
         image_size=size,
         normalisation=Normalisation((mean,) * 3, (std,) * 3),
     )
+
+
+def _moments(images: Tensor) -> tuple[float, float]:
+    """The mean and the standard deviation of all pixels, as float32 has them.
+
+    Summed in float64 by numpy: torch's sums depend on the number of threads in their last bits, and with them would
+    all that the images go into.
+    """
+    pixels, count = images.numpy(), images.numel()
+    mean = math.fsum(image.sum(dtype=np.float64) for image in pixels) / count
+    apart = math.fsum(np.square(np.subtract(image, mean, dtype=np.float64)).sum() for image in pixels)
+    return float(np.float32(mean)), float(np.float32(math.sqrt(apart / (count - 1))))
 
 
 def _tensors(images: Tensor, targets: Tensor, indices: list[int]) -> Images:
