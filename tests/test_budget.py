@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.deploy.budget.parts import parts
+from surgery.deploy.budget.parts import Clock, parts
+from surgery.deploy.measure.benchmark import compare
 from surgery.errors import EditError, UsageError
 from surgery.training.data import load_data
 
@@ -71,7 +72,7 @@ def test_latency_is_that_of_whole_models_on_the_clock_that_is_given(net, share):
     assert 0.9 * limit <= device.ms(found.module) == found.measured <= limit
     assert found.predicted == pytest.approx(found.measured, rel=0.1)
     assert found.measured in [trial.measured for trial in found.trials]
-    assert device.asked <= 2 + 2 * len(found.trials)
+    assert device.asked <= 3 + 2 * len(found.trials)
 
 
 def test_a_clock_that_no_prediction_foresees_is_still_kept_to(net):
@@ -125,14 +126,73 @@ def test_a_model_within_its_budget_stays_as_it_is_and_is_a_copy(net):
     assert surgery.cost(found.module) == surgery.cost(net)
 
 
-def test_a_budget_that_cannot_be_kept_is_an_error_that_says_what_the_smallest_takes(net):
+@pytest.mark.parametrize("kind", ["latency_ms", "macs", "params", "bytes"])
+def test_a_budget_that_cannot_be_kept_is_refused_at_once_with_what_the_smallest_takes(net, kind):
+    device, told = Device(), []
+    smallest = surgery.slim(net, 0.25, importance="magnitude")
+    takes = device.ms(smallest) if kind == "latency_ms" else getattr(surgery.cost(smallest), kind)
+    limit = takes // 2 or takes / 2
     with pytest.raises(EditError) as caught:
-        surgery.slim_to_budget(net, params=1000, by="stage", least=0.25)
-    smallest = surgery.cost(surgery.slim(net, 0.25, importance="magnitude")).params
+        surgery.slim_to_budget(
+            net, **{kind: limit}, by="stage", least=0.25, timer=device, progress=lambda *task: told.append(task)
+        )
+    unit = {"latency_ms": "ms", "macs": "MACs", "params": "parameters", "bytes": "bytes"}[kind]
     assert str(caught.value) == (
-        f"no model of these widths keeps to 1000 parameters: the smallest takes {smallest}; "
-        "allow a lower rate (least), or begin with a smaller model"
+        f"no model of these widths keeps to {limit:.10g} {unit}: the smallest, 0.25 of every width, takes "
+        f"{takes:.10g} {unit}; allow more, or begin with a smaller model"
     )
+    assert told == []
+
+
+def test_a_latency_just_below_the_smallest_models_is_refused_when_it_was_searched_for(net):
+    device, told = Device(), []
+    limit = 0.9 * device.ms(surgery.slim(net, 0.25, importance="magnitude"))
+    with pytest.raises(EditError, match=r"the smallest, 0\.25 of every width, takes [0-9.]+ ms; allow more"):
+        surgery.slim_to_budget(
+            net, latency_ms=limit, by="stage", least=0.25, timer=device, progress=lambda *task: told.append(task)
+        )
+    assert ("search", 1, 8) in told
+
+
+def test_one_slow_measurement_of_the_smallest_model_does_not_refuse_a_budget(net):
+    class Disturbed(Device):
+        def __call__(self, modules):
+            times = super().__call__(modules)
+            return {name: 100 * ms for name, ms in times.items()} if self.asked == 2 else times
+
+    device = Disturbed()
+    limit = 0.5 * device.ms(net)
+    assert surgery.slim_to_budget(net, latency_ms=limit, by="stage", timer=device).measured <= limit
+
+
+def test_progress_is_told_of_each_stage_to_its_end(net):
+    told: dict[str, list[float]] = {}
+
+    def progress(task, done, total):
+        told.setdefault(task, []).append(done / total)
+
+    data = load_data("digits", limit=16, image_size=32)
+    device = Device()
+    surgery.slim_to_budget(net, latency_ms=0.5 * device.ms(net), by="stage", data=data, timer=device, progress=progress)
+    assert list(told) == ["probe", "damage", "search"]
+    assert len(told["damage"]) == 15
+    assert all(shares == sorted(shares) and shares[-1] == 1 for shares in told.values())
+
+
+def test_setting_models_up_counts_for_progress(monkeypatch):
+    brief = {"min_seconds": 0, "warmup": 0.01, "memory": False, "min_runs": 5}
+    monkeypatch.setattr(
+        "surgery.deploy.budget.parts.compare", lambda files, **given: compare(files, **{**given, **brief})
+    )
+    small = surgery.trace(nn.Linear(4, 2).eval(), torch.zeros(2, 4))
+    told = []
+    times = Clock(runtime="torch", threads=1).times(
+        {str(k): small for k in range(8)}, lambda _, done, total: told.append((done, total))
+    )
+    assert set(times) == set(map(str, range(8)))
+    assert told == [
+        (done, 11) for done in range(1, 12)
+    ]  # seven models and the timing; the first again, one, the timing
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import nn
 import surgery
 from surgery.deploy.curve.tradeoff import tradeoff
 from surgery.deploy.measure.benchmark import compare
-from surgery.errors import UsageError
+from surgery.errors import EditError, UsageError
 
 
 def tiny() -> nn.Module:
@@ -98,3 +98,38 @@ def test_an_unknown_importance_is_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(UsageError, match="unknown importance 'size'"):
         tradeoff(tiny(), importance="size", out=tmp_path / "out", **OPTIONS)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "params=100",
+            "no model of these widths keeps to 100 parameters: the smallest, 0.125 of every width, takes 13",
+        ),
+        ("latency=0.001us", r"keeps to 1e-06 ms: .* takes [0-9.e-]+ ms; allow more, or begin with a smaller model$"),
+    ],
+    ids=["params", "latency"],
+)
+def test_a_budget_that_no_model_keeps_to_is_refused_before_anything_is_trained(tmp_path, text, message):
+    told = []
+    with pytest.raises(EditError, match=message):
+        tradeoff(
+            tiny(), candidates=[text], out=tmp_path / "out", progress=lambda task, *_: told.append(task), **OPTIONS
+        )
+    assert set(told) == {"check budgets", "all"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_search_moves_the_progress_of_the_run(tmp_path):
+    told = []
+
+    def progress(task, done, total):
+        if task == "params=6k: search":
+            told.append(done / total)
+
+    options = {**OPTIONS, "epochs": 0, "finetune_epochs": 0, "split_rates": []}
+    tradeoff(tiny(), candidates=["params=6k"], out=tmp_path / "out", progress=progress, **options)
+    assert told == sorted(told)
+    assert len({share for share in told if 0 < share < 0.5}) > 2  # the damage, and then
+    assert len({share for share in told if 0.5 < share < 1}) >= 1  # the search

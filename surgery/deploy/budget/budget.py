@@ -28,6 +28,11 @@ from surgery.training.evaluation import Progress
 KINDS: Mapping[str, str] = {"latency_ms": "ms", "macs": "MACs", "params": "parameters", "bytes": "bytes"}
 """What a budget can be of, and its unit."""
 
+LEAST = 0.125
+"""The rate below which no part is slimmed, unless another is given."""
+
+_SLACK = 1.5
+"""Times a budget of latency that the smallest model may take before all else is measured: noise can be as much."""
 _JUDGED = 512
 """Training images on which the damage of slimming is measured, at the most."""
 _RATES = (0.75, 0.5, 0.25)
@@ -96,7 +101,7 @@ def slim_to_budget(
     by: str = "group",
     importance: str = "magnitude",
     round_to: int | None = None,
-    least: float = 0.125,
+    least: float = LEAST,
     tolerance: float = 0.05,
     rounds: int = 8,
     runtime: str = "onnxruntime",
@@ -127,7 +132,7 @@ def slim_to_budget(
         rounds: models that are made and measured on the way to the budget, at the most.
         runtime, batch_size, threads, device, min_seconds: how models are timed, as in `surgery.benchmark`.
         timer: times them instead: from modules by name to ms by name, on the machine they are meant for, say.
-        progress: told of ``"damage"``, ``"probe"`` and ``"search"``.
+        progress: told of ``"probe"`` (for latency), ``"damage"`` and ``"search"``, in this order.
 
     Raises:
         UsageError: no budget or several, or a setting out of range.
@@ -150,15 +155,16 @@ def slim_to_budget(
     space = Widths(module, found, least, 1 if round_to is None else whole_number("round_to", round_to, 1), importance)
 
     def measure(candidate: nn.Module) -> float:
-        if kind == "latency_ms":
-            return clock.times({"candidate": candidate})["candidate"].ms
-        return _counted(candidate, kind)
+        return _taken(candidate, kind, clock)
 
     before = measure(module)
     common: dict[str, Any] = {"kind": kind, "limit": limit, "before": before, "importance": importance}
     if before <= limit:
         common |= {"predicted": before, "measured": before, "round_to": space.round_to}
         return Budgeted(slim(module, {}), rates={}, damage={}, trials=(), **common)
+    refuse_unreachable(
+        module, [(kind, limit)], least=least, round_to=space.round_to, importance=importance, clock=clock
+    )
     predict: Latency | Linear
     if kind == "latency_ms":
         predict, space.round_to = _probed(module, space, clock, before, round_to, tell)
@@ -178,6 +184,45 @@ def slim_to_budget(
         trials=tuple(search.trials),
         **common,
     )
+
+
+def refuse_unreachable(
+    module: nn.Module,
+    limits: Sequence[tuple[str, float]],
+    *,
+    least: float = LEAST,
+    round_to: int = 1,
+    importance: str = "magnitude",
+    clock: Clock,
+) -> None:
+    """Raise `EditError` for a limit, of one of `KINDS`, that the model does not keep to even at the least widths.
+
+    Models are what `slim_to_budget` makes of ``module`` with the same settings, whatever its weights. What is counted
+    is exact; a latency is refused where two measurements of it are above 1.5 times its limit.
+    """
+    rates = {group.name: least for groups in parts(module, "group").values() for group in groups}
+    smallest = slim(module, rates, round_to=round_to, importance=importance)
+    taken: dict[str, float] = {}
+    for kind, limit in limits:
+        most = limit * (_SLACK if kind == "latency_ms" else 1)
+        if kind not in taken:
+            taken[kind] = _taken(smallest, kind, clock)
+        if kind == "latency_ms" and taken[kind] > most:
+            taken[kind] = min(taken[kind], _taken(smallest, kind, clock))
+        if taken[kind] > most:
+            raise _unreachable(limit, taken[kind], KINDS[kind], least)
+
+
+def _unreachable(limit: float, taken: float, unit: str, least: float) -> EditError:
+    return EditError(
+        f"no model of these widths keeps to {limit:.10g} {unit}: the smallest, {least:g} of every width, takes "
+        f"{taken:.10g} {unit}; allow more, or begin with a smaller model"
+    )
+
+
+def _taken(module: nn.Module, kind: str, clock: Clock) -> float:
+    """What the model takes of what a budget is of."""
+    return clock.times({"": module})[""].ms if kind == "latency_ms" else _counted(module, kind)
 
 
 def _counted(module: nn.Module, kind: str) -> float:
@@ -287,10 +332,7 @@ class _Search:
             levels = self._space.smallest
             trial = self._tried(levels)
             if trial.measured > self._limit:
-                raise EditError(
-                    f"no model of these widths keeps to {self._limit:.10g} {self._unit}: the smallest takes "
-                    f"{trial.measured:.10g}; allow a lower rate (least), or begin with a smaller model"
-                )
+                raise _unreachable(self._limit, trial.measured, self._unit, self._space.levels[-1])
             fitting.append((self._space.harm(levels), levels, trial))
         tell("search", rounds, rounds)
         _, levels, trial = min(fitting, key=lambda item: item[0])

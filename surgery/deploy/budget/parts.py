@@ -107,12 +107,16 @@ class Clock:
 
     def times(self, modules: Mapping[str, nn.Module], progress: Progress | None = None) -> dict[str, Timed]:
         """The median latency of each; all take turns with the first, a few at a time."""
+        tell = progress or (lambda task, done, total: None)
         if self.timer is not None:
-            return {name: Timed(float(ms)) for name, ms in self.timer(modules).items()}
+            timed = {name: Timed(float(ms)) for name, ms in self.timer(modules).items()}
+            tell("time", 1, 1)
+            return timed
         (first, baseline), *others = modules.items()
         found: dict[str, Timed] = {}
         chunks = [others[k : k + _TOGETHER] for k in range(0, len(others), _TOGETHER)] or [[]]
-        for number, chunk in enumerate(chunks):
+        done, steps = 0, len(others) + 2 * len(chunks)  # each model is set up, the first in each chunk, which is timed
+        for chunk in chunks:
             compared = compare(
                 {first: baseline, **dict(chunk)},
                 runtime=self.runtime,
@@ -123,11 +127,12 @@ class Clock:
                 memory=False,
                 check=self.check and number == 0,
                 seed=self.seed,
+                progress=lambda _, ready, total, before=done: tell("time", before + ready, steps),
             )
             for name, result in compared.results.items():
                 found.setdefault(name, Timed(result.p50_ms, compared.ratios.get(name, compared.check), result.iqr_ms))
-            if progress is not None:
-                progress("time", number + 1, len(chunks))
+            done += len(chunk) + 2
+            tell("time", done, steps)
         return found
 
 

@@ -18,7 +18,7 @@ from surgery.deploy.curve.points import DataSummary, Point, Settings, Tradeoff
 from surgery.deploy.curve.report import write_report
 from surgery.deploy.curve.store import Store, linked
 from surgery.deploy.curve.teaching import Lesson
-from surgery.deploy.curve.workbench import ONNX_FILE, Measured, Stages, Workbench
+from surgery.deploy.curve.workbench import CHECK, ONNX_FILE, Measured, Stages, Workbench
 from surgery.deploy.measure.benchmark import Comparison, compare
 from surgery.deploy.measure.environment import usable_cores
 from surgery.errors import UsageError, unknown_name, whole_number
@@ -100,6 +100,8 @@ def tradeoff(
 
     Raises:
         UsageError: anything that was asked for cannot be; nothing is written then.
+        EditError: the same for a model that cannot be made so, or be slimmed to a budget; only a latency of up to 1.5
+            times the budget may come out later, with what was trained kept for a run with another budget.
     """
     started = time.perf_counter()
     out = Path(out)
@@ -134,6 +136,7 @@ def tradeoff(
     stages = Stages(_stage_weights(dense, plan, lesson, data, settings), progress)
     with unfinished_folder(out, {"command": "tradeoff"}) as folder:
         bench = Workbench(Store(folder, [*([out] if out.is_dir() else []), *reuse]), data, settings, lesson, stages)
+        bench.refuse_unreachable(plan, dense)
         trained = bench.dense(dense)
         measured = [bench.candidate(candidate, trained.module) for candidate in plan]
         with stages.stage("measure"):
@@ -188,7 +191,8 @@ def _stage_weights(
     common: dict[str, Any] = {"round_to": settings.round_to, "importance": settings.importance}
     epoch_of_one_mac = 3 * data.counts[0] / macs_per_second  # a forward pass, and a backward pass of twice its cost
     whole = cost(dense).macs
-    weights = {"train dense": settings.epochs * whole * epoch_of_one_mac}
+    timed = any(isinstance(candidate, Budget) and candidate.what == "latency" for candidate in plan)
+    weights = {CHECK: export * timed, "train dense": settings.epochs * whole * epoch_of_one_mac}
     for candidate in plan:
         module = dense
         if isinstance(candidate, Budget):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery.counting.cost import Cost, cost
-from surgery.deploy.budget.budget import slim_to_budget
+from surgery.deploy.budget.budget import refuse_unreachable, slim_to_budget
+from surgery.deploy.budget.parts import Clock
 from surgery.deploy.checkpoint import save
 from surgery.deploy.curve.candidates import LIMITS, Budget, Candidate
 from surgery.deploy.curve.points import Settings
@@ -30,6 +31,9 @@ from surgery.training.history import History, Score
 from surgery.training.loop import train
 
 ONNX_FILE = "model.onnx"
+
+CHECK = "check budgets"
+"""The stage in which budgets that cannot be kept are refused."""
 
 
 class Stages:
@@ -85,6 +89,17 @@ class Workbench:
         self.store, self.data, self.settings, self.lesson, self.stages = store, data, settings, lesson, stages
         self.identity = data_identity(data)
         self.reused: list[str] = []
+
+    def refuse_unreachable(self, plan: Sequence[Candidate | Budget], dense: nn.Module) -> None:
+        """Raise `EditError` for a budget that no model can keep to, before anything is trained: sizes do not change."""
+        settings = self.settings
+        limits = [(LIMITS[candidate.what], candidate.limit) for candidate in plan if isinstance(candidate, Budget)]
+        if limits:
+            clock = Clock(threads=settings.threads, seed=settings.seed)
+            with self.stages.stage(CHECK):
+                refuse_unreachable(
+                    dense, limits, round_to=settings.round_to, importance=settings.importance, clock=clock
+                )
 
     def dense(self, module: nn.Module) -> Dense:
         """The dense model, a copy of ``module`` trained; or as an earlier run left it."""
@@ -159,7 +174,8 @@ class Workbench:
         with self.stages.stage(f"{candidate.folder}: search") as progress:
             found = self.store.noted(key)
             if found is None:
-                told = parts_of(progress, f"{candidate.folder}: search", ["probe", "damage", "search"])
+                names = [*(["probe"] if candidate.what == "latency" else []), "damage", "search"]
+                told = parts_of(progress, f"{candidate.folder}: search", names)
                 limits: dict[str, Any] = {LIMITS[candidate.what]: candidate.limit}
                 result = slim_to_budget(
                     dense,

@@ -34,6 +34,7 @@ from surgery.deploy.measure.ratios import (
 from surgery.deploy.measure.runners import ready
 from surgery.deploy.measure.timing import Series, pinned, take_turns
 from surgery.errors import UsageError, whole_number
+from surgery.training.evaluation import Progress
 
 __all__ = ["BenchmarkResult", "Comparison", "Ratio", "benchmark", "compare", "ratio_of_medians", "sweep"]
 
@@ -194,6 +195,7 @@ def compare(
     check: bool = True,
     confidence: float = 0.95,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Measure several models in one run, taking turns, and each one's latency relative to the first.
 
@@ -201,7 +203,8 @@ def compare(
 
     Takes what `benchmark` takes. Each candidate answers the same number of queries, at least ``min_runs``, and on
     average they spend at least ``min_seconds`` on them. ``check`` measures the first against itself as well, which
-    takes as long as one candidate more. ``seed`` draws the orders and the resamples.
+    takes as long as one candidate more. ``seed`` draws the orders and the resamples. ``progress`` is told of each
+    candidate that is ready to be timed (``"prepare"``), since an export takes seconds.
 
     Raises:
         UsageError: as `benchmark` does; or the sessions are too few for the ``confidence`` (1 is allowed: its interval
@@ -220,10 +223,11 @@ def compare(
         cores = stack.enter_context(pinned(threads))
         stack.enter_context(torch.random.fork_rng(devices=[] if device == "cpu" else None))
         job = Job("", example_inputs, kwargs, batch_size, threads, device)
-        runners = {
-            name: stack.enter_context(ready(runtime, replace(job, candidate=candidate)))
-            for name, candidate in candidates.items()
-        }
+        runners = {}
+        for name, candidate in candidates.items():
+            runners[name] = stack.enter_context(ready(runtime, replace(job, candidate=candidate)))
+            if progress is not None:
+                progress("prepare", len(runners), len(candidates))
         setups = [runner.start for runner in runners.values()]
         series = take_turns(
             [*setups, *setups[:check]],
