@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import surgery
 from surgery.cli import evolve
 from surgery.cli.output import Bars
+from surgery.folders import unfinished_folder
 
 NETS = """
     import torch
@@ -179,6 +180,13 @@ def test_a_command_with_other_settings_does_not_go_on_with_the_run_of_before(run
     assert err.startswith("error: made.unfinished is of a run that is not over, with seed 0 and not 1: use the setti")
     assert run(*ONCE, "--seed", "1", "--out", "made", "--force")[0] == 0
     assert json.loads(Path("made/evolve.json").read_text())["settings"]["seed"] == 1
+
+
+def test_a_command_into_the_folder_of_one_that_runs_is_refused_in_one_line(run):
+    said = "error: another run is writing to made.unfinished: wait until it is over, or choose another folder\n"
+    with unfinished_folder("made", {"seed": 0}):
+        assert run(*ONCE, "--out", "made") == run(*ONCE, "--out", "made", "--force") == (2, "", said)
+    assert not Path("made.unfinished").exists()
 
 
 def test_several_processes_print_and_write_once(empty_folder):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 
 from surgery.errors import UsageError
-from surgery.folders import SETTINGS, unfinished, unfinished_folder
+from surgery.folders import LOCK, SETTINGS, unfinished, unfinished_folder
 
 ASKED = {"epochs": 3, "layers": ("a", "b"), "lr": None}
 
@@ -16,6 +20,7 @@ def cut_off(out, settings, file="weights.pt", error=KeyboardInterrupt):
     def run():
         with unfinished_folder(out, settings) as folder:
             if file:
+                (folder / file).parent.mkdir(exist_ok=True)
                 (folder / file).write_text("half of the work")
             raise error
 
@@ -48,11 +53,13 @@ def test_what_was_left_is_found_by_a_run_with_the_same_settings_and_removed_when
 )
 def test_a_run_with_other_settings_is_refused_unless_it_is_to_begin_anew(tmp_path, settings, message):
     cut_off(tmp_path / "demo", ASKED)
+    cut_off(tmp_path / "demo", ASKED, file="stage/weights.pt")
     with pytest.raises(UsageError, match=message), unfinished_folder(tmp_path / "demo", settings):
         pytest.fail("the run began")
     assert (unfinished(tmp_path / "demo") / "weights.pt").exists()
     with unfinished_folder(tmp_path / "demo", settings, force=True) as folder:
-        assert [file.name for file in folder.iterdir()] == [SETTINGS]
+        assert {file.name for file in folder.iterdir()} == {SETTINGS, LOCK}
+        assert json.loads((folder / SETTINGS).read_text()) == json.loads(json.dumps(settings))
 
 
 def test_force_goes_on_with_a_run_of_the_same_settings(tmp_path):
@@ -66,6 +73,72 @@ def test_a_run_that_was_refused_leaves_nothing(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_run_that_was_cut_off_before_it_had_anything_to_keep_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt) as caught, unfinished_folder(tmp_path / "demo", ASKED) as folder:  # noqa: PT012
+        (folder / "stage").mkdir()
+        raise KeyboardInterrupt
+    assert not hasattr(caught.value, "__notes__")
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_error_is_noted_what_is_kept(tmp_path):
+    with pytest.raises(ValueError, match="no") as caught, unfinished_folder(tmp_path / "demo", ASKED) as folder:  # noqa: PT012
+        (folder / "weights.pt").touch()
+        raise ValueError("no")
+    assert caught.value.__notes__ == [f"what is done is kept in {folder}"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("settings", [ASKED, {"epochs": 4}], ids=["same", "other"])
+def test_two_runs_at_once_are_refused(tmp_path, settings, force):
+    out = tmp_path / "demo"
+    with unfinished_folder(out, ASKED) as folder:
+        (folder / "weights.pt").write_text("of the first")
+        with pytest.raises(UsageError) as caught, unfinished_folder(out, settings, force=force):
+            pytest.fail("the second run began")
+        assert str(caught.value) == (
+            f"another run is writing to {folder}: wait until it is over, or choose another folder"
+        )
+        assert not hasattr(caught.value, "__notes__")
+        assert (folder / "weights.pt").read_text() == "of the first"
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_killed_run_keeps_no_one_from_going_on(tmp_path):
+    code = """
+        import os, sys
+        from surgery.folders import unfinished_folder
+
+        with unfinished_folder(sys.argv[1], {"epochs": 3}) as folder:
+            (folder / "weights.pt").touch()
+            print("begun", flush=True)
+            sys.stdin.read()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "demo")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "begun\n"
+        with pytest.raises(UsageError, match="another run is writing to"):
+            cut_off(tmp_path / "demo", {"epochs": 3}, file=None)
+        other.kill()
+    with unfinished_folder(tmp_path / "demo", {"epochs": 3}) as folder:
+        assert {file.name for file in folder.iterdir()} == {SETTINGS, LOCK, "weights.pt"}
+    assert not any(tmp_path.iterdir())
+
+
+def test_of_two_runs_that_begin_at_the_same_moment_one_makes_the_folder(tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def beaten(staging, folder):
+        folder.mkdir()
+        (folder / SETTINGS).write_text(json.dumps({"epochs": 3}))
+        rename(staging, folder)
+
+    monkeypatch.setattr(Path, "rename", beaten)
+    with unfinished_folder(tmp_path / "demo", {"epochs": 3}) as folder:
+        assert list(tmp_path.iterdir()) == [folder]
+
+
 @pytest.mark.parametrize("content", [None, "{"])
 def test_a_folder_of_something_else_is_in_the_way(tmp_path, content):
     folder = unfinished(tmp_path / "demo")
@@ -77,6 +150,7 @@ def test_a_folder_of_something_else_is_in_the_way(tmp_path, content):
     with pytest.raises(UsageError, match=message), unfinished_folder(tmp_path / "demo", ASKED, force=True):
         pytest.fail("the run began")
     assert (folder / "thesis.txt").exists()
+    assert not (folder / LOCK).exists()
 
 
 def test_the_folder_lies_beside_a_relative_one(tmp_path, monkeypatch):

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from surgery.cli.output import Bars
 from surgery.deploy.curve.tradeoff import tradeoff
 from surgery.deploy.measure.benchmark import compare
-from surgery.errors import UsageError
+from surgery.errors import EditError, UsageError
+from surgery.folders import LOCK, unfinished_folder
 
 
 def tiny() -> nn.Module:
@@ -150,3 +152,49 @@ def test_a_record_that_is_broken_is_refused_with_what_to_do(tmp_path, text, mess
         tradeoff(tiny(), out=tmp_path / "out", reuse=[old], **OPTIONS)
     assert message in str(caught.value)
     assert not (tmp_path / "out.unfinished").exists()
+
+
+NETS = """
+    from torch import nn
+
+    def net():
+        return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+"""
+COMMAND = ["tradeoff", "reused_nets:net", "--trust", "--dataset", "digits", "--limit", "64", "--epochs", "1",
+           "--finetune-epochs", "1", "--split-rates", "0.5", "--threads", "1", "--out", "made"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "what is done is kept in made.unfinished: give the same command again to go on\n"),
+        (EditError("no such model"), 2, "error: no such model\nwhat is done is kept in made.unfinished\n"),
+        (MemoryError(), 1, "error: out of memory\nwhat is done is kept in made.unfinished\n"),
+    ],
+    ids=["interrupted", "refused", "out-of-memory"],
+)
+def test_a_command_that_ends_early_says_what_is_kept(run, module_in_folder, monkeypatch, error, code, said):
+    folder = module_in_folder("reused_nets", NETS)
+
+    def told(bars, task, done, total):
+        if (task, done) == ("rate-0.5: fine-tune", 1):
+            raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Bars, "__call__", told)
+        assert run(*COMMAND) == (code, "", said)
+    assert {path.name for path in folder.iterdir()} == {"reused_nets.py", "made.unfinished"}
+    assert run(*COMMAND)[0] == 0
+    assert {path.name for path in folder.iterdir()} == {"reused_nets.py", "made"}
+    assert not list(folder.rglob(LOCK))
+
+
+def test_a_command_into_the_folder_of_one_that_runs_is_refused_in_one_line(run, module_in_folder):
+    folder = module_in_folder("reused_nets", NETS)
+    with unfinished_folder("made", {"command": "tradeoff"}):
+        assert run(*COMMAND) == (
+            2,
+            "",
+            "error: another run is writing to made.unfinished: wait until it is over, or choose another folder\n",
+        )
+    assert [path.name for path in folder.iterdir()] == ["reused_nets.py"]

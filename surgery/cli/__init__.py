@@ -52,20 +52,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             code = get_command(app)(arguments, prog_name="surgery", standalone_mode=False, obj=arguments)
         except _ParserError as error:
-            return _fail(error.format_message(), 2)
+            return _fail(error, error.format_message(), 2)
         except _REFUSED as error:
-            return _fail(error, 2)
+            return _fail(error, error, 2)
         except (SurgeryError, FloatingPointError, OSError) as error:
-            return _fail(error, 1)
+            return _fail(error, error, 1)
         except MemoryError as error:
-            return _fail(f"there is not enough memory for this: {error}" if str(error) else "out of memory", 1)
+            said = f"there is not enough memory for this: {error}" if str(error) else "out of memory"
+            return _fail(error, said, 1)
         except typer.Abort:  # what some versions of typer make of a KeyboardInterrupt; others return 130
             return 130
     return code or 0
 
 
-def _fail(message: object, code: int) -> int:
+def _fail(error: BaseException, message: object, code: int) -> int:
+    """Say what went wrong, and what was noted of it: what is kept of a run."""
     _say("error", message)
+    for note in getattr(error, "__notes__", ()):
+        print(note, file=sys.stderr)
     return code
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +30,7 @@ from surgery.cli.options import (
     refuse_if_taken,
 )
 from surgery.cli.output import Bars, emit, table
+from surgery.cli.runs import interruptible
 from surgery.deploy.checkpoint import load
 from surgery.deploy.curve.points import Tradeoff
 from surgery.deploy.curve.teaching import TEACHERS
@@ -40,7 +38,7 @@ from surgery.deploy.curve.tradeoff import MARKER
 from surgery.deploy.curve.tradeoff import tradeoff as run_tradeoff
 from surgery.deploy.onnx.export import export_onnx
 from surgery.deploy.onnx.exporters import EXPORTERS
-from surgery.folders import refuse_folder, unfinished
+from surgery.folders import refuse_folder
 from surgery.graph.inputs import is_list_of_images, resolve
 from surgery.passes.importance import IMPORTANCE
 from surgery.passes.slim import Rate
@@ -171,7 +169,7 @@ def tradeoff(
     rates = _rates(split_rates or ("1.0" if others else "1.0,0.75,0.5,0.25"))
     refuse_folder(out, marker=MARKER, force=force)
     source: str | nn.Module = load(model, trust=trust) if is_saved(model) else model
-    with Bars() as bars, _going_on(out):
+    with interruptible(), Bars() as bars:
         result = run_tradeoff(
             source,
             dataset=dataset,
@@ -209,18 +207,6 @@ def tradeoff(
         + "".join(f"\n{point.name} is above its budget: {point.takes:g}" for point in result.points if point.over)
         + (f"\ntaken over from an earlier run: {', '.join(result.reused)}" if result.reused else ""),
     )
-
-
-@contextmanager
-def _going_on(out: Path) -> Iterator[None]:
-    """Says, where a run is interrupted, that it can go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if unfinished(out).exists():
-            kept = f"what is done is kept in {unfinished(out)}: give the same command again to go on"
-            print(kept, file=sys.stderr)
-        raise
 
 
 def _rates(text: str) -> list[Rate]:

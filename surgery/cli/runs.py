@@ -62,17 +62,17 @@ def under_way(
         engine.wait()
         yield unfinished(out), None
         return
-    with unfinished_folder(out, settings, force=force) as folder:
+    with interruptible(), Bars() as bars, unfinished_folder(out, settings, force=force) as folder:
         engine.wait()
-        with Bars() as bars, _going_on(folder):
-            yield folder, Whole(shares, bars)
+        yield folder, Whole(shares, bars)
 
 
 @contextmanager
-def _going_on(folder: Path) -> Iterator[None]:
+def interruptible() -> Iterator[None]:
+    """Where a run is interrupted, say what is kept of it: an interruption, unlike an error, may not come to `main`."""
     try:
         yield
-    except KeyboardInterrupt:
-        if any(folder.glob("**/*.pt")):
-            print(f"what is done is kept in {folder}: give the same command again to go on", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        for note in getattr(error, "__notes__", ()):
+            print(f"{note}: give the same command again to go on", file=sys.stderr)
         raise
