@@ -125,7 +125,7 @@ class Clock:
                 device=self.device,
                 min_seconds=self.min_seconds,
                 memory=False,
-                check=self.check and number == 0,
+                check=self.check and not found,
                 seed=self.seed,
                 progress=lambda _, ready, total, before=done: tell("time", before + ready, steps),
             )
