@@ -256,6 +256,6 @@ def _show(
     emit(
         {"dry_run": True, **found.to_dict(), **facts},
         as_json,
-        *([table("", HEADER, rows[:SHOWN], text=HEADER)] if rows else []),
+        *([table("", HEADER, rows[:SHOWN], text=["class"], left=["in", "out", "shape"])] if rows else []),
         note="\n".join([*more, found.summary(), *reasons, "nothing was written"]),
     )

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.text import Text
 
+from surgery.cli.tables import Table
 from surgery.training.evaluation import Progress as Told
 
 
@@ -22,21 +22,26 @@ def emit(result: Any, as_json: bool, *tables: Table, note: str = "") -> None:
         print(json.dumps(result))
         return
     console = Console(width=None if sys.stdout.isatty() else 160)
+    rule = "-" if console.options.ascii_only else "─"
     for table in tables:
-        console.print(table)
+        for line in table.lines(console.width, rule):
+            console.print(line, soft_wrap=True)
     if note:
-        console.print(note, highlight=False, soft_wrap=True)
+        console.print(Text(note), soft_wrap=True)
 
 
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]], *, text: Sequence[str] = ()) -> Table:
-    """A table whose first column, and those named in ``text``, are set left, and whose figures are set right."""
-    result = Table(title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for name in header:
-        left = name in (header[0], *text)
-        result.add_column(name, justify="left" if left else "right", no_wrap=name == header[0])
-    for row in rows:
-        result.add_row(*(str(cell) for cell in row))
-    return result
+def table(
+    title: str,
+    header: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    text: Iterable[str] = (),
+    left: Iterable[str] = (),
+) -> Table:
+    """A table of names, in its first column, and figures; ``text`` has the columns of prose, which may be folded, and
+    ``left`` those that are set left like names."""
+    cells = tuple(tuple(str(cell) for cell in row) for row in rows)
+    return Table(title, tuple(header), cells, frozenset(text), frozenset(left))
 
 
 class Bars:

@@ -66,7 +66,7 @@ def models(
         for r in rows
     ]
     header = ["name", "family", "input", "parameters", "MACs", "published", "notes"]
-    listing = table(f"{len(rows)} models", header, cells, text=["family", "input", "notes"])
+    listing = table(f"{len(rows)} models", header, cells, text=["family", "notes"], left=["input"])
     emit({"models": rows}, as_json, listing)
 
 
@@ -150,11 +150,19 @@ def inspect(
     }
     header = ["group", "size", "units", "members", "parameters", "MACs", "editable", "reason"]
     rows = [
-        [g.name, g.size, g.units, len(g.members), *_quantities(costs[g.name]), "yes" if g.editable else "no", g.reason]
+        [
+            g.name,
+            g.size,
+            g.units,
+            len(g.members),
+            *_quantities(costs[g.name]),
+            "yes" if g.editable else "no",
+            _briefly(g.reason),
+        ]
         for g in groups
     ]
     drawn = "" if svg is None else f"\ndrawn to {svg}"
-    emit(result, as_json, table("", header, rows, text=["editable", "reason"]), note=said + drawn)
+    emit(result, as_json, table("", header, rows, text=["reason"], left=["editable"]), note=said + drawn)
 
 
 def _group(group: DimensionGroup, carried: GroupCost) -> dict[str, Any]:
@@ -168,6 +176,16 @@ def _group(group: DimensionGroup, carried: GroupCost) -> dict[str, Any]:
         "reason": group.reason,
         "members": [{"name": m.name, "axis": m.axis, "role": m.role} for m in group.members],
     }
+
+
+def _briefly(reason: str) -> str:
+    """Of clauses that say the same of several layers, the first ``LAYER says so``, and how many more there are."""
+    clauses = reason.split("; ")
+    kinds: dict[str, str] = {}
+    for clause in clauses:
+        kinds.setdefault(clause.partition(" ")[2], clause)
+    more = len(clauses) - len(kinds)
+    return "; ".join([*kinds.values(), *([f"and {more} more"] if more else [])])
 
 
 def _quantities(carried: GroupCost) -> tuple[str, str]:
@@ -195,7 +213,7 @@ def _show_members(group: DimensionGroup, carried: GroupCost, as_json: bool) -> N
     emit(
         _group(group, carried),
         as_json,
-        table(title, ["member", "axis", "role"], rows, text=["role"]),
+        table(title, ["member", "axis", "role"], rows, left=["role"]),
         note=group.reason,
     )
 
@@ -211,7 +229,10 @@ def _show_path(groups: list[DimensionGroup], a: str, b: str, as_json: bool) -> N
         of_a, of_b = (", ".join(g.name for g in holds[name]) for name in (a, b))
         raise UsageError(f"nothing ties {a} to {b}: the first is in {of_a}, the second in {of_b}")
     paths = {g.name: g.why(a, b) for g in both}
-    tables = [table(f"{a} and {b} share {name}", ["path"], [[step] for step in path]) for name, path in paths.items()]
+    tables = [
+        table(f"{a} and {b} share {name}", ["path"], [[step] for step in path], text=["path"])
+        for name, path in paths.items()
+    ]
     emit({"a": a, "b": b, "paths": paths}, as_json, *tables)
 
 

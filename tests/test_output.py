@@ -1,0 +1,175 @@
+"""What the command line prints on terminals of any width, and where there is none."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+from rich.text import Text
+
+from surgery.cli.output import emit, table
+
+BENCH = ["model", "p50 ms", "p90 ms", "p99 ms", "samples/s", "relative", "memory", "file", "parameters", "MACs"]
+FIGURES = ["12.345", "13.456", "15.678", "1,234.5", "0.553 (0.549-0.557)", "145.3 MiB", "44.6 MiB", "11.18 M", "37.1 M"]
+NAMES = ["runs/demo/rate-1", "runs/demo/rate-0.25", "runs/demo/rate-0.5/model.onnx"]
+REASON = "add combines it with an axis that holds no channels; encoder.layers.encoder_layer_0 normalises over it"
+
+
+def printed(made, width):
+    return [line.plain for line in made.lines(width)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 40])
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 120, 160])
+def test_no_figure_is_cut_or_wrapped_however_narrow_the_terminal(width, count):
+    rows = [[f"{NAMES[k % 3]}-{k}", *(f"{figure}.{k}" for figure in FIGURES)] for k in range(count)]
+    lines = printed(table("", BENCH, rows), width)
+    shown = "\n".join(lines)
+    assert all(shown.count(figure) >= 1 for row in rows for figure in row[1:])
+    assert "…" not in shown
+    if width >= 60:
+        assert max(map(len, lines)) <= width
+        assert all(name in shown for name, *_ in rows)
+
+
+def test_a_table_that_fits_has_a_line_for_each_row():
+    assert printed(table("", ["name", "p50 ms", "why"], [["a", 1.5, "it is small"]], text=["why"]), 40) == [
+        "name  p50 ms  why",
+        "─────────────────────────",
+        "a        1.5  it is small",
+        "",
+    ]
+
+
+def test_headers_and_then_prose_are_folded_before_figures_move():
+    rows = [["one", "11.18 M", "it is no layer's output"], ["two", "9.40 M", ""]]
+    assert printed(table("", ["name", "parameters saved", "why"], rows, text=["why"]), 28) == [
+        "         parameters",
+        "name          saved  why",
+        "────────────────────────────",
+        "one         11.18 M  it is",
+        "                     no",
+        "                     layer's",
+        "                     output",
+        "two          9.40 M",
+        "",
+    ]
+
+
+def test_few_rows_that_do_not_fit_are_turned():
+    header = ["model", "p50 ms", "relative", "why"]
+    rows = [["a.onnx", "12.345", "1", ""], ["b.onnx", "6.789", "0.553 (0.549-0.557)", "too noisy"]]
+    assert printed(table("", header, rows, text=["why"]), 40) == [
+        "model     a.onnx               b.onnx",
+        "─────────────────────────────────────",
+        "p50 ms    12.345                6.789",
+        "relative       1  0.553 (0.549-0.557)",
+        "why               too noisy",
+        "",
+    ]
+
+
+def test_prose_of_many_rows_stands_below_each():
+    rows = [[f"layer{k}.conv1", 64, "11.18 M", REASON if k == 1 else ""] for k in range(20)]
+    assert printed(table("", ["group", "size", "parameters", "reason"], rows, text=["reason"]), 44)[:8] == [
+        "group          size  parameters",
+        "    reason",
+        "───────────────────────────────────────────",
+        "layer0.conv1     64     11.18 M",
+        "layer1.conv1     64     11.18 M",
+        "    add combines it with an axis that holds",
+        "    no channels;",
+        "    encoder.layers.encoder_layer_0",
+    ]
+
+
+def test_names_and_prose_of_many_rows_stand_above_figures_that_do_not_fit_beside_them():
+    rows = [[f"encoder.layers.{k}.mlp", "Linear", "3072x768 -> 4608x1152", 768] for k in range(20)]
+    made = table("", ["layer", "class", "shape", "in"], rows, text=["class"], left=["shape"])
+    assert printed(made, 34)[:5] == [
+        "layer · class",
+        "    shape                   in",
+        "──────────────────────────────",
+        "encoder.layers.0.mlp · Linear",
+        "    3072x768 -> 4608x1152  768",
+    ]
+
+
+def test_many_rows_whose_figures_alone_do_not_fit_are_turned_in_blocks():
+    rows = [[f"{k}.onnx", "11.18 M", "37.1 M", "44.6 MiB"] for k in range(5)]
+    lines = printed(table("", ["model", "parameters", "MACs", "file"], rows), 31)
+    assert lines[:6] == [
+        "model         0.onnx    1.onnx",
+        "──────────────────────────────",
+        "parameters   11.18 M   11.18 M",
+        "MACs          37.1 M    37.1 M",
+        "file        44.6 MiB  44.6 MiB",
+        "",
+    ]
+    assert lines[12] == "model         4.onnx"
+
+
+class Terminal(io.StringIO):
+    """What stdout is in a terminal."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def emitted(monkeypatch):
+    """What `emit` prints in a terminal of 60 columns, without its styles."""
+
+    def call(*tables):
+        with monkeypatch.context() as patch:
+            for name, value in {"COLUMNS": "60", "TERM": "xterm"}.items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "stdout", Terminal())
+            emit({}, False, *tables)
+            return Text.from_ansi(sys.stdout.getvalue()).plain.rstrip()
+
+    return call
+
+
+def test_titles_stand_above_a_table_that_is_narrower(emitted):
+    title = "layer4.0.conv3: 2048 channels, 2048 units, 9.40 M parameters, 361.71 M MACs"
+    assert emitted(table(title, ["path"], [["add"]])) == f"{title}\npath\n────\nadd"
+
+
+def test_the_width_is_that_of_the_terminal(emitted):
+    lines = emitted(table("", BENCH, [[NAMES[0], *FIGURES], [NAMES[1], *FIGURES]])).splitlines()
+    assert lines[0] == "model          runs/demo/rate-1  runs/demo/rate-0.25"
+    assert lines[-1] == "MACs                     37.1 M               37.1 M"
+
+
+def test_without_a_terminal_a_row_has_up_to_160_columns(capsys):
+    emit({}, False, table("", BENCH, [[NAMES[0], *FIGURES]] * 2))
+    assert f"{NAMES[0]}  12.345  13.456" in capsys.readouterr().out
+
+
+def test_what_looks_like_markup_is_printed_as_it_is(capsys):
+    emit({}, False, table("[b]a[/b]", ["path"], [["weight[x]"]]), note="written to [red]:smile:")
+    assert capsys.readouterr().out == "[b]a[/b]\npath\n─────────\nweight[x]\n\nwritten to [red]:smile:\n"
+
+
+def test_inspect_shortens_a_reason_that_is_the_same_for_each_layer(run, module_in_folder):
+    module_in_folder(
+        "vit_factory",
+        """
+        from torchvision.models import VisionTransformer
+
+        def vit():
+            return VisionTransformer(32, 8, 6, 3, 24, 48, num_classes=10)
+    """,
+    )
+    model = ["vit_factory:vit", "--trust", "--input-shape", "2,3,32,32"]
+    code, out, _ = run("inspect", *model)
+    assert code == 0
+    shown = " ".join(out.split())
+    assert "encoder.layers.encoder_layer_0.self_attention normalises over it; " in shown
+    assert "; and 10 more" in shown
+    assert "encoder_layer_5.self_attention normalises" not in shown
+    groups = json.loads(run("inspect", *model, "--json")[1])["groups"]
+    assert any("encoder_layer_5.self_attention normalises over it" in group["reason"] for group in groups)
