@@ -91,5 +91,5 @@ def test_images_have_as_many_channels_as_the_models_take():
     grey = surgery.trace(nn.Conv2d(1, 2, 3), torch.zeros(2, 1, 12, 12))
     data = data_for({"the student": grey, "the teacher": "fitnet_mnist_teacher"}, "digits", limit=2, image_size=28)
     assert data.train[0][0].shape == (1, 28, 28)
-    with pytest.raises(surgery.UsageError, match="takes images of 1 channels and the other takes images of 3 channels"):
+    with pytest.raises(surgery.UsageError, match="takes images of 1 channel and the other takes images of 3 channels"):
         data_for({"the one": grey, "the other": traced(12)}, "digits")

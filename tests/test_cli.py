@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import surgery
+from surgery.cli.options import is_saved
+from surgery.deploy.measure.ratios import fewest_sessions
 
 VERBS = [
     "models", "inspect", "widen", "deepen", "slim", "distill", "evolve", "export", "bench", "tradeoff", "sensitivity",
@@ -200,7 +202,7 @@ def test_bench_compares_at_several_batch_sizes_and_checks_the_machine_against_it
     assert measured["1"]["check"]["sessions"] == 6
     code, out, _ = run("bench", "tiny.onnx", *quick)
     assert code == 0
-    assert "1 threads; A/A " in out
+    assert "1 thread; A/A " in out
 
 
 def test_bench_says_that_models_were_given_images_of_different_sizes(run):
@@ -310,6 +312,12 @@ TRADEOFF = ["tradeoff", SMALL, "--dataset", "digits", "--out", "made"]
             ["sensitivity", SMALL, "--dataset", "digits", "--image-size", "0", *OUT],
             "--image-size must be a whole number of at least 1, not 0\n",
         ),
+        (
+            ["export", "mymodel.py", "--out", "a.onnx"],
+            "mymodel.py names a Python file: a model of your own is given as package.module:factory, with --trust, "
+            "here as mymodel:NAME for the function or class that makes it\n",
+        ),
+        (["slim", "./cli_factory.py:tiny", "--rate", "0.5", *OUT], "./cli_factory.py:tiny names a Python file: "),
         (["bench", SMALL, SMALL], "a model is given more than once\n"),
         ([*TRADEOFF, "--dataset", "digit"], "unknown data set 'digit'; did you mean 'digits'?\n"),
         ([*TRADEOFF, "--dataset", "torchvision:CIFAR10"], "data set 'torchvision:CIFAR10' needs a folder to keep its "),
@@ -318,6 +326,7 @@ TRADEOFF = ["tradeoff", SMALL, "--dataset", "digits", "--out", "made"]
             "data set 'torchvision:CIFAR10' is not in data and cannot be fetched (Name or service not known): ",
         ),
         ([*TRADEOFF, "--split-rates", "1.0,1.5"], "split rate 1.5 is outside (0, 1]\n"),
+        ([*TRADEOFF, "--split-rates", ""], "--split-rates '' is not a list of numbers, as in 1.0,0.5,0.25\n"),
         ([*TRADEOFF, "--split-rates", "all"], "--split-rates 'all' is not a list of numbers, as in 1.0,0.5,0.25\n"),
         (
             [*TRADEOFF, "--image-size", "4"],
@@ -345,6 +354,33 @@ def test_bad_input_is_one_clear_line_and_exit_code_2_and_writes_nothing(
     assert err.startswith(f"error: {message}")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert [path.name for path in empty_folder.iterdir()] == ["cli_factory.py"]
+
+
+@pytest.mark.parametrize("verb", [["bench"], ["inspect"]], ids=["bench", "inspect"])
+def test_a_file_that_is_no_model_is_refused_as_one_and_one_with_a_models_name_is_not(run, empty_folder, verb):
+    for name in ("first.log", "squeezenet1_1"):
+        (empty_folder / name).write_text("text")
+    code, out, err = run(*verb, "first.log")
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: first.log is a file, and a saved model is a folder; only bench takes files, and these end in .onnx\n"
+    )
+    assert not is_saved("squeezenet1_1")
+
+
+def test_bench_says_how_many_sessions_it_takes(run):
+    fewest = fewest_sessions(0.95)
+    assert f"1, or to compare over them {fewest} or more" in " ".join(
+        run("bench", "--help")[1].replace("│", "").split()
+    )
+    err = run("bench", *TINY, *TINY_PIXELS, "--sessions", fewest - 1)[2]
+    assert err.startswith(
+        f"error: {fewest - 1} sessions cannot bound a ratio with 95% confidence: take {fewest} or more"
+    )
+
+
+def test_the_version_is_that_of_the_package(run):
+    assert run("--version") == (0, f"surgery {surgery.__version__}\n", "")
 
 
 def test_a_width_beyond_all_memory_is_one_clear_line(run, empty_folder):

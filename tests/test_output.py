@@ -9,7 +9,8 @@ import sys
 import pytest
 from rich.text import Text
 
-from surgery.cli.output import emit, table
+from surgery.cli.output import Bars, emit, table
+from surgery.units import counted
 
 BENCH = ["model", "p50 ms", "p90 ms", "p99 ms", "samples/s", "relative", "memory", "file", "parameters", "MACs"]
 FIGURES = ["12.345", "13.456", "15.678", "1,234.5", "0.553 (0.549-0.557)", "145.3 MiB", "44.6 MiB", "11.18 M", "37.1 M"]
@@ -173,3 +174,28 @@ def test_inspect_shortens_a_reason_that_is_the_same_for_each_layer(run, module_i
     assert "encoder_layer_5.self_attention normalises" not in shown
     groups = json.loads(run("inspect", *model, "--json")[1])["groups"]
     assert any("encoder_layer_5.self_attention normalises over it" in group["reason"] for group in groups)
+
+
+def test_where_nothing_is_drawn_a_long_stage_says_now_and_then_how_far_it_is(monkeypatch, capsys):
+    now = 1000.0
+    monkeypatch.setattr("surgery.cli.output.monotonic", lambda: now)
+    with Bars() as bars:
+        for task, done, seconds in [
+            ("train dense", 0, 0),
+            ("train dense", 100, 20),
+            ("train dense", 101, 10),
+            ("all", 101, 40),
+            ("train dense", 253, 0),
+            ("train dense", 300, 29),
+            ("train dense", 400, 40),
+            ("fine-tune [0.5]", 0, 0),
+            ("fine-tune [0.5]", 199, 29),
+        ]:
+            now += seconds
+            bars(task, done, 400)
+    assert capsys.readouterr().err == "train dense …\ntrain dense 25 %\ntrain dense 63 %\nfine-tune [0.5] …\n"
+
+
+@pytest.mark.parametrize(("count", "said"), [(0, "0 epochs"), (1, "1 epoch"), (2, "2 epochs")])
+def test_one_is_no_plural(count, said):
+    assert counted(count, "epoch") == said

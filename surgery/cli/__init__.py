@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import cast
+from typing import Annotated, cast
 
 import typer
 from typer.main import get_command
@@ -18,6 +18,7 @@ from typer.main import get_command
 from surgery.catalogue import WeightsWarning
 from surgery.cli import evolve, measure, operate, sensitivity, show, teach
 from surgery.errors import EditError, SurgeryError, TraceError, UsageError
+from surgery.version import __version__
 
 _ParserError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
 """What typer raises for arguments it cannot parse: it names only this subclass of it publicly."""
@@ -32,6 +33,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"surgery {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and exit.")
+    ] = False,
+) -> None:
+    """What may stand before a verb."""
+
+
 for verbs in (show, operate, teach, evolve, measure, sensitivity):
     verbs.register(app)
 

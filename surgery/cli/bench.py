@@ -11,9 +11,10 @@ import typer
 from surgery.cli.options import AsJson, InputShape, Seed, Threads, Trust, Weights, open_model
 from surgery.cli.output import emit, table
 from surgery.deploy.measure.benchmark import BenchmarkResult, Comparison, Ratio, sweep
+from surgery.deploy.measure.ratios import fewest_sessions
 from surgery.deploy.measure.runners import RUNTIMES
 from surgery.errors import UsageError
-from surgery.units import mebibytes, quantity
+from surgery.units import counted, mebibytes, quantity
 
 
 def bench(
@@ -25,7 +26,12 @@ def bench(
     threads: Threads = None,
     min_runs: Annotated[int, typer.Option(help="Queries of each model, at the least.")] = 100,
     min_seconds: Annotated[float, typer.Option(help="Seconds spent on each model, at the least.")] = 1.0,
-    sessions: Annotated[int, typer.Option(help="How often each model is set up afresh.")] = 10,
+    sessions: Annotated[
+        int,
+        typer.Option(
+            help=f"How often each model is set up afresh: 1, or to compare over them {fewest_sessions(0.95)} or more."
+        ),
+    ] = 10,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     input_shape: InputShape = None,
     weights: Weights = "none",
@@ -116,7 +122,7 @@ def _comparison_table(measured: Comparison) -> Any:
             ]
         )
     first = next(iter(measured.results.values()))
-    title = f"{first.runtime} on {first.device}, batch {first.batch_size}, {first.threads} threads"
+    title = f"{first.runtime} on {first.device}, batch {first.batch_size}, {counted(first.threads, 'thread')}"
     check = measured.check and f"; A/A {_ratio(measured.check)}{': too noisy' if measured.too_noisy else ''}"
     return table(f"{title}{check or ''}", header, rows)
 

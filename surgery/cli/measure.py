@@ -42,7 +42,7 @@ from surgery.folders import refuse_folder
 from surgery.graph.inputs import is_list_of_images, resolve
 from surgery.passes.importance import IMPORTANCE
 from surgery.passes.slim import Rate
-from surgery.units import mebibytes, quantity
+from surgery.units import counted, mebibytes, quantity
 
 
 def register(app: typer.Typer) -> None:
@@ -96,7 +96,7 @@ def export(
     )
     checked = [f"batch {', '.join(map(str, done.batches))}"] if done.batches else []
     checked += [f"{height} x {width} pixels" for height, width in done.image_sizes]
-    found = "" if done.detections is None else f" of {done.detections} detections"
+    found = "" if done.detections is None else f" of {counted(done.detections, 'detection')}"
     emit(
         done.to_dict(),
         as_json,
@@ -112,14 +112,13 @@ def tradeoff(
     dataset: Dataset,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
     split_rates: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="RATES",
             help="Split rates in (0, 1]; per layer as in 0.5,layer3=0.5;layer4=0.25. [default: "
             "1.0,0.75,0.5,0.25; 1.0 beside candidates and budgets]",
-            show_default=False,
         ),
-    ] = "",
+    ] = None,
     candidate: Annotated[
         list[str] | None,
         typer.Option(
@@ -166,7 +165,7 @@ def tradeoff(
     """
     budgets = {"latency": latency_budget, "macs": macs_budget, "params": params_budget, "bytes": bytes_budget}
     others = [*(candidate or ()), *(f"{what}={text}" for what, texts in budgets.items() for text in texts or ())]
-    rates = _rates(split_rates or ("1.0" if others else "1.0,0.75,0.5,0.25"))
+    rates = _rates(("1.0" if others else "1.0,0.75,0.5,0.25") if split_rates is None else split_rates)
     refuse_folder(out, marker=MARKER, force=force)
     source: str | nn.Module = load(model, trust=trust) if is_saved(model) else model
     with interruptible(), Bars() as bars:

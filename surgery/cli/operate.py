@@ -43,7 +43,7 @@ from surgery.passes.slim import slim as slim_module
 from surgery.passes.verify import Verification, verify
 from surgery.passes.widen import unwidened
 from surgery.passes.widen import widen as widen_module
-from surgery.units import mebibytes, quantity
+from surgery.units import counted, mebibytes, quantity
 
 INEXACT = "inexact by choice: noise on the weights of copies changes the output"
 SHOWN = 40
@@ -252,7 +252,7 @@ def _show(
     """Say what a dry run would change."""
     found = changes(before, after)
     rows = found.rows()
-    more = [f"and {len(rows) - SHOWN} more layers (--json lists all)"] if len(rows) > SHOWN else []
+    more = [f"and {counted(len(rows) - SHOWN, 'more layer')} (--json lists all)"] if len(rows) > SHOWN else []
     emit(
         {"dry_run": True, **found.to_dict(), **facts},
         as_json,

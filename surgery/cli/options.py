@@ -93,6 +93,15 @@ def is_saved(source: str) -> bool:
         if not (path / RECIPE).is_file():
             raise UsageError(f"{source} is not a saved model: it has no {RECIPE}")
         return True
+    if source.endswith(".py") or (".py:" in source and Path(source.rpartition(":")[0]).is_file()):
+        raise UsageError(
+            f"{source} names a Python file: a model of your own is given as package.module:factory, with --trust, here "
+            f"as {path.name.partition('.py')[0]}:NAME for the function or class that makes it"
+        )
+    if path.is_file() and source not in {**catalogue.CATALOGUE, **catalogue.FITNETS}:
+        raise UsageError(
+            f"{source} is a file, and a saved model is a folder; only bench takes files, and these end in .onnx"
+        )
     if len(path.parts) > 1 or source.endswith(("/", "\\")):
         raise UsageError(f"there is no saved model at {source}")
     return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from time import monotonic
 from types import TracebackType
 from typing import Any
 
@@ -48,13 +49,15 @@ class Bars:
     """A `surgery.training.evaluation.Progress` that draws: one bar for the whole run, one for the stage it is in.
 
     Nothing is drawn before there is progress, so that a run that is refused leaves its one line alone. Where stderr is
-    no terminal, each stage is one line.
+    no terminal, there is a line for each stage, and one more whenever `QUIET` seconds have passed without any.
     """
+
+    QUIET = 30.0
 
     def __init__(self) -> None:
         self._console = Console(file=sys.stderr)  # this one, whatever an exporter makes of sys.stderr meanwhile
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
@@ -65,7 +68,7 @@ class Bars:
             disable=not self._console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._current = ""
+        self._said = 0.0
 
     def __enter__(self) -> Bars:
         return self
@@ -78,16 +81,24 @@ class Bars:
     def __call__(self, task: str, done: int, total: int) -> None:
         if task not in self._tasks:
             self._begin(task)
+        elif task != "all" and done < total and monotonic() - self._said >= self.QUIET:
+            self._say(f"{task} {100 * done // total} %")
         self._progress.update(self._tasks[task], completed=done, total=total)
         if task != "all" and done == total:
             self._progress.update(self._tasks[task], visible=False)
 
     def _begin(self, task: str) -> None:
         self._progress.start()
-        if task != "all" and not self._console.is_terminal:
-            self._console.print(f"{task} …", highlight=False)
+        if task != "all":
+            self._say(f"{task} …")
         label = "whole run" if task == "all" else task
         self._tasks[task] = self._progress.add_task(f"{label:<28}", total=None)
+
+    def _say(self, line: str) -> None:
+        """A line, where nothing is drawn."""
+        if not self._console.is_terminal:
+            self._console.print(Text(line), soft_wrap=True)
+            self._said = monotonic()
 
 
 class Whole:

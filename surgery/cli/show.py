@@ -33,7 +33,7 @@ from surgery.graph.dims import DimensionGroup, dimension_groups
 from surgery.graph.tracing import example_inputs, info
 from surgery.passes.recipe import recipe
 from surgery.passes.verify import verify as verify_modules
-from surgery.units import mebibytes, quantity
+from surgery.units import counted, mebibytes, quantity
 
 
 def register(app: typer.Typer) -> None:
@@ -66,7 +66,7 @@ def models(
         for r in rows
     ]
     header = ["name", "family", "input", "parameters", "MACs", "published", "notes"]
-    listing = table(f"{len(rows)} models", header, cells, text=["family", "notes"], left=["input"])
+    listing = table(counted(len(rows), "model"), header, cells, text=["family", "notes"], left=["input"])
     emit({"models": rows}, as_json, listing)
 
 
@@ -135,7 +135,7 @@ def inspect(
     editable = sum(g.editable for g in groups)
     said = (
         f"{quantity(figures.params)} parameters, {quantity(figures.macs)} MACs an input, {mebibytes(figures.bytes)}; "
-        f"{editable} of {len(groups)} groups editable"
+        f"{editable} of {counted(len(groups), 'group')} editable"
     )
     source = info(traced).source
     if svg is not None:
@@ -209,7 +209,8 @@ def _find(groups: list[DimensionGroup], layer: str) -> DimensionGroup:
 def _show_members(group: DimensionGroup, carried: GroupCost, as_json: bool) -> None:
     rows = [[m.name, m.axis, m.role] for m in group.members]
     params, macs = _quantities(carried)
-    title = f"{group.name}: {group.size} channels, {group.units} units, {params} parameters, {macs} MACs"
+    size = f"{counted(group.size, 'channel')}, {counted(group.units, 'unit')}"
+    title = f"{group.name}: {size}, {params} parameters, {macs} MACs"
     emit(
         _group(group, carried),
         as_json,

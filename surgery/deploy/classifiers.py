@@ -14,6 +14,7 @@ from surgery.errors import UsageError
 from surgery.graph.traced import TensorSpec, example_inputs, is_traced, with_info
 from surgery.graph.tracing import trace
 from surgery.training.data import Data, load_data
+from surgery.units import counted
 
 
 def data_for(
@@ -58,7 +59,9 @@ def data_for(
         found = " and ".join(f"{what} takes images of {size} x {size}" for what, size in sizes.items())
         raise UsageError(f"{found}: choose a size for all (--image-size)")
     if len(set(channels.values())) > 1:
-        found = " and ".join(f"{what} takes images of {number} channels" for what, number in channels.items())
+        found = " and ".join(
+            f"{what} takes images of {counted(number, 'channel')}" for what, number in channels.items()
+        )
         raise UsageError(f"{found}: there are no images for all")
     image_size = image_size or next(iter(sizes.values()), None)
     return load_data(

@@ -16,7 +16,7 @@ from torch import nn
 
 from surgery.counting.group_cost import GroupCost
 from surgery.graph.dims import DimensionGroup, Member
-from surgery.units import quantity
+from surgery.units import counted, quantity
 
 _ROW, _LANE, _TOP, _LEFT = 24, 13, 92, 16
 _BOX = 17
@@ -288,7 +288,7 @@ class _Picture:
                 continue
             taken.add(place)
             group, cost = track.group, self.costs[track.group.name]
-            units = "" if group.units == group.size else f" in {group.units} units"
+            units = "" if group.units == group.size else f" in {counted(group.units, 'unit')}"
             figures = f"{quantity(cost.params)} parameters, {quantity(cost.macs)} MACs"
             labels[id(track)] = (f"{group.name}: {group.size}{units} · {figures}", place)
         return labels
@@ -299,12 +299,12 @@ class _Picture:
         more = len(group.members) - len(shown)
         return "\n".join(
             [
-                f"{group.name}: {group.size} channels in {group.units} units",
+                f"{group.name}: {counted(group.size, 'channel')} in {counted(group.units, 'unit')}",
                 f"{quantity(cost.params)} parameters, {quantity(cost.macs)} MACs",
                 f"editable{f', but in part: {group.reason}' if group.reason else ''}"
                 if group.editable
                 else f"cannot be edited: {group.reason}",
-                f"{len(group.members)} members",
+                counted(len(group.members), "member"),
                 *shown,
                 *([f"  and {more} more"] if more else []),
             ]
