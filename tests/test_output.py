@@ -196,6 +196,17 @@ def test_where_nothing_is_drawn_a_long_stage_says_now_and_then_how_far_it_is(mon
     assert capsys.readouterr().err == "train dense …\ntrain dense 25 %\ntrain dense 63 %\nfine-tune [0.5] …\n"
 
 
+def test_on_a_narrow_terminal_bars_shorten_names_and_no_figures(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Bars() as bars:
+        bars("fine-tune slim:layer4=0.5+deepen:layer3=1", 1, 4)
+    last = Text.from_ansi(sys.stderr.getvalue()).plain.splitlines()[-1]
+    assert last.startswith("fine-tune slim:laye… ")
+    assert " 25% 0:00:00 time left -:--:--" in last
+
+
 @pytest.mark.parametrize(("count", "said"), [(0, "0 epochs"), (1, "1 epoch"), (2, "2 epochs")])
 def test_one_is_no_plural(count, said):
     assert counted(count, "epoch") == said

@@ -53,6 +53,8 @@ class Bars:
     """
 
     QUIET = 30.0
+    FIGURES = 40
+    """Columns of a terminal that are left to a short bar and the figures beside it: names are shortened for them."""
 
     def __init__(self) -> None:
         self._console = Console(file=sys.stderr)  # this one, whatever an exporter makes of sys.stderr meanwhile
@@ -91,8 +93,10 @@ class Bars:
         self._progress.start()
         if task != "all":
             self._say(f"{task} …")
+        room = max(self._console.width - self.FIGURES, 1)
         label = "whole run" if task == "all" else task
-        self._tasks[task] = self._progress.add_task(f"{label:<28}", total=None)
+        label = label if len(label) <= room else f"{label[: room - 1]}…"
+        self._tasks[task] = self._progress.add_task(f"{label:<{min(28, room)}}", total=None)
 
     def _say(self, line: str) -> None:
         """A line, where nothing is drawn."""
