@@ -151,9 +151,9 @@ def test_a_dry_run_prints_what_would_change_and_writes_nothing(run, arguments):
 def test_long_lists_are_cut_for_people_and_not_for_programs(run):
     arguments = ["widen", *MODEL, "--width", "1.5", "--dry-run"]
     _, out, _, _ = run("widen", "resnet18", "--input-shape", "2,3,32,32", "--width", "1.5", "--dry-run")
-    assert "and 1 more layers (--json lists all)" in out
+    assert "and 1 more layer (--json lists all)" in out
     assert "layer4.1.bn2" in out
-    assert "\n fc " not in out
+    assert "\nfc " not in out
     assert "more layers" not in run(*arguments)[1]
     listed = json.loads(run(*arguments, "--json")[1])
     assert len(listed["changed"]) == 26
