@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from surgery.deploy.onnx.reads import Reads
+from surgery.deploy.onnx.sizes import sizes_in_float64
 from surgery.errors import ExportError, UsageError
 from surgery.graph.inputs import Args, Kwargs, squashed, tensors
 
@@ -100,6 +101,7 @@ def torchscript(order: Order) -> ir.Model:
             )
         model = ir.load(draft)
         ir.external_data.load_to_model(model)  # the folder of what it kept outside is about to go
+    sizes_in_float64(model)
     return model
 
 
