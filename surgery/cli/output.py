@@ -23,10 +23,8 @@ def emit(result: Any, as_json: bool, *tables: Table, note: str = "") -> None:
         print(json.dumps(result))
         return
     console = Console(width=None if sys.stdout.isatty() else 160)
-    rule = "-" if console.options.ascii_only else "─"
     for table in tables:
-        for line in table.lines(console.width, rule):
-            console.print(line, soft_wrap=True)
+        table.print(console)
     if note:
         console.print(Text(note), soft_wrap=True)
 

@@ -148,21 +148,15 @@ def inspect(
         "svg": None if svg is None else str(svg),
         "groups": [_group(g, costs[g.name]) for g in groups],
     }
-    header = ["group", "size", "units", "members", "parameters", "MACs", "editable", "reason"]
+    header = ["group", "size", "units", "members", "parameters", "MACs", "editable"]
     rows = [
-        [
-            g.name,
-            g.size,
-            g.units,
-            len(g.members),
-            *_quantities(costs[g.name]),
-            "yes" if g.editable else "no",
-            _briefly(g.reason),
-        ]
+        [g.name, g.size, g.units, len(g.members), *_quantities(costs[g.name]), "yes" if g.editable else "no"]
         for g in groups
     ]
+    frozen = [[g.name, _briefly(g.reason)] for g in groups if not g.editable]
+    reasons = [table("", ["not editable", "because"], frozen, text=["because"])] if frozen else []
     drawn = "" if svg is None else f"\ndrawn to {svg}"
-    emit(result, as_json, table("", header, rows, text=["reason"], left=["editable"]), note=said + drawn)
+    emit(result, as_json, table("", header, rows, left=["editable"]), *reasons, note=said + drawn)
 
 
 def _group(group: DimensionGroup, carried: GroupCost) -> dict[str, Any]:
