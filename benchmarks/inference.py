@@ -11,6 +11,7 @@ ratio that it is. Where that is below 0.8 for a rate of 0.5, on the CPU, both fi
 types of operators did not get faster by as much.
 
 Measurements are written to the JSON file model by model and not repeated: a killed benchmark goes on where it was.
+With ``--again`` those are, whose A/A check found the machine too noisy.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--min-runs", type=int, default=40)
     parser.add_argument("--min-seconds", type=float, default=1.0)
     parser.add_argument("--out", type=Path, default=RESULTS / "inference.json", help="table and picture go beside it")
+    parser.add_argument("--again", action="store_true", help="measure anew what the machine was too noisy for")
     parser.add_argument("--draw", action="store_true", help="measure nothing")
     options = parser.parse_args()
     out: Path = options.out
@@ -61,12 +63,19 @@ def main() -> None:
         return
     settings = {key: getattr(options, key) for key in ("round_to", "threads", "sessions", "min_runs", "min_seconds")}
     document = opened(out, settings)
+    command = " ".join(["python benchmarks/inference.py", *sys.argv[1:]])
+    run = {"command": command, "environment": environment().to_dict()}
+    if options.again:
+        document["measured"] = [one for one in document["measured"] if not one.get("too_noisy")]
     for name in options.models.split(","):
         wanted = [(d, int(b)) for d in options.devices.split(",") for b in options.batch_sizes.split(",")]
         there = {(m["device"], m["batch_size"]) for m in document["measured"] if m["model"] == name}
         missing = [one for one in wanted if one not in there]
         if missing:
-            document["measured"] += measure(name, missing, settings)
+            if run not in document["runs"]:
+                document["runs"].append(run)
+            found = measure(name, missing, settings)
+            document["measured"] += [{**one, "run": document["runs"].index(run)} for one in found]
             out.write_text(json.dumps(document, indent=1) + "\n")
     report(document, out)
 
@@ -79,8 +88,7 @@ def opened(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
             sys.exit(f"{out} was made with other settings: move it away, or name another file with --out")
         return document
     out.parent.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python benchmarks/inference.py", *sys.argv[1:]])
-    return {"command": command, "environment": environment().to_dict(), "settings": settings, "measured": []}
+    return {"runs": [], "settings": settings, "measured": []}
 
 
 def measure(name: str, wanted: list[tuple[str, int]], settings: dict[str, Any]) -> list[dict[str, Any]]:

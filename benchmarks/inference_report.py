@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from surgery.units import quantity
+from surgery.units import counted, quantity
 
 _HEADER = (
     "model", "device", "batch", "rate", "MACs", "p50 ms", "p99 ms", "images/s", "MACs ratio", "speed-up", "efficiency",
@@ -20,17 +20,17 @@ _COLOURS = ("#0b6e99", "#d08c2f", "#5b8c5a", "#a23b72", "#7a6fb0", "#c0504d", "#
 
 def markdown(document: dict[str, Any]) -> str:
     """A table of what was measured, one of where the time went, and what is missing."""
-    where, settings = document["environment"], document["settings"]
+    runs, settings = document["runs"], document["settings"]
+    where = runs[-1]["environment"]
     measured = [one for one in document["measured"] if "points" in one]
     lines = [
         "# Speed-up of slim models beside their MACs ratio",
         "",
-        f"`{document['command']}`; {where['date'][:10]}, {where['cpu']}, {settings['threads']} "
-        f"thread{'s' if settings['threads'] > 1 else ''}"
+        f"{'; '.join(_run(run) for run in runs)}. {where['cpu']}, {counted(settings['threads'], 'thread')}"
         + (f", {where['gpu']}" if where["gpu"] else "")
         + (f", widths rounded up to multiples of {settings['round_to']}" if settings["round_to"] > 1 else "")
-        + f", onnxruntime {where['versions'].get('onnxruntime-gpu') or where['versions']['onnxruntime']}, load "
-        f"{where['load_1min']:.1f} at the start. All rates of a model take turns, in {settings['sessions']} sessions "
+        + f", onnxruntime {where['versions'].get('onnxruntime-gpu') or where['versions']['onnxruntime']}. "
+        f"All rates of a model take turns, in {settings['sessions']} sessions "
         "each; speed-ups are ratios to the dense model, with 95% intervals. Efficiency is the part of the MACs ratio "
         "that the speed-up is. A/A is the dense model against itself: where its interval does not hold 1, the machine "
         "was too noisy.",
@@ -52,6 +52,11 @@ def markdown(document: dict[str, Any]) -> str:
             ]
             lines.append(f"- {reason}: {', '.join(names)}")
     return "\n".join([*lines, ""])
+
+
+def _run(run: dict[str, Any]) -> str:
+    where = run["environment"]
+    return f"`{run['command']}`, {where['date'][:10]}, load {where['load_1min']:.1f} at the start"
 
 
 def _rows(one: dict[str, Any]) -> Iterator[str]:

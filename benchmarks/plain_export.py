@@ -76,8 +76,9 @@ def markdown(document: dict[str, Any]) -> str:
     lines = [
         "# Exports by surgery and plain ones",
         "",
-        f"`{document['command']}` on {machine['cpu']}, ONNX Runtime {machine['versions']['onnxruntime']}. A ratio "
-        "below 1 says that the file of `surgery.export_onnx` is the faster one; intervals are of 95 %.",
+        f"`{document['command']}`; {machine['date'][:10]}, {machine['cpu']}, torch {machine['versions']['torch']}, "
+        f"ONNX Runtime {machine['versions']['onnxruntime']}. A ratio below 1 says that the file of "
+        "`surgery.export_onnx` is the faster one; intervals are of 95 %.",
         "",
         "| model | batch | plain, ms | ours, ms | ratio | interval | plain against itself |",
         "| --- | ---: | ---: | ---: | ---: | --- | --- |",

@@ -1,3 +1,4 @@
+import json
 import sys
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def measured(**changes):
 
 def document(*found):
     settings = {"round_to": 1, "threads": 2, "sessions": 8, "min_runs": 40, "min_seconds": 1.0}
-    return {"command": "x", "environment": environment().to_dict(), "settings": settings, "measured": list(found)}
+    runs = [{"command": "x", "environment": environment().to_dict()}]
+    return {"runs": runs, "settings": settings, "measured": list(found)}
 
 
 def test_the_table_sets_the_speed_up_beside_the_macs_ratio():
@@ -89,6 +91,28 @@ def test_what_is_missing_is_listed_with_its_reason_and_not_drawn(tmp_path):
     assert "- no GPU: none: m (cuda, batch 1)" in inference_report.markdown(document(measured(), gone))
     inference_report.draw(document(measured(), gone), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 0
+
+
+def test_what_the_machine_was_too_noisy_for_is_measured_again_on_request(tmp_path, monkeypatch):
+    out = tmp_path / "there.json"
+    there = [measured(model="a", too_noisy="yes"), measured(model="b")]
+    out.write_text(json.dumps(document(*there)))
+    asked = []
+
+    def measure(name, wanted, settings):
+        asked.append((name, wanted))
+        return [measured(model=name)]
+
+    monkeypatch.setattr(inference, "measure", measure)
+    options = ["--out", str(out), "--models", "a,b", "--batch-sizes", "1", "--devices", "cpu", "--threads", "2"]
+    for again, expected in (([], []), (["--again"], [("a", [("cpu", 1)])])):
+        monkeypatch.setattr(sys, "argv", ["inference.py", *options, *again])
+        inference.main()
+        assert asked == expected
+    found = json.loads(out.read_text())
+    assert [(one["model"], one.get("run")) for one in found["measured"]] == [("b", None), ("a", 1)]
+    assert len(found["runs"]) == 2
+    assert out.with_suffix(".md").read_text().count("load ") == 2
 
 
 def test_settings_of_another_run_are_not_mixed(tmp_path):

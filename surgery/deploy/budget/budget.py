@@ -2,7 +2,8 @@
 
 What a slim model takes is predicted (`surgery.deploy.budget.predict`) and then measured, on the whole of it: tables of
 layers' latencies do not add up. What was measured corrects the next prediction, until a model keeps to the budget and
-nearly uses it.
+nearly uses it. Latency is measured beside the dense model's, in turns: a machine that is slower for a while would look
+like a slower model otherwise, and too much would be cut off.
 """
 
 from __future__ import annotations
@@ -59,9 +60,10 @@ class Budgeted:
         module: the model.
         kind: what the budget is of, one of `KINDS`.
         limit: the budget.
-        before: what the dense model takes.
+        before: what the dense model takes; of latency, the least of two measurements.
         predicted: what was predicted for ``module``, before it was measured.
-        measured: what it takes; never above ``limit``. For latency, the larger of two measurements.
+        measured: what it takes; never above ``limit``. Of latency, the larger of two measurements, each being its ratio
+            to the dense model in that run times ``before``.
         rates: the rate at which each group was slimmed; those that were left as they are have none.
         round_to: what widths are multiples of.
         importance: which channels were kept.
@@ -154,28 +156,32 @@ def slim_to_budget(
     clock = Clock(runtime, batch_size, threads, device, min_seconds, seed, timer)
     space = Widths(module, found, least, 1 if round_to is None else whole_number("round_to", round_to, 1), importance)
 
-    def measure(candidate: nn.Module) -> float:
-        return _taken(candidate, kind, clock)
-
-    before = measure(module)
-    common: dict[str, Any] = {"kind": kind, "limit": limit, "before": before, "importance": importance}
+    before = _taken(module, kind, clock)
+    common: dict[str, Any] = {"kind": kind, "limit": limit, "importance": importance}
     if before <= limit:
-        common |= {"predicted": before, "measured": before, "round_to": space.round_to}
-        return Budgeted(slim(module, {}), rates={}, damage={}, trials=(), **common)
+        common |= dict.fromkeys(("before", "predicted", "measured"), before)
+        return Budgeted(slim(module, {}), rates={}, round_to=space.round_to, damage={}, trials=(), **common)
     refuse_unreachable(
         module, [(kind, limit)], least=least, round_to=space.round_to, importance=importance, clock=clock
     )
     predict: Latency | Linear
     if kind == "latency_ms":
-        predict, space.round_to = _probed(module, space, clock, before, round_to, tell)
+        predict, before, space.round_to = _probed(module, space, clock, before, round_to, tell)
     else:
         predict = _counting(space.layers, module, kind)
+
+    def measure(candidate: nn.Module) -> float:
+        if kind != "latency_ms":
+            return _counted(candidate, kind)
+        return before * clock.times({"dense": module, "slim": candidate})["slim"].over_first
+
     damage = _damage(module, found, data, space, tell)
     space.prepare(damage)
     search = _Search(space, predict, measure, limit, tolerance, KINDS[kind])
     levels, trial = search.run(rounds, tell)
     return Budgeted(
         module=space.made(levels),
+        before=before,
         predicted=trial.predicted,
         measured=trial.measured,
         rates=space.rates(levels),
@@ -236,9 +242,9 @@ def _counting(layers: Layers, module: nn.Module, kind: str) -> Linear:
 
 def _probed(
     module: nn.Module, space: Widths, clock: Clock, before: float, round_to: int | None, tell: Progress
-) -> tuple[Latency, int]:
-    """A prediction of latency, fitted to the model with each stage slimmed alone and all of them together; and the
-    multiple that widths are best rounded to."""
+) -> tuple[Latency, float, int]:
+    """A prediction of latency, fitted to the model with each stage slimmed alone and all of them together; what the
+    dense model takes, the less of ``before`` and what it took now; and the multiple that widths are best rounded to."""
     stages = parts(module, "stage")
     probes: dict[str, nn.Module] = {"dense": module}
     kept: dict[str, Array] = {"dense": np.ones(len(space.groups))}
@@ -256,16 +262,18 @@ def _probed(
     if round_to is None:
         for multiple in (1, *_ROUND):
             add(f"round {multiple}", odd, multiple)
-    times = {name: timed.ms for name, timed in clock.times(probes, lambda _, d, t: tell("probe", d, t)).items()}
+    timed = clock.times(probes, lambda _, d, t: tell("probe", d, t))
+    before = min(before, timed["dense"].ms)
+    times = {name: before * found.over_first for name, found in timed.items()}
     predict = Latency(space.layers, stages)
     for name, ms in times.items():
         if not name.startswith("round "):
-            predict.learn(kept[name], ms * before / times["dense"])
+            predict.learn(kept[name], ms)
     if round_to is not None:
-        return predict, round_to
+        return predict, before, round_to
     paid = {m: times[f"round {m}"] / float(predict(kept[f"round {m}"][:, None])[0]) for m in (1, *_ROUND)}
     fast = min(paid.values()) / (1 - _FASTER)
-    return predict, next(multiple for multiple, ms in paid.items() if ms <= fast)
+    return predict, before, next(multiple for multiple, ms in paid.items() if ms <= fast)
 
 
 def _damage(

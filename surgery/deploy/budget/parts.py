@@ -75,12 +75,19 @@ def _cut(names: Sequence[str]) -> Callable[[str], str]:
 
 @dataclass(frozen=True)
 class Timed:
-    """What one query takes, in ms, and where models took turns, its interquartile range and its ratio to the first's.
+    """What one query takes.
 
-    The first's own ratio is that to itself, where it was checked (A/A).
+    Attributes:
+        ms: its median, in ms.
+        over_first: the same over what the first model takes, which was timed along with it: what slows the machine
+            for a while slows both, and drops out.
+        ratio: where they took turns, ``over_first`` with its interval; the first's own is that to itself, where it
+            was checked (A/A).
+        iqr_ms: where they took turns, the interquartile range.
     """
 
     ms: float
+    over_first: float
     ratio: Ratio | None = None
     iqr_ms: float | None = None
 
@@ -109,9 +116,10 @@ class Clock:
         """The median latency of each; all take turns with the first, a few at a time."""
         tell = progress or (lambda task, done, total: None)
         if self.timer is not None:
-            timed = {name: Timed(float(ms)) for name, ms in self.timer(modules).items()}
+            taken = self.timer(modules)
             tell("time", 1, 1)
-            return timed
+            once = taken[next(iter(modules))]
+            return {name: Timed(float(ms), float(ms / once)) for name, ms in taken.items()}
         (first, baseline), *others = modules.items()
         found: dict[str, Timed] = {}
         chunks = [others[k : k + _TOGETHER] for k in range(0, len(others), _TOGETHER)] or [[]]
@@ -130,7 +138,9 @@ class Clock:
                 progress=lambda _, ready, total, before=done: tell("time", before + ready, steps),
             )
             for name, result in compared.results.items():
-                found.setdefault(name, Timed(result.p50_ms, compared.ratios.get(name, compared.check), result.iqr_ms))
+                ratio = compared.ratios.get(name)
+                over = ratio.value if ratio else 1.0
+                found.setdefault(name, Timed(result.p50_ms, over, ratio or compared.check, result.iqr_ms))
             done += len(chunk) + 2
             tell("time", done, steps)
         return found

@@ -40,8 +40,9 @@ class Slimmed:
         judged: its score and loss on the test images.
         cost: on paper.
         latency_ms: median latency of one query.
-        ratio: of that to the whole model's, with its interval; the whole model's own is the A/A check. None where
-            another clock timed them.
+        over_dense: the same over the whole model's.
+        ratio: ``over_dense`` with its interval; the whole model's own is the A/A check. None where another clock timed
+            them.
         iqr_ms: the interquartile range of latency; None likewise.
     """
 
@@ -50,6 +51,7 @@ class Slimmed:
     judged: Judged
     cost: Cost
     latency_ms: float
+    over_dense: float
     ratio: Ratio | None
     iqr_ms: float | None
 
@@ -83,7 +85,7 @@ class Sensitivity:
 
     def saved(self, row: Slimmed) -> float:
         """What share of the whole model's latency is saved; below 0 it became slower."""
-        return 1 - (row.ratio.value if row.ratio else row.latency_ms / self.dense.latency_ms)
+        return 1 - row.over_dense
 
     @property
     def name(self) -> str:
@@ -201,6 +203,7 @@ def sensitivity(
             judged=scores[name],
             cost=cost(candidate),
             latency_ms=times[name].ms,
+            over_dense=times[name].over_first,
             ratio=times[name].ratio,
             iqr_ms=times[name].iqr_ms,
         )
