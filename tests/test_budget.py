@@ -196,6 +196,24 @@ def test_progress_is_told_of_each_stage_to_its_end(net):
     assert all(shares == sorted(shares) and shares[-1] == 1 for shares in told.values())
 
 
+def test_a_model_that_is_timed_again_is_exported_once(monkeypatch):
+    exported = []
+
+    def export(module, path, **options):
+        exported.append(module)
+        return surgery.export_onnx(module, path, **options)
+
+    monkeypatch.setattr("surgery.deploy.measure.onnx_runtimes.export_onnx", export)
+    brief = {"min_seconds": 0, "warmup": 0.01, "min_runs": 5}
+    monkeypatch.setattr("surgery.deploy.budget.parts.compare", lambda models, **o: compare(models, **{**o, **brief}))
+    wide, thin = (surgery.trace(nn.Linear(4, n).eval(), torch.zeros(2, 4)) for n in (64, 2))
+    clock = Clock(threads=1)
+    with clock.ready(wide) as kept:
+        for _ in range(2):
+            assert set(clock.times({"wide": kept, "thin": thin})) == {"wide", "thin"}
+    assert exported == [wide, thin, thin]
+
+
 def test_setting_models_up_counts_for_progress(monkeypatch):
     brief = {"min_seconds": 0, "warmup": 0.01, "memory": False, "min_runs": 5}
     monkeypatch.setattr(

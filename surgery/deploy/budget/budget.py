@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from surgery.counting.cost import cost
 from surgery.deploy.budget.parts import Clock, Timer, judged, parts, slimmed_alone
 from surgery.deploy.budget.predict import Array, Latency, Layers, Linear
 from surgery.deploy.budget.widths import Levels, Widths
+from surgery.deploy.measure.jobs import Runner
 from surgery.errors import EditError, UsageError, whole_number
 from surgery.graph.dims import DimensionGroup, dimensions
 from surgery.passes.slim import fit_units, slim
@@ -164,21 +167,18 @@ def slim_to_budget(
     refuse_unreachable(
         module, [(kind, limit)], least=least, round_to=space.round_to, importance=importance, clock=clock
     )
-    predict: Latency | Linear
-    if kind == "latency_ms":
-        predict, before, space.round_to = _probed(module, space, clock, before, round_to, tell)
-    else:
-        predict = _counting(space.layers, module, kind)
-
-    def measure(candidate: nn.Module) -> float:
-        if kind != "latency_ms":
-            return _counted(candidate, kind)
-        return before * clock.times({"dense": module, "slim": candidate})["slim"].over_first
-
-    damage = _damage(module, found, data, space, tell)
-    space.prepare(damage)
-    search = _Search(space, predict, measure, limit, tolerance, KINDS[kind])
-    levels, trial = search.run(rounds, tell)
+    with ExitStack() as stack:
+        predict: Latency | Linear
+        if kind == "latency_ms":
+            dense = stack.enter_context(clock.ready(module))
+            predict, before, space.round_to = _probed(module, dense, space, clock, before, round_to, tell)
+            measure = partial(_beside, dense, before=before, limit=limit, clock=clock)
+        else:
+            predict, measure = _counting(space.layers, module, kind), partial(_counted, kind=kind)
+        damage = _damage(module, found, data, space, tell)
+        space.prepare(damage)
+        search = _Search(space, predict, measure, limit, tolerance, KINDS[kind])
+        levels, trial = search.run(rounds, tell)
     return Budgeted(
         module=space.made(levels),
         before=before,
@@ -231,6 +231,18 @@ def _taken(module: nn.Module, kind: str, clock: Clock) -> float:
     return clock.times({"": module})[""].ms if kind == "latency_ms" else _counted(module, kind)
 
 
+def _beside(dense: nn.Module | Runner, module: nn.Module, *, before: float, limit: float, clock: Clock) -> float:
+    """The latency of a module beside the dense model's, which is ``before``; the larger of two where it keeps to the
+    limit."""
+    with clock.ready(module) as slimmed:
+        taken = 0.0
+        for _ in range(2):
+            taken = max(taken, before * clock.times({"dense": dense, "slim": slimmed})["slim"].over_first)
+            if taken > limit:
+                break
+    return taken
+
+
 def _counted(module: nn.Module, kind: str) -> float:
     return float(getattr(cost(module), kind))
 
@@ -241,12 +253,18 @@ def _counting(layers: Layers, module: nn.Module, kind: str) -> Linear:
 
 
 def _probed(
-    module: nn.Module, space: Widths, clock: Clock, before: float, round_to: int | None, tell: Progress
+    module: nn.Module,
+    dense: nn.Module | Runner,
+    space: Widths,
+    clock: Clock,
+    before: float,
+    round_to: int | None,
+    tell: Progress,
 ) -> tuple[Latency, float, int]:
     """A prediction of latency, fitted to the model with each stage slimmed alone and all of them together; what the
     dense model takes, the less of ``before`` and what it took now; and the multiple that widths are best rounded to."""
     stages = parts(module, "stage")
-    probes: dict[str, nn.Module] = {"dense": module}
+    probes: dict[str, nn.Module | Runner] = {"dense": dense}
     kept: dict[str, Array] = {"dense": np.ones(len(space.groups))}
 
     def add(name: str, rates: Mapping[str, float] | float, multiple: int) -> None:
@@ -347,13 +365,11 @@ class _Search:
         return levels, trial
 
     def _tried(self, levels: Levels) -> Trial:
-        """What a model takes, which corrects the prediction; one that keeps to the limit is measured again."""
+        """What a model takes, which corrects the prediction."""
         kept = self._space.shares(levels[:, None])
         predicted = float(self._predict(kept)[0]) * self._scale
         module = self._space.made(levels)
         measured = self._measure(module)
-        if measured <= self._limit and isinstance(self._predict, Latency):
-            measured = max(measured, self._measure(module))
         if isinstance(self._predict, Latency):
             self._predict.learn(kept[:, 0], measured)
         self._scale = measured / float(self._predict(kept)[0])

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,9 @@ from torch.nn import functional
 from torch.utils.data import Subset
 
 from surgery.deploy.measure.benchmark import Ratio, compare
+from surgery.deploy.measure.environment import usable_cores
+from surgery.deploy.measure.jobs import Job, Runner
+from surgery.deploy.measure.runners import ready
 from surgery.errors import EditError, unknown_name
 from surgery.graph.dims import DimensionGroup, dimension_groups
 from surgery.passes.slim import slim
@@ -112,11 +116,21 @@ class Clock:
     timer: Timer | None = None
     check: bool = False
 
-    def times(self, modules: Mapping[str, nn.Module], progress: Progress | None = None) -> dict[str, Timed]:
+    @contextmanager
+    def ready(self, module: nn.Module) -> Iterator[nn.Module | Runner]:
+        """What to give to `times` for a module that it is to time more than once: exported, say, but once only."""
+        if self.timer is not None:
+            yield module
+        else:
+            threads = usable_cores() if self.threads is None else self.threads
+            with ready(self.runtime, Job(module, None, None, self.batch_size, threads, self.device)) as runner:
+                yield runner
+
+    def times(self, modules: Mapping[str, nn.Module | Runner], progress: Progress | None = None) -> dict[str, Timed]:
         """The median latency of each; all take turns with the first, a few at a time."""
         tell = progress or (lambda task, done, total: None)
         if self.timer is not None:
-            taken = self.timer(modules)
+            taken = self.timer({name: module for name, module in modules.items() if isinstance(module, nn.Module)})
             tell("time", 1, 1)
             once = taken[next(iter(modules))]
             return {name: Timed(float(ms), float(ms / once)) for name, ms in taken.items()}

@@ -179,7 +179,7 @@ def benchmark(
 
 
 def compare(
-    candidates: Mapping[str, Candidate],
+    candidates: Mapping[str, Candidate | Runner],
     *,
     runtime: str = "onnxruntime",
     batch_size: int = 1,
@@ -201,10 +201,12 @@ def compare(
 
     The interval of a ratio is a bootstrap over sessions, see `surgery.deploy.measure.ratios.ratio_over_sessions`.
 
-    Takes what `benchmark` takes. Each candidate answers the same number of queries, at least ``min_runs``, and on
-    average they spend at least ``min_seconds`` on them. ``check`` measures the first against itself as well, which
-    takes as long as one candidate more. ``seed`` draws the orders and the resamples. ``progress`` is told of each
-    candidate that is ready to be timed (``"prepare"``), since an export takes seconds.
+    Takes what `benchmark` takes, and, for a candidate that is measured again and again, what
+    `surgery.deploy.measure.runners.ready` made of it for the same batch size, threads and device. Each candidate
+    answers the same number of queries, at least ``min_runs``, and on average they spend at least ``min_seconds`` on
+    them. ``check`` measures the first against itself as well, which takes as long as one candidate more. ``seed`` draws
+    the orders and the resamples. ``progress`` is told of each candidate that is ready to be timed (``"prepare"``),
+    since an export takes seconds.
 
     Raises:
         UsageError: as `benchmark` does; or the sessions are too few for the ``confidence`` (1 is allowed: its interval
@@ -225,7 +227,11 @@ def compare(
         job = Job("", example_inputs, kwargs, batch_size, threads, device)
         runners = {}
         for name, candidate in candidates.items():
-            runners[name] = stack.enter_context(ready(runtime, replace(job, candidate=candidate)))
+            runners[name] = (
+                candidate
+                if isinstance(candidate, Runner)
+                else stack.enter_context(ready(runtime, replace(job, candidate=candidate)))
+            )
             if progress is not None:
                 progress("prepare", len(runners), len(candidates))
         setups = [runner.start for runner in runners.values()]
@@ -279,9 +285,7 @@ def sweep(candidates: Mapping[str, Candidate], batch_sizes: Sequence[int], **opt
     return {size: compare(candidates, batch_size=size, **options) for size in batch_sizes}
 
 
-def _refuse(
-    candidates: Mapping[str, Candidate], numbers: Mapping[str, int], min_seconds: float, confidence: float
-) -> None:
+def _refuse(candidates: Mapping[str, Any], numbers: Mapping[str, int], min_seconds: float, confidence: float) -> None:
     if not candidates:
         raise UsageError("nothing to measure: no candidates were given")
     for name, value in numbers.items():
