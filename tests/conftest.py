@@ -24,6 +24,13 @@ from surgery.cli import main
 
 torch.set_num_threads(1)
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Each test draws the same, its fixtures included, whatever ran before it in the same process."""
+    torch.manual_seed(0)
+
+
 FAMILIES: dict[str, int | None] = {
     "alexnet": 64,
     "vgg11_bn": 32,

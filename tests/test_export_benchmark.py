@@ -28,7 +28,10 @@ def test_a_row_says_what_the_export_is_like(tmp_path):
     assert "| squeezenet1_1 | slim | 2 x 3 x 64 x 64 | dynamo |" in text
 
 
-RUN = {"command": "python exports.py", "environment": {"cpu": "a CPU", "versions": {"torch": "2", "onnxruntime": "1"}}}
+RUN = {
+    "command": "python exports.py",
+    "environment": {"date": "2026-01-31", "cpu": "a CPU", "versions": {"torch": "2", "onnxruntime": "1"}},
+}
 
 
 def test_a_model_that_takes_too_long_is_a_row_with_the_reason():
@@ -99,6 +102,7 @@ def test_ours_and_a_plain_export_are_compared():
     record = plain_export.measure("squeezenet1_1", 1, brief)
     assert record["ratio"]["low"] <= record["ratio"]["value"] <= record["ratio"]["high"]
     text = plain_export.markdown({**RUN, "measured": [record]})
+    assert "`python exports.py`; 2026-01-31, a CPU, torch 2, ONNX Runtime 1. " in text
     assert "| squeezenet1_1 | 1 |" in text
 
 
