@@ -19,7 +19,7 @@ from torchvision.models.video import mvit
 from torchvision.ops import StochasticDepth
 
 import surgery
-from surgery import catalogue
+from surgery import models as catalogue
 from surgery.cli import main
 
 torch.set_num_threads(1)

@@ -20,9 +20,10 @@ from torchvision.models.video import mvit
 from torchvision.models.video import swin_transformer as swin_transformer_3d
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from surgery.graph import heads, lengths
-from surgery.graph.maxout import Maxout
-from surgery.passes.probe import bare_axes
+from surgery.layers import attention as heads
+from surgery.layers import norms as lengths
+from surgery.layers.maxout import Maxout
+from surgery.operations.rule_samples import bare_axes
 
 P = nn.Parameter
 

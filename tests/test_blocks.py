@@ -17,7 +17,7 @@ from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import surgery
-from surgery import catalogue
+from surgery import models as catalogue
 
 EXACT = 1e-10
 

@@ -12,7 +12,7 @@ import surgery
 from surgery.deploy.budget.parts import Clock, parts
 from surgery.deploy.measure.benchmark import compare
 from surgery.errors import EditError, UsageError
-from surgery.training.data import load_data
+from surgery.training.data.data import load_data
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def test_settings_out_of_range_are_refused(net, options, message):
 )
 def test_stages_are_the_outermost_containers_of_which_there_are_several(source, expected):
     with torch.device("meta"):
-        model = surgery.catalogue.build(source)
+        model = surgery.models.build(source)
     module = surgery.trace(model.eval(), torch.zeros(2, 3, 224, 224, device="meta"))
     found = parts(module, "stage")
     assert list(found) == expected

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import surgery
 from surgery.errors import UsageError
-from surgery.training.cache import MARKER, cache_bytes, cached_outputs, open_cache, write_cache
-from surgery.training.data import load_data
-from surgery.training.fingerprint import is_deterministic, module_digest
+from surgery.training.data.cache import MARKER, cache_bytes, cached_outputs, open_cache, write_cache
+from surgery.training.data.data import load_data
+from surgery.training.data.fingerprint import is_deterministic, module_digest
 
 
 class Teacher(nn.Module):

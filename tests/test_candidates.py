@@ -10,8 +10,8 @@ import surgery
 from surgery.deploy.curve.candidates import chosen, of_rate, parse
 from surgery.deploy.curve.teaching import Lesson
 from surgery.errors import UsageError
-from surgery.passes.widen import widen
-from surgery.training.data import load_data
+from surgery.operations.widen import widen
+from surgery.training.data.data import load_data
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torchvision.models import get_model, list_models, squeezenet1_1
 
-from surgery import catalogue
+from surgery import models as catalogue
 from surgery.errors import UsageError
 
 

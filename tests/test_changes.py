@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery import catalogue
+from surgery import models as catalogue
 from surgery.cli import main
 
 MODEL = ["squeezenet1_1?num_classes=10", "--input-shape", "2,3,40,40"]

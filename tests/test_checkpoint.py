@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import surgery
-from surgery import catalogue
+from surgery import models as catalogue
 
 
 @pytest.fixture

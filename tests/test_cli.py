@@ -62,7 +62,7 @@ def test_models_are_listed_with_what_is_published_of_them(run):
     assert "resnet152" in out
     assert "vgg11" not in out
     listed = {model["name"]: model for model in json.loads(run("models", "--json")[1])["models"]}
-    assert listed.keys() == {**surgery.catalogue.CATALOGUE, **surgery.catalogue.FITNETS}.keys()
+    assert listed.keys() == {**surgery.models.CATALOGUE, **surgery.models.FITNETS}.keys()
     resnet = listed["resnet18"]
     assert (resnet["params"], resnet["input_size"]) == (11_689_512, [3, 224, 224])
     assert (resnet["score"], listed["quantized_resnet18"]["score"]) == ("69.8% top-1", "69.8% top-1")
@@ -84,7 +84,7 @@ def test_inspect_shows_groups_and_cost(run):
     assert "features.3.squeeze" in out
     figures = json.loads(run("inspect", SMALL, *PIXELS, "--json")[1])
     assert figures["source"] == "torchvision:squeezenet1_1?num_classes=10"
-    assert figures["params"] == sum(p.numel() for p in surgery.catalogue.build(SMALL).parameters())
+    assert figures["params"] == sum(p.numel() for p in surgery.models.build(SMALL).parameters())
     assert figures["groups"][0]["editable"]
 
 
@@ -412,7 +412,7 @@ def test_a_place_that_is_taken_is_refused_without_force(run, empty_folder, argum
 def test_weights_taken_over_in_part_are_a_warning_on_stderr(run, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    state = surgery.catalogue.build("squeezenet1_1").state_dict()
+    state = surgery.models.build("squeezenet1_1").state_dict()
     torch.save(state, tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth")
     code, out, err = run("inspect", SMALL, *PIXELS, "--weights", "DEFAULT", "--json")
     assert code == 0

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import get_model, get_model_weights
 
-from surgery import catalogue
+from surgery import models as catalogue
 from surgery.counting.cost import cost
 from surgery.errors import UsageError
 from surgery.graph.tracing import trace

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision import datasets
 
 from surgery.errors import UsageError
-from surgery.training.data import load_data, stratified_split
+from surgery.training.data.data import load_data, stratified_split
 from surgery.training.growth import Growth, stages
 
 

@@ -12,7 +12,7 @@ from conftest import randomised
 from torch import nn
 
 import surgery
-from surgery import catalogue
+from surgery import models as catalogue
 
 EXACT = 1e-10
 

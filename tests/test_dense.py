@@ -16,7 +16,7 @@ from torchvision import models
 from typer.testing import CliRunner
 
 import surgery
-from surgery import catalogue
+from surgery import models as catalogue
 from surgery.cli import app
 
 EXACT = 1e-10

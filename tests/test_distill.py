@@ -14,12 +14,12 @@ from torch import nn
 
 import surgery
 from surgery import distill
-from surgery.graph.maxout import Maxout
-from surgery.training import distill as distilling
-from surgery.training.data import load_data
+from surgery.layers.maxout import Maxout
+from surgery.training.data.data import load_data
+from surgery.training.distilling import distill as distilling
+from surgery.training.distilling.objectives import DKD, KD, RKD, Hint
 from surgery.training.evaluation import evaluate
 from surgery.training.loop import train
-from surgery.training.objectives import DKD, KD, RKD, Hint
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_labels_may_count_for_nothing(digits, teacher):
     student = traced(thin)
     given = distill(student, teacher, digits, hint_epochs=0, epochs=1, label_weight=0.0)
     images = [(image, (label + 3) % 10) for image, label in digits.train]
-    wrong = surgery.training.data.Data("own", images, digits.test, digits.classes, 8, digits.normalisation)
+    wrong = surgery.training.data.data.Data("own", images, digits.test, digits.classes, 8, digits.normalisation)
     assert_same(given.student, distill(student, teacher, wrong, hint_epochs=0, epochs=1, label_weight=0.0).student)
 
 
@@ -309,8 +309,8 @@ import json, sys
 import torch
 from torch import nn
 import surgery
-from surgery.graph.maxout import Maxout
-from surgery.training.data import Data, load_data
+from surgery.layers.maxout import Maxout
+from surgery.training.data.data import Data, load_data
 
 def net(width, seed):
     torch.manual_seed(seed)

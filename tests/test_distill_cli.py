@@ -20,7 +20,7 @@ from surgery.cli import teach
 from surgery.cli.lessons import LOSSES, objectives
 from surgery.cli.output import Bars
 from surgery.errors import UsageError
-from surgery.training.objectives import DKD, KD, RKD, AttentionTransfer, Hint, ReviewKD
+from surgery.training.distilling.objectives import DKD, KD, RKD, AttentionTransfer, Hint, ReviewKD
 
 NETS = """
     import torch
@@ -260,7 +260,7 @@ def test_every_loss_teaches(run, name):
     options = ["--hint-epochs", "0", "--epochs", "1", "--loss", name]
     code, _, err = run("distill", STUDENT, TEACHER, *ON_DIGITS, *options, "--out", "made", "--json")
     assert code == 0, err
-    before = surgery.catalogue.build(STUDENT, trust=True).state_dict()
+    before = surgery.models.build(STUDENT, trust=True).state_dict()
     assert not torch.equal(before["0.weight"], weights_of("made")["0.weight"])
 
 

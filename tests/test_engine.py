@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.training.data import load_data
+from surgery.training.data.data import load_data
 from surgery.training.engine import Engine, is_main_process, mixed_seed
 from surgery.training.evaluation import evaluate
 from surgery.training.loop import train
@@ -24,7 +24,7 @@ import torch
 from torch import nn
 import surgery
 from surgery.training.engine import is_main_process
-from surgery.training.data import load_data
+from surgery.training.data.data import load_data
 from surgery.training.loop import train
 
 torch.manual_seed(0)
@@ -32,7 +32,7 @@ model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 *
 data = load_data("digits", limit=203)
 images = [(image.double(), label) for image, label in data.train]
 tests = [(image.double(), label) for image, label in data.test]
-data = surgery.training.data.Data("own", images, tests, data.classes, 8, data.normalisation)
+data = surgery.training.data.data.Data("own", images, tests, data.classes, 8, data.normalisation)
 settings = dict(epochs=3, batch_size=64, optimizer="adamw", test_each_epoch=True)
 settings.update(json.loads(sys.argv[2]))
 seen = []

@@ -11,9 +11,9 @@ from test_resume import assert_same, killed_after
 from torch import nn
 
 import surgery
-from surgery import catalogue
+from surgery import models as catalogue
 from surgery.training import evolve as evolving
-from surgery.training.data import Data, Normalisation, load_data
+from surgery.training.data.data import Data, Normalisation, load_data
 from surgery.training.evaluation import evaluate
 from surgery.training.evolve import evolve, recalibrated
 from surgery.training.history import Score

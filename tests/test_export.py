@@ -24,15 +24,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from exports_model import settled
 
-from surgery.catalogue import CATALOGUE, build
 from surgery.deploy.onnx import export as export_file
 from surgery.deploy.onnx import parity as parity_file
 from surgery.deploy.onnx.export import export_onnx
 from surgery.deploy.onnx.parity import Case
+from surgery.edit.recipe import Recipe, recipe
 from surgery.errors import ExportError, UsageError
 from surgery.graph.tracing import trace
-from surgery.passes.recipe import Recipe, recipe
-from surgery.passes.slim import slim
+from surgery.models import CATALOGUE, build
+from surgery.operations.slim import slim
 
 ONE_OF_EACH_FAMILY = {
     "alexnet": 96,

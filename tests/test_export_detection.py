@@ -7,12 +7,12 @@ from conftest import randomised
 from torch import nn
 
 from surgery import benchmark, slim, trace
-from surgery.catalogue import build
 from surgery.deploy.onnx import parity as parity_file
 from surgery.deploy.onnx.detections import are_detections, paired, unpaired
 from surgery.deploy.onnx.export import export_onnx
 from surgery.deploy.onnx.parity import Case, parity
 from surgery.errors import ExportError, UsageError
+from surgery.models import build
 
 SMALL = (
     "fasterrcnn_mobilenet_v3_large_320_fpn?min_size=64&max_size=96&rpn_post_nms_top_n_test=8&box_detections_per_img=4"

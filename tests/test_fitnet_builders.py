@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from benchmarks.fitnets.__main__.counting import PaperCost, paper_cost
 from torch import nn
 
 import surgery
-from surgery import catalogue
-from surgery.counting.paper_cost import PaperCost, paper_cost
+from surgery import models as catalogue
 from surgery.errors import UsageError
-from surgery.graph.maxout import Maxout
+from surgery.layers.maxout import Maxout
 
 # Weights and multiplications, by the architectures that the paper gives (its table 5 and section 4.1 round them).
 COUNTS = {

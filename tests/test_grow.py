@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery import catalogue
+from surgery import models as catalogue
 
 
 @pytest.fixture(scope="module")

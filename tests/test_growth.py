@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 import surgery
-from surgery.passes.recipe import Recipe
-from surgery.training.data import load_data
+from surgery.edit.recipe import Recipe
+from surgery.training.data.data import load_data
 from surgery.training.descent import SCHEDULES
 from surgery.training.evaluation import evaluate
 from surgery.training.growth import Growth, stages

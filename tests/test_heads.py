@@ -11,7 +11,7 @@ from torchvision.models.swin_transformer import shifted_window_attention
 from torchvision.models.video.swin_transformer import shifted_window_attention_3d
 
 import surgery
-from surgery.graph.heads import HeadAttention, windowed_attention
+from surgery.layers.attention import HeadAttention, windowed_attention
 
 EXACT = 1e-10
 

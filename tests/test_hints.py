@@ -12,12 +12,12 @@ from conftest import Family, build_family, randomised
 from torch import nn
 
 import surgery
-from surgery import catalogue
+from surgery import models as catalogue
 from surgery.counting.cost import weight_macs
 from surgery.errors import EditError, UsageError
-from surgery.graph.maxout import Maxout
 from surgery.graph.tracing import TracedModule
-from surgery.passes.hints import HintPair, hint_loss
+from surgery.layers.maxout import Maxout
+from surgery.taps.hints import HintPair, hint_loss
 
 
 @pytest.fixture(autouse=True)

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 import surgery
+from surgery.axes.groups import dimensions
 from surgery.errors import UsageError
-from surgery.graph.dims import dimensions
-from surgery.passes.importance import unit_scores
+from surgery.operations.masks import unit_scores
 
 
 @pytest.fixture(scope="module")
 def residual():
-    return surgery.trace(surgery.catalogue.build("resnet18?num_classes=10", seed=0).eval(), torch.zeros(2, 3, 32, 32))
+    return surgery.trace(surgery.models.build("resnet18?num_classes=10", seed=0).eval(), torch.zeros(2, 3, 32, 32))
 
 
 def chain() -> nn.Module:

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.inference.__main__.profile import time_by_operator
 from torch import nn
 
 import surgery
 from surgery.deploy.measure.benchmark import compare
 from surgery.deploy.measure.environment import environment
-from surgery.deploy.measure.profile import time_by_operator
 from surgery.errors import UsageError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

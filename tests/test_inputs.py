@@ -4,7 +4,7 @@ from torch import nn
 
 from surgery.deploy.onnx.parity import reference
 from surgery.errors import UsageError
-from surgery.graph.inputs import batch_of, other_values, resolve, with_batch
+from surgery.models.inputs import batch_of, other_values, resolve, with_batch
 
 
 def test_samples_beyond_those_given_hold_the_same_values_and_yet_differ():

@@ -135,7 +135,7 @@ def test_a_drawing_tells_the_figures_of_each_group_on_its_line(net):
 
 @pytest.mark.parametrize("name", ["densenet121", "squeezenet1_1"])
 def test_no_two_lines_of_a_drawing_lie_on_each_other(name):
-    traced = surgery.trace(surgery.catalogue.build(name).eval(), surgery.catalogue.example_inputs(name))
+    traced = surgery.trace(surgery.models.build(name).eval(), surgery.models.example_inputs(name))
     lines = [line for line in ET.fromstring(drawn(traced)).iter(f"{SVG}line") if line.get("class") == "line"]
     assert len(lines) == len(surgery.dimension_groups(traced))
     columns = {}
@@ -146,7 +146,7 @@ def test_no_two_lines_of_a_drawing_lie_on_each_other(name):
 
 
 def test_lines_next_to_each_other_have_different_colours():
-    traced = surgery.trace(surgery.catalogue.build("resnet50").eval(), torch.randn(1, 3, 64, 64))
+    traced = surgery.trace(surgery.models.build("resnet50").eval(), torch.randn(1, 3, 64, 64))
     lines = [line for line in ET.fromstring(drawn(traced)).iter(f"{SVG}line") if line.get("class") == "line"]
     spans = [(float(x.get("y1")), float(x.get("y2")), x.get("stroke")) for x in lines if not x.get("stroke-dasharray")]
     assert not [

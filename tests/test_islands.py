@@ -486,7 +486,7 @@ def test_a_detector_is_deepened_inside_its_parts(detector):
 
 def test_a_detector_is_saved_and_rebuilt(tmp_path):
     source = "torchvision:ssdlite320_mobilenet_v3_large?num_classes=4"
-    model = surgery.catalogue.build(source, seed=0).eval()
+    model = surgery.models.build(source, seed=0).eval()
     images = [torch.rand(3, 50, 60), torch.rand(3, 64, 64)]
     slim = surgery.slim(surgery.trace(model, images, source=source), 0.5)
     again = surgery.load(surgery.save(slim, tmp_path / "slim"))

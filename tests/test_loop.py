@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from surgery.errors import UsageError
-from surgery.training.data import load_data
+from surgery.training.data.data import load_data
 from surgery.training.descent import SCHEDULES
 from surgery.training.evaluation import evaluate
 from surgery.training.history import Score

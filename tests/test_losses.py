@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from surgery.errors import UsageError
-from surgery.passes import hints
-from surgery.training import losses
+from surgery.taps import hints
+from surgery.training.distilling import losses
 
 LABELS = torch.tensor([0, 3, 4, 1])
 LOGITS, MAPS, VECTORS = (4, 5), (2, 3, 6, 5), (4, 3)

@@ -12,7 +12,7 @@ from test_resume import assert_same, killed_after
 
 import surgery
 from surgery.training import lottery as lotteries
-from surgery.training.data import load_data
+from surgery.training.data.data import load_data
 from surgery.training.evaluation import evaluate
 from surgery.training.history import Score
 from surgery.training.loop import train

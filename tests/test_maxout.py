@@ -10,9 +10,9 @@ from conftest import randomised
 from torch import nn
 
 import surgery
+from surgery.edit.recipe import InsertIdentity, Recipe
 from surgery.errors import UsageError
-from surgery.graph.maxout import Maxout
-from surgery.passes.recipe import InsertIdentity, Recipe
+from surgery.layers.maxout import Maxout
 
 EXACT = 1e-10
 

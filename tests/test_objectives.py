@@ -16,21 +16,12 @@ from conftest import build_family, randomised, traced_of
 from torch import Tensor, nn
 
 import surgery
-from surgery import catalogue
+from surgery import models as catalogue
 from surgery.errors import EditError, UsageError
-from surgery.training import losses
-from surgery.training.objectives import (
-    DKD,
-    KD,
-    RKD,
-    AttentionTransfer,
-    Compared,
-    Hint,
-    Objective,
-    ReviewKD,
-)
-from surgery.training.observed import Observed, observe
-from surgery.training.review import Review
+from surgery.training.distilling import losses
+from surgery.training.distilling.objectives import DKD, KD, RKD, AttentionTransfer, Compared, Hint, Objective, ReviewKD
+from surgery.training.distilling.observed import Observed, observe
+from surgery.training.distilling.review import Review
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,10 @@ from op_samples import NO_SAMPLE, SAMPLES, Sample
 from torch import nn
 
 import surgery
-from surgery.graph import ops, rewrites
-from surgery.passes import probe
-from surgery.passes.check import _checked
+from surgery.axes import ops
+from surgery.operations import rule_samples as probe
+from surgery.operations.check_rule import _checked
+from surgery.rules import rewrites
 
 EVERYTHING = int(os.environ.get("SURGERY_EXAMPLES", "0")) >= 1000
 
@@ -306,7 +307,7 @@ def test_a_consumer_that_is_called_something_else_is_found(rule):
         op.per_channel(op.param("kernel").at(0))
         op.claimed.clear()
         fields = dense(op, x)
-        op.run.books.axes["op.kernel", 0].roles.discard("consumer")
+        op.run.findings.axes["op.kernel", 0].roles.discard("consumer")
         return fields
 
     rule(Dense, rewrite=resized)(careless)

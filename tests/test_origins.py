@@ -11,8 +11,8 @@ from conftest import build_family
 from torch import nn
 
 import surgery
-from surgery.passes.origins import origins
-from surgery.passes.recipe import MEAN
+from surgery.edit.origins import origins
+from surgery.edit.recipe import MEAN
 
 
 def gathered(tensor, origin):

@@ -19,7 +19,8 @@ from conftest import randomised
 from torch import nn
 
 import surgery
-from surgery.graph import ops, rewrites
+from surgery.axes import ops
+from surgery.rules import rewrites
 
 EXACT = 1e-10
 ENDS = {"network input", "network output", "vocabulary"}

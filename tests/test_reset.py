@@ -14,10 +14,10 @@ from conftest import randomised
 from torch import nn
 
 import surgery
-from surgery import catalogue
+from surgery import models as catalogue
 from surgery.graph.traced import TracedModule, named_tensors
-from surgery.passes.initial import drawing
-from surgery.passes.reset import reset_hypothesis
+from surgery.operations.initial import drawing
+from surgery.operations.reset import reset_hypothesis
 
 SOURCES = ["resnet18", "efficientnet_b0", "shufflenet_v2_x1_0", "swin_t", "vit_b_16", "fitnet1",
            "fasterrcnn_mobilenet_v3_large_320_fpn"]  # fmt: skip

@@ -13,7 +13,7 @@ from torch import nn
 
 import surgery
 from surgery import Growth
-from surgery.training.data import load_data
+from surgery.training.data.data import load_data
 from surgery.training.history import History
 from surgery.training.loop import train
 

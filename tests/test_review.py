@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from surgery.errors import UsageError
-from surgery.training.review import Review
+from surgery.training.distilling.review import Review
 
 
 def maps(*shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:

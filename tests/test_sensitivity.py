@@ -16,7 +16,7 @@ import surgery
 from surgery.deploy.budget.sensitivity import write_sensitivity
 from surgery.deploy.measure.benchmark import Ratio
 from surgery.errors import UsageError
-from surgery.training.data import load_data
+from surgery.training.data.data import load_data
 from surgery.training.history import Score
 
 

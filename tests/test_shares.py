@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import surgery
-from surgery import catalogue
-from surgery.passes.shares import shared_out
+from surgery import models as catalogue
+from surgery.edit.copies import shared_out
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

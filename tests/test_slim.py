@@ -11,7 +11,7 @@ from conftest import randomised
 from torch import nn
 
 import surgery
-from surgery import catalogue
+from surgery import models as catalogue
 
 
 def millions(module: nn.Module) -> float:

@@ -15,7 +15,7 @@ from test_random_graphs import KINDS, STEPS, built
 from torch import nn
 
 import surgery
-from surgery import catalogue
+from surgery import models as catalogue
 
 EXACT = 1e-10
 WAYS = [None, "uneven", "zero-sum"]

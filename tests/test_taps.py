@@ -13,11 +13,11 @@ from conftest import build_family, randomised, traced_of
 from torch import nn
 
 import surgery
-from surgery import catalogue
+from surgery import models as catalogue
 from surgery.errors import EditError, UsageError
 from surgery.graph.traced import info
-from surgery.passes.ends import aligned
-from surgery.passes.taps import Network, tap
+from surgery.taps.landmarks import aligned
+from surgery.taps.network import TappedNetwork, tap
 
 
 def hooked(model: nn.Module, names: list[str], x: Any) -> tuple[Any, list[torch.Tensor]]:
@@ -202,7 +202,7 @@ def test_a_part_with_graphs_of_its_own_is_tapped_in_its_training_graph():
 # What the classifier reads
 
 
-def computed(network: Network, value: Any, x: Any) -> torch.Tensor:
+def computed(network: TappedNetwork, value: Any, x: Any) -> torch.Tensor:
     (result,) = network.truncated([value])(x)
     return result
 
@@ -227,7 +227,7 @@ def test_the_embedding_is_what_the_classifier_reads_before_dropout(name, classif
     whole = copy.deepcopy(family.model)
     whole.get_submodule(before or classifier).register_forward_pre_hook(lambda _, args: read.update(x=args[0].clone()))
     for mode in ("evaluation", "training"):
-        network = Network(family.traced.train(mode == "training"), "student", mode=mode)
+        network = TappedNetwork(family.traced.train(mode == "training"), "student", mode=mode)
         with torch.random.fork_rng():
             torch.manual_seed(3)
             logits = whole.train(mode == "training")(family.x)
@@ -249,17 +249,17 @@ def test_tokens_are_averaged_into_an_embedding():
             return self.head(self.patches(x).flatten(2).mT).mean(1)
 
     traced, x = traced_of(Tokens, 2, 3, 8, 8)
-    network = Network(traced, "student", mode="evaluation")
+    network = TappedNetwork(traced, "student", mode="evaluation")
     torch.testing.assert_close(computed(network, network.embedding(), x), traced.patches(x).mean((2, 3)))
 
 
 def test_networks_without_logits_or_classifier_say_so():
     dense = build_family("lraspp_mobilenet_v3_large").traced
     with pytest.raises(UsageError, match=r"^the output of the teacher is not one tensor of logits \(N, classes\)$"):
-        Network(dense, "teacher", mode="evaluation").embedding()
+        TappedNetwork(dense, "teacher", mode="evaluation").embedding()
     maps = surgery.trace(nn.Conv2d(3, 4, 1), torch.randn(2, 3, 8, 8))
     with pytest.raises(UsageError, match=r"^the output of the teacher is \(2, 4, 8, 8\): logits are \(N, classes\)$"):
-        Network(maps, "teacher", mode="evaluation").logits()
+        TappedNetwork(maps, "teacher", mode="evaluation").logits()
 
     class Two(nn.Module):
         def __init__(self):
@@ -271,7 +271,7 @@ def test_networks_without_logits_or_classifier_say_so():
 
     message = "no layer that everything passes through stands last, so there is no classifier: name layers"
     with pytest.raises(EditError, match=f"^{message}$"):
-        Network(surgery.trace(Two(), torch.randn(2, 4)), "student", mode="training").embedding()
+        TappedNetwork(surgery.trace(Two(), torch.randn(2, 4)), "student", mode="training").embedding()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def test_stages_end_where_the_resolution_falls(name):
     else:
         traced = build_family(name).traced
     for mode in ("evaluation", "training"):
-        network = Network(traced, "student", mode=mode)
+        network = TappedNetwork(traced, "student", mode=mode)
         ends = network.stages()
         assert [(end.name, network.layout(end).sizes[0]) for end in ends] == STAGES[name]
         assert [end.nodes for end in ends] == [network.tap(end.name).nodes for end in ends]
@@ -316,14 +316,14 @@ def test_stages_end_where_the_resolution_falls(name):
     ],
 )
 def test_stages_of_tokens_and_of_dense_predictors(name, shapes):
-    network = Network(build_family(name).traced, "student", mode="training")
+    network = TappedNetwork(build_family(name).traced, "student", mode="training")
     assert [network.layout(end).shape for end in network.stages()] == shapes
 
 
 def test_a_network_without_maps_has_no_stages():
     traced = surgery.trace(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5)), torch.randn(2, 4))
     with pytest.raises(EditError, match=r"^no stage of maps or tokens that everything passes through: name layers$"):
-        Network(traced, "student", mode="training").stages()
+        TappedNetwork(traced, "student", mode="training").stages()
 
 
 class Padded(nn.Module):
@@ -340,7 +340,7 @@ class Padded(nn.Module):
 
 
 def test_a_stage_ends_before_padding():
-    network = Network(surgery.trace(Padded(), torch.randn(2, 3, 7, 7)), "student", mode="training")
+    network = TappedNetwork(surgery.trace(Padded(), torch.randn(2, 3, 7, 7)), "student", mode="training")
     assert [network.layout(end).shape for end in network.stages()] == [(4, 7, 7), (6, 4, 4)]
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import surgery
-from surgery import catalogue
+from surgery import models as catalogue
 from surgery.graph.traced import named_tensors
-from surgery.passes.tickets import hold_masked, magnitude_masks, rewind
+from surgery.operations.tickets import hold_masked, magnitude_masks, rewind
 
 
 class Net(nn.Module):

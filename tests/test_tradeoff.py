@@ -12,12 +12,12 @@ import torch
 from matplotlib.image import imread
 from torch import nn
 
-from surgery.deploy.checkpoint import load
 from surgery.deploy.curve.points import pareto
 from surgery.deploy.curve.tradeoff import tradeoff
 from surgery.errors import UsageError
 from surgery.folders import staged_folder
-from surgery.training.data import load_data
+from surgery.models.checkpoint import load
+from surgery.training.data.data import load_data
 
 
 def tiny(classes: int = 10) -> nn.Module:

@@ -22,7 +22,7 @@ from surgery.deploy.curve.points import DataSummary, Point, Settings, Tradeoff
 from surgery.deploy.curve.report import write_report
 from surgery.deploy.measure.benchmark import BenchmarkResult, Ratio
 from surgery.deploy.measure.environment import environment
-from surgery.training.data import Normalisation
+from surgery.training.data.data import Normalisation
 from surgery.training.history import Epoch, History, Score
 
 

@@ -15,9 +15,9 @@ from typing import Annotated, cast
 import typer
 from typer.main import get_command
 
-from surgery.catalogue import WeightsWarning
 from surgery.cli import evolve, measure, operate, sensitivity, show, teach
 from surgery.errors import EditError, SurgeryError, TraceError, UsageError
+from surgery.models import WeightsWarning
 from surgery.version import __version__
 
 _ParserError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])

@@ -42,7 +42,6 @@ from surgery.cli.runs import (
     under_way,
 )
 from surgery.counting.cost import Cost, cost
-from surgery.deploy.checkpoint import load, save
 from surgery.deploy.classifiers import classifier, data_for
 from surgery.deploy.curve.points import DataSummary
 from surgery.deploy.generations import draw
@@ -50,11 +49,12 @@ from surgery.deploy.measure.environment import environment
 from surgery.errors import UsageError, unknown_name, whole_number
 from surgery.folders import refuse_folder, staged_folder
 from surgery.graph.traced import info
-from surgery.passes.tickets import magnitude_masks
-from surgery.training.checks import check_numbers, check_settings
-from surgery.training.data import Data
+from surgery.models.checkpoint import load, save
+from surgery.operations.tickets import magnitude_masks
+from surgery.progress import Progress
+from surgery.training.data.data import Data
+from surgery.training.descent import check_numbers, check_settings
 from surgery.training.engine import Engine
-from surgery.training.evaluation import Progress
 from surgery.training.evolve import PAPER, Evolution
 from surgery.training.evolve import evolve as run_evolve
 from surgery.training.history import Score

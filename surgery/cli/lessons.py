@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from surgery.errors import UsageError, unknown_name
-from surgery.training.objectives import DKD, KD, RKD, AttentionTransfer, Hint, Objective, ReviewKD
+from surgery.training.distilling.objectives import DKD, KD, RKD, AttentionTransfer, Hint, Objective, ReviewKD
 
 LABELS = "labels"
 """What the labels' own loss is called among weights."""

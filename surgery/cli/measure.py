@@ -31,7 +31,6 @@ from surgery.cli.options import (
 )
 from surgery.cli.output import Bars, emit, table
 from surgery.cli.runs import interruptible
-from surgery.deploy.checkpoint import load
 from surgery.deploy.curve.points import Tradeoff
 from surgery.deploy.curve.teaching import TEACHERS
 from surgery.deploy.curve.tradeoff import MARKER
@@ -39,9 +38,10 @@ from surgery.deploy.curve.tradeoff import tradeoff as run_tradeoff
 from surgery.deploy.onnx.export import export_onnx
 from surgery.deploy.onnx.exporters import EXPORTERS
 from surgery.folders import refuse_folder
-from surgery.graph.inputs import is_list_of_images, resolve
-from surgery.passes.importance import IMPORTANCE
-from surgery.passes.slim import Rate
+from surgery.models.checkpoint import load
+from surgery.models.inputs import is_list_of_images, resolve
+from surgery.operations.masks import IMPORTANCE
+from surgery.operations.slim import Rate
 from surgery.units import counted, mebibytes, quantity
 
 

@@ -30,19 +30,19 @@ from surgery.cli.options import (
 from surgery.cli.output import emit, table
 from surgery.counting.changes import HEADER, changes
 from surgery.counting.cost import cost
-from surgery.deploy.checkpoint import RECIPE, save
+from surgery.edit.apply import apply
+from surgery.edit.recipe import recipe
 from surgery.errors import UsageError
 from surgery.folders import refuse_folder
-from surgery.graph.detectors import comparable
 from surgery.graph.tracing import example_inputs
-from surgery.passes.apply import apply
-from surgery.passes.deepen import deepen as deepen_module
-from surgery.passes.recipe import recipe
-from surgery.passes.slim import masked, split_masks
-from surgery.passes.slim import slim as slim_module
-from surgery.passes.verify import Verification, verify
-from surgery.passes.widen import unwidened
-from surgery.passes.widen import widen as widen_module
+from surgery.models.checkpoint import RECIPE, save
+from surgery.models.detectors import comparable
+from surgery.operations.deepen import deepen as deepen_module
+from surgery.operations.slim import masked, split_masks
+from surgery.operations.slim import slim as slim_module
+from surgery.operations.verify import Verification, verify
+from surgery.operations.widen import unwidened
+from surgery.operations.widen import widen as widen_module
 from surgery.units import counted, mebibytes, quantity
 
 INEXACT = "inexact by choice: noise on the weights of copies changes the output"

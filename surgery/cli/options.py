@@ -10,10 +10,10 @@ import torch
 import typer
 from torch import nn
 
-from surgery import catalogue
-from surgery.deploy.checkpoint import RECIPE, load
+from surgery import models as catalogue
 from surgery.errors import UsageError, unknown_name
 from surgery.graph.tracing import example_inputs, trace
+from surgery.models.checkpoint import RECIPE, load
 
 Model = Annotated[
     str,

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from surgery.cli.tables import Table
-from surgery.training.evaluation import Progress as Told
+from surgery.progress import Progress as Told
 
 
 def emit(result: Any, as_json: bool, *tables: Table, note: str = "") -> None:
@@ -44,7 +44,7 @@ def table(
 
 
 class Bars:
-    """A `surgery.training.evaluation.Progress` that draws: one bar for the whole run, one for the stage it is in.
+    """A `surgery.progress.Progress` that draws: one bar for the whole run, one for the stage it is in.
 
     Nothing is drawn before there is progress, so that a run that is refused leaves its one line alone. Where stderr is
     no terminal, there is a line for each stage, and one more whenever `QUIET` seconds have passed without any.
@@ -104,7 +104,7 @@ class Bars:
 
 
 class Whole:
-    """A `surgery.training.evaluation.Progress` that passes on what it is told, and how far all is (``"all"``).
+    """A `surgery.progress.Progress` that passes on what it is told, and how far all is (``"all"``).
 
     ``shares`` has the tasks in the order in which they come, each with the part of the time that it is likely to take;
     only proportions matter, and a task may be left out.

@@ -13,9 +13,9 @@ import typer
 
 from surgery.cli.output import Bars, Whole
 from surgery.folders import unfinished, unfinished_folder
+from surgery.progress import Progress
 from surgery.training.descent import OPTIMIZERS, SCHEDULES
 from surgery.training.engine import Engine
-from surgery.training.evaluation import Progress
 
 Optimizer = Annotated[str, typer.Option(help=f"{', '.join(OPTIMIZERS)}.")]
 Schedule = Annotated[str, typer.Option(help=f"{', '.join(SCHEDULES)}.")]

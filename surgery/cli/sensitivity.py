@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery import catalogue
+from surgery import models as catalogue
 from surgery.cli.options import (
     AsJson,
     DataRoot,
@@ -24,11 +24,11 @@ from surgery.cli.options import (
 from surgery.cli.output import Bars, emit, table
 from surgery.deploy.budget.sensitivity import Sensitivity, write_sensitivity
 from surgery.deploy.budget.sensitivity import sensitivity as run_sensitivity
-from surgery.deploy.checkpoint import load
 from surgery.deploy.classifiers import classifier, data_for
 from surgery.errors import UsageError, whole_number
 from surgery.folders import refuse_folder, staged_folder
-from surgery.passes.importance import IMPORTANCE
+from surgery.models.checkpoint import load
+from surgery.operations.masks import IMPORTANCE
 from surgery.training.loop import train
 
 MARKER = "sensitivity.json"

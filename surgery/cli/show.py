@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from surgery import catalogue
+from surgery import models as catalogue
+from surgery.axes.groups import DimensionGroup, dimension_groups
 from surgery.cli.options import (
     EXACT,
     AsJson,
@@ -27,12 +28,11 @@ from surgery.cli.output import emit, table
 from surgery.counting.cost import cost, weight_macs
 from surgery.counting.group_cost import GroupCost, group_costs
 from surgery.deploy.draw import draw
+from surgery.edit.recipe import recipe
 from surgery.errors import UsageError, unknown_name
-from surgery.graph.detectors import comparable
-from surgery.graph.dims import DimensionGroup, dimension_groups
 from surgery.graph.tracing import example_inputs, info
-from surgery.passes.recipe import recipe
-from surgery.passes.verify import verify as verify_modules
+from surgery.models.detectors import comparable
+from surgery.operations.verify import verify as verify_modules
 from surgery.units import counted, mebibytes, quantity
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from torch import nn
 
-from surgery import catalogue
+from surgery import models as catalogue
 from surgery.cli.lessons import LOSSES, objectives
 from surgery.cli.options import (
     AsJson,
@@ -43,25 +43,25 @@ from surgery.cli.runs import (
     under_way,
 )
 from surgery.counting.cost import Cost, cost
-from surgery.deploy.checkpoint import load, save
 from surgery.deploy.classifiers import classifier, data_for
 from surgery.deploy.curve.points import DataSummary
 from surgery.deploy.measure.environment import environment
 from surgery.errors import UsageError, whole_number
 from surgery.folders import refuse_folder, staged_folder
 from surgery.graph.traced import info
-from surgery.passes.hints import attach_hint
-from surgery.training.cache import cache_bytes
-from surgery.training.checks import check_numbers, check_settings
-from surgery.training.data import Data
-from surgery.training.distill import Distillation
-from surgery.training.distill import distill as run_distill
+from surgery.models.checkpoint import load, save
+from surgery.progress import Progress
+from surgery.taps.hints import attach_hint
+from surgery.training.data.cache import cache_bytes
+from surgery.training.data.data import Data
+from surgery.training.descent import check_numbers, check_settings
+from surgery.training.distilling.distill import Distillation
+from surgery.training.distilling.distill import distill as run_distill
+from surgery.training.distilling.objectives import Hint, Objective
+from surgery.training.distilling.observed import observe
 from surgery.training.engine import Engine
-from surgery.training.evaluation import Progress
 from surgery.training.history import History, Score
 from surgery.training.loop import train
-from surgery.training.objectives import Hint, Objective
-from surgery.training.observed import observe
 from surgery.units import mebibytes, quantity
 
 MARKER = "distill.json"

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from surgery.axes.groups import Member
 from surgery.counting.cost import Cost, cost
-from surgery.graph.dims import Member
 from surgery.units import mebibytes, quantity
 
 Shape = tuple[int, ...]

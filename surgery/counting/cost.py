@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from surgery.graph.detectors import image_batch, is_detector, raw_outputs
-from surgery.graph.inputs import Args, Kwargs, is_list_of_images, refusing_bad_inputs, resolve, tensors
+from surgery.models.detectors import image_batch, is_detector, raw_outputs
+from surgery.models.inputs import Args, Kwargs, is_list_of_images, refusing_bad_inputs, resolve, tensors
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from surgery.axes.groups import DimensionGroup
 from surgery.counting.cost import weight_macs
-from surgery.graph.dims import DimensionGroup
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from surgery import catalogue
+from surgery import models as catalogue
 from surgery.errors import UsageError
 from surgery.graph.traced import TensorSpec, example_inputs, is_traced, with_info
 from surgery.graph.tracing import trace
-from surgery.training.data import Data, load_data
+from surgery.training.data.data import Data, load_data
 from surgery.units import counted
 
 
@@ -30,7 +30,7 @@ def data_for(
     catalogue entries allow.
 
     Args:
-        models: what `surgery.catalogue.build` takes, or modules; each by what it is called in messages.
+        models: what `surgery.models.build` takes, or modules; each by what it is called in messages.
         dataset: what `load_data` takes; so are the others.
         image_size: side in pixels; by default the data's own, or the least that the models take where that is more.
 
@@ -87,10 +87,10 @@ def classifier(
     """The traced model in evaluation mode, checked to classify the data's images into the data's classes.
 
     Args:
-        model: what `surgery.catalogue.build` takes, or a module, of which a copy is made. A model of the catalogue is
+        model: what `surgery.models.build` takes, or a module, of which a copy is made. A model of the catalogue is
             built with as many classes as the data has.
         what: what it is called in messages.
-        weights, trust, seed: as in `surgery.catalogue.build`.
+        weights, trust, seed: as in `surgery.models.build`.
 
     Raises:
         UsageError: it cannot be built, does not take the images, or has other classes.

@@ -14,8 +14,8 @@ from xml.sax.saxutils import escape
 
 from torch import nn
 
+from surgery.axes.groups import DimensionGroup, Member
 from surgery.counting.group_cost import GroupCost
-from surgery.graph.dims import DimensionGroup, Member
 from surgery.units import counted, quantity
 
 _ROW, _LANE, _TOP, _LEFT = 24, 13, 92, 16

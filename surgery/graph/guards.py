@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from surgery.errors import TraceError, UsageError
-from surgery.graph.twins import Twins
+from surgery.graph.meta import Twins
 
 
 def expect(value: Any, aspect: str, expected: Any, where: str) -> None:

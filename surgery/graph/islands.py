@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import TraceError, UsageError
 from surgery.graph.guards import Values
-from surgery.graph.ops import has_module_rule
+from surgery.graph.table import has_module_rule
 from surgery.graph.traced import TracedModule
-from surgery.graph.whole import Arguments, bound_arguments, traced_copy
+from surgery.graph.whole_graph import Arguments, bound_arguments, traced_copy
 
 
 def trace_islands(

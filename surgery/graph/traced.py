@@ -41,7 +41,7 @@ class TraceInfo:
     """Positional inputs, with a `TensorSpec` for each tensor."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     steps: tuple[Any, ...] = ()
-    """The edits made since `trace`, in order (`surgery.passes.recipe` gives them their types)."""
+    """The edits made since `trace`, in order (`surgery.edit.recipe` gives them their types)."""
     untraced: str = ""
     """Why the model could not be traced whole; empty where it was."""
     modes: tuple[bool, ...] = (False,)

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import TraceError
 from surgery.graph.guards import Values, expect, user_line
-from surgery.graph.ops import _FUNCTIONS, has_module_rule
+from surgery.graph.table import _FUNCTIONS, has_module_rule
 
 _KEYS, _VALUES, _ITEMS = (
     type(view) for view in (dict[Any, Any]().keys(), dict[Any, Any]().values(), dict[Any, Any]().items())

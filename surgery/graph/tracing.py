@@ -19,7 +19,7 @@ from surgery.graph.traced import info as info
 from surgery.graph.traced import inputs_like as inputs_like
 from surgery.graph.traced import set_info
 from surgery.graph.traced import with_info as with_info
-from surgery.graph.whole import bound_arguments, traced_copy
+from surgery.graph.whole_graph import bound_arguments, traced_copy
 
 _FEW = 4096
 """Up to how many entries of a tensor are remembered."""

@@ -5,21 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from surgery.training.data import Images
+from surgery.progress import Progress
+from surgery.training.data.data import Images
+from surgery.training.data.loading import loader
 from surgery.training.engine import Engine
 from surgery.training.history import Score
-from surgery.training.loading import loader
-
-
-class Progress(Protocol):
-    """Told how far a task is. The library never draws; whoever calls it may."""
-
-    def __call__(self, task: str, done: int, total: int) -> None: ...
 
 
 def evaluate(

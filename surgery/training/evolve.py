@@ -19,14 +19,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from surgery.errors import UsageError, whole_number
-from surgery.passes.reset import reset_hypothesis
-from surgery.passes.slim import Rate, masked, slim, split_masks
-from surgery.training.checks import check_scored
-from surgery.training.data import Data
+from surgery.operations.reset import reset_hypothesis
+from surgery.operations.slim import Rate, masked, slim, split_masks
+from surgery.progress import Progress
+from surgery.training.data.data import Data
+from surgery.training.data.loading import loader
+from surgery.training.descent import check_scored
 from surgery.training.engine import mixed_seed, plain_modes, random_state, seed_everything
-from surgery.training.evaluation import Progress, device_of, evaluate, in_mode
+from surgery.training.evaluation import device_of, evaluate, in_mode
 from surgery.training.history import History, Score
-from surgery.training.loading import loader
 from surgery.training.loop import train
 from surgery.training.run import LossFn
 

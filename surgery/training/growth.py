@@ -11,20 +11,19 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import Subset
 
 from surgery.counting.cost import cost
+from surgery.edit.recipe import Recipe, recipe
 from surgery.errors import UsageError, unknown_name
-from surgery.passes.deepen import deepen
-from surgery.passes.recipe import Recipe, recipe
-from surgery.passes.verify import verify
-from surgery.passes.widen import Width, widen
-from surgery.training.data import Data, Derived, Images
+from surgery.operations.deepen import deepen
+from surgery.operations.verify import verify
+from surgery.operations.widen import Width, widen
+from surgery.training.data.data import Data, Images, _labels, count
 from surgery.training.history import Grown, Score
 from surgery.training.optimizer import NEW
 
@@ -161,23 +160,3 @@ def _fraction(images: Images, fraction: float, seed: int) -> Images:
         members = random.permutation(np.flatnonzero(labels == label))
         chosen += members[: max(1, round(fraction * len(members)))].tolist()
     return Subset(images, sorted(chosen))
-
-
-def _labels(images: Images) -> NDArray[np.int64]:
-    """The label of each image, without reading the images where the data set has its labels in a list."""
-    if isinstance(images, Subset):
-        return _labels(images.dataset)[np.asarray(images.indices, dtype=np.int64)]
-    if isinstance(images, Derived):
-        return _labels(images.images)
-    if isinstance(images, TensorDataset):
-        return np.asarray(images.tensors[1], dtype=np.int64)
-    for name in ("targets", "labels", "_labels", "y"):  # torchvision's
-        known = getattr(images, name, None)
-        if known is not None and len(known) == count(images):
-            return np.asarray(known, dtype=np.int64)
-    return np.asarray([int(images[k][1]) for k in range(count(images))], dtype=np.int64)
-
-
-def count(images: Images) -> int:
-    """How many images there are."""
-    return len(cast(Any, images))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from surgery.counting.cost import Cost
-from surgery.passes.verify import Verification
+from surgery.operations.verify import Verification
 
 
 @dataclass(frozen=True)

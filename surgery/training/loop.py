@@ -16,13 +16,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from surgery.errors import UsageError
-from surgery.training.checks import check_numbers, check_settings, check_trainable, check_whole
-from surgery.training.data import Data
-from surgery.training.descent import OPTIMIZERS, parameter_groups
+from surgery.progress import Progress
+from surgery.training.data.data import Data, count
+from surgery.training.data.fingerprint import module_digest, training_digest
+from surgery.training.descent import (
+    OPTIMIZERS,
+    check_numbers,
+    check_settings,
+    check_trainable,
+    check_whole,
+    parameter_groups,
+)
 from surgery.training.engine import Engine, plain_modes, random_state
-from surgery.training.evaluation import Progress, device_of
-from surgery.training.fingerprint import module_digest, training_digest
-from surgery.training.growth import Growth, Stage, count, rehearse, stages
+from surgery.training.evaluation import device_of
+from surgery.training.growth import Growth, Stage, rehearse, stages
 from surgery.training.history import History
 from surgery.training.resume import Checkpoint
 from surgery.training.run import Batch, LossFn, Run, steps_of_epoch

@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.errors import UsageError, whole_number
-from surgery.passes.tickets import hold_masked, magnitude_masks, rewind
-from surgery.training.checks import check_scored
-from surgery.training.data import Data
+from surgery.operations.tickets import hold_masked, magnitude_masks, rewind
+from surgery.training.data.data import Data
+from surgery.training.descent import check_scored
 from surgery.training.engine import plain_modes
 from surgery.training.evaluation import evaluate
 from surgery.training.history import History, Score

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from surgery.edit.origins import Origin, origins
+from surgery.edit.recipe import MEAN, Reindex, recipe
 from surgery.errors import UsageError, unknown_name
-from surgery.passes.origins import Origin, origins
-from surgery.passes.recipe import MEAN, Reindex, recipe
 
 NEW = ("copied", "zero")
 """What further copies can begin with: the state of what they copy, or none."""

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from surgery.counting.cost import Cost
 from surgery.errors import UsageError
-from surgery.passes.verify import Verification
+from surgery.operations.verify import Verification
 from surgery.training.history import Epoch, Grown, Score
 
 _FORMAT = 1

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from surgery.training.data import Data, Images
+from surgery.progress import Progress
+from surgery.training.data.data import Data, Images, count
+from surgery.training.data.loading import EpochOrder, loader
 from surgery.training.descent import SCHEDULES, set_rate
 from surgery.training.engine import Engine, seed_everything
-from surgery.training.evaluation import Progress, evaluated, in_mode
-from surgery.training.growth import Growth, Stage, count, grown, grown_record
+from surgery.training.evaluation import evaluated, in_mode
+from surgery.training.growth import Growth, Stage, grown, grown_record
 from surgery.training.history import Epoch, History, Score
-from surgery.training.loading import EpochOrder, loader
 from surgery.training.optimizer import transfer_optimizer
 from surgery.training.resume import Checkpoint, Progressed, Saved
 

@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from surgery.axes.groups import DimensionGroup, dimensions
 from surgery.counting.cost import cost
 from surgery.deploy.budget.parts import Clock, Timer, judged, parts, slimmed_alone
 from surgery.deploy.budget.predict import Array, Latency, Layers, Linear
 from surgery.deploy.budget.widths import Levels, Widths
 from surgery.deploy.measure.jobs import Runner
 from surgery.errors import EditError, UsageError, whole_number
-from surgery.graph.dims import DimensionGroup, dimensions
-from surgery.passes.slim import fit_units, slim
-from surgery.training.data import Data
-from surgery.training.evaluation import Progress
+from surgery.operations.slim import fit_units, slim
+from surgery.progress import Progress
+from surgery.training.data.data import Data
 
 KINDS: Mapping[str, str] = {"latency_ms": "ms", "macs": "MACs", "params": "parameters", "bytes": "bytes"}
 """What a budget can be of, and its unit."""

@@ -14,18 +14,18 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import Subset
 
+from surgery.axes.groups import DimensionGroup, dimension_groups
 from surgery.deploy.measure.benchmark import Ratio, compare
 from surgery.deploy.measure.environment import usable_cores
 from surgery.deploy.measure.jobs import Job, Runner
 from surgery.deploy.measure.runners import ready
 from surgery.errors import EditError, unknown_name
-from surgery.graph.dims import DimensionGroup, dimension_groups
-from surgery.passes.slim import slim
-from surgery.training.data import Images
-from surgery.training.evaluation import Progress, device_of, in_mode
-from surgery.training.growth import count
+from surgery.operations.slim import slim
+from surgery.progress import Progress
+from surgery.training.data.data import Images, count
+from surgery.training.data.loading import loader
+from surgery.training.evaluation import device_of, in_mode
 from surgery.training.history import Score
-from surgery.training.loading import loader
 
 Timer = Callable[[Mapping[str, nn.Module]], Mapping[str, float]]
 """From modules by name to what one query of each takes, in ms."""

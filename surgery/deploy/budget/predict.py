@@ -14,8 +14,8 @@ import numpy as np
 from scipy.optimize import nnls
 from torch import nn
 
+from surgery.axes.groups import DimensionGroup, dimensions
 from surgery.counting.cost import weight_macs
-from surgery.graph.dims import DimensionGroup, dimensions
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import nn
 
-from surgery.catalogue import short
 from surgery.counting.cost import Cost, cost
 from surgery.deploy.budget.parts import Clock, Judged, Timer, judged, parts, slimmed_alone
 from surgery.deploy.measure.benchmark import Ratio
@@ -23,9 +22,10 @@ from surgery.deploy.measure.ratios import noise
 from surgery.errors import UsageError
 from surgery.folders import write_table
 from surgery.graph.traced import info
-from surgery.passes.slim import slim
-from surgery.training.data import Data
-from surgery.training.evaluation import Progress
+from surgery.models import short
+from surgery.operations.slim import slim
+from surgery.progress import Progress
+from surgery.training.data.data import Data
 
 _INK, _LOSS, _TIME = "#222222", "#b3452c", "#0b6e99"
 

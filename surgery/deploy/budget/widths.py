@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from surgery.axes.groups import DimensionGroup, dimensions
 from surgery.deploy.budget.predict import Array, Layers
-from surgery.graph.dims import DimensionGroup, dimensions
-from surgery.passes.importance import unit_scores
-from surgery.passes.slim import fit_units, slim
+from surgery.operations.masks import unit_scores
+from surgery.operations.slim import fit_units, slim
 
 _STEPS = 16
 """Rates lie so many to 1."""

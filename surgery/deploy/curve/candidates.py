@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import UsageError, unknown_name
-from surgery.passes.deepen import deepen
-from surgery.passes.slim import Rate, slim
-from surgery.passes.widen import widen
+from surgery.operations.deepen import deepen
+from surgery.operations.slim import Rate, slim
+from surgery.operations.widen import widen
 
 KINDS = ("slim", "widen", "deepen")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from surgery.catalogue import short
 from surgery.deploy.measure.benchmark import BenchmarkResult, Ratio
 from surgery.deploy.measure.environment import Environment
 from surgery.deploy.measure.ratios import noise
-from surgery.training.data import Data, Normalisation
+from surgery.models import short
+from surgery.training.data.data import Data, Normalisation
 from surgery.training.history import History, Score
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from surgery.deploy.checkpoint import RECIPE, WEIGHTS, load_weights
 from surgery.deploy.measure.environment import environment
 from surgery.errors import UsageError
-from surgery.training.data import Data
-from surgery.training.fingerprint import images_digest, training_digest
+from surgery.models.checkpoint import RECIPE, WEIGHTS, load_weights
+from surgery.training.data.data import Data
+from surgery.training.data.fingerprint import images_digest, training_digest
 from surgery.training.history import Epoch, History, Score
 
 RECORD = "trained.json"

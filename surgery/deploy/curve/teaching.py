@@ -12,12 +12,12 @@ from torch import nn
 
 from surgery.deploy.curve.candidates import Budget, Candidate
 from surgery.errors import UsageError, unknown_name
-from surgery.passes.hints import attach_hint
-from surgery.passes.reset import reset_hypothesis
-from surgery.passes.slim import split_masks
-from surgery.training.data import Data
-from surgery.training.distill import distill
-from surgery.training.evaluation import Progress
+from surgery.operations.reset import reset_hypothesis
+from surgery.operations.slim import split_masks
+from surgery.progress import Progress
+from surgery.taps.hints import attach_hint
+from surgery.training.data.data import Data
+from surgery.training.distilling.distill import distill
 from surgery.training.evolve import evolve
 from surgery.training.history import History
 from surgery.training.loop import train

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery import catalogue
+from surgery import models as catalogue
 from surgery.counting.cost import cost
 from surgery.deploy.classifiers import classifier, data_for
 from surgery.deploy.curve.candidates import Budget, Candidate, chosen
@@ -24,10 +24,10 @@ from surgery.deploy.measure.environment import usable_cores
 from surgery.errors import UsageError, unknown_name, whole_number
 from surgery.folders import refuse_folder, staged_folder, unfinished_folder
 from surgery.graph.traced import info
-from surgery.passes.importance import IMPORTANCE
-from surgery.passes.slim import Rate
-from surgery.training.data import Data
-from surgery.training.evaluation import Progress
+from surgery.operations.masks import IMPORTANCE
+from surgery.operations.slim import Rate
+from surgery.progress import Progress
+from surgery.training.data.data import Data
 
 MARKER = "tradeoff.json"
 """The file by which a folder is known as a result of `tradeoff`."""
@@ -74,9 +74,9 @@ def tradeoff(
     run made with the same settings, in ``out`` or in ``reuse``, is taken over, and only timed anew.
 
     Args:
-        source: what `surgery.catalogue.build` takes, or a module, such as a loaded one; it is not modified. Its
+        source: what `surgery.models.build` takes, or a module, such as a loaded one; it is not modified. Its
             classifier must have as many outputs as the data has classes; a torchvision model is built so.
-        dataset: what `surgery.training.data.load_data` takes; so are ``data_root`` and ``limit``.
+        dataset: what `surgery.training.data.data.load_data` takes; so are ``data_root`` and ``limit``.
         split_rates: each in (0, 1], or one for each of some layers, containers or globs (``{"layer4": 0.5}``).
         out: the folder to write: ``tradeoff.png``, ``.html``, ``.csv``, ``.json``, ``report.md``, and a folder for each
             candidate and for the dense model. It appears whole, at the end, or not at all.

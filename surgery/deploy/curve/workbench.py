@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from surgery.counting.cost import Cost, cost
 from surgery.deploy.budget.budget import refuse_unreachable, slim_to_budget
 from surgery.deploy.budget.parts import Clock
-from surgery.deploy.checkpoint import save
 from surgery.deploy.curve.candidates import LIMITS, Budget, Candidate
 from surgery.deploy.curve.points import Settings
 from surgery.deploy.curve.store import NOTE, Kept, Store, data_identity, key_of, write_note
 from surgery.deploy.curve.teaching import Lesson, parts_of
 from surgery.deploy.measure.environment import environment
 from surgery.deploy.onnx.export import export_onnx
-from surgery.passes.slim import slim
-from surgery.training.data import Data
-from surgery.training.evaluation import Progress, evaluate
-from surgery.training.fingerprint import module_digest
+from surgery.models.checkpoint import save
+from surgery.operations.slim import slim
+from surgery.progress import Progress
+from surgery.training.data.data import Data
+from surgery.training.data.fingerprint import module_digest
+from surgery.training.evaluation import evaluate
 from surgery.training.history import History, Score
 from surgery.training.loop import train
 

@@ -34,7 +34,7 @@ from surgery.deploy.measure.ratios import (
 from surgery.deploy.measure.runners import ready
 from surgery.deploy.measure.timing import Series, pinned, take_turns
 from surgery.errors import UsageError, whole_number
-from surgery.training.evaluation import Progress
+from surgery.progress import Progress
 
 __all__ = ["BenchmarkResult", "Comparison", "Ratio", "benchmark", "compare", "ratio_of_medians", "sweep"]
 

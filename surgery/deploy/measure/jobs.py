@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from surgery.deploy.measure.memory import Peak
-from surgery.deploy.measure.timing import Run
+from surgery.deploy.measure.timing import Call
 from surgery.errors import UsageError
 
 Candidate: TypeAlias = nn.Module | str | os.PathLike[str]
@@ -37,7 +37,7 @@ class Runner:
     `UnmeasuredError` where it cannot. ``file_bytes``, ``macs`` and ``params`` are None where they cannot be known.
     """
 
-    start: Callable[[], Run]
+    start: Callable[[], Call]
     peak_memory: Callable[[], Peak]
     input_shapes: tuple[tuple[int, ...], ...]
     file_bytes: int | None

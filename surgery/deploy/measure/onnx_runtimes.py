@@ -16,10 +16,10 @@ from torch import nn
 
 from surgery.deploy.measure.jobs import Job, Runner, refuse_without_gpu, shapes
 from surgery.deploy.measure.memory import Peak, peak_memory
-from surgery.deploy.measure.timing import Run
+from surgery.deploy.measure.timing import Call
 from surgery.deploy.onnx.export import export_onnx
 from surgery.errors import UsageError
-from surgery.graph.inputs import resolve, squashed, tensors
+from surgery.models.inputs import resolve, squashed, tensors
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Options: TypeAlias = Mapping[str, str]
@@ -54,7 +54,7 @@ def _runner(job: Job, stack: ExitStack, providers: list[tuple[str, Options]], *,
     model = _load(path)
     feed = _feed(model, job)
 
-    def start() -> Run:
+    def start() -> Call:
         session = _session(path, job, providers)
         try:
             run = (
@@ -131,11 +131,11 @@ def _session(path: Path, job: Job, providers: list[tuple[str, Options]]) -> Any:
     return session
 
 
-def _plain(session: Any, feed: Mapping[str, Array]) -> Run:
+def _plain(session: Any, feed: Mapping[str, Array]) -> Call:
     return lambda: session.run(None, feed)
 
 
-def _bound(session: Any, feed: Mapping[str, Array], fixed: Path | None) -> Run:
+def _bound(session: Any, feed: Mapping[str, Array], fixed: Path | None) -> Call:
     """A run whose inputs and outputs stay on the GPU, as in a pipeline that lives there; where the file is given that
     is ``fixed``, its outputs at one place, made from those of a run on the CPU."""
     binding = session.io_binding()

@@ -22,7 +22,7 @@ import numpy as np
 from surgery.deploy.measure.environment import usable_cores
 from surgery.deploy.measure.ratios import Array
 
-Run = Callable[[], object]
+Call = Callable[[], object]
 """Answers one query: returns when the outputs are there."""
 
 _WINDOW = 5
@@ -47,7 +47,7 @@ class Series:
 
 
 def take_turns(
-    setups: Sequence[Callable[[], Run]],
+    setups: Sequence[Callable[[], Call]],
     *,
     sessions: int,
     warmup: float,
@@ -129,14 +129,14 @@ def _resting_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _set_up(setups: Sequence[Callable[[], Run]], rng: np.random.Generator) -> list[Run]:
+def _set_up(setups: Sequence[Callable[[], Call]], rng: np.random.Generator) -> list[Call]:
     """Each candidate's run; in an order that is drawn, for what is set up first may find the better place."""
     made = {index: setups[index]() for index in rng.permutation(len(setups))}
     return [made[index] for index in range(len(setups))]
 
 
-def _warm_up(run: Run, seconds: float) -> tuple[int, bool, float]:
-    """Run, at least once, until two windows of five runs in a row have medians within 5% of each other or the time is
+def _warm_up(run: Call, seconds: float) -> tuple[int, bool, float]:
+    """Call, at least once, until two windows of five runs in a row have medians within 5% of each other or the time is
     up: how many runs, whether it settled, and the median of the last window in ms."""
     times: list[float] = []
     deadline = time.perf_counter() + seconds
@@ -149,7 +149,7 @@ def _warm_up(run: Run, seconds: float) -> tuple[int, bool, float]:
     return len(times), False, float(np.median(times[-_WINDOW:]))
 
 
-def _session(runs: Sequence[Run], turn: int, min_runs: int, min_ms: float, rng: np.random.Generator) -> list[Array]:
+def _session(runs: Sequence[Call], turn: int, min_runs: int, min_ms: float, rng: np.random.Generator) -> list[Array]:
     rounds: list[list[list[float]]] = []
     spent_ms = 0.0
     while len(rounds) * turn < min_runs or spent_ms < min_ms * len(runs):
@@ -163,7 +163,7 @@ def _session(runs: Sequence[Run], turn: int, min_runs: int, min_ms: float, rng: 
     return list(np.array(rounds).swapaxes(0, 1))
 
 
-def _timed_ms(run: Run) -> float:
+def _timed_ms(run: Call) -> float:
     start = time.perf_counter_ns()
     outputs = run()
     elapsed = time.perf_counter_ns() - start

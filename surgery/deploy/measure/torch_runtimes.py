@@ -19,17 +19,17 @@ from torch.utils import _pytree as pytree
 from surgery.counting.cost import cost
 from surgery.deploy.measure.jobs import Job, Runner, refuse_without_gpu, shapes
 from surgery.deploy.measure.memory import Peak, UnmeasuredError, peak_memory
-from surgery.deploy.measure.timing import Run
+from surgery.deploy.measure.timing import Call
 from surgery.errors import UsageError
-from surgery.graph.inputs import Args, Kwargs, refusing_bad_inputs, resolve, squashed, tensors
+from surgery.models.inputs import Args, Kwargs, refusing_bad_inputs, resolve, squashed, tensors
 
-Make = Callable[[nn.Module, Args, Kwargs], Run]
+Make = Callable[[nn.Module, Args, Kwargs], Call]
 
 
 def torch_eager(job: Job, stack: ExitStack) -> Runner:
     """The module as it is."""
 
-    def make(module: nn.Module, args: Args, kwargs: Kwargs) -> Run:
+    def make(module: nn.Module, args: Args, kwargs: Kwargs) -> Call:
         return lambda: module(*args, **kwargs)
 
     return _runner(job, make, eager=True)
@@ -42,7 +42,7 @@ def torch_compiled(job: Job, stack: ExitStack) -> Runner:
         torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
     )
 
-    def make(module: nn.Module, args: Args, kwargs: Kwargs) -> Run:
+    def make(module: nn.Module, args: Args, kwargs: Kwargs) -> Call:
         compiled = torch.compile(module, dynamic=False)
         try:
             compiled(*args, **kwargs)
@@ -57,7 +57,7 @@ def torch_graphs(job: Job, stack: ExitStack) -> Runner:
     """The module's kernels as one CUDA graph, captured once and replayed."""
     refuse_without_gpu(job, "torch-cuda-graphs")
 
-    def make(module: nn.Module, args: Args, kwargs: Kwargs) -> Run:
+    def make(module: nn.Module, args: Args, kwargs: Kwargs) -> Call:
         aside = cast(Any, torch.cuda.Stream)()  # without type hints in torch
         aside.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
@@ -86,7 +86,7 @@ def _runner(job: Job, make: Make, *, eager: bool = False) -> Runner:
     source = copy.deepcopy(job.candidate).eval()
     args, kwargs = _placed(job, resolve(source, job.example_inputs, job.kwargs, batch_size=job.batch_size))
 
-    def start() -> Run:
+    def start() -> Call:
         module = copy.deepcopy(source).to(job.device)
         with torch.inference_mode():
             with refusing_bad_inputs(args, kwargs):

@@ -22,11 +22,11 @@ from surgery.deploy.onnx.detections import are_detections
 from surgery.deploy.onnx.exporters import EXPORTERS, Order, convert, exportable_copy
 from surgery.deploy.onnx.openings import Plan
 from surgery.deploy.onnx.parity import Parity, parity, reference
+from surgery.edit.recipe import recipe
 from surgery.errors import ExportError, UsageError, unknown_name, whole_number
 from surgery.graph import tracing
-from surgery.graph.detectors import without_threshold
-from surgery.graph.inputs import Args, Kwargs, copied, is_list_of_images, resolve, squashed
-from surgery.passes.recipe import recipe
+from surgery.models.detectors import without_threshold
+from surgery.models.inputs import Args, Kwargs, copied, is_list_of_images, resolve, squashed
 from surgery.version import __version__
 
 _INLINE_LIMIT = 2**31 - 2**24

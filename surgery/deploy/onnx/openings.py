@@ -12,7 +12,7 @@ from torch import nn
 from surgery.deploy.onnx.exporters import OpenAxes, Order
 from surgery.deploy.onnx.parity import Case
 from surgery.errors import UsageError
-from surgery.graph.inputs import (
+from surgery.models.inputs import (
     Args,
     Kwargs,
     batch_of,

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.deploy.onnx.detections import are_detections, paired, unpaired
 from surgery.errors import ExportError, UsageError
-from surgery.graph.inputs import Args, Kwargs, copied, refusing_bad_inputs, squashed, tensors
+from surgery.models.inputs import Args, Kwargs, copied, refusing_bad_inputs, squashed, tensors
 
 Array: TypeAlias = np.ndarray[Any, Any]
 

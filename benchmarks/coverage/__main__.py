@@ -1,0 +1,174 @@
+"""Every operation on every model of the catalogue, in float64 with random weights and random norm statistics.
+
+    python benchmarks/coverage.py --jobs 2                   # all models: benchmarks/results/coverage.{json,md}
+    python benchmarks/coverage.py resnet18 'vit_*'           # some models, printed only
+    python benchmarks/coverage.py 'vit_*' --merge            # these rows of benchmarks/results anew
+
+Errors are relative: of each output, the largest absolute difference over the largest magnitude. Models run on small
+inputs, in a form that takes them (``vit_b_16?image_size=32``): the row names both. Of detection models the losses in
+training and the raw outputs of the heads in evaluation are compared, and the MACs are those of the network on an image
+of the published size with 1,000 proposals. What `ideal` means is said in `ideal.py`.
+
+Each model runs in a process of its own, which is ended at a limit of time or memory; the row then says during which
+step. A model of more than a hundred million parameters runs alone, and is widened and deepened from its half-width
+version, for the widened float64 copy would not fit in memory; its ratio of parameters is still that of the full model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import date
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torchvision
+from coverage_report import line, markdown
+
+from surgery import models as catalogue
+from surgery.deploy.measure.environment import environment
+
+RESULTS = Path(__file__).parent / "results"
+HEAVY = 100_000_000
+"""Models of more parameters run alone."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help="names from the catalogue, or globs over them; all by default")
+    parser.add_argument("--out", type=Path, help="folder for coverage.json and coverage.md")
+    parser.add_argument("--merge", action="store_true", help="keep the other rows that the folder's coverage.json has")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time, each with its share of the cores")
+    parser.add_argument("--minutes", type=float, default=10, help="time limit of one model")
+    parser.add_argument("--gib", type=float, default=20, help="memory limit of all models that run at a time")
+    options = parser.parse_args()
+    names = selected(options.models)
+    out = options.out or (RESULTS if options.merge or not options.models else None)
+    before = _before(out) if options.merge and out is not None else {"models": [], "runs": []}
+    old = {row["model"]: row for row in before["models"]}
+    start = time.perf_counter()
+    rows = old | run(names, options.jobs, 60 * options.minutes, options.gib * 2**30)
+    minutes = round((time.perf_counter() - start) / 60, 1)
+    this = {
+        "command": "python benchmarks/coverage.py " + " ".join(sys.argv[1:]),
+        "date": date.today().isoformat(),
+        "minutes": minutes,
+        "models": len(names),
+    }
+    summary = {
+        "runs": [*before["runs"], this],
+        "device": environment().cpu,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "jobs": options.jobs,
+        "limits": {"minutes": options.minutes, "gib": options.gib},
+        "models": [rows[name] for name in catalogue.CATALOGUE if name in rows],
+    }
+    good = sum(not row["failures"] for row in summary["models"])
+    print(f"{len(summary['models'])} models, {good} without a failure, {minutes} minutes")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "coverage.json").write_text(json.dumps(summary, indent=1) + "\n")
+        (out / "coverage.md").write_text(markdown(summary))
+
+
+def selected(patterns: list[str]) -> list[str]:
+    """The names that some glob matches; a glob that matches none is an error."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in catalogue.CATALOGUE):
+            raise SystemExit(f"no model of the catalogue is named {pattern}")
+    return [n for n in catalogue.CATALOGUE if not patterns or any(fnmatchcase(n, pattern) for pattern in patterns)]
+
+
+@dataclass
+class _Running:
+    name: str
+    process: subprocess.Popen[bytes]
+    file: Path
+    errors: Path
+    began: float
+    peak: int = 0
+
+
+def run(names: list[str], jobs: int, seconds: float, memory: float) -> dict[str, dict[str, Any]]:
+    """The row of each model, the heavy ones first and alone."""
+    heavy = {name for name in names if catalogue.published(name)["DEFAULT"].meta["num_params"] > HEAVY}
+    waiting = [n for n in names if n in heavy] + [n for n in names if n not in heavy]
+    running: list[_Running] = []
+    rows: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        while waiting or running:
+            alone = any(r.name in heavy for r in running)
+            while waiting and not alone and len(running) < jobs and (waiting[0] not in heavy or not running):
+                alone = waiting[0] in heavy
+                running.append(_start(waiting.pop(0), Path(folder), 1 if alone else jobs))
+            time.sleep(0.2)
+            for one in list(running):
+                said = _overdue(one, seconds, memory if one.name in heavy else memory / jobs)
+                if said:
+                    one.process.kill()
+                    one.process.wait()
+                if one.process.poll() is not None:
+                    running.remove(one)
+                    rows[one.name] = _row(one, said)
+                    print(line(rows[one.name]), flush=True)
+    return rows
+
+
+def _start(name: str, folder: Path, jobs: int) -> _Running:
+    file, errors = folder / f"{name}.json", folder / f"{name}.txt"
+    script = Path(__file__).with_name("coverage_model.py")
+    threads = max((os.cpu_count() or 1) // jobs, 1)
+    with errors.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, str(script), name, str(file)],
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            stdout=stream,
+            stderr=stream,
+        )
+    return _Running(name, process, file, errors, time.perf_counter())
+
+
+def _overdue(one: _Running, seconds: float, memory: float) -> str:
+    """Why a process must be ended, if it must."""
+    try:
+        one.peak = max(one.peak, psutil.Process(one.process.pid).memory_info().rss)
+    except psutil.Error:  # it has just ended by itself
+        return ""
+    if one.peak > memory:
+        return f"ended at the memory limit of {memory / 2**30:.0f} GiB"
+    if time.perf_counter() - one.began > seconds:
+        return f"ended at the time limit of {seconds / 60:g} minutes"
+    return ""
+
+
+def _row(one: _Running, said: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"model": one.name, "failures": []}
+    if one.file.is_file():
+        row = json.loads(one.file.read_text())
+    if "step" in row or not one.file.is_file():
+        last = (one.errors.read_text(errors="replace").strip().splitlines() or [f"code {one.process.returncode}"])[-1]
+        row["failures"].append("ended")
+        row["ended_said"] = f"{said or last} (during {row.pop('step', 'start')})"
+    row["seconds"] = round(time.perf_counter() - one.began, 1)
+    row.setdefault("peak_gib", round(one.peak / 2**30, 1))
+    return row
+
+
+def _before(out: Path) -> dict[str, Any]:
+    """What the folder has of earlier runs."""
+    file = out / "coverage.json"
+    return json.loads(file.read_text()) if file.is_file() else {"models": [], "runs": []}
+
+
+if __name__ == "__main__":
+    main()

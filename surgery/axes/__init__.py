@@ -1,0 +1,1 @@
+"""Which axes belong together."""

@@ -1,0 +1,163 @@
+"""What the rules said of a module: ties, freezes, roles, norms, factored axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from surgery.axes.labels import Field, Ids, Labelled, Pairing
+from surgery.graph.table import NodeEdit
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A normalisation over channels."""
+
+    path: str
+    """Of its layer; empty for a function."""
+    key: tuple[str, str]
+    """Scope and node."""
+    shape: tuple[int, ...]
+    """Of its weight, or of what a weight would be."""
+    dims: tuple[int, ...]
+    """Those of its dims along which the channels lie."""
+    ids: Ids
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Axes of which only one may change."""
+
+    ids: Ids
+    """Their positions' ids, in the shape of the axes."""
+    what: str
+    """The op that needs it."""
+    partners: tuple[tuple[int, Ids], ...] = ()
+    """Axes of other tensors that run along one of these: its number, and their ids. Where it is the one that may
+    change they change with it, and otherwise not at all."""
+
+
+ParamKey = tuple[str, int]
+
+
+NodeKey = tuple[str, str]
+"""Scope (path of the traced module and which of its graphs) and node name."""
+
+
+@dataclass
+class ParamAxis:
+    """An axis of a parameter or buffer: its positions' ids and what the ops that use it do with it."""
+
+    name: str
+    axis: int
+    ids: Ids
+    roles: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Called:
+    """A call of a layer by Python that is not traced."""
+
+    path: str
+    node: fx.Node
+    """Stands for the call, in no graph that is run."""
+    rewrite: Callable[[NodeEdit], None]
+    args: tuple[Any, ...]
+    out: Any
+
+
+@dataclass
+class Findings:
+    """Everything the rules said."""
+
+    count: int = 0
+    ties: list[tuple[Ids, Ids]] = field(default_factory=list)
+    frozen: list[tuple[Ids, str]] = field(default_factory=list)
+    mixed: list[tuple[Ids, str]] = field(default_factory=list)
+    """Axes that a normalisation computes statistics over: copies must come in equal numbers."""
+    norms: list[Norm] = field(default_factory=list)
+    """The normalisations that `mixed` tells of."""
+    single: list[tuple[Ids, str]] = field(default_factory=list)
+    """Axes that are contracted with one another: copies would count twice."""
+    sums: list[tuple[NodeKey, Ids]] = field(default_factory=list)
+    """Where that is."""
+    contracted: list[Ids] = field(default_factory=list)
+    """Axes that two activations are contracted over: they are read, though no layer contracts over them."""
+    grids: list[Grid] = field(default_factory=list)
+    """Axes that factor one, of which only one may change (`surgery.axes.grids`)."""
+    cuts: list[Ids] = field(default_factory=list)
+    """Parts of axes that an op takes out."""
+    rows: list[tuple[Ids, Ids, Ids, str]] = field(default_factory=list)
+    """Rows that must stay rows: the last of each, the first of the one behind it, and its own first."""
+    values: set[ParamKey] = field(default_factory=set)
+    """Parameter axes that are used other than in a role."""
+    axes: dict[ParamKey, ParamAxis] = field(default_factory=dict)
+    buffers: frozenset[str] = frozenset()
+    """Names of the tensors that are no parameters."""
+    edges: list[tuple[Any, Any, str]] = field(default_factory=list)
+    nodes: dict[NodeKey, Any] = field(default_factory=dict)
+    """For each node its output, with a `Labelled` for each tensor."""
+    graphs: dict[str, tuple[str, fx.Graph]] = field(default_factory=dict)
+    """For each scope the path of its module and the graph."""
+    calls: list[Called] = field(default_factory=list)
+    """Layers that Python outside the graphs calls, as far as their attributes follow an edit."""
+
+
+class Ledger:
+    """Where rules are heard: what they say goes into the findings."""
+
+    whole = places = False
+    pairing: Pairing | None = None
+    """How reshapes label their results: see `surgery.axes.labels.reshaped`."""
+
+    def __init__(self, findings: Findings) -> None:
+        self.findings = findings
+
+    def tensor(self, value: torch.Tensor | None, dims: Iterable[int] | None = None) -> Labelled | None:
+        """A parameter or buffer, with as many of its axes labelled as this ledger knows."""
+        return None if value is None else Labelled(value)
+
+    def fresh(self, size: int) -> Ids:
+        ids = np.arange(self.findings.count, self.findings.count + size, dtype=np.int64)
+        self.findings.count += size
+        return ids
+
+    def tie(self, a: Field, b: Field, why: str) -> None:
+        self.tie_ids(a.ids, b.ids)
+        self.edge(a.key, b.key, why)
+
+    def tie_ids(self, a: Ids, b: Ids) -> None:
+        x, y = np.broadcast_arrays(a, b)
+        self.findings.ties.append((x.ravel(), y.ravel()))
+
+    def freeze(self, ids: Ids, reason: str) -> None:
+        self.findings.frozen.append((ids.ravel(), reason))
+
+    def edge(self, a: Any, b: Any, why: str) -> None:
+        if a is not None and b is not None and a != b:
+            self.findings.edges.append((a, b, why))
+
+
+def labelled_leaves(tree: Any) -> Iterable[Labelled]:
+    return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Labelled))
+
+
+class Silent(Ledger):
+    """Stands in for a run where only a rule's output is wanted: what the rule says besides is not heard."""
+
+    whole = True
+
+    def __init__(self, pairing: Pairing, *, places: bool = False) -> None:
+        super().__init__(Findings())
+        self.pairing, self.places = pairing, places
+
+    def fresh(self, size: int) -> Ids:
+        return np.full(size, -1, dtype=np.int64)
+
+    def tie_ids(self, a: Ids, b: Ids) -> None: ...

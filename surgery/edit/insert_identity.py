@@ -1,0 +1,135 @@
+"""Executes `InsertIdentity`: new layers behind an existing one that compute the identity."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections import OrderedDict
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+
+from surgery.edit.moments import predicted_moments, set_moments
+from surgery.edit.recipe import InsertIdentity
+from surgery.edit.sites import Site, local_name, output_sites
+from surgery.errors import EditError, UsageError
+from surgery.layers.maxout import Maxout
+
+_CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_BATCH_NORMS: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def insert_identity(module: nn.Module, step: InsertIdentity) -> None:
+    """Insert the layers of ``step`` into ``module``, in every graph that computes what they read."""
+    sites = list(output_sites(module, step.after))
+    block = _block(step, weight_before(module, sites[0], len(step.kernel)))
+    if step.form == "layer" and step.norm:
+        moments = predicted_moments(sites[0].owner, sites[0].node)
+        if moments is not None:
+            set_moments(block.get_submodule("norm"), *moments)
+    parent, _, child = step.name.rpartition(".")
+    container = module.get_submodule(parent)
+    if hasattr(container, child):
+        raise EditError(f"{step.name!r} is taken")
+    container.add_module(child, block)
+    block.train(container.training)
+    for site in sites:
+        _insert(site, step, block)
+        site.owner.recompile()
+
+
+def memory_format(tensor: torch.Tensor) -> torch.memory_format:
+    """Channels last, where a tensor is laid out so and not otherwise."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    if channels_last and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=channels_last):
+        return channels_last
+    return torch.contiguous_format
+
+
+def weight_before(module: nn.Module, site: Site, spatial: int) -> torch.Tensor:
+    """What new layers at a place are like in dtype, device and memory format: the nearest weight before it of a
+    convolution with as many spatial dims (0: of a linear layer); else any parameter before it, or any at all."""
+    last = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    found = None
+    for node in itertools.takewhile(lambda n: n is not site.node.next, site.graph.nodes):
+        for parameter in site.owner.get_submodule(str(node.target)).parameters() if node.op == "call_module" else ():
+            if parameter.is_floating_point():
+                last = parameter
+                found = parameter if parameter.ndim == spatial + 2 else found
+    return last if found is None else found
+
+
+def _block(step: InsertIdentity, like: torch.Tensor) -> nn.Sequential:
+    """The new layers, as a container; their random numbers come from the step's own seed."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    kind = "conv" if step.kernel else "linear"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(step.seed)
+        first, last = _weights(step, step.channels * step.pieces), _weights(step, step.channels)
+    if step.form == "layer":
+        _set_identity(first, step.pieces)
+        layers[kind] = first
+    elif step.form == "residual":
+        layers[f"{kind}1"] = first
+    else:
+        raise UsageError(f"unknown form {step.form!r} of an identity: 'layer' or 'residual'")
+    if step.norm:
+        norm = _BATCH_NORMS[max(len(step.kernel), 1)]
+        layers["norm"] = _identity_norm(norm(step.channels * step.pieces, eps=step.eps))
+    if step.activation == "Maxout":
+        layers["act"] = Maxout(step.pieces, dim=1 if step.kernel else -1)
+    elif step.activation:
+        layers["act"] = getattr(nn, step.activation)()
+    if step.form == "residual":
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+        layers[f"{kind}2"] = last
+    return nn.Sequential(layers).to(like.device, like.dtype).to(memory_format=memory_format(like))
+
+
+def _weights(step: InsertIdentity, outs: int) -> nn.Module:
+    if not step.kernel:
+        return nn.Linear(step.channels, outs)
+    padding = tuple(k // 2 for k in step.kernel)
+    conv = _CONVS[len(step.kernel)]
+    return conv(step.channels, outs, step.kernel, padding=padding, bias=not step.norm)
+
+
+def _set_identity(layer: nn.Module, pieces: int) -> None:
+    """A Dirac kernel, or the identity matrix, for each of the ``pieces`` of a unit; no bias."""
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.zero_()
+            if name == "weight":
+                centre = parameter.data
+                for size in reversed(parameter.shape[2:]):
+                    centre = centre[..., size // 2]
+                centre.copy_(torch.eye(centre.shape[1]).repeat_interleave(pieces, 0))
+
+
+def _identity_norm(norm: Any) -> nn.Module:
+    """Statistics for which evaluation is the identity: the mean 0, the variance and ``eps`` adding up to 1."""
+    norm.running_var.fill_(1.0 - norm.eps)
+    return cast(nn.Module, norm)
+
+
+def _insert(site: Site, step: InsertIdentity, block: nn.Sequential) -> None:
+    name = local_name(step.name, site.path)
+    users = list(site.node.users)
+    value = site.node
+    with site.graph.inserting_after(site.node):
+        for child, _ in block.named_children():
+            value = _after(site.graph, value, "call_module", f"{name}.{child}", (value,), name)
+        if step.form == "residual":
+            value = _after(site.graph, value, "call_function", operator.add, (site.node, value), name)
+    for user in users:
+        user.replace_input_with(site.node, value)
+    site.graph.lint()
+
+
+def _after(graph: fx.Graph, at: fx.Node, op: str, target: object, args: tuple[fx.Node, ...], path: str) -> fx.Node:
+    with graph.inserting_after(at):
+        node = graph.create_node(op, target, args)  # type: ignore[arg-type]
+    node.meta["path"] = path
+    return node

@@ -1,0 +1,134 @@
+"""Places in graphs: where the output of a layer or container is computed, and what computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from surgery.axes.groups import Dimensions
+from surgery.errors import EditError, unknown_name
+from surgery.graph.traced import TracedModule, traced_parts
+from surgery.layers.maxout import Maxout
+
+ACTIVATIONS: dict[object, str] = {
+    **dict.fromkeys((torch.relu, F.relu, "relu", "relu_"), "ReLU"),
+    F.relu6: "ReLU6",
+    **{getattr(F, name.lower()): name for name in ("GELU", "SiLU", "Mish", "Hardswish", "Hardsigmoid", "ELU", "SELU")},
+    F.leaky_relu: "LeakyReLU",
+    **dict.fromkeys((torch.sigmoid, F.sigmoid, "sigmoid"), "Sigmoid"),
+    **dict.fromkeys((torch.tanh, F.tanh, "tanh"), "Tanh"),
+}
+"""Functions and methods, by the layer of `torch.nn` that does the same."""
+_LAYERS = {*ACTIVATIONS.values(), "CELU", "Softplus", "Softsign", "RReLU", "Hardtanh"}
+_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+class Site:
+    """A value in a graph: the traced module that owns the graph, its path, and the node."""
+
+    def __init__(self, owner: TracedModule, path: str, graph: fx.Graph, node: fx.Node) -> None:
+        self.owner, self.path, self.graph, self.node = owner, path, graph, node
+
+
+def output_sites(module: nn.Module, name: str) -> Iterator[Site]:
+    """Where the output of a layer or container is computed: once in each graph that runs it.
+
+    The output of a layer is taken behind the normalisation and the activation that follow it alone.
+
+    Raises:
+        UsageError: no such layer or container.
+        EditError: it runs more than once, or has several outputs.
+    """
+    found = False
+    for path, owner in traced_parts(module):
+        if path and not f"{name}.".startswith(f"{path}."):
+            continue
+        local = local_name(name, path)
+        if path and not local and found:
+            continue  # a graph around it calls it
+        for graph in owner.graphs:
+            node = _output_node(owner, graph, local, name)
+            if node is not None:
+                found = True
+                yield Site(owner, path, graph, node)
+    if not found:
+        names = [n for n, _ in module.named_modules() if n]
+        if name in names:
+            raise EditError(f"{name!r} is not run by any graph")
+        raise unknown_name("layer", name, names)
+
+
+def activation_of(owner: TracedModule, node: fx.Node) -> str:
+    """The class in `torch.nn` of an activation node, or ``"Maxout"``; empty for any other node."""
+    if node.op == "call_module":
+        layer = owner.get_submodule(str(node.target))
+        kind = type(layer).__name__
+        return kind if kind in _LAYERS else "Maxout" if isinstance(layer, Maxout) else ""
+    try:
+        return ACTIVATIONS.get(node.target, "") if node.op in ("call_function", "call_method") else ""
+    except TypeError:
+        return ""
+
+
+def _output_node(owner: TracedModule, graph: fx.Graph, local: str, name: str) -> fx.Node | None:
+    if not local:  # all of the graph
+        result = graph.output_node().args[0]
+        if not isinstance(result, fx.Node):
+            raise EditError("it has no single output: name a layer")
+        return result
+    calls = [n for n in graph.nodes if n.op == "call_module" and n.target == local]
+    if len(calls) > 1:
+        raise EditError(f"{name!r} runs {len(calls)} times: a layer behind it would be shared")
+    if calls:
+        return _behind(owner, calls[0])
+    inside = [n for n in graph.nodes if n.op != "output" and is_inside(n, local)]
+    outputs = [n for n in inside if any(not is_inside(user, local) for user in n.users)]
+    if len(outputs) > 1:
+        raise EditError(f"{name!r} has {len(outputs)} outputs ({', '.join(n.name for n in outputs)}): name a layer")
+    return outputs[0] if outputs else None
+
+
+def is_called(site: Site, name: str) -> bool:
+    """Whether the site's graph calls ``name`` as a whole: it is a layer, not a container."""
+    local = local_name(name, site.path)
+    if isinstance(site.owner.get_submodule(local), TracedModule):
+        return False
+    return any(n.op == "call_module" and n.target == local for n in site.graph.nodes)
+
+
+def local_name(name: str, path: str) -> str:
+    """A qualified name within the module at ``path``."""
+    return name[len(path) + 1 :] if path else name
+
+
+def is_inside(node: fx.Node, name: str) -> bool:
+    """Whether a node is run by the layer or container ``name``."""
+    path = str(node.target) if node.op == "call_module" else str(node.meta.get("path", ""))
+    return path == name or path.startswith(f"{name}.")
+
+
+def _behind(owner: TracedModule, node: fx.Node) -> fx.Node:
+    for wanted in (_is_norm, activation_of):
+        if len(node.users) == 1:
+            user = next(iter(node.users))
+            if wanted(owner, user):
+                node = user
+    return node
+
+
+def _is_norm(owner: TracedModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(owner.get_submodule(str(node.target)), _NORMS)
+
+
+def in_copy(module: nn.Module, dims: Dimensions, scope: str, name: str) -> tuple[TracedModule, fx.Node]:
+    """The node of that name in that scope's graph in ``module``, a copy of what ``dims`` was made from, and the
+    module that owns the graph."""
+    if scope not in dims.findings.graphs:
+        raise EditError(f"{name} is called by Python outside the traced parts: channels cannot be left out of it")
+    owner = module.get_submodule(dims.findings.graphs[scope][0])
+    assert isinstance(owner, TracedModule)
+    graph = owner.graphs[-1] if scope.endswith(":train") else owner.graph
+    return owner, next(node for node in graph.nodes if node.name == name)

@@ -1,0 +1,1 @@
+"""Modules that edited models hold."""

@@ -1,0 +1,114 @@
+"""From a source to a module: torchvision's builders, and factories of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torchvision.models import get_model_builder
+from torchvision.ops import FrozenBatchNorm2d
+
+from surgery.errors import SurgeryError, UsageError
+from surgery.models import pretrained
+from surgery.models.entries import FROZEN_NORM, Value, text
+from surgery.models.fitnets import build_fitnet
+from surgery.models.sources import Source, parse
+
+
+def build(
+    source: str,
+    *,
+    num_classes: int | None = None,
+    weights: str | None = None,
+    trust: bool = False,
+    seed: int | None = None,
+) -> nn.Module:
+    """The module that ``source`` names, freshly initialised, in training mode.
+
+    ``source`` is a name of the catalogue, optionally with the prefix ``torchvision:`` or ``fitnets:``, and a query of
+    builder keywords (``resnet50?num_classes=10``), or ``package.module:factory``, which imports and calls your own code
+    and so needs ``trust``. ``weights`` is ``"DEFAULT"`` or another name of torchvision's weights of the model; where
+    ``num_classes`` or another keyword differs from theirs, entries whose shape fits are copied, and a `UserWarning`
+    names the others. ``seed`` makes the initial values reproducible and leaves the global random state as it was.
+
+    Raises `UsageError` for an unknown model, keyword or weights, and for weights that cannot be fetched.
+    """
+    parsed = parse(source, num_classes=num_classes, weights=weights)
+    with _seeded(seed):
+        if parsed.entry is None:
+            return _from_factory(parsed, trust)
+        if parsed.weights is None:
+            return _call(parsed, {**parsed.entry.defaults, **parsed.keywords})
+        return pretrained.build(parsed, parsed.entry, parsed.weights, _call)
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _from_factory(source: Source, trust: bool) -> nn.Module:
+    where = f"{source.prefix}:{source.name}"
+    if not trust:
+        raise UsageError(f"{where!r} would import and run code: pass trust=True (--trust) if you trust it")
+    if source.weights is not None:
+        raise UsageError(f"{where!r} is a factory of your own: load its weights in the factory, not by name")
+    try:
+        factory = getattr(import_module(source.prefix), source.name)
+    except Exception as error:  # importing runs the module, which may raise anything
+        raise UsageError(f"cannot import {where!r}: {error}") from error
+    try:
+        module = factory(**source.keywords)
+    except SurgeryError:
+        raise
+    except Exception as error:  # it is someone else's code
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{where!r} cannot be called with {_described(source.keywords)}: {reason}") from error
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"{where!r} returned {type(module).__name__}, not an nn.Module")
+    return module
+
+
+def _described(keywords: Mapping[str, Value]) -> str:
+    return ", ".join(f"{k}={text(v)}" for k, v in keywords.items()) or "no arguments"
+
+
+def _call(source: Source, keywords: Mapping[str, Any]) -> nn.Module:
+    """The builder called; of torchvision's models the keywords that are this catalogue's own are put into effect behind
+    it."""
+    fitnet = partial(build_fitnet, source.name)
+    builder = fitnet if source.prefix == "fitnets" else cast(Callable[..., nn.Module], get_model_builder(source.name))
+    keywords = dict(keywords)
+    own = source.entry is not None and FROZEN_NORM in source.entry.pretrained
+    eps = keywords.pop(FROZEN_NORM, None) if own else None
+    try:
+        module = builder(**keywords)
+    except UsageError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"model {source.name!r} cannot be built with {_described(source.keywords)}: {error}"
+        ) from error
+    if eps is not None:
+        _freeze_norms(cast(nn.Module, module.backbone), eps)
+    return module
+
+
+def _freeze_norms(backbone: nn.Module, eps: float) -> None:
+    """What torchvision's detection builders do to the norms of the backbone where published weights are asked for."""
+    for path, norm in list(backbone.named_modules()):
+        if isinstance(norm, nn.BatchNorm2d):
+            frozen = FrozenBatchNorm2d(norm.num_features, eps=eps)
+            frozen.load_state_dict(norm.state_dict())
+            parent, _, name = path.rpartition(".")
+            setattr(backbone.get_submodule(parent), name, frozen)

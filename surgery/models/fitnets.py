@@ -1,0 +1,179 @@
+"""The networks of FitNets (Romero et al., ICLR 2015), as data and as modules: convolutions and layers of maxout units.
+
+Layers are numbered as in the paper: ``layer1`` and so on are the convolutions, the next is the maxout layer, where
+there is one, and ``classifier`` the last. The output of ``layer6`` is behind its pooling, as the paper's hints are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from surgery.errors import UsageError
+from surgery.layers.maxout import Maxout
+from surgery.models.entries import Entry
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A maxout convolution, and the pooling behind it: window and stride, if any."""
+
+    channels: int
+    kernel: int = 3
+    padding: int = 1
+    pool: tuple[int, int] | None = None
+    pieces: int = 2
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network of the paper."""
+
+    convs: tuple[Conv, ...]
+    units: int
+    """Of the maxout layer behind the convolutions; 0: there is none."""
+    input_size: tuple[int, int, int] = (3, 32, 32)
+    notes: str = ""
+
+
+def _student(text: str) -> tuple[Conv, ...]:
+    """``"16 16 | 32 32 | 48"``: widths of convolutions, with 2 x 2 pooling at each bar and 8 x 8 at the end."""
+    blocks = [[int(width) for width in block.split()] for block in text.split("|")]
+    pools = [(2, 2)] * (len(blocks) - 1) + [(8, 8)]
+    return tuple(
+        Conv(width, pool=pool if k == len(block) - 1 else None)
+        for block, pool in zip(blocks, pools, strict=True)
+        for k, width in enumerate(block)
+    )
+
+
+def _rows() -> Iterator[tuple[str, Architecture]]:
+    """Widths: the paper's table 7, section 4.1 and appendix A. Kernels and paddings of the teachers, and those of the
+    MNIST student: the configuration files of the teachers' and the authors' own code."""
+    cifar = (Conv(96, 8, 4, (4, 2)), Conv(192, 8, 3, (4, 2)), Conv(192, 5, 3, (2, 2)))
+    yield (
+        "fitnet_cifar_teacher",
+        Architecture(cifar, 500, notes="teacher of fitnet1 to fitnet4"),
+    )
+    yield "fitnet1", Architecture(_student("16 16 16 | 32 32 32 | 48 48 64"), 500)
+    yield "fitnet2", Architecture(_student("16 32 32 | 48 64 80 | 96 96 128"), 500)
+    third = _student("32 48 64 64 | 80 80 80 80 | 128 128 128")
+    yield "fitnet3", Architecture(third, 500)
+    fourth = "32 32 32 48 48 | 80 80 80 80 80 80 | 128 128 128 128 128 128"
+    yield "fitnet4", Architecture(_student(fourth), 500)
+    svhn = (Conv(64, 5, 4, (3, 2)), Conv(128, 5, 3, (3, 2)), Conv(128, 5, 3, (3, 2)))
+    yield "fitnet_svhn_teacher", Architecture(svhn, 400)
+    yield "fitnet_svhn", Architecture(third, 500, notes="the layers of fitnet3, as in the paper's table 3")
+    mnist = (Conv(48, 8, 0, (4, 2)), Conv(48, 8, 3, (4, 2)), Conv(24, 5, 3, (2, 2)))
+    yield "fitnet_mnist_teacher", Architecture(mnist, 0, (1, 28, 28))
+    thin = (
+        *(Conv(16, 5, 0), Conv(16, 3, 0, (4, 2)), Conv(16, 5, 3), Conv(16, 3, 0, (4, 2))),
+        *(Conv(12, 3, 3), Conv(12, 3, 0, (2, 2))),
+    )
+    yield "fitnet_mnist", Architecture(thin, 0, (1, 28, 28))
+    small = ("64 | 64 | 64", "16 32 | 32 64 | 64", "16 32 | 32 32 32 | 48 64", "16 16 16 | 32 32 32 | 48 48 64")
+    large = ("128 | 128 | 128", "32 64 | 80 80 | 128", "32 32 | 64 80 80 | 96 128", "16 32 32 | 48 64 80 | 96 96 128")
+    for budget, nets in ((30, small), (107, large)):
+        for depth, widths in zip((5, 7, 9, 11), nets, strict=True):
+            notes = f"{depth} layers of {budget} million multiplications in all"
+            yield f"fitnet_{budget}m_{depth}", Architecture(_student(widths), 500, notes=notes)
+
+
+NETWORKS: Mapping[str, Architecture] = dict(_rows())
+
+
+def _entry(name: str, net: Architecture) -> Entry:
+    side = net.input_size[-1]
+    return Entry(name, "FitNets", net.input_size, smallest=side, minimum=side, notes=net.notes, fixed=True)
+
+
+FITNETS: Mapping[str, Entry] = {name: _entry(name, net) for name, net in NETWORKS.items()}
+"""The networks as rows of the catalogue."""
+
+
+def build_fitnet(name: str, num_classes: int = 10, pieces: int = 2, init_range: float | None = None) -> nn.Sequential:
+    """A network of the paper, by its name in `FITNETS`. It gives class scores; softmax is the loss's.
+
+    Args:
+        num_classes: width of the last layer.
+        pieces: of the maxout layer behind the convolutions; of the MNIST networks, which have none, of the last one
+            (teacher) or two (student) convolutions. With 2 the paper's parameter and multiplication counts come out;
+            its text and the authors' files have 5, and 4 on MNIST.
+        init_range: initial weights are uniform between this number and its negative, and biases 0, as in the paper
+            (0.005 on CIFAR and SVHN); by default they are those of `torch.nn`.
+
+    Raises:
+        UsageError: fewer than 1 piece, or a range that is not positive.
+    """
+    net, maxout = NETWORKS[name], Maxout(pieces)
+    if init_range is not None and not init_range > 0:
+        raise UsageError(f"init_range must be above 0, not {init_range}")
+    channels, size = net.input_size[0], net.input_size[-1]
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    convs = net.convs if net.units else _with_last_pieces(net.convs, pieces)
+    for number, conv in enumerate(convs, 1):
+        layers[f"layer{number}"] = _convolution(channels, conv)
+        channels, size = conv.channels, _sizes_behind(size, conv)[1]
+    layers["flatten"] = nn.Flatten()
+    features = channels * size * size
+    if net.units:
+        parts = OrderedDict(linear=nn.Linear(features, net.units * pieces), maxout=maxout)
+        layers[f"layer{len(convs) + 1}"] = nn.Sequential(parts)
+        features = net.units
+    layers["classifier"] = nn.Linear(features, num_classes)
+    model = nn.Sequential(layers)
+    if init_range is not None:
+        for parameter in model.parameters():
+            bounds = (-init_range, init_range) if parameter.ndim > 1 else (0.0, 0.0)
+            nn.init.uniform_(parameter, *bounds)
+    return model
+
+
+def _with_last_pieces(convs: tuple[Conv, ...], pieces: int) -> tuple[Conv, ...]:
+    """Those as narrow as the last have ``pieces``."""
+    narrow = convs[-1].channels
+    return tuple(replace(conv, pieces=pieces) if conv.channels == narrow else conv for conv in convs)
+
+
+def _convolution(channels: int, conv: Conv) -> nn.Sequential:
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        conv=nn.Conv2d(channels, conv.channels * conv.pieces, conv.kernel, padding=conv.padding),
+        maxout=Maxout(conv.pieces),
+    )
+    if conv.pool is not None:
+        layers["pool"] = nn.MaxPool2d(*conv.pool, ceil_mode=True)
+    return nn.Sequential(layers)
+
+
+def _sizes_behind(size: int, conv: Conv) -> tuple[int, int]:
+    """Height and width behind a convolution, and behind its pooling, which also takes windows that reach over the edge
+    (ceil mode)."""
+    size += 2 * conv.padding - conv.kernel + 1
+    if conv.pool is None:
+        return size, size
+    window, stride = conv.pool
+    windows = math.ceil((size - window) / stride) + 1
+    return size, windows - ((windows - 1) * stride >= size)
+
+
+def fitnet_cost(name: str) -> tuple[int, int]:
+    """Parameters, biases included, and multiplications of one sample of a network with 10 classes, from its data."""
+    net = NETWORKS[name]
+    channels, size = net.input_size[0], net.input_size[-1]
+    weights = biases = multiplications = 0
+    for conv in net.convs:
+        own = channels * conv.kernel**2 * conv.channels * conv.pieces
+        positions, size = _sizes_behind(size, conv)
+        channels = conv.channels
+        weights += own
+        biases += conv.channels * conv.pieces
+        multiplications += own * positions**2
+    features = channels * size**2
+    linear = [(features, 2 * net.units), (net.units, 10)] if net.units else [(features, 10)]
+    weights_of_linear = sum(ins * outs for ins, outs in linear)
+    biases += sum(outs for _, outs in linear)
+    return weights + weights_of_linear + biases, multiplications + weights_of_linear

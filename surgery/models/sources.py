@@ -1,0 +1,113 @@
+"""Sources: the text that names an architecture, taken apart and put into its one full form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+
+from torchvision.models import get_model_weights
+
+from surgery.errors import UsageError, unknown_name
+from surgery.models.entries import CATALOGUE, Entry, Value, text
+from surgery.models.fitnets import FITNETS
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source taken apart; ``entry`` is None for a factory of the user's own."""
+
+    prefix: str
+    name: str
+    entry: Entry | None
+    keywords: Mapping[str, Value]
+    weights: str | None
+
+    def implied(self) -> dict[str, Value]:
+        """The builder keywords that the weights need."""
+        if self.entry is None or self.weights is None:
+            return {}
+        return {**self.entry.pretrained, **self.entry.pretrained_by_name.get(self.weights, {})}
+
+    def sample_size(self) -> tuple[int, ...]:
+        """The size of one sample: what the model is built for where that is fixed, or the catalogue's."""
+        assert self.entry is not None
+        size = self.entry.input_size
+        side = {**self.implied(), **self.keywords}.get(self.entry.size_keyword)
+        if isinstance(side, tuple):
+            return (*size[:-2], *side)
+        return (*size[:-2], side, side) if isinstance(side, int) else size
+
+
+def canonical(source: str, **keywords: Value | None) -> str:
+    """``source`` in its one full form, ``torchvision:NAME?key=value``, with ``keywords`` added and sorted.
+
+    The form describes the architecture and never its values: ``weights`` are replaced by the builder keywords that
+    they imply. A keyword that is None is left out.
+    """
+    parsed = parse(source, **keywords)
+    query = urlencode({k: text(v) for k, v in sorted({**parsed.implied(), **parsed.keywords}.items())}, safe=",")
+    return f"{parsed.prefix}:{parsed.name}" + (f"?{query}" if query else "")
+
+
+def parse(source: str, **keywords: Value | None) -> Source:
+    """``source`` taken apart, with ``keywords`` laid over its own; raises `UsageError` where it names nothing.
+
+    Weights are given the name that torchvision publishes them under: that of ``DEFAULT``, where it is a model of the
+    catalogue.
+    """
+    path, _, query = source.partition("?")
+    prefix, _, name = path.rpartition(":")
+    merged: dict[str, Any] = {k: _value(v) for k, v in parse_qsl(query, keep_blank_values=True)}
+    merged |= {k: v for k, v in keywords.items() if v is not None}
+    weights = _named(merged.pop("weights", None))
+    if prefix == "fitnets" or (not prefix and name in FITNETS):
+        if name not in FITNETS:
+            raise unknown_name("model", name, FITNETS)
+        if weights is not None:
+            raise UsageError(f"{name!r} has no published weights")
+        return Source("fitnets", name, FITNETS[name], merged, None)
+    if prefix not in ("", "torchvision"):
+        return Source(prefix, name, None, merged, weights)
+    if name not in CATALOGUE:
+        raise unknown_name("model", name, CATALOGUE if prefix else [*CATALOGUE, *FITNETS])
+    if _named(merged.pop("weights_backbone", None)) is not None:
+        raise UsageError(f"{name!r} takes no weights_backbone here: pass weights= for those of the whole model")
+    if name.startswith("quantized_") and merged.get("quantize"):
+        raise UsageError(
+            f"{name!r} cannot be built with quantize=true: int8 layers hold packed weights, which no operation can "
+            "change. Operate on its float form (quantize=false, the default) and quantize the result"
+        )
+    if weights is not None:
+        known = published(name).__members__
+        weights = known[weights].name if weights in known else weights
+    return Source("torchvision", name, CATALOGUE[name], merged, weights)
+
+
+def published(name: str) -> Any:
+    """torchvision's enumeration of the weights that model ``name`` can take; of the float form's, if quantizable."""
+    return get_model_weights(name.removeprefix("quantized_"))
+
+
+def short(source: str) -> str:
+    """The name of the model of a source, without what the source says beside it."""
+    return source.removeprefix("torchvision:").removeprefix("fitnets:").partition("?")[0]
+
+
+def _named(weights: Any) -> Any:
+    return None if isinstance(weights, str) and weights.lower() == "none" else weights
+
+
+def _value(given: str) -> Value:
+    if given.lower() in ("true", "false"):
+        return given.lower() == "true"
+    for number in (int, float):
+        try:
+            return number(given)
+        except ValueError:
+            continue
+    try:
+        return tuple(int(part) for part in given.split(",")) if "," in given else given
+    except ValueError:
+        return given

@@ -1,0 +1,192 @@
+"""KELS and WELS: which part of a network is its fit-hypothesis, and the slim network that it is.
+
+Knowledge Evolution (Taha, Shrivastava, Davis, CVPR 2021, section 3) splits each layer by a mask into a fit-hypothesis
+and a reset-hypothesis. With KELS the mask keeps the first ``ceil(s * n)`` of ``n`` channels, so that the fit-hypothesis
+is a network of its own; with WELS it keeps weights at random, wherever they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from surgery.axes.groups import DimensionGroup, Dimensions, dimensions
+from surgery.edit.apply import apply
+from surgery.edit.names import resolve
+from surgery.edit.recipe import Reindex
+from surgery.errors import UsageError, unknown_name, whole_number
+from surgery.graph.tracing import info
+from surgery.operations.masks import Scores, by_first_name, largest, unit_scores
+from surgery.operations.switch_off import kept_units, normalise_over, sum_over
+
+Rate = float | Mapping[str, float]
+
+
+def slim(module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = "prefix") -> nn.Module:
+    """Carve the KELS slim network out of a dense one.
+
+    It computes what the dense network computes with its reset-hypothesis switched off (`masked`).
+
+    Args:
+        module: a traced module.
+        rate: the split rate ``s`` in (0, 1], or one for each of some layers, containers or globs. Every group keeps
+            the first ``ceil(s * n)`` of what each of its producers writes; where different layers read different
+            parts of it (a ``chunk``), each part keeps its share.
+        round_to: kept channels are rounded up to a multiple of this, as far as there are any.
+        importance: which channels are kept: ``"prefix"``, the first (KELS), or ``"magnitude"``, as many of those with
+            the largest weights (`surgery.operations.importance`).
+
+    Raises:
+        UsageError: a rate outside (0, 1], or an unknown name or importance.
+    """
+    return apply(module, slim_plan(module, rate, round_to=round_to, importance=importance))
+
+
+def slim_plan(module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = "prefix") -> Reindex:
+    """The step that `slim` takes."""
+    kept = fit_units(dimensions(module), module, rate, round_to, importance)
+    return Reindex({g.name: tuple(map(int, np.flatnonzero(keep))) for g, keep in kept.items() if not keep.all()})
+
+
+def split_masks(
+    module: nn.Module,
+    rate: Rate,
+    *,
+    kind: str = "kels",
+    seed: int = 0,
+    round_to: int = 1,
+    importance: str = "prefix",
+) -> dict[str, torch.Tensor]:
+    """The fit-hypothesis as a bool tensor for each parameter (True: kept).
+
+    Args:
+        kind: ``"kels"``: the channels that `slim` keeps. ``"wels"``: of each weight of two or more dimensions exactly
+            ``ceil(s * numel)`` entries, drawn without replacement; vectors are kept whole.
+        seed: of the draw, at least 0; KELS draws nothing.
+        importance: which channels the fit-hypothesis has, as in `slim`; for KELS alone.
+    """
+    seed = whole_number("seed", seed, 0)
+    if kind == "kels":
+        dims = dimensions(module)
+        return _kels_masks(module, dims, fit_units(dims, module, rate, round_to, importance))
+    if kind == "wels":
+        info(module)
+        if isinstance(rate, Mapping):
+            raise UsageError("WELS takes one rate for the whole network")
+        if importance != "prefix":
+            raise UsageError("importance is of channels: leave it out for WELS, which keeps scattered weights")
+        return _wels_masks(module, _valid_rate(rate), seed)
+    raise unknown_name("kind of mask", kind, ["kels", "wels"])
+
+
+def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The dense module with its reset-hypothesis switched off: a copy whose masked entries are zero.
+
+    A LayerNorm or GroupNorm of the copy computes its statistics over those channels of which the masks keep anything,
+    and what is added up over channels (a product of two activations) is added up over those.
+
+    Raises:
+        UsageError: a mask for no parameter, of another shape, or not of bools; or two for one tied parameter.
+    """
+    info(module)
+    parameters = dict(module.named_parameters())
+    memo: dict[int, Any] = {}
+    for name, mask in by_first_name(module, masks).items():
+        parameter = parameters[name]
+        kept = parameter.detach().masked_fill(~mask, 0)
+        memo[id(parameter)] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
+    result = copy.deepcopy(module, memo)
+    dims = dimensions(module)
+    keep = kept_units(module, dims, masks)
+    normalise_over(result, dims, keep)
+    sum_over(result, dims, keep)
+    return result
+
+
+def fit_units(
+    dims: Dimensions, module: nn.Module, rate: Rate, round_to: int = 1, importance: str = "prefix"
+) -> dict[DimensionGroup, np.ndarray[Any, np.dtype[np.bool_]]]:
+    """For each unit of each group that a rate is for, whether `slim` keeps it."""
+    whole_number("round_to", round_to, 1)
+    if isinstance(rate, Mapping):
+        rates = resolve(dims, module, {name: _valid_rate(r) for name, r in rate.items()})
+    else:
+        rates = dict.fromkeys((g for g in dims.groups if g.editable), _valid_rate(rate))
+    scores = unit_scores(module, dims, importance)
+    return {group: _best(group, r, round_to, scores[group]) for group, r in rates.items()}
+
+
+def _valid_rate(rate: float) -> float:
+    if isinstance(rate, bool) or not (isinstance(rate, Real) and 0 < rate <= 1):
+        raise UsageError(f"split rate must be in (0, 1], not {rate}")
+    return float(rate)
+
+
+def _best(group: DimensionGroup, rate: float, round_to: int, scores: Scores) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """The units of each class with the largest scores, of equal ones the first; their number is shared out so that each
+    segment keeps ``ceil(s * n)``."""
+    keep = group.frozen.copy()
+    step = max(1, math.ceil(round_to * group.units / group.size))
+    for segment in np.unique(group.segments):
+        free = np.flatnonzero((group.segments == segment) & ~group.frozen)
+        if len(free) == 0:
+            continue
+        count = math.ceil(round(rate * len(free), 9))
+        count = min(len(free), math.ceil(count / step) * step)
+        parts = [free[group.classes[free] == c] for c in np.unique(group.classes[free])]
+        for part, n in zip(parts, _shared_out(count, [len(p) for p in parts]), strict=False):
+            keep[part[np.argsort(-scores[part], kind="stable")[:n]]] = True
+    return keep
+
+
+def _shared_out(total: int, sizes: list[int]) -> list[int]:
+    """``total`` in parts proportional to ``sizes``, by largest remainder; no part empty while there is enough."""
+    exact = [total * s / sum(sizes) for s in sizes]
+    parts = [max(1, math.floor(e)) for e in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda k: parts[k] - exact[k])
+    for k in by_remainder * 2:
+        if sum(parts) < total and parts[k] < sizes[k]:
+            parts[k] += 1
+    for k in reversed(by_remainder):
+        if sum(parts) > total and parts[k] > 1:
+            parts[k] -= 1
+    return parts
+
+
+def _kels_masks(
+    module: nn.Module, dims: Dimensions, kept: Mapping[DimensionGroup, np.ndarray[Any, np.dtype[np.bool_]]]
+) -> dict[str, torch.Tensor]:
+    keep = np.ones(dims.count, dtype=bool)
+    for group, flags in kept.items():
+        keep[group.start : group.start + group.units] = flags
+    masks = {}
+    names = {id(p): name for name, p in reversed(list(module.named_parameters()))}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        mask = torch.ones(parameter.shape, dtype=torch.bool)
+        for axis in range(parameter.ndim):
+            units = dims.axis_units.get((names[id(parameter)], axis))
+            if units is not None:
+                shape = [-1 if a == axis else 1 for a in range(parameter.ndim)]
+                mask &= torch.from_numpy(keep[units]).view(shape)
+        masks[name] = mask.to(parameter.device)
+    return masks
+
+
+def _wels_masks(module: nn.Module, rate: float, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    drawn: dict[int, torch.Tensor] = {}
+    for parameter in module.parameters():
+        if parameter.ndim < 2:
+            drawn[id(parameter)] = torch.ones_like(parameter, dtype=torch.bool)
+            continue
+        count = math.ceil(round(rate * parameter.numel(), 6))
+        mask = largest(torch.rand(parameter.numel(), generator=generator), count)
+        drawn[id(parameter)] = mask.view(parameter.shape).to(parameter.device)
+    return {name: drawn[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}

@@ -1,0 +1,391 @@
+"""Rows of the rule table for ops that only move data: their outputs are positions of their inputs.
+
+After an edit such an op is run on the new labels; where it does not give what the edit asks for it is followed by, or
+replaced by, a selection (`surgery.edit.rewire`).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from surgery.axes.labels import Field, Fields, Labelled, Pairing, moved, permuted, reshaped, sliced
+from surgery.axes.ops import Op
+from surgery.graph.table import oprule, unknown
+from surgery.layers.maxout import Maxout
+from surgery.rules import rewrites
+
+
+def _reshape(op: Op, x: Labelled, pairing: Pairing | None = None) -> Fields:
+    fields, lost = reshaped(
+        x.fields, x.shape, op.shape, pairing=pairing or op.run.pairing, whole=op.run.whole, places=op.run.places
+    )
+    op.lose(lost, f"{op.name} merges it with another axis")
+    return fields
+
+
+@oprule("contiguous", "clone", "detach", torch.clone, torch.detach, nn.Identity, movement=True)
+def _identity(op: Op, input: Labelled, **named: Any) -> Fields:
+    return input.fields
+
+
+@oprule(torch.flatten, "flatten", movement=True)
+def _flatten(op: Op, input: Labelled, start_dim: int = 0, end_dim: int = -1) -> Fields:
+    if input.ndim == 0:
+        return ()
+    sizes = tuple(max(size, 2) for size in input.shape)
+    start, stop = start_dim % input.ndim, end_dim % input.ndim + 1
+    return _reshape(op, input, (sizes, (*sizes[:start], math.prod(sizes[start:stop]), *sizes[stop:])))
+
+
+@oprule(nn.Flatten, movement=True)
+def _flatten_module(op: Op, input: Labelled) -> Fields:
+    return _flatten(op, input, op.module.start_dim, op.module.end_dim)  # type: ignore[no-any-return]
+
+
+@oprule(torch.unsqueeze, "unsqueeze", movement=True)
+def _unsqueeze(op: Op, input: Labelled, dim: int) -> Fields:
+    return _shifted(input.fields, dim % (input.ndim + 1))
+
+
+@oprule(torch.unflatten, "unflatten", nn.Unflatten, rewrite=rewrites.unflatten, movement=True)
+def _unflatten(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:
+    return _reshape(op, input)
+
+
+@oprule(torch.squeeze, "squeeze", rewrite=rewrites.squeeze, movement=True)
+def _squeeze(op: Op, input: Labelled, dim: Any = None) -> Fields:
+    dims = range(input.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
+    gone = {d % input.ndim for d in dims if input.shape[d] == 1} if input.ndim else set()
+    if len(op.shape) != input.ndim - len(gone):  # an edited channel axis
+        return ()
+    fields = op.keep(input, gone, f"{op.name} removes it")
+    place = {d: k for k, d in enumerate(d for d in range(input.ndim) if d not in gone)}
+    return tuple(moved(f, tuple(place[d] for d in f.dims)) for f in fields)
+
+
+@oprule("view_as", "reshape_as", rewrite=rewrites.reshape, movement=True)
+def _view_as(op: Op, input: Labelled, other: Labelled) -> Fields:
+    return _sized_like(op, _reshape(op, input), other)
+
+
+def _sized_like(op: Op, fields: Fields, other: Labelled) -> Fields:
+    """``fields`` of a result whose sizes are those of ``other``: where both hold channels, they are chosen alike."""
+    if op.run.whole:  # a trial of the movement
+        return fields
+    read: set[int] = set()
+    result = []
+    for f in fields:
+        f = op.beside(f, [other], other.ndim)
+        same = next((g for g in other.fields if g.dims == f.dims), None)
+        if same is None and len(f.dims) == 1:
+            same = op.axis(other, f.dims[0])[0]
+        if same is None:
+            op.freeze(f, f"{op.name} takes its size from an axis of other channels")
+        else:
+            op.tie(f, same)
+            read.update(f.dims)
+        result.append(f)
+    op.lose([g for g in other.fields if not read & set(g.dims)], f"{op.name} reads its size")
+    return tuple(result)
+
+
+@oprule(torch.movedim, torch.moveaxis, "movedim", "moveaxis", movement=True)
+def _movedim(op: Op, input: Labelled, source: Any, destination: Any) -> Fields:
+    order = torch.movedim(torch.empty(tuple(range(input.ndim)), device="meta"), source, destination).shape
+    return permuted(input.fields, tuple(order))
+
+
+@oprule(torch.reshape, "reshape", "view", rewrite=rewrites.reshape, movement=True)
+def _view(op: Op, input: Labelled, *shape: Any, **named: Any) -> Fields:
+    if shape and isinstance(shape[0], torch.dtype):
+        return unknown(op, input)  # type: ignore[no-any-return]
+    return _reshape(op, input)
+
+
+@oprule(torch.permute, "permute", movement=True)
+def _permute(op: Op, input: Labelled, *order: Any, dims: Any = None) -> Fields:
+    order = dims or (order[0] if len(order) == 1 and not isinstance(order[0], int) else order)
+    return permuted(input.fields, tuple(d % input.ndim for d in order))
+
+
+@oprule(torchvision.ops.Permute, movement=True)
+def _permute_module(op: Op, x: Labelled) -> Fields:
+    return permuted(x.fields, tuple(d % x.ndim for d in op.module.dims))
+
+
+@oprule(torch.transpose, "transpose", torch.swapaxes, "swapaxes", movement=True)
+def _transpose(op: Op, input: Labelled, dim0: int, dim1: int) -> Fields:
+    order = list(range(input.ndim))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return permuted(input.fields, tuple(order))
+
+
+@oprule(torch.t, "t", "mT", movement=True)  # outside graphs the attribute is met as a method
+def _t(op: Op, input: Labelled) -> Fields:
+    return _transpose(op, input, -1, -2) if input.ndim > 1 else input.fields
+
+
+@oprule(getattr, movement=True)
+def _attribute(op: Op, input: Any, name: str, *default: Any) -> Any:
+    """An attribute of a tensor that is a tensor, or of a named tuple; numbers such as ``shape`` hold no channels."""
+    if not isinstance(input, Labelled):
+        found = getattr(input, name)
+        return found.fields if isinstance(found, Labelled) else unknown(op, input)
+    if name in ("mT", "T", "H"):
+        return permuted(input.fields, tuple(reversed(range(input.ndim)))) if name != "mT" else _t(op, input)
+    return input.fields if name == "data" else unknown(op, input, why=f"reads .{name} of it")
+
+
+@oprule(torch.cat, torch.concat, torch.concatenate, movement=True)
+def _cat(op: Op, tensors: Any, dim: int = 0, axis: int | None = None) -> Fields:
+    rank = len(op.shape)
+    dim = (dim if axis is None else axis) % rank
+    parts = [t.at(dim) for t in tensors]
+    whole = len({None if f is None else f.dims for f in parts}) == 1 and parts[0] is not None
+    fields: list[Field] = []
+    along: list[Field] = []
+    others: list[Labelled] = []
+    for t, part in zip(tensors, parts, strict=True):
+        f, rest = (part, tuple(g for g in t.fields if g is not part)) if whole else op.axis(t, dim)
+        if f is None:
+            ids = op.run.fresh(t.shape[dim])
+            op.run.freeze(ids, f"{op.name} takes it from an axis that holds no channels")
+            f = Field((dim,), ids)
+        along.append(f)
+        others.append(Labelled(t.value, rest))
+        for g in rest:
+            op.meet(fields, g)
+    fields = [op.beside(f, others, rank) for f in fields]
+    if any(part is not None for part in parts):
+        for f in along:
+            op.run.edge(f.key, op.key, op.name)
+        dims = along[0].dims
+        fields.append(Field(dims, np.concatenate([f.ids for f in along], axis=dims.index(dim))))
+        if len(dims) > 1:
+            op.grid(fields[-1])
+    return tuple(fields)
+
+
+@oprule(torch.stack)
+def _stack(op: Op, tensors: Any, dim: int = 0) -> Fields:
+    rank = len(op.shape)
+    dim %= rank
+    fields: list[Field] = []
+    for t in tensors:  # which have one shape, so their channels are chosen alike
+        for f in t.fields:
+            op.meet(fields, f)
+    return _shifted(tuple(op.beside(f, list(tensors), rank - 1) for f in fields), dim)
+
+
+def _shifted(fields: Fields, dim: int) -> Fields:
+    """Fields where a new dim is put before ``dim``."""
+    return tuple(moved(f, tuple(d + (d >= dim) for d in f.dims)) for f in fields)
+
+
+@oprule(torch.chunk, "chunk", torch.split, "split", torch.tensor_split, "tensor_split", rewrite=rewrites.pieces,
+        movement=True)  # fmt: skip
+def _pieces(op: Op, tensor: Any = None, how: Any = None, dim: int = 0, *, input: Any = None, **named: Any) -> Any:
+    tensor = tensor if input is None else input
+    dim %= tensor.ndim
+    result = []
+    start = 0
+    for piece in op.out:
+        stretch = slice(start, start + piece.shape[dim])
+        index = tuple(stretch if d == dim else slice(None) for d in range(tensor.ndim))
+        result.append(sliced(tensor.fields, index, tensor.ndim)[0])
+        start = stretch.stop
+        for f in result[-1]:
+            op.cut(f)
+    return result
+
+
+@oprule(torch.unbind, "unbind", movement=True)
+def _unbind(op: Op, input: Labelled, dim: int = 0) -> Any:
+    result = []
+    for k in range(input.shape[dim]):
+        index = tuple(k if d == dim % input.ndim else slice(None) for d in range(input.ndim))
+        fields, picked = sliced(input.fields, index, input.ndim)
+        op.lose(picked, f"{op.name} picks positions of it")
+        result.append(fields)
+    return result
+
+
+@oprule(operator.getitem, movement=True)
+def _getitem(op: Op, input: Labelled, index: Any) -> Fields:
+    index = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(i, Labelled) for i in index):
+        return _picked(op, input, index)
+    if any(not (i is None or i is Ellipsis or isinstance(i, (int, slice))) for i in index):
+        return unknown(op, input)  # type: ignore[no-any-return]
+    fields, picked = sliced(input.fields, index, input.ndim)
+    for f in input.fields:  # the number of a position stays, so no channel may move to or from it
+        if any(np.isin(g.ids, f.ids).any() for g in picked):
+            op.freeze(f, f"{op.name} picks positions of it")
+    for f in fields:
+        op.cut(f)
+    return fields
+
+
+@oprule(torch.select, "select", movement=True)
+def _select(op: Op, input: Labelled, dim: int, index: int) -> Fields:
+    return _getitem(op, input, (*[slice(None)] * (dim % input.ndim), index))  # type: ignore[no-any-return]
+
+
+def _picked(op: Op, input: Labelled, index: tuple[Any, ...]) -> Fields:
+    """Rows of a table, at positions that a tensor holds."""
+    at = [k for k, i in enumerate(index) if isinstance(i, Labelled)]
+    if len(at) > 1 or any(i != slice(None) for k, i in enumerate(index) if k not in at):
+        return unknown(op, input, *index)  # type: ignore[no-any-return]
+    positions = index[at[0]]
+    op.lose(list(positions.fields), f"{op.name} reads positions from it")
+    if positions.value.dtype == torch.bool:
+        return unknown(op, input)  # type: ignore[no-any-return]
+    shift = positions.ndim - 1
+    rest = op.keep(input, at, f"{op.name} picks positions of it")
+    return tuple(moved(f, tuple(d + (d > at[0]) * shift for d in f.dims)) for f in rest)
+
+
+@oprule(torch.narrow, "narrow", rewrite=rewrites.narrow, movement=True)
+def _narrow(op: Op, input: Labelled, dim: int, start: int, length: int) -> Fields:
+    index = tuple(slice(start, start + length) if d == dim % input.ndim else slice(None) for d in range(input.ndim))
+    fields = sliced(input.fields, index, input.ndim)[0]
+    for f in fields:
+        op.cut(f)
+    return fields
+
+
+@oprule(torch.flip, "flip", movement=True)
+def _flip(op: Op, input: Labelled, *order: Any, dims: Any = None) -> Fields:
+    dims = dims or (order[0] if not isinstance(order[0], int) else order)
+    turned = {d % input.ndim for d in dims}
+    return tuple(
+        Field(f.dims, np.flip(f.ids, tuple(k for k, d in enumerate(f.dims) if d in turned)), f.key)
+        for f in input.fields
+    )
+
+
+@oprule(torch.roll, "roll", movement=True)
+def _roll(op: Op, input: Labelled, shifts: Any, dims: Any = None) -> Fields:
+    if dims is None:
+        return unknown(op, input)  # type: ignore[no-any-return]
+    pairs = [(shifts, dims)] if isinstance(dims, int) else list(zip(shifts, dims, strict=True))
+    by = {d % input.ndim: s for s, d in pairs}
+    return tuple(
+        Field(f.dims, np.roll(f.ids, [by.get(d, 0) for d in f.dims], range(f.ids.ndim)), f.key) for f in input.fields
+    )
+
+
+@oprule("repeat", movement=True)
+def _repeat(op: Op, input: Labelled, *sizes: Any, repeats: Any = None) -> Fields:
+    times = repeats or (sizes[0] if not isinstance(sizes[0], int) else sizes)
+    shift = len(op.shape) - input.ndim
+    return tuple(
+        Field(tuple(d + shift for d in f.dims), np.tile(f.ids, [times[d + shift] for d in f.dims]), f.key)
+        for f in input.fields
+    )
+
+
+@oprule(torch.repeat_interleave, "repeat_interleave", movement=True)
+def _repeat_interleave(op: Op, input: Labelled, repeats: Any, dim: int | None = None, **named: Any) -> Fields:
+    if dim is None or not isinstance(repeats, int):
+        return unknown(op, input)  # type: ignore[no-any-return]
+    return tuple(
+        Field(f.dims, np.repeat(f.ids, repeats, f.dims.index(dim % input.ndim)), f.key)
+        if dim % input.ndim in f.dims
+        else f
+        for f in input.fields
+    )
+
+
+@oprule(torch.index_select, "index_select", movement=True)
+def _index_select(op: Op, input: Labelled, dim: int, index: Labelled) -> Fields:
+    dim %= input.ndim
+    f = input.at(dim)
+    op.lose(list(index.fields), f"{op.name} reads positions from it")
+    if f is None or index.constant is None or len(f.dims) > 1:
+        return op.keep(input, [dim], f"{op.name} picks positions of it")
+    return tuple(Field(g.dims, g.ids[index.constant.cpu().numpy()], g.key) if g is f else g for g in input.fields)
+
+
+@oprule("expand", torch.broadcast_to, "broadcast_to", rewrite=rewrites.reshape, linear="first")
+def _expand(op: Op, input: Labelled, *sizes: Any, **named: Any) -> Fields:
+    return _expanded(op, input, None)
+
+
+@oprule("expand_as", rewrite=rewrites.reshape, linear="first")
+def _expand_as(op: Op, input: Labelled, other: Labelled) -> Fields:
+    return _sized_like(op, _expanded(op, input, other), other)
+
+
+def _expanded(op: Op, input: Labelled, other: Labelled | None) -> Fields:
+    """What is repeated is the same for every channel: it can be as long as what it meets."""
+    shift = len(op.shape) - input.ndim
+    fields = list(op.elementwise(input))
+    for d in range(0 if other is not None else 1, len(op.shape)):
+        if op.shape[d] > 1 and (d < shift or input.shape[d - shift] == 1):
+            like = None if other is None else op.axis(other, d)[0]
+            if other is None:
+                fields.append(Field((d,), op.run.fresh(op.shape[d])))
+            elif like is not None:
+                fields.append(Field((d,), like.ids, like.key))
+    return tuple(fields)
+
+
+@oprule(nn.ChannelShuffle, F.channel_shuffle, movement=True)
+def _channel_shuffle(op: Op, input: Labelled, groups: int | None = None) -> Fields:
+    groups = groups or op.module.groups
+    f, rest = op.axis(input, 1)
+    if f is None:
+        return rest
+    return (*rest, Field(f.dims, np.ascontiguousarray(f.ids.reshape(groups, -1).T).ravel(), f.key))
+
+
+@oprule(nn.PixelShuffle, F.pixel_shuffle)
+def _pixel_shuffle(op: Op, input: Labelled, upscale_factor: int | None = None) -> Fields:
+    """Each channel of the output is made of ``r * r`` channels of the input, which go together."""
+    f, _ = op.axis(input, input.ndim - 3)
+    rest = tuple(g for g in op.keep(input, [-2, -1]) if max(g.dims) < input.ndim - 3)
+    if f is None:
+        return rest
+    channels = f.ids.reshape(op.shape[-3], -1)
+    op.run.tie_ids(channels[:, :1], channels)
+    op.run.findings.rows.append((channels[:-1, -1], channels[1:, 0], channels[:-1, 0], f"{op.name} reads parts of it"))
+    return (*rest, Field(f.dims, channels[:, 0], f.key))
+
+
+@oprule(nn.PixelUnshuffle, F.pixel_unshuffle)
+def _pixel_unshuffle(op: Op, input: Labelled, downscale_factor: int | None = None) -> Fields:
+    f, _ = op.axis(input, input.ndim - 3)
+    rest = tuple(g for g in op.keep(input, [-2, -1]) if max(g.dims) < input.ndim - 3)
+    return rest if f is None else (*rest, Field(f.dims, np.repeat(f.ids, op.shape[-3] // f.ids.size), f.key))
+
+
+@oprule(F.unfold, nn.Unfold)
+def _unfold(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:
+    """Each channel becomes its patches' positions, one behind the other."""
+    if input.ndim != 4:
+        return unknown(op, input)  # type: ignore[no-any-return]
+    f, rest = op.axis(input, 1)
+    op.keep(input, [2, 3])
+    rest = tuple(g for g in rest if max(g.dims) < 1)
+    return rest if f is None else (*rest, Field((1,), np.repeat(f.ids, op.shape[1] // f.ids.size), f.key))
+
+
+@oprule(Maxout, within=True)
+def _maxout(op: Op, input: Labelled) -> Fields:
+    """The pieces of a unit go together."""
+    f, rest = op.axis(input, op.module.dim)
+    if f is None:
+        return rest
+    pieces = f.ids.reshape(-1, op.module.pieces)
+    op.run.tie_ids(pieces[:, :1], pieces)
+    op.rows(pieces)
+    return (*rest, Field(f.dims, pieces[:, 0], f.key))

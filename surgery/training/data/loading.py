@@ -1,0 +1,63 @@
+"""Batches of images: which come when depends on the seed and the epoch alone, so that a training can be continued."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from surgery.training.data.data import Images, count
+from surgery.training.engine import mixed_seed
+
+
+class EpochOrder(Sampler[int]):
+    """A random order of the images, another in each epoch.
+
+    Attributes:
+        epoch: counted from 0.
+        start: the images that are left out at the beginning of this epoch, since they have been seen.
+    """
+
+    def __init__(self, images: Images, seed: int) -> None:
+        self._count, self._seed = count(images), seed
+        self.epoch = self.start = 0
+
+    def begin(self, epoch: int, start: int, loader: DataLoader[Any]) -> None:
+        """Let the epoch that ``loader`` gives next be this one, and its workers' random numbers, too."""
+        self.epoch, self.start = epoch, start
+        assert loader.generator is not None
+        loader.generator.manual_seed(mixed_seed(self._seed, epoch))
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(mixed_seed(self._seed, self.epoch))
+        yield from torch.randperm(self._count, generator=generator)[self.start :].tolist()
+
+    def __len__(self) -> int:
+        return self._count - self.start
+
+
+def loader(
+    images: Images,
+    batch_size: int,
+    workers: int = 0,
+    *,
+    order: EpochOrder | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
+) -> DataLoader[tuple[Any, ...]]:
+    """Batches of ``images``, in their own order or in ``order``.
+
+    With an order the last, smaller batch is dropped: its batch statistics would be noisier than the others'. There is
+    a generator in any case: without one, even a loader that does not shuffle draws from the global state. ``collate``
+    makes a batch of items; by default that of torch, which stacks tensors.
+    """
+    return DataLoader(
+        images,
+        batch_size=batch_size if order is None else min(batch_size, count(images)),
+        sampler=order,
+        drop_last=order is not None,
+        generator=torch.Generator().manual_seed(0),
+        num_workers=workers,
+        collate_fn=collate,
+    )
