@@ -1,8 +1,8 @@
 """Every operation on every model of the catalogue, in float64 with random weights and random norm statistics.
 
-    python benchmarks/coverage.py --jobs 2                   # all models: benchmarks/results/coverage.{json,md}
-    python benchmarks/coverage.py resnet18 'vit_*'           # some models, printed only
-    python benchmarks/coverage.py 'vit_*' --merge            # these rows of benchmarks/results anew
+    python -m benchmarks.coverage --jobs 2                   # all models: benchmarks/results/coverage.{json,md}
+    python -m benchmarks.coverage resnet18 'vit_*'           # some models, printed only
+    python -m benchmarks.coverage 'vit_*' --merge            # these rows of benchmarks/results anew
 
 Errors are relative: of each output, the largest absolute difference over the largest magnitude. Models run on small
 inputs, in a form that takes them (``vit_b_16?image_size=32``): the row names both. Of detection models the losses in
@@ -32,12 +32,12 @@ from typing import Any
 import psutil
 import torch
 import torchvision
-from coverage_report import line, markdown
 
+from benchmarks.coverage.report import line, markdown
 from surgery import models as catalogue
 from surgery.deploy.measure.environment import environment
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 HEAVY = 100_000_000
 """Models of more parameters run alone."""
 
@@ -59,7 +59,7 @@ def main() -> None:
     rows = old | run(names, options.jobs, 60 * options.minutes, options.gib * 2**30)
     minutes = round((time.perf_counter() - start) / 60, 1)
     this = {
-        "command": "python benchmarks/coverage.py " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.coverage " + " ".join(sys.argv[1:]),
         "date": date.today().isoformat(),
         "minutes": minutes,
         "models": len(names),
@@ -126,11 +126,10 @@ def run(names: list[str], jobs: int, seconds: float, memory: float) -> dict[str,
 
 def _start(name: str, folder: Path, jobs: int) -> _Running:
     file, errors = folder / f"{name}.json", folder / f"{name}.txt"
-    script = Path(__file__).with_name("coverage_model.py")
     threads = max((os.cpu_count() or 1) // jobs, 1)
     with errors.open("wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, str(script), name, str(file)],
+            [sys.executable, "-m", "benchmarks.coverage.model", name, str(file)],
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             stdout=stream,
             stderr=stream,

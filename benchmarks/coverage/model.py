@@ -1,6 +1,6 @@
 """Every operation on one model of the catalogue, as `coverage.py` runs it: in a process of its own, in float64.
 
-    python benchmarks/coverage_model.py resnet18 row.json
+    python -m benchmarks.coverage.model resnet18 row.json
 
 The row is written again after each step, so that what was found stays known if the process is ended in the middle.
 """
@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ideal import ideals
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torchvision.models.optical_flow import raft
 
 import surgery
+from benchmarks.coverage.ideal import ideals
 from surgery import models as catalogue
 from surgery.models.detectors import image_batch, is_detector, raw_outputs, regions_of
 from surgery.operations.deepen import deepen_plan

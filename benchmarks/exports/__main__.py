@@ -1,8 +1,8 @@
 """Every model of the catalogue exported to ONNX, as it is built and slimmed, and compared with torch.
 
-    python benchmarks/exports.py                             # all: benchmarks/results/exports.{json,md}
-    python benchmarks/exports.py 'resnet*' --variants slim   # these rows anew, the others kept
-    python benchmarks/exports.py --missing                   # what has no row yet
+    python -m benchmarks.exports                             # all: benchmarks/results/exports.{json,md}
+    python -m benchmarks.exports 'resnet*' --variants slim   # these rows anew, the others kept
+    python -m benchmarks.exports --missing                   # what has no row yet
 
 Weights and the statistics of norms are random. As they are built, models are given images of the size that published
 weights are evaluated at; detection models resize theirs to a height of 320 pixels, where that can be set. ``small`` is
@@ -23,12 +23,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from exports_report import line, markdown
-
+from benchmarks.exports.report import line, markdown
 from surgery import models as catalogue
 from surgery.deploy.measure.environment import environment, usable_cores
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 VARIANTS = ("built", "small", "slim")
 
 
@@ -42,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     out: Path = options.out
     document = json.loads(out.read_text()) if out.exists() else {"runs": [], "models": []}
-    command = " ".join(["python benchmarks/exports.py", *sys.argv[1:]])
+    command = " ".join(["python -m benchmarks.exports", *sys.argv[1:]])
     document["runs"].append({"command": command, "environment": environment().to_dict()})
     rows = {(row["model"], row["variant"]): row for row in document["models"]}
     wanted = [
@@ -64,12 +63,11 @@ def main() -> None:
 
 def export(name: str, variant: str, seconds: float) -> dict[str, Any]:
     """What came of one model, in a process of its own."""
-    script = Path(__file__).with_name("exports_model.py")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "row.json"
         try:
             done = subprocess.run(
-                [sys.executable, str(script), name, variant, str(file)],
+                [sys.executable, "-m", "benchmarks.exports.model", name, variant, str(file)],
                 env={**os.environ, "OMP_NUM_THREADS": str(usable_cores())},
                 capture_output=True,
                 text=True,

@@ -12,10 +12,10 @@ from typing import Any
 
 import onnx
 import torch
-from coverage_model import randomised
 from torch import nn
 
 import surgery
+from benchmarks.coverage.model import randomised
 from surgery import models as catalogue
 from surgery.errors import SurgeryError
 from surgery.models.inputs import tensors

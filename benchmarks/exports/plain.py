@@ -1,7 +1,7 @@
 """Is a file of `surgery.export_onnx` slower than one of a plain `torch.onnx.export`? The ratio, with its interval.
 
-    python benchmarks/plain_export.py                      # benchmarks/results/plain-export.{json,md}
-    python benchmarks/plain_export.py --models resnet18 --batch-sizes 1 --out plain.json
+    python -m benchmarks.exports.plain                      # benchmarks/results/plain-export.{json,md}
+    python -m benchmarks.exports.plain --models resnet18 --batch-sizes 1 --out plain.json
 
 Both files are made of the same model, with random weights and its norms' statistics random, and take turns in ONNX
 Runtime, see `surgery.compare`. The plain one is what ``torch.onnx.export(model, images)`` gives: of a fixed batch.
@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coverage_model import randomised
 
 import surgery
+from benchmarks.coverage.model import randomised
 from surgery import models as catalogue
 from surgery.deploy.measure.environment import environment
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
     timing = {"threads": options.threads, "sessions": options.sessions, "min_runs": options.min_runs}
     document = {
-        "command": " ".join(["python benchmarks/plain_export.py", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks.exports.plain", *sys.argv[1:]]),
         "environment": environment().to_dict(),
         "measured": [
             measure(name, int(batch), timing)

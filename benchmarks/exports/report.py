@@ -41,7 +41,7 @@ def markdown(document: dict[str, Any]) -> str:
         f"BatchNorms that could have been folded and were not: {sum(len(r['files'][0]['unfolded']) for r in good)}.",
         "",
         f"Made on {run['environment']['cpu']}, torch {versions['torch']}, ONNX Runtime {versions['onnxruntime']}, by "
-        f"`python benchmarks/exports.py`, in {len(document['runs'])} runs, whose arguments are in the JSON file.",
+        f"`python -m benchmarks.exports`, in {len(document['runs'])} runs, whose arguments are in the JSON file.",
         "",
     ]
     failed = [row for row in rows if "error" in row]

@@ -1,9 +1,9 @@
 """FitNets: what the paper's networks cost, and what hints give.
 
-    python benchmarks/fitnets.py cost     # benchmarks/results/fitnets-cost.{json,md,png}
-    python benchmarks/fitnets.py mnist    # benchmarks/results/fitnets-mnist.{json,md,png}
-    python benchmarks/fitnets.py depth    # benchmarks/results/fitnets-depth.{json,md,png}
-    python benchmarks/fitnets.py step     # benchmarks/results/fitnets-step.{json,md,png}
+    python -m benchmarks.fitnets cost     # benchmarks/results/fitnets-cost.{json,md,png}
+    python -m benchmarks.fitnets mnist    # benchmarks/results/fitnets-mnist.{json,md,png}
+    python -m benchmarks.fitnets depth    # benchmarks/results/fitnets-depth.{json,md,png}
+    python -m benchmarks.fitnets step     # benchmarks/results/fitnets-step.{json,md,png}
 
 ``cost``: weights and multiplications of the paper's networks by its counting, beside the paper's own, and how many
 times as fast as their teachers they are, measured on ONNX Runtime on the CPU, and where there is a GPU on it too
@@ -37,15 +37,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import fitnets_cost
-import fitnets_step
-from fitnets_pictures import draw_cost, draw_depth, draw_mnist, draw_step
-from fitnets_tables import cost_table, step_table, train_table
-from fitnets_train import TrainSettings, all_runs
-
+from benchmarks.fitnets import cost as fitnets_cost
+from benchmarks.fitnets import step as fitnets_step
+from benchmarks.fitnets.pictures import draw_cost, draw_depth, draw_mnist, draw_step
+from benchmarks.fitnets.tables import cost_table, step_table, train_table
+from benchmarks.fitnets.train import TrainSettings, all_runs
 from surgery.deploy.measure.environment import environment
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 REPORTS: dict[str, tuple[Callable[[dict[str, Any]], str], Callable[[dict[str, Any], Path], None]]] = {
     "cost": (cost_table, draw_cost),
     "mnist": (train_table, draw_mnist),
@@ -160,7 +159,7 @@ def run_training(options: argparse.Namespace, out: Path) -> None:
 
 
 def new_document(settings: dict[str, Any]) -> dict[str, Any]:
-    command = "python benchmarks/fitnets.py " + " ".join(sys.argv[1:])
+    command = "python -m benchmarks.fitnets " + " ".join(sys.argv[1:])
     return {"command": command, "environment": environment().to_dict(), "settings": settings}
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from benchmarks.fitnets.__main__.counting import paper_cost
 
 import surgery
+from benchmarks.fitnets.counting import paper_cost
 from surgery import models as catalogue
 from surgery.errors import UsageError
 

@@ -7,14 +7,15 @@ from statistics import median
 from textwrap import fill
 from typing import Any
 
-from fitnets_cost import PUBLISHED
-from fitnets_step import WAYS
-from fitnets_tables import METHOD_LABELS, TARGETS, errors, finals, students
-from fitnets_train import LONGER, METHODS
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from benchmarks.fitnets.cost import PUBLISHED
+from benchmarks.fitnets.step import WAYS
+from benchmarks.fitnets.tables import METHOD_LABELS, TARGETS, errors, finals, students
+from benchmarks.fitnets.train import LONGER, METHODS
 
 BLUE, AMBER, GREEN, GREY, DARK = "#0b6e99", "#d08c2f", "#4c9a4c", "#8a8a8a", "#222222"
 COLOURS = {"backprop": GREY, "kd": AMBER, "hints": BLUE, LONGER: GREEN}

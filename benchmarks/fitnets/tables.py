@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
-from fitnets_cost import PUBLISHED
-from fitnets_step import WAYS
-from fitnets_train import LONGER, METHODS
+from benchmarks.fitnets.cost import PUBLISHED
+from benchmarks.fitnets.step import WAYS
+from benchmarks.fitnets.train import LONGER, METHODS
 
 TARGETS = {"truncated": 1.8, "cached": 3.0}
 """How many times as fast as a step with hooks a step is meant to be."""

@@ -1,8 +1,8 @@
 """How much faster are slim models, and how much faster should they be? Measured speed-up beside the MACs ratio.
 
-    python benchmarks/inference.py                          # benchmarks/results/inference.{json,md,png}
-    python benchmarks/inference.py --models resnet18,vgg16 --batch-sizes 1 --out inference.json
-    python benchmarks/inference.py --draw                   # the table and the picture of what is there
+    python -m benchmarks.inference                          # benchmarks/results/inference.{json,md,png}
+    python -m benchmarks.inference --models resnet18,vgg16 --batch-sizes 1 --out inference.json
+    python -m benchmarks.inference --draw                   # the table and the picture of what is there
 
 Each model is slimmed at each split rate (random weights: speed does not depend on them) and exported to ONNX, and the
 files take turns, see `surgery.compare`: on ONNX Runtime on the CPU, and on the GPU where there is one; what is not here
@@ -25,16 +25,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.inference.__main__.profile import time_by_operator
-from inference_report import draw, markdown
 
 import surgery
+from benchmarks.inference.profile import time_by_operator
+from benchmarks.inference.report import draw, markdown
 from surgery import models as catalogue
 from surgery.deploy.measure.environment import environment, usable_cores
 from surgery.errors import UsageError
 from surgery.units import quantity
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 MODELS = (
     "resnet18", "resnet50", "vgg16", "densenet121", "mobilenet_v3_large", "efficientnet_b0", "vit_b_16", "swin_t"
 )  # fmt: skip
@@ -63,7 +63,7 @@ def main() -> None:
         return
     settings = {key: getattr(options, key) for key in ("round_to", "threads", "sessions", "min_runs", "min_seconds")}
     document = opened(out, settings)
-    command = " ".join(["python benchmarks/inference.py", *sys.argv[1:]])
+    command = " ".join(["python -m benchmarks.inference", *sys.argv[1:]])
     run = {"command": command, "environment": environment().to_dict()}
     if options.again:
         document["measured"] = [one for one in document["measured"] if not one.get("too_noisy")]

@@ -1,7 +1,7 @@
 """Does a measurement call a difference where there is none? A model against itself, time and again.
 
-    python benchmarks/aa.py                        # benchmarks/results/aa.{json,md}
-    python benchmarks/aa.py --source mobilenet_v3_large --image-size 224 --batch-size 8 --runs 20
+    python -m benchmarks.inference.aa                        # benchmarks/results/aa.{json,md}
+    python -m benchmarks.inference.aa --source mobilenet_v3_large --image-size 224 --batch-size 8 --runs 20
 
 One ONNX file is compared with itself, as `surgery bench` compares two, ``--runs`` times. The interval of each ratio
 should hold 1, in at least 9 of 10 runs, and be narrow: an interval that is wide always holds it. What sessions differ
@@ -28,7 +28,7 @@ from surgery import models as catalogue
 from surgery.deploy.measure.benchmark import BenchmarkResult, Comparison
 from surgery.deploy.measure.environment import environment
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "aa.json", help="the JSON file; a table is put beside it")
     options = parser.parse_args()
     document: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/aa.py", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks.inference.aa", *sys.argv[1:]]),
         "environment": environment().to_dict(),
         "settings": {key: value for key, value in vars(options).items() if key != "out"},
         "runs": [],

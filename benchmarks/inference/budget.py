@@ -1,7 +1,7 @@
 """Does a model that was slimmed to a latency keep to it? What was predicted and measured, and what it takes later.
 
-    python benchmarks/budget.py                             # benchmarks/results/budget.{json,md}
-    python benchmarks/budget.py --models resnet18 --shares 0.5 --out budget.json
+    python -m benchmarks.inference.budget                             # benchmarks/results/budget.{json,md}
+    python -m benchmarks.inference.budget --models resnet18 --shares 0.5 --out budget.json
 
 The budget is a share of the dense model's latency on ONNX Runtime, on the CPU. `surgery.slim_to_budget` chooses the
 widths (random weights: speed does not depend on them, and what goes is judged by the weights' squares). Then dense and
@@ -22,7 +22,7 @@ import surgery
 from surgery import models as catalogue
 from surgery.deploy.measure.environment import environment
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 MODELS = "resnet18,resnet50,mobilenet_v3_large"
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "budget.json", help="a table goes beside it")
     options = parser.parse_args()
     document = {
-        "command": " ".join(["python benchmarks/budget.py", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks.inference.budget", *sys.argv[1:]]),
         "environment": environment().to_dict(),
         "measured": [
             row

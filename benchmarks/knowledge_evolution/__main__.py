@@ -1,8 +1,8 @@
 """Knowledge Evolution: what its slim networks cost, and what generations give.
 
-    python benchmarks/knowledge_evolution.py cost            # benchmarks/results/ke-cost.{json,md}
-    python benchmarks/knowledge_evolution.py generations     # benchmarks/results/ke-generations.{json,md,png}
-    python benchmarks/knowledge_evolution.py step            # benchmarks/results/ke-step.{json,md}
+    python -m benchmarks.knowledge_evolution cost            # benchmarks/results/ke-cost.{json,md}
+    python -m benchmarks.knowledge_evolution generations     # benchmarks/results/ke-generations.{json,md,png}
+    python -m benchmarks.knowledge_evolution step            # benchmarks/results/ke-step.{json,md}
 
 ``cost``: operations by the authors' counting rule and parameters of their networks, dense and slim at split rates 0.8,
 0.5 and 0.25, beside the figures that were worked out from their code (Taha, Shrivastava, Davis, CVPR 2021), and how
@@ -37,7 +37,7 @@ import knowledge_evolution_step as step
 
 from surgery.deploy.measure.environment import environment
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main() -> None:
@@ -143,7 +143,7 @@ def opened(out: Path, settings: dict[str, Any], **parts: list[Any]) -> dict[str,
         if document["settings"] != settings:
             sys.exit(f"{out} was made with other settings: move it away, or name another file with --out")
         return document
-    command = "python benchmarks/knowledge_evolution.py " + " ".join(sys.argv[1:])
+    command = "python -m benchmarks.knowledge_evolution " + " ".join(sys.argv[1:])
     here = environment().to_dict()
     return {"command": command, "environment": here, "settings": settings, **parts}
 

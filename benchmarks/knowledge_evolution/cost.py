@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from benchmarks.knowledge_evolution.__main__.counting import ke_cost
 from torch import Tensor, nn
 from torchvision.models import vgg11_bn
 
 import surgery
+from benchmarks.knowledge_evolution.counting import ke_cost
 from surgery import models as catalogue
 
 RATES = (1.0, 0.8, 0.5, 0.25)
@@ -184,8 +184,9 @@ def _count_table(document: Mapping[str, Any]) -> Iterator[str]:
     yield from (
         "# Knowledge Evolution: what slim networks cost",
         "",
-        f"`{document['command']}`. Operations are counted as the authors' code does (`benchmarks.knowledge_evolution.counting`), for "
-        "one image of 224 x 224 pixels and 200 classes where not said otherwise; parameters are those of the network, "
+        f"`{document['command']}`. Operations are counted as the authors' code does "
+        "(`benchmarks.knowledge_evolution.counting`), for one image of 224 x 224 pixels and 200 "
+        "classes where not said otherwise; parameters are those of the network, "
         f"without the masks that their log adds. {equal} of {len(rows)} rows equal the figures that were worked out "
         "from the authors' code, to the printed digits of all three.",
         "",

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from knowledge_evolution_generations import ARMS, choice
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 from scipy import stats
 
+from benchmarks.knowledge_evolution.generations import ARMS, choice
 from surgery.deploy.generations import DENSE, LONG, SLIM, frame
 
 CLOSE = 0.005

@@ -1,9 +1,9 @@
 """Does growing a trained network save training? Net2Net against random padding and training from scratch.
 
-    python benchmarks/net2net.py                                      # benchmarks/results/net2net-mnist5k.{json,md,png}
-    python benchmarks/net2net.py --schedule cosine --lr 0.05 --epochs 12 --teacher-epochs 12 --budget 0.5 --seeds 2 \\
+    python -m benchmarks.net2net                                      # benchmarks/results/net2net-mnist5k.{json,md,png}
+    python -m benchmarks.net2net --schedule cosine --lr 0.05 --epochs 12 --teacher-epochs 12 --budget 0.5 --seeds 2 \\
         --out benchmarks/results/net2net-mnist5k-cosine.json
-    python benchmarks/net2net.py --dataset torchvision:CIFAR10 --data-root DIR --model resnet18 --deepen layer3=1
+    python -m benchmarks.net2net --dataset torchvision:CIFAR10 --data-root DIR --model resnet18 --deepen layer3=1
 
 For each seed a teacher is trained, for ``--teacher-epochs``: the student's architecture with ``--teacher-rate`` of its
 channels. From it come a net as wide as the student and a deeper one. Each is trained three ways, with the same
@@ -32,12 +32,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from net2net_report import draw, markdown
-from net2net_run import GROWTHS, Settings, run_seed
-
+from benchmarks.net2net.report import draw, markdown
+from benchmarks.net2net.run import GROWTHS, Settings, run_seed
 from surgery.deploy.measure.environment import environment
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main() -> None:
@@ -100,7 +99,7 @@ def opened(out: Path, settings: Settings) -> dict[str, Any]:
             sys.exit(f"{out} was made with other settings: move it away, or name another file with --out")
         return document
     out.parent.mkdir(parents=True, exist_ok=True)
-    command = "python benchmarks/net2net.py " + " ".join(sys.argv[1:])
+    command = "python -m benchmarks.net2net " + " ".join(sys.argv[1:])
     return {
         "command": command.strip(),
         "environment": environment().to_dict(),

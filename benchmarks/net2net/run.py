@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from small_inception import PLACES, SmallInception
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import surgery
+from benchmarks.net2net.small_inception import PLACES, SmallInception
 from surgery import models as catalogue
 from surgery.training.data.data import Data
 from surgery.training.loop import classification_loss

@@ -120,8 +120,8 @@ def distill(
         guided, hint, regressor: as in `surgery.attach_hint`; by default the middle layers.
         hint_epochs: passes over the training images in stage 1; 0 leaves it out.
         epochs: and in stage 2; 0 leaves it out.
-        objectives: what the student learns in stage 2 besides labels (`surgery.training.distilling.objectives`), one or several;
-            with none it learns labels alone.
+        objectives: what the student learns in stage 2 besides labels
+            (`surgery.training.distilling.objectives`), one or several; with none it learns labels alone.
         label_weight: of the labels' cross-entropy beside them.
         lr, hint_lr: the peak learning rates of stages 2 and 1; by default the optimiser's, and that of stage 2. The
             settings that are not named here are those of `surgery.train`, and alike for both stages.

@@ -1,7 +1,8 @@
 """Objectives: what a student learns from a teacher beside the labels.
 
-An objective says which values of the two networks it compares and what that costs; `surgery.training.distilling.observed` takes
-the values out of both, all at once. A new objective is one subclass of `Objective`.
+An objective says which values of the two networks it compares and what that costs;
+`surgery.training.distilling.observed` takes the values out of both, all at once.
+A new objective is one subclass of `Objective`.
 """
 
 from __future__ import annotations
