@@ -22,7 +22,7 @@ from torch import nn
 
 from surgery.axes.labels import Ids
 from surgery.axes.ledger import Findings, Grid, ParamAxis
-from surgery.axes.recording import analyse
+from surgery.axes.recording import collect_findings
 from surgery.errors import UsageError, unknown_name
 from surgery.graph.traced import example_inputs, info, traced_parts
 
@@ -33,7 +33,7 @@ def dimension_groups(module: nn.Module) -> list[DimensionGroup]:
     Every axis of every parameter that holds channels is in some group; groups that cannot be edited are listed too,
     with the reason. Pure: the module is not changed, and the result is remembered until the module is gone.
     """
-    return list(dimensions(module).groups)
+    return list(analyse(module).groups)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class DimensionGroup:
     editable: bool
     reason: str
     start: int = field(repr=False)
-    owner: Dimensions = field(repr=False)
+    owner: Analysis = field(repr=False)
 
     @property
     def frozen(self) -> NDArray[np.bool_]:
@@ -148,7 +148,7 @@ class DimensionGroup:
         return tuple(dict.fromkeys(what for units, what in axes if ((units >= self.start) & (units < stop)).any()))
 
 
-class Dimensions:
+class Analysis:
     """What the analysis of one traced module found: its units, and the groups they fall into."""
 
     def __init__(self, findings: Findings) -> None:
@@ -327,13 +327,13 @@ class Remembered:
     """An analysis, and the state of the graphs that it is of. It does not go with a copy of the module."""
 
     state: tuple[int, ...]
-    dimensions: Dimensions
+    analysis: Analysis
 
     def __reduce__(self) -> Any:
         return type(None), ()
 
 
-def dimensions(module: nn.Module) -> Dimensions:
+def analyse(module: nn.Module) -> Analysis:
     """The analysis behind `dimension_groups`, computed once for each traced module and state of its graphs.
 
     It is kept with the module, not in a table: it refers to the graphs, and so to the module and its weights.
@@ -343,9 +343,9 @@ def dimensions(module: nn.Module) -> Dimensions:
     found: Remembered | None = module.__dict__.get("_dimensions")
     if found is None or found.state != state:
         inputs = example_inputs(module, batch_size=None)
-        found = Remembered(state, Dimensions(analyse(module, *inputs, known.modes)))
+        found = Remembered(state, Analysis(collect_findings(module, *inputs, known.modes)))
         module.__dict__["_dimensions"] = found
-    return found.dimensions
+    return found.analysis
 
 
 def _number(component: Ids, axes: list[ParamAxis]) -> tuple[Ids, list[tuple[int, int]], list[ParamAxis]]:

@@ -33,7 +33,9 @@ from surgery.graph.traced import TracedModule
 _SCOPE = "python"
 
 
-def analyse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], modes: tuple[bool, ...]) -> Findings:
+def collect_findings(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], modes: tuple[bool, ...]
+) -> Findings:
     """What the rules say of ``module``.
 
     Args:

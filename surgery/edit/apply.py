@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from surgery.axes.groups import DimensionGroup, Dimensions, dimensions
+from surgery.axes.groups import Analysis, DimensionGroup, analyse
 from surgery.axes.labels import Labelled
 from surgery.axes.ledger import labelled_leaves
 from surgery.edit.copies import Draw, draws, perturbed, shared_out
@@ -71,7 +71,7 @@ def reindex(
         UsageError: an unknown name, an index out of range or empty, shares of a unit's copies that do not sum to 1.
         EditError: a unit that must stay is dropped, or copies cannot be made exactly.
     """
-    dims = dimensions(module)
+    dims = analyse(module)
     by_group: dict[str, tuple[int, ...]] = {}
     for name, index in indices.items():
         group = dims.find(name)
@@ -96,7 +96,7 @@ def _deepened(module: nn.Module, step: InsertDense) -> nn.Module:
 
 
 def _reindex(module: nn.Module, step: Reindex) -> nn.Module:
-    dims = dimensions(module)
+    dims = analyse(module)
     indices = {dims.find(name): index for name, index in step.indices.items()}
     shares = {dims.find(name): values for name, values in step.shares.items()}
     for group, index in indices.items():
@@ -112,7 +112,7 @@ def _reindex(module: nn.Module, step: Reindex) -> nn.Module:
     return result
 
 
-def _follow_outside(module: nn.Module, dims: Dimensions, layouts: Layouts) -> None:
+def _follow_outside(module: nn.Module, dims: Analysis, layouts: Layouts) -> None:
     """Let the attributes of the layers that Python outside the graphs calls follow their new tensors."""
     for call in {call.path: call for call in dims.findings.calls}.values():
         labels = list(labelled_leaves((call.args, call.out)))
@@ -134,7 +134,7 @@ def _follow_outside(module: nn.Module, dims: Dimensions, layouts: Layouts) -> No
         )
 
 
-def _shape(value: Labelled, dims: Dimensions, layouts: Layouts) -> tuple[int, ...]:
+def _shape(value: Labelled, dims: Analysis, layouts: Layouts) -> tuple[int, ...]:
     """The shape that an edit asks for."""
     shape = list(value.shape)
     for f in value.fields:
@@ -177,7 +177,7 @@ def _check(group: DimensionGroup, index: Sequence[int], shares: Sequence[float] 
             raise UsageError(f"{where}: the shares of a unit's copies must sum to 1")
 
 
-def _check_readers(dims: Dimensions, layouts: Layouts) -> None:
+def _check_readers(dims: Analysis, layouts: Layouts) -> None:
     """No layer may be left without an input or an output."""
     for (name, axis), units in dims.axis_units.items():
         layout = layouts.of(units)
@@ -185,7 +185,7 @@ def _check_readers(dims: Dimensions, layouts: Layouts) -> None:
             raise EditError(f"nothing would be left of axis {axis} of {name}")
 
 
-def _check_mixed(dims: Dimensions, layouts: Layouts) -> None:
+def _check_mixed(dims: Analysis, layouts: Layouts) -> None:
     """What is normalised over holds the same number of copies of everything that is left."""
     for units, what in dims.mixed:
         copies = layouts.copies[units]
@@ -202,7 +202,7 @@ def _some(units: Any) -> str:
 
 
 def _gathered(
-    module: nn.Module, dims: Dimensions, layouts: Layouts, expansion: Expansion, noise: Noise | None
+    module: nn.Module, dims: Analysis, layouts: Layouts, expansion: Expansion, noise: Noise | None
 ) -> dict[int, Any]:
     """A `deepcopy` memo that maps each changed tensor to its new version."""
     memo: dict[int, Any] = {}

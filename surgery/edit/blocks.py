@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from surgery.axes.groups import Dimensions
+from surgery.axes.groups import Analysis
 from surgery.axes.labels import Labelled
 from surgery.axes.ledger import labelled_leaves
 from surgery.edit.sites import Site, activation_of, is_inside
@@ -57,7 +57,7 @@ class Block:
 class Flow:
     """A graph, the layers it runs, and what the analysis knows of its values."""
 
-    def __init__(self, dims: Dimensions, site: Site) -> None:
+    def __init__(self, dims: Analysis, site: Site) -> None:
         self.dims, self.owner, self.path, self.graph = dims, site.owner, site.path, site.graph
         graphs = dims.findings.graphs
         self.scope = next(s for s, (path, graph) in graphs.items() if path == site.path and graph is site.graph)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from surgery.axes.groups import Dimensions, dimensions
+from surgery.axes.groups import Analysis, analyse
 from surgery.edit.blocks import Block, Flow, Zero, block_of
 from surgery.edit.recipe import InsertBlock
 from surgery.edit.sites import Site, activation_of, is_called, local_name, output_sites
@@ -18,7 +18,7 @@ from surgery.errors import EditError
 
 def insert_block(module: nn.Module, step: InsertBlock) -> None:
     """Insert the block of ``step`` into ``module``, in every graph that computes what it reads."""
-    found = copied_blocks(module, dimensions(module), step.after, step.like)
+    found = copied_blocks(module, analyse(module), step.after, step.like)
     if any(zero_names(site, block, step.like, step.name) != step.zeros for site, _, block in found):
         raise EditError(f"a copy of {step.like or step.after!r} is not the identity where {list(step.zeros)} are 0")
     parent, _, child = step.name.rpartition(".")
@@ -44,7 +44,7 @@ def insert_block(module: nn.Module, step: InsertBlock) -> None:
         site.owner.recompile()
 
 
-def copied_blocks(module: nn.Module, dims: Dimensions, after: str, like: str) -> list[tuple[Site, fx.Node, Block]]:
+def copied_blocks(module: nn.Module, dims: Analysis, after: str, like: str) -> list[tuple[Site, fx.Node, Block]]:
     """In each graph that computes the output of ``after``: the value that a copy is put behind, and the block that it
     is a copy of.
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from surgery.axes.groups import DimensionGroup, Dimensions, dimensions
+from surgery.axes.groups import Analysis, DimensionGroup, analyse
 from surgery.axes.labels import Ids, Labelled, runs
 from surgery.edit.blocks import Flow
 from surgery.edit.insert_block import renamed
@@ -65,7 +65,7 @@ def dense_edit(module: nn.Module, after: str) -> DenseEdit | None:
     Raises:
         EditError: what reads the block cannot ignore further channels, or its last layer cannot read any.
     """
-    dims, where = dimensions(module), f"the dense block at the end of {after!r}"
+    dims, where = analyse(module), f"the dense block at the end of {after!r}"
     sites = list(output_sites(module, after))
     flows = [Flow(dims, site) for site in sites]
     found = [_last_layer(site, flow) for site, flow in zip(sites, flows, strict=True)]
@@ -188,7 +188,7 @@ def _container(layer: Layer, flow: Flow, stage: str) -> str:
 # Channels
 
 
-def _reindexes(dims: Dimensions, layer: Layer, flow: Flow, where: str) -> tuple[Reindex, Reindex]:
+def _reindexes(dims: Analysis, layer: Layer, flow: Flow, where: str) -> tuple[Reindex, Reindex]:
     """The edits that copy the layer's channels for what reads the block, and the last channels that the layer reads."""
     whole, read, written = (
         _units(dims, flow.value(node), layer.dim) for node in (layer.site.node, layer.entry, layer.end)
@@ -209,13 +209,13 @@ def _reindexes(dims: Dimensions, layer: Layer, flow: Flow, where: str) -> tuple[
     )
 
 
-def _units(dims: Dimensions, value: Any, dim: int) -> Ids | None:
+def _units(dims: Analysis, value: Any, dim: int) -> Ids | None:
     field = value.at(dim) if isinstance(value, Labelled) else None
     return None if field is None or len(field.dims) > 1 else dims.unit_of[field.ids]
 
 
 def _copying(
-    dims: Dimensions, units: Ids, places: Mapping[int, Ids], problem: str
+    dims: Analysis, units: Ids, places: Mapping[int, Ids], problem: str
 ) -> dict[DimensionGroup, tuple[int, ...]]:
     """For each group the index that copies ``units``; the copies have to lie at those positions of some axes."""
     indices: dict[DimensionGroup, tuple[int, ...]] = {}

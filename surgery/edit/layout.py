@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from surgery.axes.groups import DimensionGroup, Dimensions
+from surgery.axes.groups import Analysis, DimensionGroup
 from surgery.axes.labels import Ids, runs
 from surgery.edit.recipe import MEAN
 
@@ -43,7 +43,7 @@ class Layouts:
 
     def __init__(
         self,
-        dims: Dimensions,
+        dims: Analysis,
         indices: Mapping[DimensionGroup, Sequence[int]],
         shares: Mapping[DimensionGroup, Sequence[float]],
     ) -> None:
@@ -107,7 +107,7 @@ class Layouts:
 
 
 def changed_tensors(
-    module: nn.Module, dims: Dimensions, layouts: Layouts
+    module: nn.Module, dims: Analysis, layouts: Layouts
 ) -> Iterator[tuple[str, torch.Tensor, dict[int, Layout]]]:
     """Each parameter and buffer that an edit changes, once, by its first name, and the new layouts of its axes."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from surgery.axes.groups import DimensionGroup, Dimensions
+from surgery.axes.groups import Analysis, DimensionGroup
 from surgery.axes.ledger import Norm, labelled_leaves
 from surgery.edit.recipe import MEAN
 from surgery.edit.sites import in_copy
@@ -32,7 +32,7 @@ from surgery.graph.traced import TracedModule
 from surgery.rules import rewrites
 
 
-def normalised_streams(module: nn.Module, dims: Dimensions, group: DimensionGroup) -> list[Norm]:
+def normalised_streams(module: nn.Module, dims: Analysis, group: DimensionGroup) -> list[Norm]:
     """The LayerNorms over ``group``, all of which an average expansion keeps exact.
 
     Raises:
@@ -59,7 +59,7 @@ def normalised_streams(module: nn.Module, dims: Dimensions, group: DimensionGrou
 class _Walk:
     """Which values hold the mean of all channels where an average expansion puts one."""
 
-    def __init__(self, module: nn.Module, dims: Dimensions, group: DimensionGroup) -> None:
+    def __init__(self, module: nn.Module, dims: Analysis, group: DimensionGroup) -> None:
         self.module, self.dims, self.group = module, dims, group
         self.norms: set[tuple[str, str]] = set()
         self.linear: dict[tuple[str, str], bool] = {}
@@ -145,7 +145,7 @@ class _Walk:
 class Expansion:
     """What an average expansion does to the LayerNorms over the groups whose index has means."""
 
-    def __init__(self, module: nn.Module, dims: Dimensions, streams: Mapping[DimensionGroup, Sequence[int]]) -> None:
+    def __init__(self, module: nn.Module, dims: Analysis, streams: Mapping[DimensionGroup, Sequence[int]]) -> None:
         self.dims = dims
         self.norms: dict[Any, tuple[Norm, float]] = {}
         """The norms and their ``eta``: a layer once, however often it is called."""

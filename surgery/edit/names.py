@@ -9,13 +9,13 @@ from typing import TypeVar
 
 from torch import nn
 
-from surgery.axes.groups import DimensionGroup, Dimensions
+from surgery.axes.groups import Analysis, DimensionGroup
 from surgery.errors import EditError, UsageError, unknown_name
 
 T = TypeVar("T")
 
 
-def resolve(dims: Dimensions, module: nn.Module, wishes: Mapping[str, T]) -> dict[DimensionGroup, T]:
+def resolve(dims: Analysis, module: nn.Module, wishes: Mapping[str, T]) -> dict[DimensionGroup, T]:
     """The group, or groups, that each name means.
 
     A name is a group's own, a layer that produces channels, a container (all layers inside), or a glob over layer
@@ -57,7 +57,7 @@ def _letters(name: str) -> int:
     return len(re.sub(r"\[.*?\]|[*?]", "", name))
 
 
-def _matches(dims: Dimensions, module: nn.Module, name: str) -> tuple[list[DimensionGroup], int]:
+def _matches(dims: Analysis, module: nn.Module, name: str) -> tuple[list[DimensionGroup], int]:
     """The groups that a name means, and what kind of name it is."""
     if not isinstance(name, str):
         raise UsageError(f"layers are named by strings, not {name!r}")

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from surgery.axes.groups import dimensions
+from surgery.axes.groups import analyse
 from surgery.axes.labels import Ids
 from surgery.edit.apply import apply
 from surgery.edit.insert_dense import dense_edit
@@ -98,7 +98,7 @@ def _follow(module: nn.Module, step: Step, moved: dict[str, list[AxisOrigin | No
     gathers, kept = _gathers(module, step)
     if gathers is None:
         return
-    dims = dimensions(module)
+    dims = analyse(module)
     layouts = Layouts(dims, {dims.find(name): index for name, index in gathers.indices.items()}, {})
     for name, tensor, axes in changed_tensors(module, dims, layouts):
         if id(tensor) in kept:

@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from surgery.axes.groups import Dimensions
+from surgery.axes.groups import Analysis
 from surgery.axes.labels import Field, Ids, Labelled
 from surgery.axes.ledger import Silent
 from surgery.axes.ops import Op
@@ -31,7 +31,7 @@ from surgery.graph.table import NodeEdit, Rule, rule_for
 from surgery.graph.tracing import TracedModule
 
 
-def rewire(old: nn.Module, new: nn.Module, dims: Dimensions, layouts: Layouts) -> None:
+def rewire(old: nn.Module, new: nn.Module, dims: Analysis, layouts: Layouts) -> None:
     """Adapt every graph of ``new``, a copy of ``old`` whose tensors have been gathered already."""
     for scope, (path, graph) in dims.findings.graphs.items():
         source, target = old.get_submodule(path), new.get_submodule(path)
@@ -51,7 +51,7 @@ class _Rewiring:
     copy: fx.Graph
     scope: str
     path: str
-    dims: Dimensions
+    dims: Analysis
     layouts: Layouts
 
     def run(self, graph: fx.Graph) -> None:

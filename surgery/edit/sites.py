@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from surgery.axes.groups import Dimensions
+from surgery.axes.groups import Analysis
 from surgery.errors import EditError, unknown_name
 from surgery.graph.traced import TracedModule, traced_parts
 from surgery.layers.maxout import Maxout
@@ -123,7 +123,7 @@ def _is_norm(owner: TracedModule, node: fx.Node) -> bool:
     return node.op == "call_module" and isinstance(owner.get_submodule(str(node.target)), _NORMS)
 
 
-def in_copy(module: nn.Module, dims: Dimensions, scope: str, name: str) -> tuple[TracedModule, fx.Node]:
+def in_copy(module: nn.Module, dims: Analysis, scope: str, name: str) -> tuple[TracedModule, fx.Node]:
     """The node of that name in that scope's graph in ``module``, a copy of what ``dims`` was made from, and the
     module that owns the graph."""
     if scope not in dims.findings.graphs:

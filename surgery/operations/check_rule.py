@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from surgery.axes.groups import Dimensions, dimensions
+from surgery.axes.groups import Analysis, analyse
 from surgery.axes.labels import Field, Ids, Labelled
 from surgery.edit.apply import apply, reindex
 from surgery.edit.layout import Layouts
@@ -112,7 +112,7 @@ class _Claims:
         }  # fmt: skip
         if any(factored.values()):
             self.net = _traced(sample, variant, factored)
-        self.dims: Dimensions = dimensions(self.net)
+        self.dims: Analysis = analyse(self.net)
         self.state = sample.state()
         self.inputs = self.labelled_inputs()
         self.labels = [self.units(value.fields) for value in self.results()]
@@ -134,7 +134,7 @@ class _Claims:
         return rule_for(self.node, leaf)
 
     def record(self, node: fx.Node) -> Any:
-        return dimensions(self.net).findings.nodes[":", node.name]
+        return analyse(self.net).findings.nodes[":", node.name]
 
     def results(self) -> list[Labelled]:
         found = pytree.tree_leaves(self.record(self.node))
@@ -370,7 +370,7 @@ def _restricted(step: Reindex, names: list[str]) -> Reindex:
 
 
 def _shuffled(module: nn.Module, names: list[str]) -> nn.Module:
-    groups = [g for g in dimensions(module).groups if g.editable and g.name in names]
+    groups = [g for g in analyse(module).groups if g.editable and g.name in names]
     return reindex(module, {g.name: g.permutation(1) for g in groups})
 
 

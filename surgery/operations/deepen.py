@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from surgery.axes.groups import Dimensions, dimensions
+from surgery.axes.groups import Analysis, analyse
 from surgery.axes.labels import Labelled
 from surgery.edit.apply import apply
 from surgery.edit.blocks import IDEMPOTENT, Flow, find_block
@@ -103,7 +103,7 @@ def deepen_plan(
     for size in () if sizes is None else sizes if isinstance(sizes, tuple) else (sizes,):
         if isinstance(size, bool) or not isinstance(size, Integral) or size < 1 or size % 2 == 0:
             raise UsageError(f"the kernel of an identity must be odd in each direction, not {kernel}")
-    dims = dimensions(module)
+    dims = analyse(module)
     taken = {name for name, _ in module.named_modules()}
     steps: list[Step] = []
     for name, count in _expanded(module, places).items():
@@ -139,7 +139,7 @@ def _dense(module: nn.Module, site: Site, name: str, form: str | None) -> str | 
     return None if edit is None else edit.like
 
 
-def _block(module: nn.Module, dims: Dimensions, site: Site, name: str, form: str | None) -> str | None:
+def _block(module: nn.Module, dims: Analysis, site: Site, name: str, form: str | None) -> str | None:
     """What to copy behind ``name``: the name of a container, or an empty one for a block that has none."""
     if form not in (None, "block") or (form is None and is_called(site, name)):
         return None
@@ -156,7 +156,7 @@ def _block(module: nn.Module, dims: Dimensions, site: Site, name: str, form: str
     return like
 
 
-def _copy(module: nn.Module, dims: Dimensions, after: str, like: str, name: str) -> InsertBlock:
+def _copy(module: nn.Module, dims: Analysis, after: str, like: str, name: str) -> InsertBlock:
     zeros = {zero_names(site, block, like, name) for site, _, block in copied_blocks(module, dims, after, like)}
     if len(zeros) > 1:
         raise EditError(f"{like or after!r} ends in other layers in training than in evaluation")
@@ -184,7 +184,7 @@ def _expanded(module: nn.Module, places: Mapping[str, int] | Iterable[str] | str
 
 def _step(
     module: nn.Module,
-    dims: Dimensions,
+    dims: Analysis,
     site: Site,
     after: str,
     name: str,
@@ -221,7 +221,7 @@ def _step(
     )
 
 
-def _kind(dims: Dimensions, value: Labelled, where: str) -> tuple[int, int]:
+def _kind(dims: Analysis, value: Labelled, where: str) -> tuple[int, int]:
     """Number of spatial dims (0: the channels are last, for a linear layer) and of channels.
 
     Of two axes that hold something, as in (batch, tokens, channels), it is the one that can be edited.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surgery.axes.groups import DimensionGroup, Dimensions
+from surgery.axes.groups import Analysis, DimensionGroup
 from surgery.errors import UsageError, unknown_name
 
 
@@ -54,7 +54,7 @@ IMPORTANCE = ("prefix", "magnitude")
 Scores = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def unit_scores(module: nn.Module, dims: Dimensions, importance: str) -> dict[DimensionGroup, Scores]:
+def unit_scores(module: nn.Module, dims: Analysis, importance: str) -> dict[DimensionGroup, Scores]:
     """A score for each unit of each group, the larger the more it is worth keeping; of equal ones the first is kept.
 
     ``"prefix"`` scores all alike. ``"magnitude"`` is DepGraph's group importance with the L2 norm (Fang et al., CVPR

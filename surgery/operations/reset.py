@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from surgery.axes.groups import dimensions
+from surgery.axes.groups import analyse
 from surgery.errors import UsageError, unknown_name, whole_number
 from surgery.graph.tracing import info
 from surgery.operations.initial import Fresh, drawing, initial_values
@@ -159,7 +159,7 @@ def _gone(masks: Sequence[Tensor]) -> Tensor | None:
 
 def _unwritten(module: nn.Module, path: str, layer: nn.Module, kept: Mapping[str, Tensor]) -> Tensor | None:
     """For each channel of a layer without parameters, whether the masks keep nothing of what it is given."""
-    dims = dimensions(module)
+    dims = analyse(module)
     for name, buffer in layer.named_buffers(recurse=False):
         units = dims.axis_units.get((f"{path}.{name}", 0))
         if units is not None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from surgery.axes.groups import DimensionGroup, Dimensions, dimensions
+from surgery.axes.groups import Analysis, DimensionGroup, analyse
 from surgery.edit.apply import apply
 from surgery.edit.names import resolve
 from surgery.edit.recipe import Reindex
@@ -51,7 +51,7 @@ def slim(module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = 
 
 def slim_plan(module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = "prefix") -> Reindex:
     """The step that `slim` takes."""
-    kept = fit_units(dimensions(module), module, rate, round_to, importance)
+    kept = fit_units(analyse(module), module, rate, round_to, importance)
     return Reindex({g.name: tuple(map(int, np.flatnonzero(keep))) for g, keep in kept.items() if not keep.all()})
 
 
@@ -74,7 +74,7 @@ def split_masks(
     """
     seed = whole_number("seed", seed, 0)
     if kind == "kels":
-        dims = dimensions(module)
+        dims = analyse(module)
         return _kels_masks(module, dims, fit_units(dims, module, rate, round_to, importance))
     if kind == "wels":
         info(module)
@@ -103,7 +103,7 @@ def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
         kept = parameter.detach().masked_fill(~mask, 0)
         memo[id(parameter)] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
     result = copy.deepcopy(module, memo)
-    dims = dimensions(module)
+    dims = analyse(module)
     keep = kept_units(module, dims, masks)
     normalise_over(result, dims, keep)
     sum_over(result, dims, keep)
@@ -111,7 +111,7 @@ def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
 
 
 def fit_units(
-    dims: Dimensions, module: nn.Module, rate: Rate, round_to: int = 1, importance: str = "prefix"
+    dims: Analysis, module: nn.Module, rate: Rate, round_to: int = 1, importance: str = "prefix"
 ) -> dict[DimensionGroup, np.ndarray[Any, np.dtype[np.bool_]]]:
     """For each unit of each group that a rate is for, whether `slim` keeps it."""
     whole_number("round_to", round_to, 1)
@@ -161,7 +161,7 @@ def _shared_out(total: int, sizes: list[int]) -> list[int]:
 
 
 def _kels_masks(
-    module: nn.Module, dims: Dimensions, kept: Mapping[DimensionGroup, np.ndarray[Any, np.dtype[np.bool_]]]
+    module: nn.Module, dims: Analysis, kept: Mapping[DimensionGroup, np.ndarray[Any, np.dtype[np.bool_]]]
 ) -> dict[str, torch.Tensor]:
     keep = np.ones(dims.count, dtype=bool)
     for group, flags in kept.items():

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from surgery.axes.groups import Dimensions
+from surgery.axes.groups import Analysis
 from surgery.axes.labels import Labelled
 from surgery.axes.ledger import Norm
 from surgery.edit.sites import in_copy
@@ -27,7 +27,7 @@ from surgery.graph.tracing import TracedModule
 from surgery.layers.norms import _CLASSES, group_norm_over, layer_norm_over
 
 
-def kept_units(module: nn.Module, dims: Dimensions, masks: Mapping[str, Tensor]) -> NDArray[np.bool_]:
+def kept_units(module: nn.Module, dims: Analysis, masks: Mapping[str, Tensor]) -> NDArray[np.bool_]:
     """For each unit, whether the masks keep anything of it."""
     names = {id(p): name for name, p in reversed(list(module.named_parameters()))}
     parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -43,7 +43,7 @@ def kept_units(module: nn.Module, dims: Dimensions, masks: Mapping[str, Tensor])
     return keep | ~held
 
 
-def normalise_over(module: nn.Module, dims: Dimensions, keep: NDArray[np.bool_]) -> None:
+def normalise_over(module: nn.Module, dims: Analysis, keep: NDArray[np.bool_]) -> None:
     """Let every normalisation over channels in ``module``, a copy of what ``dims`` was made from, leave out the
     units that are not kept."""
     by_op: defaultdict[tuple[str, tuple[str, str]], list[Norm]] = defaultdict(list)
@@ -75,7 +75,7 @@ def normalise_over(module: nn.Module, dims: Dimensions, keep: NDArray[np.bool_])
         owner.recompile()
 
 
-def sum_over(module: nn.Module, dims: Dimensions, keep: NDArray[np.bool_]) -> None:
+def sum_over(module: nn.Module, dims: Analysis, keep: NDArray[np.bool_]) -> None:
     """Let what is added up over channels, a product of two activations or a length, leave out those not kept."""
     for (scope, name), ids in dims.findings.sums:
         units = dims.unit_of[ids]
@@ -107,7 +107,7 @@ def _constant(module: nn.Module, owner: TracedModule, graph: fx.Graph, keep: Ten
     return graph.get_attr(f"_kept_{number}")
 
 
-def _entries(dims: Dimensions, keep: NDArray[np.bool_], norms: list[Norm]) -> Tensor:
+def _entries(dims: Analysis, keep: NDArray[np.bool_], norms: list[Norm]) -> Tensor:
     result = torch.ones(norms[0].shape, dtype=torch.bool)
     for norm in norms:
         flags = torch.from_numpy(keep[dims.unit_of[norm.ids]])

@@ -10,7 +10,7 @@ from numbers import Integral, Real
 import numpy as np
 from torch import nn
 
-from surgery.axes.groups import DimensionGroup, Dimensions, dimensions
+from surgery.axes.groups import Analysis, DimensionGroup, analyse
 from surgery.edit.apply import apply
 from surgery.edit.means import normalised_streams
 from surgery.edit.names import resolve
@@ -106,7 +106,7 @@ def _plan(
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """The index of each group that grows, and why others do not."""
     round_to = whole_number("round_to", round_to, 1)
-    dims = dimensions(module)
+    dims = analyse(module)
     named = isinstance(width, Mapping)
     if isinstance(width, Mapping):
         wishes = resolve(dims, module, width)
@@ -129,7 +129,7 @@ def _plan(
     return indices, left
 
 
-def _drop_uneven(dims: Dimensions, indices: dict[str, tuple[int, ...]], left: dict[str, str]) -> None:
+def _drop_uneven(dims: Analysis, indices: dict[str, tuple[int, ...]], left: dict[str, str]) -> None:
     """Leave alone the groups that one layer normalises over and that would not all grow by the same factor."""
     factor = np.ones(dims.count)
     owner = {g.name: g for g in dims.groups}
@@ -180,9 +180,7 @@ def _units(group: DimensionGroup, wish: Width, round_to: int) -> int:
     return math.ceil(units / step) * step if units > group.units else units
 
 
-def _index(
-    module: nn.Module, dims: Dimensions, group: DimensionGroup, units: int, mapping: str, seed: int
-) -> list[int]:
+def _index(module: nn.Module, dims: Analysis, group: DimensionGroup, units: int, mapping: str, seed: int) -> list[int]:
     """The old units in order, then for each class its share of new copies; behind whole copies of what is normalised
     over, its mean."""
     extra = units - group.units

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from surgery.axes.groups import dimensions
+from surgery.axes.groups import analyse
 from surgery.axes.labels import Labelled
 from surgery.edit.blocks import Flow
 from surgery.edit.sites import Site, output_sites
@@ -109,7 +109,7 @@ class TappedNetwork:
             )
         self.module, self.what, self.mode = module, what, mode
         self.like = module if like is None else like
-        self.dims = dimensions(module)
+        self.dims = analyse(module)
         wanted = {"evaluation": module.graphs[:1], "training": module.graphs[-1:]}.get(mode, module.graphs)
         self.flows = [self._flow(graph) for graph in wanted]
         other = info(self.like)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from surgery.axes.groups import DimensionGroup, dimensions
+from surgery.axes.groups import DimensionGroup, analyse
 from surgery.counting.cost import cost
 from surgery.deploy.budget.parts import Clock, Timer, judged, parts, slimmed_alone
 from surgery.deploy.budget.predict import Array, Latency, Layers, Linear
@@ -270,7 +270,7 @@ def _probed(
     def add(name: str, rates: Mapping[str, float] | float, multiple: int) -> None:
         options: dict[str, Any] = {"round_to": multiple, "importance": space.importance}
         probes[name] = slim(module, rates, **options)
-        kept[name] = space.kept(fit_units(dimensions(module), module, rates, multiple))
+        kept[name] = space.kept(fit_units(analyse(module), module, rates, multiple))
 
     for name, groups in stages.items():
         add(f"stage {name}", {g.name: 0.5 for g in groups}, space.round_to)

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import nnls
 from torch import nn
 
-from surgery.axes.groups import DimensionGroup, dimensions
+from surgery.axes.groups import DimensionGroup, analyse
 from surgery.counting.cost import weight_macs
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -27,7 +27,7 @@ class Layers:
     """The parameters of a traced module, and what share of each is left when groups keep a share of their units."""
 
     def __init__(self, module: nn.Module, groups: Sequence[DimensionGroup]) -> None:
-        dims = dimensions(module)
+        dims = analyse(module)
         parameters = dict(module.named_parameters())
         macs = weight_macs(module)
         self.groups = list(groups)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from surgery.axes.groups import DimensionGroup, dimensions
+from surgery.axes.groups import DimensionGroup, analyse
 from surgery.deploy.budget.predict import Array, Layers
 from surgery.operations.masks import unit_scores
 from surgery.operations.slim import fit_units, slim
@@ -32,7 +32,7 @@ class Widths:
         round_to: int,
         importance: str,
     ) -> None:
-        self._module, self._parts, self._dims = module, found, dimensions(module)
+        self._module, self._parts, self._dims = module, found, analyse(module)
         self.round_to, self.importance = round_to, importance
         self.groups = [group for groups in found.values() for group in groups]
         self.layers = Layers(module, self.groups)
