@@ -45,7 +45,7 @@ class Interpreter(Ledger):
         findings.buffers = frozenset(name for name, _ in root.named_buffers(remove_duplicate=False))
         for name, tensor in (*root.named_parameters(), *root.named_buffers()):
             self.names.setdefault(id(tensor), name)
-        self.twins = Twins()
+        self.twins = Twins(root)
         self.views: dict[int, list[tuple[fx.Node, Labelled]]] = {}
         """Values by the storage that they share."""
 

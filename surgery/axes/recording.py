@@ -54,7 +54,7 @@ def collect_findings(
     for training in modes:
         twin.train(training)
         try:
-            with recording.listening(twin), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with recording.listening(twin), torch.enable_grad(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 result = twin(*cloned(args), **cloned(kwargs))
         except (RuntimeError, ValueError, IndexError, KeyError, AssertionError) as error:

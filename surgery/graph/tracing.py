@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from surgery.errors import TraceError, UsageError
+from surgery.graph.arguments import bound_arguments
 from surgery.graph.islands import trace_islands
 from surgery.graph.traced import TensorSpec as TensorSpec
 from surgery.graph.traced import TracedModule as TracedModule
@@ -19,7 +20,7 @@ from surgery.graph.traced import info as info
 from surgery.graph.traced import inputs_like as inputs_like
 from surgery.graph.traced import set_info
 from surgery.graph.traced import with_info as with_info
-from surgery.graph.whole_graph import bound_arguments, traced_copy
+from surgery.graph.whole_graph import traced_copy
 
 _FEW = 4096
 """Up to how many entries of a tensor are remembered."""
@@ -50,6 +51,7 @@ def trace(
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(kwargs or {})
     _refuse_packed_weights(model)
+    _refuse_gradient_hooks(model)
     try:
         root = copy.deepcopy(model)
     except RuntimeError as error:
@@ -76,6 +78,16 @@ def _refuse_packed_weights(model: nn.Module) -> None:
             f"{packed!r} is converted to int8, and its packed weights cannot be operated on: "
             "operate on the model in its float form, then quantize the result"
         )
+
+
+def _refuse_gradient_hooks(model: nn.Module) -> None:
+    """Hooks on a parameter stay behind when it is copied, and are written for its size."""
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise UsageError(
+                f"{name!r} has a gradient hook, which a traced copy would lose: "
+                "remove it from the model, and register it on the parameter of the result"
+            )
 
 
 def _spec(value: Any, with_values: bool) -> Any:
