@@ -22,6 +22,7 @@ from surgery.axes.ledger import Findings, Ledger, ParamAxis, labelled_leaves
 from surgery.axes.ops import Op
 from surgery.errors import TraceError, UsageError
 from surgery.graph.meta import Twins
+from surgery.graph.outputs import Rebuild
 from surgery.graph.table import has_module_rule, rule_for, unknown
 from surgery.graph.traced import TracedModule
 
@@ -114,7 +115,9 @@ class Interpreter(Ledger):
                 return self.part(leaf, target, node.name, args, kwargs)
         elif target is operator.getitem and not isinstance(args[0], Labelled):
             return args[0][args[1]]
-        elif isinstance(target, type) and issubclass(target, (tuple, list, dict)):
+        elif target is getattr and not isinstance(args[0], Labelled):
+            return getattr(*args)
+        elif isinstance(target, Rebuild) or (isinstance(target, type) and issubclass(target, (tuple, list, dict))):
             return target(*args, **kwargs)
         raw_args, raw_kwargs = pytree.tree_map(_value, (args, kwargs))
         tensors = list(labelled_leaves((args, kwargs)))

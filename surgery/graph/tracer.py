@@ -19,6 +19,7 @@ from surgery.errors import TraceError
 from surgery.graph.arguments import Arguments
 from surgery.graph.gradients import Modes, mark_modes
 from surgery.graph.guards import Values, expect, user_line
+from surgery.graph.outputs import taken_apart
 from surgery.graph.table import _FUNCTIONS, has_module_rule
 
 _KEYS, _VALUES, _ITEMS = (
@@ -133,6 +134,14 @@ class GuardingTracer(fx.Tracer):
         node = super().create_node(kind, getattr(target, _LEAF, target), *rest, **named)
         mark_modes(node, self.modes)
         return node
+
+    def create_arg(self, a: Any) -> Any:
+        """An object that holds proxies is made by a node, so that it keeps its class."""
+        made = taken_apart(a)
+        if made is None:
+            return super().create_arg(a)
+        rebuild, values = made
+        return self.create_node("call_function", rebuild, (super().create_arg(values),), {})
 
     def _settle(self) -> None:
         """Guard the numbers that Python took, other than in the instruction whose result this node will be."""
