@@ -9,9 +9,10 @@ from torch import fx, nn
 
 from surgery.errors import TraceError
 from surgery.graph.arguments import Arguments, bound_arguments
+from surgery.graph.containers import HOOKS, turn_into_container
 from surgery.graph.gradients import symbolic_gradients, unmark_plain
 from surgery.graph.guards import Values
-from surgery.graph.traced import TracedModule, copy_hooks, shelled
+from surgery.graph.traced import TracedModule, shelled
 from surgery.graph.tracer import ModeBranchError, Tracer, symbolic_factories, symbolic_functions, symbolic_modes
 
 _VIEWS_OF_DICTS = ("items", "keys", "values")
@@ -41,10 +42,7 @@ def traced_copy(root: nn.Module, given: Arguments, *, inside: bool = False) -> T
         if g is not None:
             g.owning_module = None
     traced = TracedModule(tree, graph, train_graph)
-    if inside:
-        return shelled(traced, root)
-    copy_hooks(root, traced)
-    return traced
+    return shelled(traced, root)
 
 
 def _register_plain_tensors(root: nn.Module, graph: fx.Graph | None) -> None:
@@ -94,7 +92,7 @@ class _Kept:
     values: Values
     """What is known of the graph's values."""
     inside: bool
-    """Whether containers keep their class and what they do besides ``forward``."""
+    """Whether containers can still be called."""
     done: dict[int, nn.Module]
     """Results by the id of the original: what is shared stays shared."""
 
@@ -111,18 +109,19 @@ def _leaves(root: nn.Module, *graphs: fx.Graph | None) -> dict[int, fx.Node]:
 
 
 def _module_tree(module: nn.Module, path: str, kept: _Kept) -> nn.Module:
-    """The private copy as containers and leaves.
-
-    A container of the model's own class would carry a ``forward`` that the graph has replaced, so it becomes a plain
-    `nn.Module`; those of `torch.nn` stay, for they can be indexed.
-    """
+    """The private copy as containers and leaves."""
     if id(module) in kept.done:
         return kept.done[id(module)]
     if id(module) in kept.leaves:
         tree = traced_copy(module, kept.arguments(module), inside=kept.inside) if id(module) in kept.modal else module
+    elif path:
+        tree = module
+        own = type(module).forward.__module__.startswith("torch.nn.")
+        turn_into_container(tree, keep_forward=kept.inside or own)
+        for name in () if kept.inside else HOOKS:  # which are in the graph
+            tree.__dict__[name] = type(tree.__dict__[name])()
     else:
-        own = kept.inside or type(module).__module__.startswith("torch.nn.")
-        tree = module if own else nn.Module()
+        tree = nn.Module()
         for part in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
             tree.__dict__[part] = module.__dict__[part]
         tree.training = module.training

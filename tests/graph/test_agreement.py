@@ -62,13 +62,9 @@ def make(cls):
 
 
 @pytest.mark.parametrize("cls", [Remembers, Cached])
-def test_state_in_python_is_kept_or_refused(cls):
+def test_state_in_python_is_kept(cls):
     model = make(cls)
-    try:
-        traced = surgery.trace(model, x())
-    except surgery.TraceError as error:
-        assert "\n" not in str(error)
-        return
+    traced = surgery.trace(model, x())
     model = copy.deepcopy(model)
     for batch in (2, 3, 1):
         assert torch.equal(traced(x(batch)), model(x(batch)))
@@ -169,7 +165,7 @@ def test_a_model_on_the_meta_device_is_traced_or_refused_in_one_line():
         model = Two()
     traced = surgery.trace(model, torch.rand(2, 4, device="meta"))
     assert all(t.is_meta for t in traced.parameters())
-    assert len(surgery.dimension_groups(traced)) == 2
+    assert any(g.editable for g in surgery.dimension_groups(traced))
 
     class Looks(Two):
         def forward(self, x):
