@@ -115,13 +115,19 @@ def _reindex(module: nn.Module, step: Reindex) -> nn.Module:
 def _follow_outside(module: nn.Module, dims: Analysis, layouts: Layouts) -> None:
     """Let the attributes of the layers that Python outside the graphs calls follow their new tensors."""
     for call in {call.path: call for call in dims.findings.calls}.values():
-        labels = list(labelled_leaves((call.args, call.out)))
-        if all(layouts.of(dims.unit_of[f.ids]) is None for label in labels for f in label.fields):
+        layer = module.get_submodule(call.path)
+        held = [
+            dims.axis_units.get((f"{call.path}.{name}", axis))
+            for name, tensor in layer.named_parameters(remove_duplicate=False)
+            for axis in range(tensor.ndim)
+        ]
+        held += [dims.unit_of[f.ids] for label in labelled_leaves((call.args, call.out)) for f in label.fields]
+        if all(units is None or layouts.of(units) is None for units in held):
             continue
         call.rewrite(
             NodeEdit(
                 node=call.node,
-                module=module.get_submodule(call.path),
+                module=layer,
                 shapes=tuple(_shape(out, dims, layouts) for out in labelled_leaves(call.out)),
                 changed=frozenset(),
                 inputs=tuple(_shape(v, dims, layouts) if isinstance(v, Labelled) else None for v in call.args),
