@@ -70,7 +70,10 @@ class Op:
         """``f`` without some of its dims, along which its channels are chosen alike."""
         first = f.ids[tuple(slice(0, 1) if d in dims else slice(None) for d in f.dims)]
         self.run.tie_ids(first, f.ids)
-        self.rows(f.ids.reshape(-1, f.ids.shape[-1]))
+        inner = max((k for k, d in enumerate(f.dims) if d not in dims), default=0)
+        ids = f.ids[(..., *(0,) * (f.ids.ndim - 1 - inner))]  # a channel may well fill the innermost dims
+        if set(f.dims[:inner]) & set(dims):
+            self.rows(ids.reshape(-1, ids.shape[-1]))
         rest = tuple(d for d in f.dims if d not in dims)
         return Field(rest, first.reshape([s for s, d in zip(f.ids.shape, f.dims, strict=True) if d in rest]), f.key)
 
