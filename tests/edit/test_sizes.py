@@ -18,7 +18,7 @@ class FoldedHeads(nn.Module):
         self.stem, self.q, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 1), nn.Conv2d(16, 5, 1)
 
     def forward(self, x):
-        b, c, h, w = x.shape
+        b, _, h, w = x.shape
         q = self.q(self.stem(x)).reshape(b * 4, 4, h * w).transpose(1, 2)  # (b * heads, positions, head_dim)
         if self.spelling == "shape[0]":
             q = q.reshape(q.shape[0], 4, 4, -1)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.axes import ops
+from surgery.graph import table as ops
 from surgery.operations import rule_samples as probe
 from surgery.operations.check_rule import _checked
 from surgery.rules import rewrites
