@@ -71,7 +71,7 @@ class Op:
         first = f.ids[tuple(slice(0, 1) if d in dims else slice(None) for d in f.dims)]
         self.run.tie_ids(first, f.ids)
         inner = max((k for k, d in enumerate(f.dims) if d not in dims), default=0)
-        ids = f.ids[(..., *(0,) * (f.ids.ndim - 1 - inner))]  # a channel may well fill the innermost dims
+        ids = f.ids[(slice(None),) * (inner + 1) + (0,) * (f.ids.ndim - 1 - inner)]  # a channel may fill the rest
         if set(f.dims[:inner]) & set(dims):
             self.rows(ids.reshape(-1, ids.shape[-1]))
         rest = tuple(d for d in f.dims if d not in dims)

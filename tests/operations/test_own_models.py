@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import surgery
-from surgery.axes import ops
+from surgery.graph import table as ops
 from surgery.rules import rewrites
 from tests.conftest import randomised
 
