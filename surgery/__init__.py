@@ -4,27 +4,29 @@
 only slims never loads ONNX, and the command line prints its help without torch.
 """
 
-from importlib import import_module
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from surgery.lazy import lazy_names
 from surgery.version import __version__ as __version__
 
 _HOMES = {
     "axes.groups": "DimensionGroup Member dimension_groups",
     "counting.changes": "Changes changes",
-    "counting.cost": "cost",
+    "counting.cost": "Cost cost weight_macs",
+    "counting.group_cost": "GroupCost group_costs",
     "deploy.budget.budget": "Budgeted slim_to_budget",
     "deploy.budget.sensitivity": "Sensitivity sensitivity",
     "deploy.curve.tradeoff": "tradeoff",
+    "deploy.draw": "draw_groups",
     "deploy.measure.benchmark": "benchmark compare sweep",
     "deploy.onnx.export": "export_onnx",
     "edit.apply": "apply reindex",
     "edit.origins": "Origin origins",
     "edit.recipe": "InsertBlock InsertDense InsertIdentity Noise Recipe Reindex recipe",
-    "errors": "EditError ExportError SurgeryError TraceError UsageError VerificationError",
+    "errors": "EditError ExportError SurgeryError TraceError UsageError VerificationError WeightsWarning",
     "graph.tracing": "example_inputs trace",
     "models.checkpoint": "load save",
+    "models.detectors": "comparable",
     "operations.check_rule": "RuleCheck check_rule",
     "operations.deepen": "deepen",
     "operations.reset": "reset_hypothesis",
@@ -48,18 +50,31 @@ _HOMES = {
 }
 """The module in which each public name lives. `TYPE_CHECKING` below says the same to type checkers and editors."""
 
+_MODULES = ("errors", "folders", "models", "progress", "units")
+"""Modules that are public as a whole, as in ``surgery.models.list_models()``."""
+
 if TYPE_CHECKING:
+    from surgery import errors as errors
+    from surgery import folders as folders
+    from surgery import models as models
+    from surgery import progress as progress
+    from surgery import units as units
     from surgery.axes.groups import DimensionGroup as DimensionGroup
     from surgery.axes.groups import Member as Member
     from surgery.axes.groups import dimension_groups as dimension_groups
     from surgery.counting.changes import Changes as Changes
     from surgery.counting.changes import changes as changes
+    from surgery.counting.cost import Cost as Cost
     from surgery.counting.cost import cost as cost
+    from surgery.counting.cost import weight_macs as weight_macs
+    from surgery.counting.group_cost import GroupCost as GroupCost
+    from surgery.counting.group_cost import group_costs as group_costs
     from surgery.deploy.budget.budget import Budgeted as Budgeted
     from surgery.deploy.budget.budget import slim_to_budget as slim_to_budget
     from surgery.deploy.budget.sensitivity import Sensitivity as Sensitivity
     from surgery.deploy.budget.sensitivity import sensitivity as sensitivity
     from surgery.deploy.curve.tradeoff import tradeoff as tradeoff
+    from surgery.deploy.draw import draw_groups as draw_groups
     from surgery.deploy.measure.benchmark import benchmark as benchmark
     from surgery.deploy.measure.benchmark import compare as compare
     from surgery.deploy.measure.benchmark import sweep as sweep
@@ -81,10 +96,12 @@ if TYPE_CHECKING:
     from surgery.errors import TraceError as TraceError
     from surgery.errors import UsageError as UsageError
     from surgery.errors import VerificationError as VerificationError
+    from surgery.errors import WeightsWarning as WeightsWarning
     from surgery.graph.tracing import example_inputs as example_inputs
     from surgery.graph.tracing import trace as trace
     from surgery.models.checkpoint import load as load
     from surgery.models.checkpoint import save as save
+    from surgery.models.detectors import comparable as comparable
     from surgery.operations.check_rule import RuleCheck as RuleCheck
     from surgery.operations.check_rule import check_rule as check_rule
     from surgery.operations.deepen import deepen as deepen
@@ -122,21 +139,9 @@ if TYPE_CHECKING:
     from surgery.training.lottery import Lottery as Lottery
     from surgery.training.lottery import lottery as lottery
     from surgery.training.optimizer import transfer_optimizer as transfer_optimizer
+else:  # a type checker that saw this would take any name for one of the package
+    __getattr__, _HOME = lazy_names(__name__, _HOMES)
+    __all__ = ["__version__", *_MODULES, *sorted(_HOME)]
 
-_HOME = {name: f"surgery.{module}" for module, names in _HOMES.items() for name in names.split()}
-
-__all__ = ["__version__", *sorted(_HOME)]
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name from its home, or a part of the package (``surgery.models``), at its first use."""
-    if name in _HOME:
-        value = globals()[name] = getattr(import_module(_HOME[name]), name)
-        return value
-    if not name.startswith("_") and find_spec(f"surgery.{name}"):
-        return import_module(f"surgery.{name}")
-    raise AttributeError(f"module 'surgery' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,7 +1,8 @@
 """The command line: thin verbs over the public API.
 
 Each verb takes a torchvision name, a folder that `surgery.save` wrote, or ``package.module:factory`` with ``--trust``.
-What it has to say goes to stdout, as a table or, with ``--json``, as one JSON object; everything else goes to stderr.
+The result goes to stdout, as a table or, with ``--json``, as one JSON object; everything else goes to stderr. A verb
+calls the public package and nothing else; what it needs of that is imported when it runs, so help needs no torch.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from typing import Annotated, cast
 import typer
 from typer.main import get_command
 
+import surgery
 from surgery.cli import evolve, measure, operate, sensitivity, show, teach
-from surgery.errors import EditError, SurgeryError, TraceError, UsageError
-from surgery.models import WeightsWarning
-from surgery.version import __version__
+from surgery.errors import EditError, SurgeryError, TraceError, UsageError, WeightsWarning
 
 _ParserError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
 """What typer raises for arguments it cannot parse: it names only this subclass of it publicly."""
@@ -37,7 +37,7 @@ app = typer.Typer(
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"surgery {__version__}")
+        print(f"surgery {surgery.__version__}")
         raise typer.Exit
 
 
