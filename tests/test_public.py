@@ -30,18 +30,25 @@ def test_every_public_name_can_be_had_and_is_listed():
     assert all(getattr(surgery, name) is not None for name in surgery.__all__)
 
 
-def test_type_checkers_are_told_of_the_same_names_as_the_interpreter():
-    tree = ast.parse(Path(surgery.__file__).read_text())
+@pytest.mark.parametrize("package", [surgery, surgery.models], ids=["surgery", "models"])
+def test_type_checkers_are_told_of_the_same_names_as_the_interpreter(package):
+    tree = ast.parse(Path(package.__file__).read_text())
     told = {
         alias.name: f"{node.module}"
         for block in tree.body
         if isinstance(block, ast.If)
         for node in block.body
-        if isinstance(node, ast.ImportFrom)
+        if isinstance(node, ast.ImportFrom) and node.module != "surgery"
         for alias in node.names
         if alias.asname == alias.name
     }
-    assert told == surgery._HOME
+    assert told == package._HOME
+
+
+def test_no_public_name_is_hidden_by_a_module_of_the_same_name():
+    for package in (surgery, surgery.models):
+        modules = {path.stem for path in Path(package.__file__).parent.iterdir() if path.suffix in ("", ".py")}
+        assert modules & set(package._HOME) == set()
 
 
 def test_a_part_of_the_package_is_an_attribute_of_it_and_nothing_else_is():

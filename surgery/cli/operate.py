@@ -48,9 +48,8 @@ class Writing:
             metavar="DIR", help="The folder to write: recipe.json and weights.safetensors. Needed unless --dry-run."
         ),
     ] = None
-    check: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Run both models and compare them before writing.")
-    ] = True
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Write without comparing both models first.")] = False
+    verify: Annotated[bool, typer.Option("--verify", hidden=True)] = True
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would change, and write nothing.")] = False
     force: Force = False
     as_json: AsJson = False
@@ -204,7 +203,7 @@ def _finish(
     if writing.dry_run or writing.out is None:
         _show(before, after, writing.as_json, facts, [*([INEXACT] if inexact else []), *reasons])
         return
-    verified = compare() if writing.check else None
+    verified = None if writing.no_verify else compare()
     if verified and not (inexact and math.isfinite(verified.max_rel)):
         verified.raise_if_different()
     figures = {"before": surgery.cost(before), "after": surgery.cost(after)}

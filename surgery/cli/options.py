@@ -42,7 +42,7 @@ InputShape = Annotated[
     ),
 ]
 Weights = Annotated[str, typer.Option(metavar="NAME", help="torchvision's weights: none, DEFAULT or one by name.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random, initial weights included.")]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of everything random, initial weights included.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of one query. [default: all usable cores]")]
 Trust = Annotated[bool, typer.Option("--trust", help="Allow package.module:factory to be imported and called.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what --out names, if it was made by this command.")]
