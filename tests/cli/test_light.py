@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def used(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("surgery."))
-        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("surgery."):
+        if isinstance(node, ast.Attribute) and re.fullmatch(r"surgery(\.\w+)+", ast.unparse(node)):
             yield ast.unparse(node)
 
 
