@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -37,6 +37,9 @@ class Layer:
 class Changes:
     """The difference between two versions of a model. ``str()`` of it is a table with a line for each layer."""
 
+    header: ClassVar = ("layer", "class", "in", "out", "shape")
+    """The names of the cells of `rows`."""
+
     cost: tuple[Cost, Cost]
     """What one sample costs, before and after."""
     changed: tuple[tuple[Layer, Layer], ...]
@@ -46,7 +49,7 @@ class Changes:
 
     def rows(self) -> list[tuple[str, ...]]:
         """For each layer its name, class, input and output channels, and the shape of the first parameter that differs,
-        as `HEADER` heads them."""
+        as `header` names them."""
         return [
             *(_row(before, after) for before, after in self.changed),
             *(_row(None, layer) for layer in self.added),
@@ -75,14 +78,10 @@ class Changes:
         )
 
     def __str__(self) -> str:
-        rows = [HEADER, *self.rows()]
+        rows = [self.header, *self.rows()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
         return "\n".join([self.summary(), *(line.rstrip() for line in lines if self.rows())])
-
-
-HEADER = ("layer", "class", "in", "out", "shape")
-"""What the cells of `Changes.rows` are."""
 
 
 def changes(before: nn.Module, after: nn.Module) -> Changes:

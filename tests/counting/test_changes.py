@@ -202,7 +202,7 @@ def test_any_other_difference_is_a_failure_and_nothing_is_written(run, monkeypat
 
 def test_what_is_no_number_is_a_failure_with_noise_too(run, monkeypatch):
     nothing = surgery.Verification(float("nan"), float("nan"), 1e-10, "float64", 1)
-    monkeypatch.setattr("surgery.cli.operate.verify", lambda *_, **__: nothing)
+    monkeypatch.setattr("surgery.verify", lambda *_, **__: nothing)
     code, out, err, there = run("widen", *MODEL, "--width", "1.5", "--break-symmetry", "noise", "--out", "wide")
     assert (code, out, there) == (1, "", [])
     assert err.startswith("error: outputs differ by nan")
