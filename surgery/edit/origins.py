@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from surgery.axes.groups import analyse
+from surgery.axes.analysis import analyse
 from surgery.axes.labels import Ids
 from surgery.edit.apply import apply
 from surgery.edit.insert_dense import dense_edit

@@ -43,6 +43,12 @@ LINEAR = {
 _FUNCTIONS: dict[Any, Rule] = {}
 _METHODS: dict[str, Rule] = {}
 _MODULES: dict[type[nn.Module], Rule] = {}
+_STATE = {"version": 0}
+
+
+def version() -> int:
+    """A number that grows with every change of the table: what an analysis depends on besides its module."""
+    return _STATE["version"]
 
 
 def oprule(
@@ -64,6 +70,7 @@ def oprule(
 
     def register(relate: Callable[..., Any]) -> Callable[..., Any]:
         rule = Rule(relate, rewrite, movement, linear, zeros, within)
+        _STATE["version"] += 1
         for target in targets:
             if isinstance(target, str):
                 _METHODS[target] = rule
