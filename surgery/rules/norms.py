@@ -15,7 +15,7 @@ from torch import nn
 
 from surgery.axes.labels import Field, Fields, Labelled
 from surgery.axes.ops import Op
-from surgery.graph.table import oprule, unknown
+from surgery.graph.table import oprule
 from surgery.layers.norms import scaled_normalize
 from surgery.rules import rewrites
 from surgery.rules.weights import _WEIGHT_AND_BIAS, _per_channel
@@ -125,8 +125,8 @@ def _batch_norm_module(op: Op, input: Labelled) -> Fields:
 def _instance_norm_module(op: Op, input: Labelled) -> Fields:
     dim = input.ndim - 1 - int(op.module._get_no_batch_dim() - 1)
     if dim != 1:
-        return unknown(op, input, why="has no batch")  # type: ignore[no-any-return]
-    return _batch_norm_module(op, input)  # type: ignore[no-any-return]
+        return op.unknown(input, why="has no batch")
+    return _batch_norm_module(op, input)
 
 
 @oprule(F.batch_norm, zeros=_WEIGHT_AND_BIAS)
