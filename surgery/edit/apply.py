@@ -71,14 +71,14 @@ def reindex(
         UsageError: an unknown name, an index out of range or empty, shares of a unit's copies that do not sum to 1.
         EditError: a unit that must stay is dropped, or copies cannot be made exactly.
     """
-    dims = analyse(module)
+    analysis = analyse(module)
     by_group: dict[str, tuple[int, ...]] = {}
     for name, index in indices.items():
-        group = dims.find(name)
+        group = analysis.find(name)
         if group.name in by_group:
             raise UsageError(f"{name!r} addresses group {group.name!r}, which another name addresses too")
         by_group[group.name] = tuple(int(i) for i in index)
-    named = {dims.find(name).name: tuple(float(v) for v in values) for name, values in (shares or {}).items()}
+    named = {analysis.find(name).name: tuple(float(v) for v in values) for name, values in (shares or {}).items()}
     return apply(module, Reindex(by_group, named))
 
 
@@ -96,35 +96,35 @@ def _deepened(module: nn.Module, step: InsertDense) -> nn.Module:
 
 
 def _reindex(module: nn.Module, step: Reindex) -> nn.Module:
-    dims = analyse(module)
-    indices = {dims.find(name): index for name, index in step.indices.items()}
-    shares = {dims.find(name): values for name, values in step.shares.items()}
+    analysis = analyse(module)
+    indices = {analysis.find(name): index for name, index in step.indices.items()}
+    shares = {analysis.find(name): values for name, values in step.shares.items()}
     for group, index in indices.items():
         _check(group, index, shares.get(group))
-    expansion = Expansion(module, dims, {g: index for g, index in indices.items() if MEAN in index})
-    layouts = Layouts(dims, indices, shares)
-    _check_readers(dims, layouts)
-    _check_mixed(dims, layouts)
-    result = copy.deepcopy(module, _gathered(module, dims, layouts, expansion, step.noise))
-    rewire(module, result, dims, layouts)
+    expansion = Expansion(module, analysis, {g: index for g, index in indices.items() if MEAN in index})
+    layouts = Layouts(analysis, indices, shares)
+    _check_readers(analysis, layouts)
+    _check_mixed(analysis, layouts)
+    result = copy.deepcopy(module, _gathered(module, analysis, layouts, expansion, step.noise))
+    rewire(module, result, analysis, layouts)
     expansion.adjust(result)
-    _follow_outside(result, dims, layouts)
+    _follow_outside(result, analysis, layouts)
     return result
 
 
-def _follow_outside(module: nn.Module, dims: Analysis, layouts: Layouts) -> None:
+def _follow_outside(module: nn.Module, analysis: Analysis, layouts: Layouts) -> None:
     """Let the attributes of the layers that Python outside the graphs calls follow their new tensors."""
-    for call in {call.path: call for call in dims.findings.calls}.values():
+    for call in {call.path: call for call in analysis.findings.calls}.values():
         labels = list(labelled_leaves((call.args, call.out)))
-        if all(layouts.of(dims.unit_of[f.ids]) is None for label in labels for f in label.fields):
+        if all(layouts.of(analysis.unit_of[f.ids]) is None for label in labels for f in label.fields):
             continue
         call.rewrite(
             NodeEdit(
                 node=call.node,
                 module=module.get_submodule(call.path),
-                shapes=tuple(_shape(out, dims, layouts) for out in labelled_leaves(call.out)),
+                shapes=tuple(_shape(out, analysis, layouts) for out in labelled_leaves(call.out)),
                 changed=frozenset(),
-                inputs=tuple(_shape(v, dims, layouts) if isinstance(v, Labelled) else None for v in call.args),
+                inputs=tuple(_shape(v, analysis, layouts) if isinstance(v, Labelled) else None for v in call.args),
                 before=tuple(v.shape if isinstance(v, Labelled) else None for v in call.args),
                 computed={},
                 copies={},
@@ -134,11 +134,11 @@ def _follow_outside(module: nn.Module, dims: Analysis, layouts: Layouts) -> None
         )
 
 
-def _shape(value: Labelled, dims: Analysis, layouts: Layouts) -> tuple[int, ...]:
+def _shape(value: Labelled, analysis: Analysis, layouts: Layouts) -> tuple[int, ...]:
     """The shape that an edit asks for."""
     shape = list(value.shape)
     for f in value.fields:
-        layout = layouts.of(dims.unit_of[f.ids])
+        layout = layouts.of(analysis.unit_of[f.ids])
         if layout is not None and layout.shape is not None:
             for dim, size in zip(f.dims, layout.shape, strict=True):
                 shape[dim] = size
@@ -177,20 +177,20 @@ def _check(group: DimensionGroup, index: Sequence[int], shares: Sequence[float] 
             raise UsageError(f"{where}: the shares of a unit's copies must sum to 1")
 
 
-def _check_readers(dims: Analysis, layouts: Layouts) -> None:
+def _check_readers(analysis: Analysis, layouts: Layouts) -> None:
     """No layer may be left without an input or an output."""
-    for (name, axis), units in dims.axis_units.items():
+    for (name, axis), units in analysis.axis_units.items():
         layout = layouts.of(units)
         if layout is not None and len(layout.old) == 0:
             raise EditError(f"nothing would be left of axis {axis} of {name}")
 
 
-def _check_mixed(dims: Analysis, layouts: Layouts) -> None:
+def _check_mixed(analysis: Analysis, layouts: Layouts) -> None:
     """What is normalised over holds the same number of copies of everything that is left."""
-    for units, what in dims.mixed:
+    for units, what in analysis.mixed:
         copies = layouts.copies[units]
         if copies.max(initial=0) > 1 and len(np.unique(copies[copies > 0])) > 1:
-            names = [g.name for g in dims.groups if ((units >= g.start) & (units < g.start + g.units)).any()]
+            names = [g.name for g in analysis.groups if ((units >= g.start) & (units < g.start + g.units)).any()]
             raise EditError(
                 f"{what} normalises over {' and '.join(map(repr, names))}: every unit needs the same number of copies"
             )
@@ -202,12 +202,12 @@ def _some(units: Any) -> str:
 
 
 def _gathered(
-    module: nn.Module, dims: Analysis, layouts: Layouts, expansion: Expansion, noise: Noise | None
+    module: nn.Module, analysis: Analysis, layouts: Layouts, expansion: Expansion, noise: Noise | None
 ) -> dict[int, Any]:
     """A `deepcopy` memo that maps each changed tensor to its new version."""
     memo: dict[int, Any] = {}
-    for name, tensor, axes in changed_tensors(module, dims, layouts):
-        roles = {axis: dims.findings.axes[name, axis].roles for axis in axes}
+    for name, tensor, axes in changed_tensors(module, analysis, layouts):
+        roles = {axis: analysis.findings.axes[name, axis].roles for axis in axes}
         read = [axis for axis in axes if "consumer" in roles[axis]]
         draw = {} if noise is None else draws(noise, name, tensor, roles)
         memo[id(tensor)] = _like(tensor, _gather(name, tensor.detach(), axes, read, layouts, expansion, draw))

@@ -44,7 +44,7 @@ def insert_block(module: nn.Module, step: InsertBlock) -> None:
         site.owner.recompile()
 
 
-def copied_blocks(module: nn.Module, dims: Analysis, after: str, like: str) -> list[tuple[Site, fx.Node, Block]]:
+def copied_blocks(module: nn.Module, analysis: Analysis, after: str, like: str) -> list[tuple[Site, fx.Node, Block]]:
     """In each graph that computes the output of ``after``: the value that a copy is put behind, and the block that it
     is a copy of.
 
@@ -57,7 +57,7 @@ def copied_blocks(module: nn.Module, dims: Analysis, after: str, like: str) -> l
     result = []
     known = {id(site.graph): site for site in output_sites(module, like)} if like else {}
     for site in output_sites(module, after):
-        flow = Flow(dims, site)
+        flow = Flow(analysis, site)
         if like:
             own = known.get(id(site.graph))
             block = None if own is None else block_of(flow, own.node, local_name(like, site.path))

@@ -65,15 +65,15 @@ def dense_edit(module: nn.Module, after: str) -> DenseEdit | None:
     Raises:
         EditError: what reads the block cannot ignore further channels, or its last layer cannot read any.
     """
-    dims, where = analyse(module), f"the dense block at the end of {after!r}"
+    analysis, where = analyse(module), f"the dense block at the end of {after!r}"
     sites = list(output_sites(module, after))
-    flows = [Flow(dims, site) for site in sites]
+    flows = [Flow(analysis, site) for site in sites]
     found = [_last_layer(site, flow) for site, flow in zip(sites, flows, strict=True)]
     layers = tuple(layer for layer in found if layer is not None)
     if len(layers) < len(found):
         return None
     ways = [
-        (_container(layer, flow, local_name(after, flow.path)), *_reindexes(dims, layer, flow, where))
+        (_container(layer, flow, local_name(after, flow.path)), *_reindexes(analysis, layer, flow, where))
         for layer, flow in zip(layers, flows, strict=True)
     ]
     if any(way != ways[0] for way in ways):
@@ -188,38 +188,38 @@ def _container(layer: Layer, flow: Flow, stage: str) -> str:
 # Channels
 
 
-def _reindexes(dims: Analysis, layer: Layer, flow: Flow, where: str) -> tuple[Reindex, Reindex]:
+def _reindexes(analysis: Analysis, layer: Layer, flow: Flow, where: str) -> tuple[Reindex, Reindex]:
     """The edits that copy the layer's channels for what reads the block, and the last channels that the layer reads."""
     whole, read, written = (
-        _units(dims, flow.value(node), layer.dim) for node in (layer.site.node, layer.entry, layer.end)
+        _units(analysis, flow.value(node), layer.dim) for node in (layer.site.node, layer.entry, layer.end)
     )
     if whole is None or read is None or written is None:
         raise EditError(f"{where} joins what holds no channels")
     if len(np.unique([*read, *written])) < len(np.unique(read)) + len(written):
         raise EditError(f"{where} has layers whose channels are tied to each other")
-    start, run = runs(read, dims.fence)
+    start, run = runs(read, analysis.fence)
     last = np.resize(read[start[run == run[-1]]], len(written))
     behind = int(np.flatnonzero(whole == written[-1])[-1]) + 1
     problem = f"what reads {where} cannot ignore further channels"
-    readers = _copying(dims, written, {len(written): written, behind: whole}, problem)
-    wider = _copying(dims, last, {len(read): read}, f"the last layer of {where} cannot read further channels")
+    readers = _copying(analysis, written, {len(written): written, behind: whole}, problem)
+    wider = _copying(analysis, last, {len(read): read}, f"the last layer of {where} cannot read further channels")
     shares = {g.name: (*[1.0] * g.units, *[0.0] * (len(index) - g.units)) for g, index in readers.items()}
     return Reindex({g.name: index for g, index in readers.items()}, shares), Reindex(
         {g.name: index for g, index in wider.items()}
     )
 
 
-def _units(dims: Analysis, value: Any, dim: int) -> Ids | None:
+def _units(analysis: Analysis, value: Any, dim: int) -> Ids | None:
     field = value.at(dim) if isinstance(value, Labelled) else None
-    return None if field is None or len(field.dims) > 1 else dims.unit_of[field.ids]
+    return None if field is None or len(field.dims) > 1 else analysis.unit_of[field.ids]
 
 
 def _copying(
-    dims: Analysis, units: Ids, places: Mapping[int, Ids], problem: str
+    analysis: Analysis, units: Ids, places: Mapping[int, Ids], problem: str
 ) -> dict[DimensionGroup, tuple[int, ...]]:
     """For each group the index that copies ``units``; the copies have to lie at those positions of some axes."""
     indices: dict[DimensionGroup, tuple[int, ...]] = {}
-    for group in dims.groups:
+    for group in analysis.groups:
         own = units[(units >= group.start) & (units < group.start + group.units)] - group.start
         if len(own) == 0:
             continue
@@ -229,7 +229,7 @@ def _copying(
         if reasons:
             raise EditError(f"{problem}: {'; '.join(reasons)}")
         indices[group] = (*range(group.units), *sorted(map(int, own)))
-    layouts = Layouts(dims, indices, {})
+    layouts = Layouts(analysis, indices, {})
     for at, axis in places.items():
         layout = layouts.of(axis)
         if layout is None or list(np.delete(layout.old, np.s_[at : at + len(units)])) != list(range(len(axis))):

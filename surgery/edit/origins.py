@@ -98,9 +98,9 @@ def _follow(module: nn.Module, step: Step, moved: dict[str, list[AxisOrigin | No
     gathers, kept = _gathers(module, step)
     if gathers is None:
         return
-    dims = analyse(module)
-    layouts = Layouts(dims, {dims.find(name): index for name, index in gathers.indices.items()}, {})
-    for name, tensor, axes in changed_tensors(module, dims, layouts):
+    analysis = analyse(module)
+    layouts = Layouts(analysis, {analysis.find(name): index for name, index in gathers.indices.items()}, {})
+    for name, tensor, axes in changed_tensors(module, analysis, layouts):
         if id(tensor) in kept:
             continue
         known = moved.setdefault(name, [None] * tensor.ndim)

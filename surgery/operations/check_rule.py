@@ -112,7 +112,7 @@ class _Claims:
         }  # fmt: skip
         if any(factored.values()):
             self.net = _traced(sample, variant, factored)
-        self.dims: Analysis = analyse(self.net)
+        self.analysis: Analysis = analyse(self.net)
         self.state = sample.state()
         self.inputs = self.labelled_inputs()
         self.labels = [self.units(value.fields) for value in self.results()]
@@ -141,7 +141,7 @@ class _Claims:
         return [leaf for leaf in found if isinstance(leaf, Labelled)]
 
     def units(self, fields: Iterable[Field]) -> list[_Axes]:
-        return [_Axes(f.dims, self.dims.unit_of[f.ids]) for f in fields]
+        return [_Axes(f.dims, self.analysis.unit_of[f.ids]) for f in fields]
 
     def labelled_inputs(self) -> dict[str, list[_Axes]]:
         """For each tensor that the op reads the labelled axes."""
@@ -152,30 +152,30 @@ class _Claims:
             for ref, value in zip(refs, pytree.tree_leaves(given), strict=True)
             if isinstance(ref, Ref)
         }
-        for axis in self.dims.findings.axes.values():
+        for axis in self.analysis.findings.axes.values():
             if axis.name.startswith("op."):
                 own = found.setdefault(axis.name.removeprefix("op."), [])
-                own.append(_Axes((axis.axis,), self.dims.unit_of[axis.ids]))
+                own.append(_Axes((axis.axis,), self.analysis.unit_of[axis.ids]))
         return found
 
     def anywhere(self) -> NDArray[np.bool_]:
         """Units of which every number of the output may depend: what the op contracts, or normalises over."""
-        result = np.zeros(self.dims.count, dtype=bool)
-        for units, _ in (*self.dims.mixed, *self.dims.single):
+        result = np.zeros(self.analysis.count, dtype=bool)
+        for units, _ in (*self.analysis.mixed, *self.analysis.single):
             result[units] = True
-        for axis in self.dims.findings.axes.values():
+        for axis in self.analysis.findings.axes.values():
             if "consumer" in axis.roles and not axis.name.startswith("readers."):
-                result[self.dims.unit_of[axis.ids]] = True
+                result[self.analysis.unit_of[axis.ids]] = True
         return result
 
     def result(self) -> RuleCheck:
         free: set[Axis] = set()
         frozen: dict[Axis, str] = {}
-        reasons = [(self.dims.unit_of[ids], why) for ids, why in self.dims.findings.frozen]
+        reasons = [(self.analysis.unit_of[ids], why) for ids, why in self.analysis.findings.frozen]
         for path, axes in self.inputs.items():
             for axis in axes:
                 for dim in axis.dims:
-                    if not self.dims.frozen[axis.units].any():
+                    if not self.analysis.frozen[axis.units].any():
                         free.add((path, dim))
                         continue
                     why = dict.fromkeys(why for units, why in reasons if np.isin(units, axis.units).any())
@@ -191,7 +191,7 @@ class _Claims:
             for axis in axes:
                 for place in np.ndindex(axis.units.shape):
                     unit = int(axis.units[place])
-                    if self.dims.frozen[unit] or anywhere[unit]:
+                    if self.analysis.frozen[unit] or anywhere[unit]:
                         continue
                     after = self.sample.run({**self.state, path: self.changed(path, axis.dims, place)})
                     for k, (a, b) in enumerate(zip(self.before, after, strict=True)):
@@ -214,7 +214,7 @@ class _Claims:
                         state[path] = torch.full(shape, -1.0).double() if own is None else own.spread(shape).double()
                 got = self.sample.run(state)[k]
                 claimed = axis.spread(got.shape)
-                wrong = (got != claimed) & ~torch.from_numpy(self.dims.frozen)[claimed]
+                wrong = (got != claimed) & ~torch.from_numpy(self.analysis.frozen)[claimed]
                 if wrong.any():
                     self.fail(
                         f"its result {self.where(k, wrong)} does not hold the channel that the rule labels it with"
@@ -223,8 +223,8 @@ class _Claims:
     def equivariance(self) -> None:
         """Permute the channels of everything that the op reads."""
         for seed in range(3):
-            groups = [g for g in self.dims.groups if g.editable]
-            layouts = Layouts(self.dims, {g: g.permutation(seed) for g in groups}, {})
+            groups = [g for g in self.analysis.groups if g.editable]
+            layouts = Layouts(self.analysis, {g: g.permutation(seed) for g in groups}, {})
             state = {path: _permuted(value, self.inputs.get(path, []), layouts) for path, value in self.state.items()}
             try:
                 after = self.sample.run(state)
@@ -241,7 +241,7 @@ class _Claims:
 
     def edits(self) -> None:
         """Edit the network around the op: all groups at once and, where that is refused, each on its own."""
-        names = [g.name for g in self.dims.groups if g.editable]
+        names = [g.name for g in self.analysis.groups if g.editable]
         if not self.edit(names, strict=False) and self.variant.joined is None:
             for name in names:
                 self.edit([name], strict=True)
@@ -250,7 +250,7 @@ class _Claims:
         """Permute, double and halve some groups; whether nothing was refused."""
         expected = _outputs(self.net)
         step = _restricted(slim_plan(self.net, 0.5), names)
-        reference = None if self.dims.mixed else _outputs(self.switched_off(step))
+        reference = None if self.analysis.mixed else _outputs(self.switched_off(step))
         wide = self.edited("widened with surgery.widen", lambda: _widened(self.net, names), expected, strict)
         slim = self.edited("slimmed with surgery.slim", lambda: apply(self.net, step), reference, strict)
         edited = [wide, slim]
@@ -264,17 +264,17 @@ class _Claims:
 
     def switched_off(self, step: Reindex) -> nn.Module:
         """The network whose layers do not read the channels that a step drops."""
-        kept = np.ones(self.dims.count, dtype=bool)
+        kept = np.ones(self.analysis.count, dtype=bool)
         for name, index in step.indices.items():
-            group = self.dims.find(name)
+            group = self.analysis.find(name)
             kept[group.start : group.start + group.units] = np.isin(np.arange(group.units), index)
         net = copy.deepcopy(self.net)
         tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
-        single = np.zeros(self.dims.count, dtype=bool)
-        for units, _ in self.dims.single:
+        single = np.zeros(self.analysis.count, dtype=bool)
+        for units, _ in self.analysis.single:
             single[units] = True
-        for axis in self.dims.findings.axes.values():
-            units = self.dims.unit_of[axis.ids]
+        for axis in self.analysis.findings.axes.values():
+            units = self.analysis.unit_of[axis.ids]
             off = ~kept[units] & (("consumer" in axis.roles) | single[units])
             where = tuple(torch.from_numpy(off) if d == axis.axis else slice(None) for d in range(axis.axis + 1))
             with torch.no_grad():

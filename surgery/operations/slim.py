@@ -74,8 +74,8 @@ def split_masks(
     """
     seed = whole_number("seed", seed, 0)
     if kind == "kels":
-        dims = analyse(module)
-        return _kels_masks(module, dims, fit_units(dims, module, rate, round_to, importance))
+        analysis = analyse(module)
+        return _kels_masks(module, analysis, fit_units(analysis, module, rate, round_to, importance))
     if kind == "wels":
         info(module)
         if isinstance(rate, Mapping):
@@ -103,23 +103,23 @@ def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
         kept = parameter.detach().masked_fill(~mask, 0)
         memo[id(parameter)] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
     result = copy.deepcopy(module, memo)
-    dims = analyse(module)
-    keep = kept_units(module, dims, masks)
-    normalise_over(result, dims, keep)
-    sum_over(result, dims, keep)
+    analysis = analyse(module)
+    keep = kept_units(module, analysis, masks)
+    normalise_over(result, analysis, keep)
+    sum_over(result, analysis, keep)
     return result
 
 
 def fit_units(
-    dims: Analysis, module: nn.Module, rate: Rate, round_to: int = 1, importance: str = "prefix"
+    analysis: Analysis, module: nn.Module, rate: Rate, round_to: int = 1, importance: str = "prefix"
 ) -> dict[DimensionGroup, np.ndarray[Any, np.dtype[np.bool_]]]:
     """For each unit of each group that a rate is for, whether `slim` keeps it."""
     whole_number("round_to", round_to, 1)
     if isinstance(rate, Mapping):
-        rates = resolve(dims, module, {name: _valid_rate(r) for name, r in rate.items()})
+        rates = resolve(analysis, module, {name: _valid_rate(r) for name, r in rate.items()})
     else:
-        rates = dict.fromkeys((g for g in dims.groups if g.editable), _valid_rate(rate))
-    scores = unit_scores(module, dims, importance)
+        rates = dict.fromkeys((g for g in analysis.groups if g.editable), _valid_rate(rate))
+    scores = unit_scores(module, analysis, importance)
     return {group: _best(group, r, round_to, scores[group]) for group, r in rates.items()}
 
 
@@ -161,9 +161,9 @@ def _shared_out(total: int, sizes: list[int]) -> list[int]:
 
 
 def _kels_masks(
-    module: nn.Module, dims: Analysis, kept: Mapping[DimensionGroup, np.ndarray[Any, np.dtype[np.bool_]]]
+    module: nn.Module, analysis: Analysis, kept: Mapping[DimensionGroup, np.ndarray[Any, np.dtype[np.bool_]]]
 ) -> dict[str, torch.Tensor]:
-    keep = np.ones(dims.count, dtype=bool)
+    keep = np.ones(analysis.count, dtype=bool)
     for group, flags in kept.items():
         keep[group.start : group.start + group.units] = flags
     masks = {}
@@ -171,7 +171,7 @@ def _kels_masks(
     for name, parameter in module.named_parameters(remove_duplicate=False):
         mask = torch.ones(parameter.shape, dtype=torch.bool)
         for axis in range(parameter.ndim):
-            units = dims.axis_units.get((names[id(parameter)], axis))
+            units = analysis.axis_units.get((names[id(parameter)], axis))
             if units is not None:
                 shape = [-1 if a == axis else 1 for a in range(parameter.ndim)]
                 mask &= torch.from_numpy(keep[units]).view(shape)

@@ -27,14 +27,14 @@ from surgery.graph.tracing import TracedModule
 from surgery.layers.norms import _CLASSES, group_norm_over, layer_norm_over
 
 
-def kept_units(module: nn.Module, dims: Analysis, masks: Mapping[str, Tensor]) -> NDArray[np.bool_]:
+def kept_units(module: nn.Module, analysis: Analysis, masks: Mapping[str, Tensor]) -> NDArray[np.bool_]:
     """For each unit, whether the masks keep anything of it."""
     names = {id(p): name for name, p in reversed(list(module.named_parameters()))}
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    held, keep = np.zeros(dims.count, dtype=bool), np.zeros(dims.count, dtype=bool)
+    held, keep = np.zeros(analysis.count, dtype=bool), np.zeros(analysis.count, dtype=bool)
     for name, mask in masks.items():
         for axis in range(mask.ndim):
-            units = dims.axis_units.get((names[id(parameters[name])], axis))
+            units = analysis.axis_units.get((names[id(parameters[name])], axis))
             if units is not None:
                 others = [k for k in range(mask.ndim) if k != axis]
                 some = mask.any(dim=others) if others else mask
@@ -43,15 +43,15 @@ def kept_units(module: nn.Module, dims: Analysis, masks: Mapping[str, Tensor]) -
     return keep | ~held
 
 
-def normalise_over(module: nn.Module, dims: Analysis, keep: NDArray[np.bool_]) -> None:
-    """Let every normalisation over channels in ``module``, a copy of what ``dims`` was made from, leave out the
+def normalise_over(module: nn.Module, analysis: Analysis, keep: NDArray[np.bool_]) -> None:
+    """Let every normalisation over channels in ``module``, a copy of what ``analysis`` was made from, leave out the
     units that are not kept."""
     by_op: defaultdict[tuple[str, tuple[str, str]], list[Norm]] = defaultdict(list)
-    for norm in dims.findings.norms:
-        if not keep[dims.unit_of[norm.ids]].all():
+    for norm in analysis.findings.norms:
+        if not keep[analysis.unit_of[norm.ids]].all():
             by_op[norm.path, norm.key].append(norm)
     for (path, (scope, name)), norms in by_op.items():
-        entries = _entries(dims, keep, norms)
+        entries = _entries(analysis, keep, norms)
         if path:
             layer = module.get_submodule(path)
             own = next((own for cls, own in _CLASSES.items() if isinstance(layer, cls)), None)
@@ -61,7 +61,7 @@ def normalise_over(module: nn.Module, dims: Analysis, keep: NDArray[np.bool_]) -
             layer.register_buffer("keep", entries.to(device), persistent=False)
             layer.__class__ = own
             continue
-        owner, node = in_copy(module, dims, scope, name)
+        owner, node = in_copy(module, analysis, scope, name)
         if node.target not in (F.layer_norm, F.group_norm, torch.group_norm):
             raise EditError(f"{name}: channels cannot be left out of its statistics")
         layer_norm = node.target is F.layer_norm
@@ -75,20 +75,20 @@ def normalise_over(module: nn.Module, dims: Analysis, keep: NDArray[np.bool_]) -
         owner.recompile()
 
 
-def sum_over(module: nn.Module, dims: Analysis, keep: NDArray[np.bool_]) -> None:
+def sum_over(module: nn.Module, analysis: Analysis, keep: NDArray[np.bool_]) -> None:
     """Let what is added up over channels, a product of two activations or a length, leave out those not kept."""
-    for (scope, name), ids in dims.findings.sums:
-        units = dims.unit_of[ids]
+    for (scope, name), ids in analysis.findings.sums:
+        units = analysis.unit_of[ids]
         if keep[units].all():
             continue
-        owner, node = in_copy(module, dims, scope, name)
+        owner, node = in_copy(module, analysis, scope, name)
         for source in node.all_input_nodes:
-            value = dims.findings.nodes.get((scope, source.name))
+            value = analysis.findings.nodes.get((scope, source.name))
             if not isinstance(value, Labelled):
                 continue
             for f in value.fields:
-                if np.isin(dims.unit_of[f.ids], units).any():
-                    flags = torch.from_numpy(keep[dims.unit_of[f.ids]])
+                if np.isin(analysis.unit_of[f.ids], units).any():
+                    flags = torch.from_numpy(keep[analysis.unit_of[f.ids]])
                     shape = [size if d in f.dims else 1 for d, size in enumerate(value.shape)]
                     with node.graph.inserting_before(node):
                         mask = _constant(module, owner, node.graph, flags.reshape(shape))
@@ -107,9 +107,9 @@ def _constant(module: nn.Module, owner: TracedModule, graph: fx.Graph, keep: Ten
     return graph.get_attr(f"_kept_{number}")
 
 
-def _entries(dims: Analysis, keep: NDArray[np.bool_], norms: list[Norm]) -> Tensor:
+def _entries(analysis: Analysis, keep: NDArray[np.bool_], norms: list[Norm]) -> Tensor:
     result = torch.ones(norms[0].shape, dtype=torch.bool)
     for norm in norms:
-        flags = torch.from_numpy(keep[dims.unit_of[norm.ids]])
+        flags = torch.from_numpy(keep[analysis.unit_of[norm.ids]])
         result &= flags.reshape([size if d in norm.dims else 1 for d, size in enumerate(norm.shape)])
     return result

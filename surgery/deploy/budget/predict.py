@@ -27,7 +27,7 @@ class Layers:
     """The parameters of a traced module, and what share of each is left when groups keep a share of their units."""
 
     def __init__(self, module: nn.Module, groups: Sequence[DimensionGroup]) -> None:
-        dims = analyse(module)
+        analysis = analyse(module)
         parameters = dict(module.named_parameters())
         macs = weight_macs(module)
         self.groups = list(groups)
@@ -45,7 +45,7 @@ class Layers:
         for name in names:
             self._starts.append(len(rows))
             for axis in range(max(parameters[name].ndim, 1)):
-                rows.append(self._shares(dims.axis_units.get((name, axis))))
+                rows.append(self._shares(analysis.axis_units.get((name, axis))))
         self._rows = np.array(rows)
         self._writes = np.array([self._rows[start] for start in self._starts])
 
