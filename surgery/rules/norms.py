@@ -16,7 +16,7 @@ from torch import nn
 from surgery.axes.labels import Field, Fields, Labelled
 from surgery.axes.ops import Op
 from surgery.graph.table import oprule, unknown
-from surgery.layers.norms import scaled_normalize
+from surgery.layers.norms import KeptGroupNorm, KeptLayerNorm, group_norm_over, layer_norm_over, scaled_normalize
 from surgery.rules import rewrites
 from surgery.rules.weights import _WEIGHT_AND_BIAS, _per_channel
 
@@ -100,6 +100,11 @@ def _group_norm(op: Op, x: Labelled, groups: int, *vectors: Labelled | None) -> 
         op.together(channels)
         op.mixes(f, 1, 1)
     return (*rest, f)
+
+
+@oprule(KeptLayerNorm, KeptGroupNorm, layer_norm_over, group_norm_over)
+def _norm_over_part(op: Op, *args: Any, **named: Any) -> Any:
+    return unknown(op, *args, why="leaves channels that are switched off out of its statistics", **named)
 
 
 @oprule(F.normalize, scaled_normalize, rewrite=rewrites.normalize)
