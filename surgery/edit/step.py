@@ -84,9 +84,7 @@ class Step(ABC):
     def __init_subclass__(cls) -> None:
         other = Step.known.setdefault(cls.__name__, cls)
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise UsageError(
-                f"a step {cls.__name__!r} is already defined in {other.__module__}: name this one otherwise"
-            )
+            raise UsageError(f"a step {cls.__name__!r} is defined in {other.__module__} too: rename one of them")
         Step.known[cls.__name__] = cls
 
     @abstractmethod
@@ -134,9 +132,7 @@ class Step(ABC):
         name = data.get("step")
         cls = Step.known.get(str(name))
         if cls is None:
-            raise UsageError(
-                f"unknown step {name!r}: import the module that defines it, or one of {sorted(Step.known)}"
-            )
+            raise UsageError(f"unknown step {name!r}: import the module that defines it first")
         made = _decode_fields(cls, {key: value for key, value in data.items() if key != "step"}, f"step {name}")
         assert isinstance(made, Step)
         return made

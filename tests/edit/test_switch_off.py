@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -119,3 +121,94 @@ def test_a_length_of_channels_with_copies_is_the_length_of_one_of_each(p):
     assert surgery.verify(slim, surgery.masked(wide, surgery.split_masks(wide, 0.3)), x).max_rel <= 1e-12
     with pytest.raises(surgery.EditError, match="only whole factors are exact"):
         surgery.widen(module, {"a": 12})
+
+
+@pytest.mark.parametrize("between", CASES)
+@pytest.mark.parametrize("kind", ["kels", "wels"])
+def test_masked_is_saved_loaded_copied_and_replayed(between, kind, tmp_path):
+    module, x = traced(between)
+    masked = surgery.masked(module, surgery.split_masks(module, 0.5, kind=kind))
+    surgery.save(masked, tmp_path / "masked")
+    torch.manual_seed(1)
+    loaded = surgery.load(tmp_path / "masked", model=Net(between).double())
+    for twin in (loaded, copy.deepcopy(masked), surgery.apply(module, surgery.recipe(masked))):
+        for inputs in (x, torch.randn(3, 5, 4, dtype=torch.float64)):
+            assert torch.equal(twin(inputs), masked(inputs))
+    assert surgery.recipe(loaded) == surgery.recipe(masked)
+    surgery.save(loaded, tmp_path / "again")
+    assert torch.equal(surgery.load(tmp_path / "again", model=Net(between).double())(x), masked(x))
+
+
+@pytest.mark.parametrize("between", CASES)
+def test_masked_is_edited_exactly_or_refused(between, tmp_path):
+    """What is normalised over a part stays as it is; everything else is widened."""
+    module, x = traced(between)
+    masked = surgery.masked(module, surgery.split_masks(module, 0.5))
+    wide = surgery.widen(masked, 2.0)
+    assert surgery.verify(wide, masked, x).max_rel <= 1e-12
+    surgery.save(wide, tmp_path / "wide")
+    assert torch.equal(surgery.load(tmp_path / "wide", model=Net(between).double())(x), wide(x))
+    for group in surgery.dimension_groups(masked):
+        if group.editable:
+            assert (
+                surgery.verify(surgery.reindex(masked, {group.name: group.permutation()}), masked, x).max_rel <= 1e-12
+            )
+        elif "switched off" in group.reason:
+            with pytest.raises(surgery.EditError, match="leaves channels that are switched off out of its statistics"):
+                surgery.widen(masked, {group.name: 2 * group.size})
+
+
+def test_slim_of_masked_is_slim():
+    """Where no norm is in the way, the channels that are switched off can be left out."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3)).double().eval()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    module = surgery.trace(layers, x)
+    masked = surgery.masked(module, surgery.split_masks(module, 0.5))
+    slim = surgery.slim(masked, 0.5)
+    assert [type(step).__name__ for step in surgery.recipe(slim).steps] == ["SwitchOff", "Reindex"]
+    assert surgery.verify(slim, masked, x).max_rel <= 1e-12
+    assert surgery.verify(surgery.slim(module, 0.5), masked, x).max_rel <= 1e-12
+
+
+def test_masks_of_a_module_whose_norms_are_masked_are_refused():
+    for between in (layer_norm, functional_group_norm):
+        module, _ = traced(between)
+        masked = surgery.masked(module, surgery.split_masks(module, 0.5))
+        with pytest.raises(
+            surgery.EditError, match=r"already left out of the statistics of .*: mask the module from before"
+        ):
+            surgery.masked(masked, surgery.split_masks(module, 0.25))
+
+
+def test_states_follow_weights_that_are_switched_off():
+    module, x = traced(layer_norm)
+    masked = surgery.masked(module, surgery.split_masks(module, 0.5))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    module(x).square().sum().backward()
+    optimizer.step()
+    moved = surgery.transfer_optimizer(optimizer, module, masked)
+    for name, parameter in module.named_parameters():
+        if parameter in optimizer.state:
+            state = moved.state[masked.get_parameter(name)]
+            assert torch.equal(state["momentum_buffer"], optimizer.state[parameter]["momentum_buffer"])
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({"nothing": ":"}, "nothing"),
+        ({"a.weight": "0:9 x :"}, r"the mask of 'a\.weight' is not one for its shape \(8, 4\)"),
+    ],
+)
+def test_a_switch_off_that_does_not_fit_is_refused(keep, message):
+    module, _ = traced(layer_norm)
+    with pytest.raises(surgery.UsageError, match=message):
+        surgery.apply(module, surgery.SwitchOff(keep))
+
+
+def test_masked_is_exported(tmp_path):
+    pytest.importorskip("onnxruntime")
+    module, _ = traced(layer_norm)
+    masked = surgery.masked(module, surgery.split_masks(module, 0.5)).float()
+    surgery.export_onnx(masked, tmp_path / "masked.onnx")
