@@ -9,9 +9,16 @@ from surgery.deploy.budget.sensitivity import Sensitivity, sensitivity
 from surgery.deploy.curve.tradeoff import tradeoff
 from surgery.deploy.measure.benchmark import benchmark, compare, sweep
 from surgery.deploy.onnx.export import export_onnx
-from surgery.edit.apply import apply, reindex
-from surgery.edit.origins import Origin, origins
-from surgery.edit.recipe import InsertBlock, InsertDense, InsertIdentity, Noise, Recipe, Reindex, recipe
+from surgery.edit.apply import apply
+from surgery.edit.copies import Noise
+from surgery.edit.insert_block import InsertBlock
+from surgery.edit.insert_dense import InsertDense
+from surgery.edit.insert_identity import InsertIdentity
+from surgery.edit.origins import origins
+from surgery.edit.recipe import Recipe, recipe
+from surgery.edit.reindex import Reindex, reindex
+from surgery.edit.step import AxisOrigin, Inserted, Origin, Step
+from surgery.edit.switch_off import SwitchOff
 from surgery.errors import EditError, ExportError, SurgeryError, TraceError, UsageError, VerificationError
 from surgery.graph.table import oprule
 from surgery.graph.tracing import example_inputs, trace
@@ -42,6 +49,7 @@ __all__ = [
     "KD",
     "RKD",
     "AttentionTransfer",
+    "AxisOrigin",
     "Budgeted",
     "Changes",
     "DimensionGroup",
@@ -56,6 +64,7 @@ __all__ = [
     "InsertBlock",
     "InsertDense",
     "InsertIdentity",
+    "Inserted",
     "Lottery",
     "Member",
     "Noise",
@@ -66,7 +75,9 @@ __all__ = [
     "ReviewKD",
     "RuleCheck",
     "Sensitivity",
+    "Step",
     "SurgeryError",
+    "SwitchOff",
     "TraceError",
     "UsageError",
     "Verification",

@@ -18,7 +18,7 @@ from torch import nn
 from surgery.axes.analysis import Analysis
 from surgery.axes.groups import DimensionGroup
 from surgery.axes.labels import Ids, runs
-from surgery.edit.recipe import MEAN
+from surgery.edit.step import MEAN
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +120,14 @@ def changed_tensors(
                 axes[axis] = layout
         if axes:
             yield name, tensor, axes
+
+
+def memory_format(tensor: torch.Tensor) -> torch.memory_format:
+    """Channels last, where a tensor is laid out so and not otherwise."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    if channels_last and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=channels_last):
+        return channels_last
+    return torch.contiguous_format
 
 
 def _ragged(first: Ids, count: Ids) -> Ids:

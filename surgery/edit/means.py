@@ -26,8 +26,8 @@ from surgery.axes.analysis import Analysis
 from surgery.axes.groups import DimensionGroup
 from surgery.axes.labels import Ids
 from surgery.axes.ledger import Norm, labelled_leaves
-from surgery.edit.recipe import MEAN
 from surgery.edit.sites import in_copy
+from surgery.edit.step import MEAN
 from surgery.errors import EditError
 from surgery.graph.table import rule_for
 from surgery.graph.traced import TracedModule

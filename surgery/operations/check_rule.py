@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 
 from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.labels import Field, Ids, Labelled
-from surgery.edit.apply import apply, reindex
+from surgery.edit.apply import apply
 from surgery.edit.layout import Layouts
-from surgery.edit.recipe import Reindex
+from surgery.edit.reindex import Reindex, reindex
 from surgery.errors import EditError, UsageError, VerificationError
 from surgery.graph.table import UNKNOWN, Rule, rule_for
 from surgery.graph.tracing import TracedModule, trace

@@ -16,12 +16,12 @@ from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.labels import Labelled
 from surgery.edit.apply import apply
 from surgery.edit.blocks import IDEMPOTENT, Flow, find_block
-from surgery.edit.insert_block import copied_blocks, zero_names
-from surgery.edit.insert_dense import dense_edit
-from surgery.edit.insert_identity import weight_before
+from surgery.edit.insert_block import InsertBlock, copied_blocks, zero_names
+from surgery.edit.insert_dense import InsertDense, dense_edit
+from surgery.edit.insert_identity import InsertIdentity, weight_before
 from surgery.edit.moments import calibrate, identity_eps
-from surgery.edit.recipe import InsertBlock, InsertDense, InsertIdentity, Step
 from surgery.edit.sites import Site, activation_of, is_called, local_name, output_sites
+from surgery.edit.step import Step
 from surgery.errors import EditError, UsageError, unknown_name, whole_number
 from surgery.graph.tracing import info
 from surgery.layers.maxout import Maxout
@@ -80,8 +80,7 @@ def deepen(
     steps = deepen_plan(module, places, form=form, kernel=kernel, seed=seed)
     result = apply(module, steps)
     if calibration is not None:
-        layers = [s for s in steps if isinstance(s, InsertIdentity) and s.form == "layer" and s.norm]
-        calibrate(result, [f"{s.name}.norm" for s in layers], calibration)
+        calibrate(result, [norm for step in steps for new in step.inserted() for norm in new.norms], calibration)
     return result
 
 
@@ -109,7 +108,7 @@ def deepen_plan(
     for name, count in _expanded(module, places).items():
         count = whole_number(f"the number of layers behind {name!r}", count, 1)
         site = next(iter(output_sites(module, name)))
-        dense = _dense(module, site, name, form) if kernel is None else None
+        dense = _dense(module, analysis, site, name, form) if kernel is None else None
         like = dense if dense is not None else _block(module, analysis, site, name, form) if kernel is None else None
         for _ in range(count):
             inside = _numbered(f"{name}.layer", 0, taken) if dense is not None and not like else None
@@ -125,13 +124,13 @@ def deepen_plan(
     return tuple(steps)
 
 
-def _dense(module: nn.Module, site: Site, name: str, form: str | None) -> str | None:
+def _dense(module: nn.Module, analysis: Analysis, site: Site, name: str, form: str | None) -> str | None:
     """The container that is the last layer of a dense block at the end of ``name``, or an empty name for one that no
     container is; None where there is no dense block, or by default where it cannot have a further layer."""
     if form not in (None, "block") or is_called(site, name):
         return None
     try:
-        edit = dense_edit(module, name)
+        edit = dense_edit(module, analysis, name)
     except EditError:
         if form is None:
             return None

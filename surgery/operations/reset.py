@@ -17,11 +17,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from surgery.axes.analysis import analyse
+from surgery.edit.switch_off import kept_units
 from surgery.errors import UsageError, unknown_name, whole_number
 from surgery.graph.tracing import info
 from surgery.operations.initial import Fresh, drawing, initial_values
 from surgery.operations.masks import by_first_name
-from surgery.operations.switch_off import kept_units
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 

@@ -7,7 +7,6 @@ is a network of its own; with WELS it keeps weights at random, wherever they are
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from numbers import Real
@@ -21,11 +20,11 @@ from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.groups import DimensionGroup
 from surgery.edit.apply import apply
 from surgery.edit.names import resolve
-from surgery.edit.recipe import Reindex
+from surgery.edit.reindex import Reindex
+from surgery.edit.switch_off import SwitchOff, mask_text
 from surgery.errors import UsageError, unknown_name, whole_number
 from surgery.graph.tracing import info
 from surgery.operations.masks import Scores, by_first_name, largest, unit_scores
-from surgery.operations.switch_off import kept_units, normalise_over, sum_over
 
 Rate = float | Mapping[str, float]
 
@@ -91,24 +90,25 @@ def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
     """The dense module with its reset-hypothesis switched off: a copy whose masked entries are zero.
 
     A LayerNorm or GroupNorm of the copy computes its statistics over those channels of which the masks keep anything,
-    and what is added up over channels (a product of two activations) is added up over those.
+    and what is added up over channels (a product of two activations) is added up over those. The recipe of the copy
+    has a step for it (`surgery.SwitchOff`), so that it can be saved.
+
+    Args:
+        module: a traced module.
+        masks: for parameters, by name, a bool tensor of their shape (True: kept).
+
+    Returns:
+        a new module.
 
     Raises:
         UsageError: a mask for no parameter, of another shape, or not of bools; or two for one tied parameter.
+        EditError: a norm whose statistics cannot leave channels out, or already do.
+
+    Example:
+        >>> surgery.masked(traced, surgery.split_masks(traced, 0.5))
     """
     info(module)
-    parameters = dict(module.named_parameters())
-    memo: dict[int, Any] = {}
-    for name, mask in by_first_name(module, masks).items():
-        parameter = parameters[name]
-        kept = parameter.detach().masked_fill(~mask, 0)
-        memo[id(parameter)] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
-    result = copy.deepcopy(module, memo)
-    analysis = analyse(module)
-    keep = kept_units(module, analysis, masks)
-    normalise_over(result, analysis, keep)
-    sum_over(result, analysis, keep)
-    return result
+    return apply(module, SwitchOff({name: mask_text(mask) for name, mask in by_first_name(module, masks).items()}))
 
 
 def fit_units(

@@ -13,9 +13,11 @@ from torch import nn
 from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.groups import DimensionGroup
 from surgery.edit.apply import apply
+from surgery.edit.copies import Noise
 from surgery.edit.means import normalised_streams
 from surgery.edit.names import resolve
-from surgery.edit.recipe import MEAN, Noise, Reindex
+from surgery.edit.reindex import Reindex
+from surgery.edit.step import MEAN
 from surgery.errors import EditError, UsageError, whole_number
 
 Width = float | int
