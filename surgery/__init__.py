@@ -10,7 +10,8 @@ from surgery.lazy import lazy_names
 from surgery.version import __version__ as __version__
 
 _HOMES = {
-    "axes.groups": "DimensionGroup Member dimension_groups",
+    "axes.analysis": "dimension_groups",
+    "axes.groups": "DimensionGroup Member",
     "counting.changes": "Changes changes",
     "counting.cost": "Cost cost weight_macs",
     "counting.group_cost": "GroupCost group_costs",
@@ -20,9 +21,16 @@ _HOMES = {
     "deploy.draw": "draw_groups",
     "deploy.measure.benchmark": "benchmark compare sweep",
     "deploy.onnx.export": "export_onnx",
-    "edit.apply": "apply reindex",
-    "edit.origins": "Origin origins",
-    "edit.recipe": "InsertBlock InsertDense InsertIdentity Noise Recipe Reindex recipe",
+    "edit.apply": "apply",
+    "edit.copies": "Noise",
+    "edit.insert_block": "InsertBlock",
+    "edit.insert_dense": "InsertDense",
+    "edit.insert_identity": "InsertIdentity",
+    "edit.origins": "origins",
+    "edit.recipe": "Recipe recipe",
+    "edit.reindex": "Reindex reindex",
+    "edit.step": "AxisOrigin Inserted Origin Step",
+    "edit.switch_off": "SwitchOff",
     "errors": "EditError ExportError SurgeryError TraceError UsageError VerificationError WeightsWarning",
     "graph.tracing": "example_inputs trace",
     "models.checkpoint": "load save",
@@ -59,9 +67,9 @@ if TYPE_CHECKING:
     from surgery import models as models
     from surgery import progress as progress
     from surgery import units as units
+    from surgery.axes.analysis import dimension_groups as dimension_groups
     from surgery.axes.groups import DimensionGroup as DimensionGroup
     from surgery.axes.groups import Member as Member
-    from surgery.axes.groups import dimension_groups as dimension_groups
     from surgery.counting.changes import Changes as Changes
     from surgery.counting.changes import changes as changes
     from surgery.counting.cost import Cost as Cost
@@ -80,16 +88,20 @@ if TYPE_CHECKING:
     from surgery.deploy.measure.benchmark import sweep as sweep
     from surgery.deploy.onnx.export import export_onnx as export_onnx
     from surgery.edit.apply import apply as apply
-    from surgery.edit.apply import reindex as reindex
-    from surgery.edit.origins import Origin as Origin
+    from surgery.edit.copies import Noise as Noise
+    from surgery.edit.insert_block import InsertBlock as InsertBlock
+    from surgery.edit.insert_dense import InsertDense as InsertDense
+    from surgery.edit.insert_identity import InsertIdentity as InsertIdentity
     from surgery.edit.origins import origins as origins
-    from surgery.edit.recipe import InsertBlock as InsertBlock
-    from surgery.edit.recipe import InsertDense as InsertDense
-    from surgery.edit.recipe import InsertIdentity as InsertIdentity
-    from surgery.edit.recipe import Noise as Noise
     from surgery.edit.recipe import Recipe as Recipe
-    from surgery.edit.recipe import Reindex as Reindex
     from surgery.edit.recipe import recipe as recipe
+    from surgery.edit.reindex import Reindex as Reindex
+    from surgery.edit.reindex import reindex as reindex
+    from surgery.edit.step import AxisOrigin as AxisOrigin
+    from surgery.edit.step import Inserted as Inserted
+    from surgery.edit.step import Origin as Origin
+    from surgery.edit.step import Step as Step
+    from surgery.edit.switch_off import SwitchOff as SwitchOff
     from surgery.errors import EditError as EditError
     from surgery.errors import ExportError as ExportError
     from surgery.errors import SurgeryError as SurgeryError

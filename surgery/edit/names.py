@@ -9,13 +9,14 @@ from typing import TypeVar
 
 from torch import nn
 
-from surgery.axes.groups import Analysis, DimensionGroup
+from surgery.axes.analysis import Analysis
+from surgery.axes.groups import DimensionGroup
 from surgery.errors import EditError, UsageError, unknown_name
 
 T = TypeVar("T")
 
 
-def resolve(dims: Analysis, module: nn.Module, wishes: Mapping[str, T]) -> dict[DimensionGroup, T]:
+def resolve(analysis: Analysis, module: nn.Module, wishes: Mapping[str, T]) -> dict[DimensionGroup, T]:
     """The group, or groups, that each name means.
 
     A name is a group's own, a layer that produces channels, a container (all layers inside), or a glob over layer
@@ -26,7 +27,7 @@ def resolve(dims: Analysis, module: nn.Module, wishes: Mapping[str, T]) -> dict[
         UsageError: a name matches nothing, or two names disagree of which neither is more specific.
         EditError: a group, or a layer of it, is named that cannot be edited, or a container or glob in which none can.
     """
-    found = {name: _matches(dims, module, name) for name in wishes}
+    found = {name: _matches(analysis, module, name) for name in wishes}
     result: dict[DimensionGroup, T] = {}
     decided: dict[DimensionGroup, str] = {}
     for name in sorted(found, key=lambda n: (found[n][1], _letters(n)), reverse=True):
@@ -57,12 +58,12 @@ def _letters(name: str) -> int:
     return len(re.sub(r"\[.*?\]|[*?]", "", name))
 
 
-def _matches(dims: Analysis, module: nn.Module, name: str) -> tuple[list[DimensionGroup], int]:
+def _matches(analysis: Analysis, module: nn.Module, name: str) -> tuple[list[DimensionGroup], int]:
     """The groups that a name means, and what kind of name it is."""
     if not isinstance(name, str):
         raise UsageError(f"layers are named by strings, not {name!r}")
-    layers = dims.layers
-    own = {g.name: g for g in dims.groups}
+    layers = analysis.layers
+    own = {g.name: g for g in analysis.groups}
     group = own.get(name) or layers.get(name)
     if group is not None:
         if not group.editable:

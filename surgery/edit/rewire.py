@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from surgery.axes.groups import Analysis
+from surgery.axes.analysis import Analysis
 from surgery.axes.labels import Field, Ids, Labelled
 from surgery.axes.ledger import Silent
 from surgery.axes.ops import Op
@@ -31,14 +31,14 @@ from surgery.graph.table import NodeEdit, Rule, rule_for
 from surgery.graph.tracing import TracedModule
 
 
-def rewire(old: nn.Module, new: nn.Module, dims: Analysis, layouts: Layouts) -> None:
+def rewire(old: nn.Module, new: nn.Module, analysis: Analysis, layouts: Layouts) -> None:
     """Adapt every graph of ``new``, a copy of ``old`` whose tensors have been gathered already."""
-    for scope, (path, graph) in dims.findings.graphs.items():
+    for scope, (path, graph) in analysis.graphs.items():
         source, target = old.get_submodule(path), new.get_submodule(path)
         assert isinstance(source, TracedModule)
         assert isinstance(target, TracedModule)
         copy = target.graphs[source.graphs.index(graph)]
-        _Rewiring(source, target, copy, scope, path, dims, layouts).run(graph)
+        _Rewiring(source, target, copy, scope, path, analysis, layouts).run(graph)
         target.recompile()
 
 
@@ -51,7 +51,7 @@ class _Rewiring:
     copy: fx.Graph
     scope: str
     path: str
-    dims: Analysis
+    analysis: Analysis
     layouts: Layouts
 
     def run(self, graph: fx.Graph) -> None:
@@ -59,7 +59,7 @@ class _Rewiring:
         self.old_of = dict(zip(self.copy.nodes, graph.nodes, strict=True))
         self.edited_layers = {
             name.rpartition(".")[0]
-            for (name, _), units in self.dims.axis_units.items()
+            for (name, _), units in self.analysis.axis_units.items()
             if self.layouts.of(units) is not None
         }
         self.stale: set[fx.Node] = set()  # nodes that cannot be as asked; what reads them selects from before them
@@ -89,7 +89,7 @@ class _Rewiring:
         self.copy.lint()
 
     def record(self, node: fx.Node) -> Any:
-        return self.dims.findings.nodes[self.scope, node.name]
+        return self.analysis.values[self.scope, node.name]
 
     def concerned(self, node: fx.Node, out: Any) -> bool:
         if any(self.changes(leaf) for leaf in _labelled((out, [self.record(n) for n in node.all_input_nodes]))):
@@ -105,7 +105,7 @@ class _Rewiring:
     # ---- labels before and after
 
     def layout(self, field: Field) -> Layout | None:
-        return self.layouts.of(self.dims.unit_of[field.ids])
+        return self.layouts.of(self.analysis.unit_of[field.ids])
 
     def changes(self, value: Labelled) -> bool:
         return any(self.layout(f) is not None for f in value.fields)
@@ -133,7 +133,7 @@ class _Rewiring:
                 old = _positions(f, bases)
                 ids = old if layout is None else old.ravel()[layout.old].reshape(layout.units.shape)
             else:
-                ids = self.layouts.renumbered(self.dims.unit_of[f.ids]) if layout is None else layout.units
+                ids = self.layouts.renumbered(self.analysis.unit_of[f.ids]) if layout is None else layout.units
             fields.append(Field(f.dims, ids))
         return Labelled(torch.empty(self.shape(value), device="meta"), tuple(fields), value.constant)
 
@@ -194,7 +194,7 @@ class _Rewiring:
         if self.rule(node).movement or not isinstance(value, Labelled):
             return False
         held = value.at(dim)
-        if held is not None and self.is_written(node, self.dims.unit_of[held.ids]):
+        if held is not None and self.is_written(node, self.analysis.unit_of[held.ids]):
             return True
         return any(
             isinstance(read, Labelled) and read.shape == value.shape and self.holds_channels_alone(n, dim)
@@ -209,7 +209,7 @@ class _Rewiring:
             names = [f"{path}.{name}" for name, _ in leaf.named_parameters(recurse=False)]
         else:
             names = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
-        axes = [self.dims.axis_units.get((f"{self.path}.{n}" if self.path else n, 0)) for n in names]
+        axes = [self.analysis.axis_units.get((f"{self.path}.{n}" if self.path else n, 0)) for n in names]
         return any(axis is not None and np.array_equal(axis, units) for axis in axes)
 
     def rule(self, node: fx.Node) -> Rule:
@@ -262,7 +262,7 @@ class _Rewiring:
         """For each dim of the value how often each of its channels is there after the edit, where equally often."""
         found = {}
         for f in value.fields:
-            counts = np.unique(self.layouts.copies[self.dims.unit_of[f.ids]])
+            counts = np.unique(self.layouts.copies[self.analysis.unit_of[f.ids]])
             counts = counts[counts > 0]
             if len(f.dims) == 1 and len(counts) == 1:
                 found[f.dims[0]] = int(counts[0])
@@ -424,7 +424,7 @@ class _Rewiring:
         for node in reversed(self.copy.nodes):
             if node.users or node.op not in ("call_function", "call_method", "get_attr", "call_module"):
                 continue
-            old = self.dims.findings.nodes.get((self.scope, node.name))
+            old = self.analysis.values.get((self.scope, node.name))
             number = old is not None and not any(True for _ in _labelled(old))
             if node.op == "get_attr" or number or self.rule(node).movement:
                 self.copy.erase_node(node)

@@ -15,7 +15,7 @@ from torch import nn
 
 from surgery.axes.labels import Field, Labelled, moved
 from surgery.axes.ops import Op
-from surgery.graph.table import NodeEdit, oprule, unknown
+from surgery.graph.table import NodeEdit, oprule
 
 
 def _gates(layer: nn.Module) -> int:
@@ -38,7 +38,7 @@ def _fit_cell(site: NodeEdit) -> None:
 @oprule(nn.RNN, nn.GRU, nn.LSTM, rewrite=_fit_layer)
 def _recurrent_layer(op: Op, input: Any, hx: Any = None) -> Any:
     if not isinstance(input, Labelled):
-        return unknown(op, input, hx, why="reads a packed sequence")
+        return op.unknown(input, hx, why="reads a packed sequence")
     layer = op.module
     states = hx if isinstance(hx, tuple) else (hx,)
     read, _ = op.axis(input, -1)
