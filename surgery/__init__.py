@@ -22,6 +22,7 @@ from surgery.operations.slim import masked, slim, split_masks
 from surgery.operations.tickets import hold_masked, magnitude_masks, rewind
 from surgery.operations.verify import Verification, verify
 from surgery.operations.widen import unwidened, widen
+from surgery.selectors import select
 from surgery.taps.hints import HintPair, attach_hint
 from surgery.training.data.data import load_data
 from surgery.training.distilling.distill import Distillation, distill
@@ -99,6 +100,7 @@ __all__ = [
     "reset_hypothesis",
     "rewind",
     "save",
+    "select",
     "sensitivity",
     "slim",
     "slim_to_budget",

@@ -23,6 +23,7 @@ from surgery.edit.insert_dense import dense_edit, insert_dense
 from surgery.edit.insert_identity import insert_identity, memory_format
 from surgery.edit.layout import Layout, Layouts, changed_tensors
 from surgery.edit.means import Expansion
+from surgery.edit.names import resolve
 from surgery.edit.recipe import MEAN, InsertBlock, InsertDense, Noise, Recipe, Reindex, Step
 from surgery.edit.rewire import rewire
 from surgery.errors import EditError, UsageError
@@ -55,15 +56,15 @@ def apply(module: nn.Module, edit: Recipe | Step | Iterable[Step]) -> nn.Module:
 
 def reindex(
     module: nn.Module,
-    indices: Mapping[str, Sequence[int]],
-    shares: Mapping[str, Sequence[float]] | None = None,
+    indices: Mapping[Any, Sequence[int]],
+    shares: Mapping[Any, Sequence[float]] | None = None,
 ) -> nn.Module:
     """Gather dimension groups by an index.
 
     Args:
         module: a traced module.
-        indices: for each group, named by any layer that produces it, the old unit for each new one. Dropping, copying
-            and moving units are all indices: ``[0, 1]`` keeps two, ``[0, 1, 1]`` copies the second.
+        indices: for the groups that layers write (`surgery.selectors` says which), the old unit for each new one.
+            Dropping, copying and moving units are all indices: ``[0, 1]`` keeps two, ``[0, 1, 1]`` copies the second.
         shares: for a group with copies, the factor with which consumers weigh each new unit, 0 for a mean; by default
             even.
 
@@ -72,14 +73,11 @@ def reindex(
         EditError: a unit that must stay is dropped, or copies cannot be made exactly.
     """
     dims = analyse(module)
-    by_group: dict[str, tuple[int, ...]] = {}
-    for name, index in indices.items():
-        group = dims.find(name)
-        if group.name in by_group:
-            raise UsageError(f"{name!r} addresses group {group.name!r}, which another name addresses too")
-        by_group[group.name] = tuple(int(i) for i in index)
-    named = {dims.find(name).name: tuple(float(v) for v in values) for name, values in (shares or {}).items()}
-    return apply(module, Reindex(by_group, named))
+    wished = {where: tuple(int(i) for i in index) for where, index in indices.items()}
+    weighed = {where: tuple(float(v) for v in values) for where, values in (shares or {}).items()}
+    by_group = {group.name: index for group, index in resolve(dims, module, wished).items()}
+    by_share = {group.name: values for group, values in resolve(dims, module, weighed).items()}
+    return apply(module, Reindex(by_group, by_share))
 
 
 def _steps(edit: Step | Iterable[Step]) -> Sequence[Step]:
