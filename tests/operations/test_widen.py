@@ -212,7 +212,7 @@ def test_bad_places_are_refused(resnet):
         message = f"the number of layers behind 'layer1' must be a whole number of at least 1, not {count!r}"
         with pytest.raises(surgery.UsageError, match=message):
             surgery.deepen(resnet, {"layer1": count})
-    with pytest.raises(surgery.UsageError, match="layers are selected by a name, .*, not 3"):
+    with pytest.raises(surgery.UsageError, match=r"layers are selected by a name, .*, not 3"):
         surgery.deepen(resnet, [3])
 
 
