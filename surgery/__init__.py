@@ -24,6 +24,7 @@ from surgery.operations.verify import Verification, verify
 from surgery.operations.widen import unwidened, widen
 from surgery.selectors import select
 from surgery.taps.hints import HintPair, attach_hint
+from surgery.taps.stages import Stage, stages
 from surgery.training.data.data import load_data
 from surgery.training.distilling.distill import Distillation, distill
 from surgery.training.distilling.objectives import DKD, KD, RKD, AttentionTransfer, Hint, Objective, ReviewKD
@@ -66,6 +67,7 @@ __all__ = [
     "ReviewKD",
     "RuleCheck",
     "Sensitivity",
+    "Stage",
     "SurgeryError",
     "TraceError",
     "UsageError",
@@ -105,6 +107,7 @@ __all__ = [
     "slim",
     "slim_to_budget",
     "split_masks",
+    "stages",
     "sweep",
     "trace",
     "tradeoff",

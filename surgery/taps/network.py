@@ -176,7 +176,7 @@ class TappedNetwork:
         return value.through((torch.mean, (axes,))) if axes else value
 
     def stages(self) -> list[Tap]:
-        """The ends of the stages, from the input on: see `surgery.taps.ends`."""
+        """The ends of the stages, from the input on: see `surgery.taps.landmarks.stage_ends`."""
         flow = self.flows[0]
         end = _first_output(flow) or flow.graph.output_node()
 

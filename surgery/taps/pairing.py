@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from surgery.errors import EditError, UsageError
 from surgery.graph.traced import named_tensors
 from surgery.selectors import Where
-from surgery.taps.landmarks import aligned
 from surgery.taps.network import Tap, TappedNetwork, names_of
 from surgery.taps.regressors import grid
+from surgery.taps.stages import aligned
 
 Guided = Where | Mapping[Any, Where] | None
 """Guided layers, or guided layers with their hints."""
@@ -64,7 +64,7 @@ def stage_pairs(
     student: TappedNetwork, teacher: TappedNetwork, guided: Guided, hint: Where | None
 ) -> list[tuple[Tap, Tap]]:
     """The outputs of guided layers and of their hints; where none are named, the ends of the stages, as many as both
-    networks have (`surgery.taps.landmarks.aligned`).
+    networks have (`surgery.taps.stages.aligned`).
 
     Raises:
         UsageError: names for one of the networks alone.
