@@ -43,7 +43,9 @@ _HOMES = {
     "operations.verify": "Verification verify",
     "operations.widen": "unwidened widen",
     "rules": "oprule",
+    "selectors": "select",
     "taps.hints": "HintPair attach_hint",
+    "taps.stages": "Stage stages",
     "training.data.data": "load_data",
     "training.distilling.distill": "Distillation distill",
     "training.distilling.objectives": "DKD KD RKD AttentionTransfer Hint Objective ReviewKD",
@@ -129,8 +131,11 @@ if TYPE_CHECKING:
     from surgery.operations.widen import unwidened as unwidened
     from surgery.operations.widen import widen as widen
     from surgery.rules import oprule as oprule
+    from surgery.selectors import select as select
     from surgery.taps.hints import HintPair as HintPair
     from surgery.taps.hints import attach_hint as attach_hint
+    from surgery.taps.stages import Stage as Stage
+    from surgery.taps.stages import stages as stages
     from surgery.training.data.data import load_data as load_data
     from surgery.training.distilling.distill import Distillation as Distillation
     from surgery.training.distilling.distill import distill as distill

@@ -23,6 +23,7 @@ from surgery.edit.apply import apply
 from surgery.edit.copies import Draw, Noise, draws, perturbed, shared_out
 from surgery.edit.layout import Layout, Layouts, changed_tensors, memory_format
 from surgery.edit.means import Expansion
+from surgery.edit.names import resolve
 from surgery.edit.rewire import rewire
 from surgery.edit.step import MEAN, AxisOrigin, Origin, Step
 from surgery.errors import EditError, UsageError
@@ -63,8 +64,8 @@ class Reindex(Step):
 
 def reindex(
     module: nn.Module,
-    indices: Mapping[str, Sequence[int]],
-    shares: Mapping[str, Sequence[float]] | None = None,
+    indices: Mapping[Any, Sequence[int]],
+    shares: Mapping[Any, Sequence[float]] | None = None,
 ) -> nn.Module:
     """Gather dimension groups by an index.
 
@@ -86,14 +87,11 @@ def reindex(
         >>> surgery.reindex(traced, {"conv1": [0, 1, 1]})
     """
     analysis = analyse(module)
-    by_group: dict[str, tuple[int, ...]] = {}
-    for name, index in indices.items():
-        group = analysis.find(name)
-        if group.name in by_group:
-            raise UsageError(f"{name!r} addresses group {group.name!r}, which another name addresses too")
-        by_group[group.name] = tuple(int(i) for i in index)
-    named = {analysis.find(name).name: tuple(float(v) for v in values) for name, values in (shares or {}).items()}
-    return apply(module, Reindex(by_group, named))
+    wished = {where: tuple(int(i) for i in index) for where, index in indices.items()}
+    weighed = {where: tuple(float(v) for v in values) for where, values in (shares or {}).items()}
+    by_group = {group.name: index for group, index in resolve(analysis, module, wished).items()}
+    by_share = {group.name: values for group, values in resolve(analysis, module, weighed).items()}
+    return apply(module, Reindex(by_group, by_share))
 
 
 def gathered_origins(module: nn.Module, analysis: Analysis, step: Reindex) -> dict[str, Origin]:

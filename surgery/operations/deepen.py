@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -20,11 +19,13 @@ from surgery.edit.insert_block import InsertBlock, copied_blocks, zero_names
 from surgery.edit.insert_dense import InsertDense, dense_edit
 from surgery.edit.insert_identity import InsertIdentity, weight_before
 from surgery.edit.moments import calibrate, identity_eps
+from surgery.edit.names import find_places
 from surgery.edit.sites import Site, activation_of, is_called, local_name, output_sites
 from surgery.edit.step import Step
 from surgery.errors import EditError, UsageError, unknown_name, whole_number
 from surgery.graph.tracing import info
 from surgery.layers.maxout import Maxout
+from surgery.selectors import Where
 
 FORMS = ("layer", "residual", "block")
 
@@ -34,7 +35,7 @@ _GATES = frozenset({"Sigmoid", "Hardsigmoid"})
 
 def deepen(
     module: nn.Module,
-    places: Mapping[str, int] | Iterable[str] | str,
+    places: Mapping[Any, int] | Where,
     *,
     form: str | None = None,
     kernel: int | Sequence[int] | None = None,
@@ -63,8 +64,8 @@ def deepen(
 
     Args:
         module: a traced module.
-        places: layers and containers, or how many to insert behind each: ``{"layer3": 2}``. Behind a container means at
-            its end; behind a layer means behind the normalisation and activation that follow it. Globs match layers.
+        places: where to insert (`surgery.selectors`), or how many at each place: ``{"layer3": 2}``, ``{"layer*": 1}``.
+            At a container means at its end; at a layer means after the normalisation and activation that follow it.
         form: what is inserted; by default what fits.
         kernel: size of the identity convolutions, odd; one for each direction or the same for all. By default that of
             the named layer where it is odd, else 3. With a kernel the default is to insert layers, no blocks.
@@ -86,7 +87,7 @@ def deepen(
 
 def deepen_plan(
     module: nn.Module,
-    places: Mapping[str, int] | Iterable[str] | str,
+    places: Mapping[Any, int] | Where,
     *,
     form: str | None = None,
     kernel: int | Sequence[int] | None = None,
@@ -105,7 +106,7 @@ def deepen_plan(
     analysis = analyse(module)
     taken = {name for name, _ in module.named_modules()}
     steps: list[Step] = []
-    for name, count in _expanded(module, places).items():
+    for name, count in find_places(module, places.items() if isinstance(places, Mapping) else [(places, 1)]).items():
         count = whole_number(f"the number of layers behind {name!r}", count, 1)
         site = next(iter(output_sites(module, name)))
         dense = _dense(module, analysis, site, name, form) if kernel is None else None
@@ -160,25 +161,6 @@ def _copy(module: nn.Module, analysis: Analysis, after: str, like: str, name: st
     if len(zeros) > 1:
         raise EditError(f"{like or after!r} ends in other layers in training than in evaluation")
     return InsertBlock(after, name, like, zeros.pop())
-
-
-def _expanded(module: nn.Module, places: Mapping[str, int] | Iterable[str] | str) -> dict[str, int]:
-    if isinstance(places, str):
-        places = [places]
-    counts = dict(places) if isinstance(places, Mapping) else dict.fromkeys(places, 1)
-    layers = [n for n, m in module.named_modules() if n and not any(True for _ in m.children())]
-    result: dict[str, int] = {}
-    for name, count in counts.items():
-        if not isinstance(name, str):
-            raise UsageError(f"layers are named by strings, not {name!r}")
-        if any(c in name for c in "*?["):
-            matched = [n for n in layers if fnmatchcase(n, name)]
-            if not matched:
-                raise unknown_name("layer", name, layers)
-            result.update(dict.fromkeys(matched, count))
-        else:
-            result[name] = count
-    return result
 
 
 def _step(

@@ -26,7 +26,8 @@ from surgery.errors import UsageError, unknown_name, whole_number
 from surgery.graph.tracing import info
 from surgery.operations.masks import Scores, by_first_name, largest, unit_scores
 
-Rate = float | Mapping[str, float]
+Rate = float | Mapping[Any, float]
+"""One split rate, or one for each selector (`surgery.selectors`)."""
 
 
 def slim(module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = "prefix") -> nn.Module:
@@ -36,7 +37,8 @@ def slim(module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = 
 
     Args:
         module: a traced module.
-        rate: the split rate ``s`` in (0, 1], or one for each of some layers, containers or globs. Every group keeps
+        rate: the split rate ``s`` in (0, 1], or one for each of some selectors (`surgery.selectors`):
+            ``{"layer4": 0.25, nn.Linear: 0.5}``; the most specific decides. Every group keeps
             the first ``ceil(s * n)`` of what each of its producers writes; where different layers read different
             parts of it (a ``chunk``), each part keeps its share.
         round_to: kept channels are rounded up to a multiple of this, as far as there are any.

@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -28,7 +29,7 @@ SYMMETRY = ("uneven", "zero-sum", "noise")
 
 def widen(
     module: nn.Module,
-    width: float | Mapping[str, Width],
+    width: float | Mapping[Any, Width],
     *,
     mapping: str = "random",
     break_symmetry: str | None = None,
@@ -42,10 +43,10 @@ def widen(
 
     Args:
         module: a traced module.
-        width: a factor of at least 1 for every group, or for each of some layers, containers or globs a factor
-            (``float``) or an absolute width in channels (``int``). A container or glob stands for every group that a
-            layer in it produces, each of which gets the factor, or the width. The most specific name decides: a layer
-            before a glob before a container; of globs that with more letters, of containers the inner one.
+        width: a factor of at least 1 for every group, or for each of some selectors (`surgery.selectors`) a factor
+            (``float``) or an absolute width in channels (``int``): ``{"layer3": 2.0, "layer1.0.conv1": 96}``. A
+            selector stands for every group that a layer it matches writes, each of which gets the factor, or the
+            width. The most specific selector decides.
         mapping: ``"random"``: the paper's mapping g, the old channels first, then uniform draws. ``"balanced"``: each
             channel is copied as often as the others, or once more; drawn is which. What a LayerNorm or GroupNorm
             normalises over is always copied whole.
@@ -74,7 +75,7 @@ def widen(
 
 def widen_plan(
     module: nn.Module,
-    width: float | Mapping[str, Width],
+    width: float | Mapping[Any, Width],
     *,
     mapping: str = "random",
     break_symmetry: str | None = None,
@@ -99,13 +100,13 @@ def widen_plan(
     return Reindex(indices, noise=Noise(kind, _number("noise is a number", noise), seed))
 
 
-def unwidened(module: nn.Module, width: float | Mapping[str, Width], *, round_to: int = 1) -> dict[str, str]:
+def unwidened(module: nn.Module, width: float | Mapping[Any, Width], *, round_to: int = 1) -> dict[str, str]:
     """The editable groups that `widen` leaves as they are, for growing them would not be exact, and why."""
     return _plan(module, width, "random", 0, round_to)[1]
 
 
 def _plan(
-    module: nn.Module, width: float | Mapping[str, Width], mapping: str, seed: int, round_to: int
+    module: nn.Module, width: float | Mapping[Any, Width], mapping: str, seed: int, round_to: int
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """The index of each group that grows, and why others do not."""
     round_to = whole_number("round_to", round_to, 1)

@@ -22,17 +22,16 @@ from surgery.errors import EditError, TraceError, UsageError
 from surgery.graph.guards import Values
 from surgery.graph.traced import TracedModule, TraceInfo, example_inputs, info, set_info
 from surgery.graph.whole_graph import bound_arguments
+from surgery.selectors import Where, each_selector, select
 from surgery.taps.landmarks import classifier, classifier_input, middle, name_of, nonlinearity, stage_ends
 from surgery.taps.regressors import ActivationLayout
 from surgery.taps.truncate import copied, needed_for, truncate
-
-Names = str | Sequence[str]
 
 Step = tuple[Callable[..., Tensor], tuple[Any, ...]]
 """A function of a tensor, and its further arguments."""
 
 
-def tap(module: nn.Module, names: Names) -> TracedModule:
+def tap(module: nn.Module, where: Where) -> TracedModule:
     """A copy of a traced module that hands out the values of some of its layers while it trains.
 
     In training mode it returns ``(output, values)``: what the module returns, auxiliary outputs included, and a tuple
@@ -46,7 +45,7 @@ def tap(module: nn.Module, names: Names) -> TracedModule:
         EditError: a layer without one output in training.
     """
     network = TappedNetwork(module, "module", mode="training")
-    taps = [network.tap(name) for name in ([names] if isinstance(names, str) else names)]
+    taps = [network.tap(name) for name in names_of(module, where)]
     result = network.observed([taps], [None])
     end = result.graphs[-1].output_node()
     returned: Any = end.args[0]
@@ -54,6 +53,11 @@ def tap(module: nn.Module, names: Names) -> TracedModule:
     end.args = ((output, values),)
     result.recompile()
     return result
+
+
+def names_of(module: nn.Module, where: Where) -> list[str]:
+    """The names that selectors mean, for each selector its own: one name may be meant twice."""
+    return [name for selector in each_selector(where) for name in select(module, selector)]
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ class TappedNetwork:
         return value.through((torch.mean, (axes,))) if axes else value
 
     def stages(self) -> list[Tap]:
-        """The ends of the stages, from the input on: see `surgery.taps.ends`."""
+        """The ends of the stages, from the input on: see `surgery.taps.landmarks.stage_ends`."""
         flow = self.flows[0]
         end = _first_output(flow) or flow.graph.output_node()
 

@@ -495,8 +495,10 @@ def test_a_detector_is_saved_and_rebuilt(tmp_path):
 
 def test_outputs_that_are_empty_prove_nothing():
     model = get_model("ssdlite320_mobilenet_v3_large", weights=None, weights_backbone=None, score_thresh=1.0).eval()
-    with pytest.raises(surgery.UsageError, match="the outputs are empty"):
-        surgery.verify(model, model, ([torch.rand(3, 64, 64)],))
+    check = surgery.verify(model, model, ([torch.rand(3, 64, 64)],))
+    assert not check.ok
+    with pytest.raises(surgery.VerificationError, match="the outputs are empty"):
+        check.raise_if_different()
 
 
 def test_a_model_with_parts_counts_as_traced_and_asking_changes_nothing():
