@@ -22,6 +22,7 @@ from surgery.axes.ledger import Findings, Ledger, ParamAxis, labelled_leaves
 from surgery.axes.ops import Op
 from surgery.errors import TraceError, UsageError
 from surgery.graph.meta import Twins
+from surgery.graph.outputs import Rebuild
 from surgery.graph.table import has_module_rule, rule_for, unknown
 from surgery.graph.traced import TracedModule
 
@@ -45,7 +46,7 @@ class Interpreter(Ledger):
         findings.buffers = frozenset(name for name, _ in root.named_buffers(remove_duplicate=False))
         for name, tensor in (*root.named_parameters(), *root.named_buffers()):
             self.names.setdefault(id(tensor), name)
-        self.twins = Twins()
+        self.twins = Twins(root)
         self.views: dict[int, list[tuple[fx.Node, Labelled]]] = {}
         """Values by the storage that they share."""
 
@@ -114,7 +115,9 @@ class Interpreter(Ledger):
                 return self.part(leaf, target, node.name, args, kwargs)
         elif target is operator.getitem and not isinstance(args[0], Labelled):
             return args[0][args[1]]
-        elif isinstance(target, type) and issubclass(target, (tuple, list, dict)):
+        elif target is getattr and not isinstance(args[0], Labelled):
+            return getattr(*args)
+        elif isinstance(target, Rebuild) or (isinstance(target, type) and issubclass(target, (tuple, list, dict))):
             return target(*args, **kwargs)
         raw_args, raw_kwargs = pytree.tree_map(_value, (args, kwargs))
         tensors = list(labelled_leaves((args, kwargs)))

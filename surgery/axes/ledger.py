@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from surgery.axes.labels import Field, Ids, Labelled, Pairing
+from surgery.graph.outputs import leaves_in
 from surgery.graph.table import NodeEdit
 
 
@@ -148,7 +148,8 @@ class Ledger:
 
 
 def labelled_leaves(tree: Any) -> Iterable[Labelled]:
-    return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Labelled))
+    """Every `Labelled` in a value, whatever holds it."""
+    return (tree,) if isinstance(tree, Labelled) else [leaf for _, leaf in leaves_in(tree, Labelled)]
 
 
 class Silent(Ledger):

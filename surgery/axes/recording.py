@@ -27,6 +27,7 @@ from surgery.axes.ops import Op
 from surgery.axes.untraced import FACTORIES, HARMLESS, NUMBERS, WatchedSize, named, selected, unfollowed, written_dims
 from surgery.errors import TraceError
 from surgery.graph.islands import cloned
+from surgery.graph.outputs import tensors_in
 from surgery.graph.table import UNKNOWN, Rule, rule_for
 from surgery.graph.traced import TracedModule
 
@@ -54,16 +55,15 @@ def collect_findings(
     for training in modes:
         twin.train(training)
         try:
-            with recording.listening(twin), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with recording.listening(twin), torch.enable_grad(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 result = twin(*cloned(args), **cloned(kwargs))
         except (RuntimeError, ValueError, IndexError, KeyError, AssertionError) as error:
             mode = "training" if training else "evaluation"
             raise TraceError(f"{type(module).__name__} does not run in {mode} on inputs like those it was traced with: "
                              f"{str(error).strip().partition(chr(10))[0]}") from error  # fmt: skip
-        for leaf in pytree.tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                recording.freeze(recording.label(leaf), "network output")
+        for _, leaf in tensors_in(result):
+            recording.freeze(recording.label(leaf), "network output")
     return findings
 
 
@@ -342,8 +342,7 @@ class _Recording(TorchFunctionMode):
                     size.used(name)
 
     def attach(self, result: Any, out: Any) -> None:
-        leaves = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
-        for t, label in zip(leaves, labelled_leaves(out), strict=True):
+        for (_, t), label in zip(tensors_in(result), labelled_leaves(out), strict=True):
             self.remember(t, label)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,12 @@ from torch.utils import _pytree as pytree
 from surgery.axes.analysis import Analysis
 from surgery.axes.labels import Field, Ids, Labelled
 from surgery.axes.ledger import Silent
+from surgery.axes.ledger import labelled_leaves as _labelled
 from surgery.axes.ops import Op
 from surgery.edit.layout import Layout, Layouts
 from surgery.edit.selection import find_selection, first_input
 from surgery.errors import EditError
+from surgery.graph.outputs import Rebuild
 from surgery.graph.table import NodeEdit, Rule, rule_for
 from surgery.graph.tracing import TracedModule
 
@@ -65,7 +67,7 @@ class _Rewiring:
         self.stale: set[fx.Node] = set()  # nodes that cannot be as asked; what reads them selects from before them
         replaced: list[fx.Node] = []
         for node in graph.nodes:
-            if node.op in ("placeholder", "output", "get_attr"):
+            if node.op in ("placeholder", "output", "get_attr") or isinstance(node.target, Rebuild):
                 continue
             out = self.record(node)
             if not any(True for _ in _labelled(out)):
@@ -466,10 +468,6 @@ def _replace_by_number(node: fx.Node, number: int) -> None:
     for user in list(node.users):
         user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda n: number if n is node else n)
     node.graph.erase_node(node)
-
-
-def _labelled(tree: Any) -> Iterable[Labelled]:
-    return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Labelled))
 
 
 def _where(node: fx.Node) -> str:

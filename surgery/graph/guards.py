@@ -61,7 +61,7 @@ class Values:
             inputs: for each placeholder its value, with tensors of any device.
         """
         self.root = root
-        self.twins = Twins()
+        self.twins = Twins(root)
         self.inputs = {name: self._meta(value) for name, value in inputs.items()}
         self.busy = False
         """Whether a layer's twin is running."""
@@ -88,6 +88,8 @@ class Values:
         if node.op == "get_attr":
             value = False if "training_flag_of" in node.meta else operator.attrgetter(str(node.target))(self.root)
             return self._meta(value)
+        if node.target is getattr and node.args[1] in _OF_GRADIENTS:
+            raise TraceError(f"{node.name} depends on whether gradients are recorded")
         args: Any = fx.map_arg(node.args, self._known.__getitem__)
         kwargs: Any = fx.map_arg(node.kwargs, self._known.__getitem__)
         leaf = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -108,6 +110,10 @@ class Values:
 
     def _meta(self, tree: Any) -> Any:
         return pytree.tree_map_only(torch.Tensor, self.twins.tensor, tree)
+
+
+_OF_GRADIENTS = ("requires_grad", "is_leaf", "grad_fn", "grad", "retains_grad")
+"""Attributes of a tensor that its twin does not have."""
 
 
 def _ancestors(node: fx.Node, known: dict[fx.Node, Any]) -> list[fx.Node]:

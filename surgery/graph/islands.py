@@ -17,10 +17,11 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from surgery.errors import TraceError, UsageError
+from surgery.graph.arguments import Arguments, bound_arguments
 from surgery.graph.guards import Values
 from surgery.graph.table import has_module_rule
 from surgery.graph.traced import TracedModule
-from surgery.graph.whole_graph import Arguments, bound_arguments, traced_copy
+from surgery.graph.whole_graph import traced_copy
 
 
 def trace_islands(
@@ -60,7 +61,7 @@ def _calls(
     for training in (False, True):
         twin.train(training)
         try:
-            with _listening(twin, calls), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with _listening(twin, calls), torch.enable_grad(), torch.random.fork_rng(devices=[]):
                 twin(*cloned(args), **cloned(kwargs))
         except Exception as error:  # the model's own Python, which may raise anything
             if not training:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,13 @@ from torch.utils import _pytree as pytree
 class Twins:
     """Meta twins, each made once. The originals have to outlive them."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: nn.Module) -> None:
+        """
+        Args:
+            root: the module whose parameters say on which device the originals are, for what asks a twin.
+        """
+        tensors = (*root.parameters(), *root.buffers())
+        self.device = next((t.device for t in tensors), torch.get_default_device())
         self._tensors: dict[int, torch.Tensor] = {}
         self._layers: dict[int, nn.Module] = {}
 
@@ -51,6 +58,8 @@ class Twins:
             return _on_meta(target, *args, **kwargs)
         if leaf is None and isinstance(kwargs.get("device"), (str, int, torch.device)):
             kwargs = {**kwargs, "device": "meta"}
+        if target is getattr and args[1] in _DEVICE and isinstance(args[0], torch.Tensor):
+            return _DEVICE[args[1]](self.device)
         with torch.no_grad():
             if leaf is not None:
                 raw = self.layer(leaf)(*args, **kwargs)
@@ -59,6 +68,15 @@ class Twins:
             else:
                 raw = target(*args, **kwargs)
         return pytree.tree_map(lambda v: v.to("meta") if isinstance(v, torch.Tensor) else v, raw)
+
+
+_DEVICE: dict[str, Callable[[torch.device], Any]] = {
+    "device": lambda device: device,
+    "is_meta": lambda device: device.type == "meta",
+    "is_cpu": lambda device: device.type == "cpu",
+    "is_cuda": lambda device: device.type == "cuda",
+}
+"""Attributes by which a twin differs from its original."""
 
 
 def _on_meta(method: str, tensor: Any, *args: Any, **kwargs: Any) -> Any:

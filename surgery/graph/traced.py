@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from surgery.errors import UsageError
+from surgery.graph.gradients import generating_modes
 
 _INFO, _NOTES = "surgery", "_surgery"
 
@@ -82,12 +83,14 @@ class TracedModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Regenerate the Python code from the graphs. Call it after changing one."""
-        code = super().recompile()
+        with generating_modes(self._graph):
+            code = super().recompile()
         train_graph = self.__dict__.get("train_graph")
         if train_graph is not None:
             cls = type(self)
             eval_forward = cls.forward
-            train_forward = type(fx.GraphModule(self, train_graph)).forward
+            with generating_modes(train_graph):
+                train_forward = type(fx.GraphModule(self, train_graph)).forward
             train_graph.owning_module = self
 
             def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

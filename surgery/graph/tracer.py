@@ -8,7 +8,6 @@ import operator
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType, FunctionType
 from typing import Any
 
@@ -17,7 +16,10 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from surgery.errors import TraceError
+from surgery.graph.arguments import Arguments
+from surgery.graph.gradients import Modes, mark_modes
 from surgery.graph.guards import Values, expect, user_line
+from surgery.graph.outputs import taken_apart
 from surgery.graph.table import has_module_rule, ruled_functions
 
 _KEYS, _VALUES, _ITEMS = (
@@ -30,6 +32,11 @@ class SizeProxy(fx.Proxy):
 
     def __getattr__(self, name: str) -> Any:
         return _SizeAttribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("node", "tracer", "root", "attr", "_node"):
+            raise TraceError(f"an attribute {name!r} of a tensor is set ({user_line()})")
+        super().__setattr__(name, value)
 
     def __len__(self) -> int:
         return int(self.tracer.length(self))  # type: ignore[attr-defined]
@@ -55,6 +62,7 @@ class GuardingTracer(fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__(param_shapes_constant=True)
+        self.modes = Modes()
         self._guarded: set[tuple[fx.Node, str]] = set()
         self._probed: list[tuple[fx.Node, Any, FrameType, int, str]] = []
 
@@ -123,7 +131,17 @@ class GuardingTracer(fx.Tracer):
 
     def create_node(self, kind: str, target: Any, *rest: Any, **named: Any) -> fx.Node:
         self._settle()
-        return super().create_node(kind, getattr(target, _LEAF, target), *rest, **named)
+        node = super().create_node(kind, getattr(target, _LEAF, target), *rest, **named)
+        mark_modes(node, self.modes)
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        """An object that holds proxies is made by a node, so that it keeps its class."""
+        made = taken_apart(a)
+        if made is None:
+            return super().create_arg(a)
+        rebuild, values = made
+        return self.create_node("call_function", rebuild, (super().create_arg(values),), {})
 
     def _settle(self) -> None:
         """Guard the numbers that Python took, other than in the instruction whose result this node will be."""
@@ -152,19 +170,13 @@ _LEAF = "_surgery_leaf"
 """Where what stands in for a function while tracing has the function (`symbolic_functions`)."""
 
 
-@dataclass(frozen=True)
-class _Constant:
-    """Hides how a constant is nested from fx, which would make an argument of each of its parts."""
-
-    value: Any
-
-
 class Tracer(GuardingTracer):
     """Leaves are layers that have a rule and modules of torch.nn; buffers and mode flags are read in the graph."""
 
-    def __init__(self, modal: set[str], training: bool, values: Values) -> None:
+    def __init__(self, modal: set[str], training: bool, root: nn.Module, given: Arguments) -> None:
         super().__init__()
-        self.values = values
+        self.given = given
+        self.values = Values(root, given.values)
         self.modal = modal
         self.mode = training
         self.branched = False
@@ -203,18 +215,24 @@ class Tracer(GuardingTracer):
         self.stack.pop()
         return result
 
-    def _proxy_placeholder(self, name: str, concrete_args: Any, sig: inspect.Signature, function: Any) -> Any:
-        """A constant keeps its parameter, which refuses any other value."""
-        if name not in concrete_args:
-            return super()._proxy_placeholder(name, concrete_args, sig, function)
-        value, default = concrete_args[name], sig.parameters[name].default
-        given = self.create_proxy("placeholder", name, () if default is inspect.Parameter.empty else (default,), {})
-        self.guard(given.node, "the value", value, f"argument {name!r} of {type(self.root).__name__}")
-        return _Constant(value)
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Placeholders by the names that ``forward`` shows, whatever decorates it, and what calls it on them."""
+        proxies = {name: self._placeholder(name, value) for name, value in self.given.values.items()}
 
-    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
-        function, given = super().create_args_for_root(*args, **kwargs)
-        return function, [a.value if isinstance(a, _Constant) else a for a in given]
+        def call(root: nn.Module) -> Any:
+            args, kwargs = self.given.call(proxies)
+            return root.forward(*args, **kwargs)
+
+        return call, [self.root]
+
+    def _placeholder(self, name: str, value: Any) -> Any:
+        """A constant keeps its parameter, which refuses any other value."""
+        default = self.given.signature.parameters[name.lstrip("*")].default
+        proxy = self.create_proxy("placeholder", name, () if default is inspect.Parameter.empty else (default,), {})
+        if name not in self.given.constants:
+            return proxy
+        self.guard(proxy.node, "the value", value, f"argument {name!r} of {type(self.root).__name__}")
+        return value
 
     def training_flag(self, module: nn.Module) -> Any:
         if self.values.busy:

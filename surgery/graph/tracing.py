@@ -9,7 +9,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from surgery.errors import TraceError, UsageError
+from surgery.errors import TraceError
+from surgery.graph.accepted import private_copy, unwrap
+from surgery.graph.agreement import check_agreement
+from surgery.graph.arguments import bound_arguments
 from surgery.graph.islands import trace_islands
 from surgery.graph.structure import seal
 from surgery.graph.traced import TensorSpec as TensorSpec
@@ -20,64 +23,66 @@ from surgery.graph.traced import info as info
 from surgery.graph.traced import inputs_like as inputs_like
 from surgery.graph.traced import set_info
 from surgery.graph.traced import with_info as with_info
-from surgery.graph.whole_graph import bound_arguments, traced_copy
+from surgery.graph.whole_graph import traced_copy
 
 _FEW = 4096
 """Up to how many entries of a tensor are remembered."""
 
 
 def trace(
-    model: nn.Module, example_inputs: Any, *, kwargs: dict[str, Any] | None = None, source: str | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    kwargs: dict[str, Any] | None = None,
+    source: str | None = None,
+    check: bool = True,
 ) -> nn.Module:
     """Trace ``model`` to graphs that compute the same in ``train()`` and in ``eval()``.
 
     Where Python decides by what tensors hold, the model is run once in each mode, stays the module that it is, and its
     largest parts that can be traced become graphs; what couples them is found by `dimension_groups`.
 
+    The result is called once before it is returned, and compared with the model: see `check_agreement`.
+
     Args:
-        model: any module. It is not modified, and the result shares no storage with it.
+        model: any module. It is not modified, and the result shares no storage with it. What `torch.compile`,
+            `nn.DataParallel` and `DistributedDataParallel` wrap is traced without the wrapper.
         example_inputs: a tensor, or a tuple of the positional inputs. Shapes and dtypes are remembered; of a model that
             is traced in parts, the values of small tensors too.
         kwargs: inputs passed by name.
         source: where the architecture comes from (``"torchvision:resnet50"``), so that `surgery.load` can rebuild it.
+        check: whether to compare; False saves a forward pass or a few, and two copies of the weights meanwhile.
 
     Returns:
         a `TracedModule` where the whole model traces; else a module of the model's own class with some in it.
 
     Raises:
-        UsageError: a layer is converted to int8.
-        TraceError: neither the model nor any part of it can be turned into a graph; the message says where.
+        UsageError: a part is TorchScript, converted to int8 or lazy, or a parameter has a gradient hook.
+        TraceError: neither the model nor any part of it can be turned into a graph, or what was made of it computes
+            something else; the message says where.
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(kwargs or {})
-    _refuse_packed_weights(model)
-    try:
-        root = copy.deepcopy(model)
-    except RuntimeError as error:
-        raise TraceError(f"{type(model).__name__} cannot be copied: {error}") from error
-    given = bound_arguments(model, args, kwargs)
+    model = unwrap(model)
+    root = private_copy(model)
+    given = bound_arguments(root, args, kwargs)
+    reference = copy.deepcopy(root)
     untraced = ""
     modes: tuple[bool, ...] = (False,)
     traced: nn.Module
     try:
         traced = traced_copy(root, given)
+        if check:
+            check_agreement(traced, reference, args, kwargs)
     except TraceError as error:
         untraced = str(error)
-        traced, modes = trace_islands(copy.deepcopy(model), args, kwargs, error)
+        traced, modes = trace_islands(copy.deepcopy(reference), args, kwargs, error)
+        if check:
+            check_agreement(traced, reference, args, kwargs)
     spec_args, spec_kwargs = pytree.tree_map(lambda v: _spec(v, bool(untraced)), (args, kwargs))
     set_info(traced, TraceInfo(source, spec_args, spec_kwargs, untraced=untraced, modes=modes))
     seal(traced)
     return traced
-
-
-def _refuse_packed_weights(model: nn.Module) -> None:
-    """A layer converted to int8 holds its weight packed for one kernel, where no operation can reach it."""
-    packed = next((name for name, module in model.named_modules() if hasattr(module, "_packed_params")), None)
-    if packed is not None:
-        raise UsageError(
-            f"{packed!r} is converted to int8, and its packed weights cannot be operated on: "
-            "operate on the model in its float form, then quantize the result"
-        )
 
 
 def _spec(value: Any, with_values: bool) -> Any:

@@ -2,48 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
-from surgery.errors import TraceError, UsageError
+from surgery.errors import TraceError
+from surgery.graph.arguments import Arguments, bound_arguments
+from surgery.graph.gradients import symbolic_gradients, unmark_plain
 from surgery.graph.guards import Values
 from surgery.graph.traced import TracedModule, copy_hooks, shelled
 from surgery.graph.tracer import ModeBranchError, Tracer, symbolic_factories, symbolic_functions, symbolic_modes
 
-_STARS = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
 _VIEWS_OF_DICTS = ("items", "keys", "values")
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """The parameters of a ``forward`` in one call, by name; ``*args`` and ``**kwargs`` with their stars."""
-
-    values: dict[str, Any]
-    constants: dict[str, Any]
-    """Those that hold no tensor: constants of the graph, guarded by fx."""
-
-
-def bound_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """The call ``model(*args, **kwargs)`` by the names of the parameters."""
-    try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as error:
-        raise UsageError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
-    given = dict(bound.arguments)
-    bound.apply_defaults()
-    stars = {name: _STARS.get(p.kind.name, "") for name, p in bound.signature.parameters.items()}
-    constants = {
-        name: value
-        for name, value in bound.arguments.items()
-        if not stars[name]
-        and (name not in given or not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(value)))
-    }
-    return Arguments({stars[name] + name: value for name, value in bound.arguments.items()}, constants)
 
 
 def traced_copy(root: nn.Module, given: Arguments, *, inside: bool = False) -> TracedModule:
@@ -90,10 +61,15 @@ def _register_plain_tensors(root: nn.Module, graph: fx.Graph | None) -> None:
 
 
 def _trace_mode(root: nn.Module, given: Arguments, modal: set[str], *, training: bool) -> tuple[Tracer, fx.Graph]:
-    tracer = Tracer(modal, training, Values(root, given.values))
+    tracer = Tracer(modal, training, root, given)
     try:
-        with symbolic_modes(root, tracer), symbolic_factories(tracer), symbolic_functions(root, tracer):
-            graph = tracer.trace(root, given.constants)
+        with (
+            symbolic_modes(root, tracer),
+            symbolic_factories(tracer),
+            symbolic_functions(root, tracer),
+            symbolic_gradients(tracer),
+        ):
+            graph = tracer.trace(root)
     except ModeBranchError:
         raise
     except Exception as error:  # fx runs the model's own Python, which may raise anything
@@ -103,6 +79,7 @@ def _trace_mode(root: nn.Module, given: Arguments, modal: set[str], *, training:
         node.meta["path"] = next(reversed(stack))  # the module whose forward made the node
         if not node.users and ("training_flag_of" in node.meta or node.target in _VIEWS_OF_DICTS):
             graph.erase_node(node)
+    unmark_plain(graph)
     return tracer, graph
 
 

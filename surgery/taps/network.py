@@ -19,9 +19,9 @@ from surgery.axes.labels import Labelled
 from surgery.edit.blocks import Flow
 from surgery.edit.sites import Site, output_sites
 from surgery.errors import EditError, TraceError, UsageError
+from surgery.graph.arguments import bound_arguments
 from surgery.graph.guards import Values
 from surgery.graph.traced import TracedModule, TraceInfo, example_inputs, info, set_info
-from surgery.graph.whole_graph import bound_arguments
 from surgery.selectors import Where, each_selector, select
 from surgery.taps.landmarks import classifier, classifier_input, middle, name_of, nonlinearity, stage_ends
 from surgery.taps.regressors import ActivationLayout

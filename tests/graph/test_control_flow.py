@@ -194,3 +194,42 @@ def test_raft_shrinks_and_grows(monkeypatch):
     assert surgery.verify(wide, traced, images, kwargs=kwargs).max_rel <= 1e-10
     slim, masked = surgery.slim(traced, 0.5), surgery.masked(traced, surgery.split_masks(traced, 0.5))
     assert surgery.verify(slim, masked, images, kwargs=kwargs).max_rel <= 1e-10
+
+
+def test_python_that_asks_for_the_device_gets_that_of_the_model():
+    class ByDevice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.a(x)
+            if x.device.type != "meta" and not x.is_meta and x.device == self.b.weight.device:
+                x = x.relu() + torch.arange(8, device=x.device)
+            return self.b(x.cuda() if x.is_cuda else x)
+
+    model, x = ByDevice().double(), torch.randn(2, 3, dtype=torch.float64)
+    traced = surgery.trace(model, x)
+    assert torch.equal(traced(x), model(x))
+    wide = surgery.widen(traced, 2.0)
+    torch.testing.assert_close(wide(x), model(x))
+
+
+def test_a_model_that_sets_an_attribute_of_a_tensor_stays_python():
+    class Sets(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            y = self.a(x).detach()
+            y.requires_grad = True
+            return self.b(y), y
+
+    model, x = Sets().double(), torch.randn(2, 3, dtype=torch.float64)
+    traced = surgery.trace(model, x)
+    for module in (traced, model):
+        out, y = module(x)
+        out.sum().backward()
+        assert y.grad is not None
+    assert not isinstance(traced, torch.fx.GraphModule)
