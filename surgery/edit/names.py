@@ -1,81 +1,157 @@
-"""From the names a user writes to the groups they mean."""
+"""From the selectors a user writes to the dimension groups they mean."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from fnmatch import fnmatchcase
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 from torch import nn
 
-from surgery.axes.groups import Analysis, DimensionGroup
-from surgery.errors import EditError, UsageError, unknown_name
+from surgery.axes.analysis import Analysis
+from surgery.axes.groups import DimensionGroup
+from surgery.axes.ledger import labelled_leaves
+from surgery.errors import EditError, UsageError
+from surgery.selectors import (
+    Selector,
+    Where,
+    class_named,
+    described,
+    each_selector,
+    is_glob,
+    matches,
+    rank,
+    select,
+)
 
+K = TypeVar("K")
 T = TypeVar("T")
 
+_LAYER = 3
+"""The rank of a name that is a group's, or that of a layer or parameter with channels."""
 
-def resolve(dims: Analysis, module: nn.Module, wishes: Mapping[str, T]) -> dict[DimensionGroup, T]:
-    """The group, or groups, that each name means.
 
-    A name is a group's own, a layer that produces channels, a container (all layers inside), or a glob over layer
-    names. Where several names reach one group the most specific decides: a layer before a glob before a container, a
-    glob that spells out more letters before one with fewer, a container before those that it is in.
+@dataclass(frozen=True)
+class Wish(Generic[K, T]):
+    """What one selector asks for."""
+
+    selector: Selector
+    rank: tuple[int, int]
+    targets: tuple[K, ...]
+    value: T
+
+
+def resolve(analysis: Analysis, module: nn.Module, wishes: Mapping[Any, T]) -> dict[DimensionGroup, T]:
+    """The groups that each selector means, and what is asked of them.
+
+    A selector (`surgery.selectors`) means the groups that the layers it matches write; a group's own name means it.
+    Where several selectors reach one group, the most specific decides (`surgery.selectors.rank`).
+
+    Args:
+        wishes: by selector, what is asked.
 
     Raises:
-        UsageError: a name matches nothing, or two names disagree of which neither is more specific.
-        EditError: a group, or a layer of it, is named that cannot be edited, or a container or glob in which none can.
+        UsageError: a selector matches nothing, or two disagree of which neither is more specific.
+        EditError: a named group or layer cannot be edited, or nothing that a selector matches can; with the reason.
     """
-    found = {name: _matches(dims, module, name) for name in wishes}
-    result: dict[DimensionGroup, T] = {}
-    decided: dict[DimensionGroup, str] = {}
-    for name in sorted(found, key=lambda n: (found[n][1], _letters(n)), reverse=True):
-        groups, kind = found[name]
-        for group in groups:
-            other = decided.setdefault(group, name)
-            wish = result.setdefault(group, wishes[name])
-            if other != name and wish != wishes[name] and found[other][1] == kind and not _decides(other, name, kind):
+    asked = [_find(analysis, module, s, value) for where, value in wishes.items() for s in each_selector(where)]
+    return decide(asked, lambda group: f"group {group.name!r}")
+
+
+def find_places(module: nn.Module, wishes: Iterable[tuple[Where, T]]) -> dict[str, T]:
+    """The layers and containers that each selector names, and what is asked of them: see `resolve`.
+
+    Raises:
+        UsageError: a selector matches nothing, or two disagree of which neither is more specific.
+    """
+    asked = [
+        Wish(s, (_LAYER, 0) if names == (s,) else rank(s), names, value)
+        for where, value in wishes
+        for s in each_selector(where)
+        for names in [select(module, s)]
+    ]
+    return decide(asked, repr)
+
+
+def decide(asked: Sequence[Wish[K, T]], describe: Callable[[K], str]) -> dict[K, T]:
+    """What is asked of each target, by the most specific wish; in the order of the wishes.
+
+    Raises:
+        UsageError: two wishes disagree of which neither is more specific.
+    """
+    decided: dict[K, Wish[K, T]] = {}
+    for wish in sorted(asked, key=lambda w: w.rank, reverse=True):
+        for target in wish.targets:
+            other = decided.setdefault(target, wish)
+            if other.value != wish.value and not _is_more_specific(other, wish):
+                name = describe(target).removeprefix("group ")
+                hint = f": name {name} as well to decide" if wish.rank[0] < _LAYER else ""
                 raise UsageError(
-                    f"{other!r} asks for {wish} of group {group.name!r}, {name!r} for {wishes[name]}"
-                    + (f": name {group.name!r} as well to decide" if kind < _LAYER else "")
+                    f"{described(other.selector)} asks for {other.value} of {describe(target)}, "
+                    f"{described(wish.selector)} for {wish.value}{hint}"
                 )
-    return {group: result[group] for name in wishes for group in found[name][0]}
+    return {target: decided[target].value for wish in asked for target in wish.targets}
 
 
-_CONTAINER, _GLOB, _LAYER = range(3)
+def _is_more_specific(wish: Wish[Any, Any], other: Wish[Any, Any]) -> bool:
+    """Whether one wish decides where another of no higher rank disagrees."""
+    kind = wish.rank[0]
+    if kind != other.rank[0]:
+        return True
+    if kind == 0:
+        ours, theirs = (class_named(s) if isinstance(s, str) else s for s in (wish.selector, other.selector))
+        return isinstance(ours, type) and isinstance(theirs, type) and ours is not theirs and issubclass(ours, theirs)
+    if kind == _LAYER:
+        return False
+    outer = str(other.selector)
+    return wish.rank > other.rank if kind == 2 else not outer or str(wish.selector).startswith(f"{outer}.")
 
 
-def _decides(name: str, other: str, kind: int) -> bool:
-    """Whether a name is more specific than another of its kind that has no more letters."""
-    if kind == _CONTAINER:
-        return not other or name.startswith(f"{other}.")
-    return kind == _GLOB and _letters(name) > _letters(other)
+def _find(analysis: Analysis, module: nn.Module, selector: Selector, value: T) -> Wish[DimensionGroup, T]:
+    """The groups that one selector means."""
+    named = analysis.layers
+    own = {g.name: g for g in analysis.groups}
+    if isinstance(selector, str):
+        group = own.get(selector) or named.get(selector)
+        if group is not None:
+            if not group.editable:
+                raise EditError(f"group {group.name!r} cannot be edited: {group.reason}")
+            return Wish(selector, (_LAYER, len(selector)), (group,), value)
+    modules = dict(module.named_modules(remove_duplicate=False))
+    more = [*named, *(own if isinstance(selector, str) and not is_glob(selector) else ())]
+    names = matches(modules, selector, more)
+    found: dict[DimensionGroup, None] = {}
+    for name in names:
+        inside = (g for n, g in named.items() if not name or n.startswith(f"{name}."))
+        found.update(dict.fromkeys([named[name]] if name in named else inside))
+    groups = tuple(g for g in found if g.editable)
+    if not groups:
+        reason = next(iter(found)).reason if found else _reason(analysis, names)
+        what = f"{selector!r}" if names == [selector] else f"nothing that {described(selector)} matches"
+        raise EditError(f"{what} {'cannot' if names == [selector] else 'can'} be edited: {reason}")
+    return Wish(selector, rank(selector), groups, value)
 
 
-def _letters(name: str) -> int:
-    """How many characters of a name stand for themselves."""
-    return len(re.sub(r"\[.*?\]|[*?]", "", name))
+def _reason(analysis: Analysis, names: list[str]) -> str:
+    """Why layers that are in no group, or only read one, cannot be edited."""
+    for name in names:
+        for _, reason in analysis.reasons:
+            if reason.startswith((f"{name} ", f"{name}.")):
+                return reason
+    written = {group.name: None for name in names for group in _written(analysis, name)}
+    if written:
+        return f"it has no channels of its own; name the layer that writes them: {', '.join(map(repr, written))}"
+    return "it holds no channels"
 
 
-def _matches(dims: Analysis, module: nn.Module, name: str) -> tuple[list[DimensionGroup], int]:
-    """The groups that a name means, and what kind of name it is."""
-    if not isinstance(name, str):
-        raise UsageError(f"layers are named by strings, not {name!r}")
-    layers = dims.layers
-    own = {g.name: g for g in dims.groups}
-    group = own.get(name) or layers.get(name)
-    if group is not None:
-        if not group.editable:
-            raise EditError(f"group {group.name!r} cannot be edited: {group.reason}")
-        return [group], _LAYER
-    if any(c in name for c in "*?["):
-        found, kind = {g: None for layer, g in layers.items() if fnmatchcase(layer, name)}, _GLOB
-    else:
-        found, kind = {g: None for layer, g in layers.items() if layer.startswith(f"{name}.") or not name}, _CONTAINER
-    if not found:
-        containers = (n for n, m in module.named_modules() if n and any(True for _ in m.children()))
-        raise unknown_name("layer", name, dict.fromkeys([*layers, *containers, *own]))
-    editable = [g for g in found if g.editable]
-    if not editable:
-        raise EditError(f"nothing that {name!r} matches can be edited: {next(iter(found)).reason}")
-    return editable, kind
+def _written(analysis: Analysis, name: str) -> list[DimensionGroup]:
+    """The groups whose channels are in the output of a layer or container."""
+    units: list[Any] = []
+    for (scope, node_name), value in analysis.values.items():
+        path, graph = analysis.graphs[scope]
+        node = next((n for n in graph.nodes if n.name == node_name and n.op == "call_module"), None)
+        if node is not None and f"{path}.{node.target}.".lstrip(".").startswith(f"{name}."):
+            units += [analysis.unit_of[f.ids].ravel() for label in labelled_leaves(value) for f in label.fields]
+    held = np.unique(np.concatenate(units)) if units else np.zeros(0, np.int64)
+    return [g for g in analysis.groups if ((held >= g.start) & (held < g.start + g.units)).any()]

@@ -14,6 +14,7 @@ from surgery.graph.accepted import private_copy, unwrap
 from surgery.graph.agreement import check_agreement
 from surgery.graph.arguments import bound_arguments
 from surgery.graph.islands import trace_islands
+from surgery.graph.structure import seal
 from surgery.graph.traced import TensorSpec as TensorSpec
 from surgery.graph.traced import TracedModule as TracedModule
 from surgery.graph.traced import TraceInfo as TraceInfo
@@ -80,6 +81,7 @@ def trace(
             check_agreement(traced, reference, args, kwargs)
     spec_args, spec_kwargs = pytree.tree_map(lambda v: _spec(v, bool(untraced)), (args, kwargs))
     set_info(traced, TraceInfo(source, spec_args, spec_kwargs, untraced=untraced, modes=modes))
+    seal(traced)
     return traced
 
 

@@ -1,25 +1,23 @@
-"""The inputs a module is measured on: the caller's own, or those a traced module remembers, at a chosen batch size.
-
-The batch size of a set of inputs is the length of axis 0 of its first tensor; every tensor of that length along axis 0
-is taken to run along the batch. Where the first input is a list of images, (channels, height, width) each, as detection
-models take it, the batch size is the length of that list, and every list of that length runs along the batch.
-"""
+"""The inputs a module is measured on: the caller's own, or those a traced module remembers, at a chosen batch size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from surgery.errors import SurgeryError, UsageError
 from surgery.graph import tracing
-
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
+from surgery.graph.batches import Args as Args
+from surgery.graph.batches import Kwargs as Kwargs
+from surgery.graph.batches import batch_of as batch_of
+from surgery.graph.batches import each_tensor
+from surgery.graph.batches import is_list_of_images as is_list_of_images
+from surgery.graph.batches import tensors as tensors
+from surgery.graph.batches import with_batch as with_batch
 
 
 def resolve(
@@ -49,63 +47,7 @@ def resolve(
 
 def copied(args: Args, kwargs: Kwargs, device: str | None = None) -> tuple[Args, Kwargs]:
     """These inputs with copies of their tensors, on ``device`` where one is given: a module may write into them."""
-    return _each(lambda tensor: tensor.detach().to(device, copy=True), args, kwargs)
-
-
-def batch_of(args: Args, kwargs: Kwargs) -> int | None:
-    """The batch size of these inputs: the length of their list of images, or of axis 0 of their first tensor; None if
-    they have none."""
-    if is_list_of_images(args):
-        return len(args[0])
-    first = next(iter(tensors((args, kwargs))), None)
-    return None if first is None or first.ndim == 0 else first.shape[0]
-
-
-def is_list_of_images(args: Args) -> bool:
-    """Whether the first positional input is a list of tensors with three axes each."""
-    images = args[0] if args else None
-    return (
-        isinstance(images, list)
-        and bool(images)
-        and all(isinstance(image, torch.Tensor) and image.ndim == 3 for image in images)
-    )
-
-
-def with_batch(args: Args, kwargs: Kwargs, size: int) -> tuple[Args, Kwargs]:
-    """These inputs with ``size`` samples: the samples given, and beyond those, copies of them.
-
-    A copy is rolled along its last axis, so that it differs from its original and yet holds values of the same kind
-    (token numbers stay token numbers). A graph that mixes up samples cannot then pass for one that does not.
-    """
-    batch = batch_of(args, kwargs)
-    if not batch:
-        raise UsageError("the example inputs have no batch axis: their first tensor has no axis 0, or an empty one")
-    if is_list_of_images(args):
-        return _with_lists(args, kwargs, batch, size)
-
-    def resize(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.ndim == 0 or tensor.shape[0] != batch:
-            return tensor
-        rows = [tensor[i % batch] for i in range(size)]
-        return torch.stack([row.roll(i // batch, -1) if row.ndim else row for i, row in enumerate(rows)])
-
-    return _each(resize, args, kwargs)
-
-
-def _with_lists(args: Args, kwargs: Kwargs, batch: int, size: int) -> tuple[Args, Kwargs]:
-    """As `with_batch`, where each list of ``batch`` things among the inputs runs along the batch."""
-
-    def resize(given: Any) -> Any:
-        if not isinstance(given, list) or len(given) != batch:
-            return given
-        return [_rolled(given[i % batch], i // batch) for i in range(size)]
-
-    return tuple(resize(arg) for arg in args), {name: resize(value) for name, value in kwargs.items()}
-
-
-def _rolled(sample: Any, shift: int) -> Any:
-    """An image rolled along its last axis; what belongs to an image, such as its boxes, stays as it is."""
-    return sample.roll(shift, -1) if isinstance(sample, torch.Tensor) and sample.ndim == 3 else sample
+    return each_tensor(lambda tensor: tensor.detach().to(device, copy=True), args, kwargs)
 
 
 def images_of(args: Args, kwargs: Kwargs) -> list[torch.Tensor]:
@@ -127,7 +69,7 @@ def enlarged(args: Args, kwargs: Kwargs, higher: int, wider: int) -> tuple[Args,
         height, width = tensor.shape[-2:]
         return tensor[..., torch.arange(height + higher) % height, :][..., torch.arange(width + wider) % width]
 
-    return _each(tiled, args, kwargs)
+    return each_tensor(tiled, args, kwargs)
 
 
 def other_values(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
@@ -147,19 +89,7 @@ def other_values(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         fractions = 0.5 + torch.rand(tensor.shape, generator=generator).to(tensor.dtype)
         return fractions * tensor if values[0] else fractions
 
-    return _each(changed, args, kwargs)
-
-
-def _each(change: Callable[[torch.Tensor], torch.Tensor], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-    """These inputs with each of their tensors changed. One tensor given twice stays one."""
-    once = {id(tensor): change(tensor) for tensor in tensors((args, kwargs))}
-    changed: tuple[Args, Kwargs] = pytree.tree_map_only(torch.Tensor, lambda tensor: once[id(tensor)], (args, kwargs))
-    return changed
-
-
-def tensors(tree: Any) -> list[torch.Tensor]:
-    """The tensors among the leaves of a nest of tuples, lists and dicts, in order."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return each_tensor(changed, args, kwargs)
 
 
 @contextmanager

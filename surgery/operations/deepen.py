@@ -5,26 +5,27 @@ from __future__ import annotations
 import itertools
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 from torch import fx, nn
 
-from surgery.axes.groups import Analysis, analyse
+from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.labels import Labelled
 from surgery.edit.apply import apply
 from surgery.edit.blocks import IDEMPOTENT, Flow, find_block
-from surgery.edit.insert_block import copied_blocks, zero_names
-from surgery.edit.insert_dense import dense_edit
-from surgery.edit.insert_identity import weight_before
+from surgery.edit.insert_block import InsertBlock, copied_blocks, zero_names
+from surgery.edit.insert_dense import InsertDense, dense_edit
+from surgery.edit.insert_identity import InsertIdentity, weight_before
 from surgery.edit.moments import calibrate, identity_eps
-from surgery.edit.recipe import InsertBlock, InsertDense, InsertIdentity, Step
+from surgery.edit.names import find_places
 from surgery.edit.sites import Site, activation_of, is_called, local_name, output_sites
+from surgery.edit.step import Step
 from surgery.errors import EditError, UsageError, unknown_name, whole_number
 from surgery.graph.tracing import info
 from surgery.layers.maxout import Maxout
+from surgery.selectors import Where
 
 FORMS = ("layer", "residual", "block")
 
@@ -34,7 +35,7 @@ _GATES = frozenset({"Sigmoid", "Hardsigmoid"})
 
 def deepen(
     module: nn.Module,
-    places: Mapping[str, int] | Iterable[str] | str,
+    places: Mapping[Any, int] | Where,
     *,
     form: str | None = None,
     kernel: int | Sequence[int] | None = None,
@@ -63,8 +64,8 @@ def deepen(
 
     Args:
         module: a traced module.
-        places: layers and containers, or how many to insert behind each: ``{"layer3": 2}``. Behind a container means at
-            its end; behind a layer means behind the normalisation and activation that follow it. Globs match layers.
+        places: where to insert (`surgery.selectors`), or how many at each place: ``{"layer3": 2}``, ``{"layer*": 1}``.
+            At a container means at its end; at a layer means after the normalisation and activation that follow it.
         form: what is inserted; by default what fits.
         kernel: size of the identity convolutions, odd; one for each direction or the same for all. By default that of
             the named layer where it is odd, else 3. With a kernel the default is to insert layers, no blocks.
@@ -80,14 +81,13 @@ def deepen(
     steps = deepen_plan(module, places, form=form, kernel=kernel, seed=seed)
     result = apply(module, steps)
     if calibration is not None:
-        layers = [s for s in steps if isinstance(s, InsertIdentity) and s.form == "layer" and s.norm]
-        calibrate(result, [f"{s.name}.norm" for s in layers], calibration)
+        calibrate(result, [norm for step in steps for new in step.inserted() for norm in new.norms], calibration)
     return result
 
 
 def deepen_plan(
     module: nn.Module,
-    places: Mapping[str, int] | Iterable[str] | str,
+    places: Mapping[Any, int] | Where,
     *,
     form: str | None = None,
     kernel: int | Sequence[int] | None = None,
@@ -103,14 +103,14 @@ def deepen_plan(
     for size in () if sizes is None else sizes if isinstance(sizes, tuple) else (sizes,):
         if isinstance(size, bool) or not isinstance(size, Integral) or size < 1 or size % 2 == 0:
             raise UsageError(f"the kernel of an identity must be odd in each direction, not {kernel}")
-    dims = analyse(module)
+    analysis = analyse(module)
     taken = {name for name, _ in module.named_modules()}
     steps: list[Step] = []
-    for name, count in _expanded(module, places).items():
+    for name, count in find_places(module, places.items() if isinstance(places, Mapping) else [(places, 1)]).items():
         count = whole_number(f"the number of layers behind {name!r}", count, 1)
         site = next(iter(output_sites(module, name)))
-        dense = _dense(module, site, name, form) if kernel is None else None
-        like = dense if dense is not None else _block(module, dims, site, name, form) if kernel is None else None
+        dense = _dense(module, analysis, site, name, form) if kernel is None else None
+        like = dense if dense is not None else _block(module, analysis, site, name, form) if kernel is None else None
         for _ in range(count):
             inside = _numbered(f"{name}.layer", 0, taken) if dense is not None and not like else None
             new = inside or _new_name(module, site, name, like, taken)
@@ -119,19 +119,19 @@ def deepen_plan(
                 steps.append(InsertDense(name, new, dense))
                 dense = new
             elif like is None:
-                steps.append(_step(module, dims, site, name, new, form, sizes, seed))
+                steps.append(_step(module, analysis, site, name, new, form, sizes, seed))
             else:
-                steps.append(_copy(module, dims, name, like, new))
+                steps.append(_copy(module, analysis, name, like, new))
     return tuple(steps)
 
 
-def _dense(module: nn.Module, site: Site, name: str, form: str | None) -> str | None:
+def _dense(module: nn.Module, analysis: Analysis, site: Site, name: str, form: str | None) -> str | None:
     """The container that is the last layer of a dense block at the end of ``name``, or an empty name for one that no
     container is; None where there is no dense block, or by default where it cannot have a further layer."""
     if form not in (None, "block") or is_called(site, name):
         return None
     try:
-        edit = dense_edit(module, name)
+        edit = dense_edit(module, analysis, name)
     except EditError:
         if form is None:
             return None
@@ -139,16 +139,16 @@ def _dense(module: nn.Module, site: Site, name: str, form: str | None) -> str | 
     return None if edit is None else edit.like
 
 
-def _block(module: nn.Module, dims: Analysis, site: Site, name: str, form: str | None) -> str | None:
+def _block(module: nn.Module, analysis: Analysis, site: Site, name: str, form: str | None) -> str | None:
     """What to copy behind ``name``: the name of a container, or an empty one for a block that has none."""
     if form not in (None, "block") or (form is None and is_called(site, name)):
         return None
     like = ""
     if not is_called(site, name):
-        found = find_block(Flow(dims, site), site.node, local_name(name, site.path))
+        found = find_block(Flow(analysis, site), site.node, local_name(name, site.path))
         like = f"{site.path}.{found[0]}".lstrip(".") if found is not None and found[0] else ""
     try:
-        copied_blocks(module, dims, name, like)
+        copied_blocks(module, analysis, name, like)
     except EditError:
         if form is None:
             return None
@@ -156,35 +156,16 @@ def _block(module: nn.Module, dims: Analysis, site: Site, name: str, form: str |
     return like
 
 
-def _copy(module: nn.Module, dims: Analysis, after: str, like: str, name: str) -> InsertBlock:
-    zeros = {zero_names(site, block, like, name) for site, _, block in copied_blocks(module, dims, after, like)}
+def _copy(module: nn.Module, analysis: Analysis, after: str, like: str, name: str) -> InsertBlock:
+    zeros = {zero_names(site, block, like, name) for site, _, block in copied_blocks(module, analysis, after, like)}
     if len(zeros) > 1:
         raise EditError(f"{like or after!r} ends in other layers in training than in evaluation")
     return InsertBlock(after, name, like, zeros.pop())
 
 
-def _expanded(module: nn.Module, places: Mapping[str, int] | Iterable[str] | str) -> dict[str, int]:
-    if isinstance(places, str):
-        places = [places]
-    counts = dict(places) if isinstance(places, Mapping) else dict.fromkeys(places, 1)
-    layers = [n for n, m in module.named_modules() if n and not any(True for _ in m.children())]
-    result: dict[str, int] = {}
-    for name, count in counts.items():
-        if not isinstance(name, str):
-            raise UsageError(f"layers are named by strings, not {name!r}")
-        if any(c in name for c in "*?["):
-            matched = [n for n in layers if fnmatchcase(n, name)]
-            if not matched:
-                raise unknown_name("layer", name, layers)
-            result.update(dict.fromkeys(matched, count))
-        else:
-            result[name] = count
-    return result
-
-
 def _step(
     module: nn.Module,
-    dims: Analysis,
+    analysis: Analysis,
     site: Site,
     after: str,
     name: str,
@@ -192,12 +173,12 @@ def _step(
     kernel: int | tuple[int, ...] | None,
     seed: int,
 ) -> InsertIdentity:
-    flow = Flow(dims, site)
+    flow = Flow(analysis, site)
     value = flow.value(site.node)
     where = f"the output of {after!r}"
     if not isinstance(value, Labelled):
         raise EditError(f"{where} is not one tensor")
-    spatial, channels = _kind(dims, value, where)
+    spatial, channels = _kind(analysis, value, where)
     own = activation_of(site.owner, site.node)
     nearest, pieces = _nearest_activation(site)
     again = own if own in IDEMPOTENT else "ReLU" if not own and flow.range(site.node)[0] >= 0 else ""
@@ -221,7 +202,7 @@ def _step(
     )
 
 
-def _kind(dims: Analysis, value: Labelled, where: str) -> tuple[int, int]:
+def _kind(analysis: Analysis, value: Labelled, where: str) -> tuple[int, int]:
     """Number of spatial dims (0: the channels are last, for a linear layer) and of channels.
 
     Of two axes that hold something, as in (batch, tokens, channels), it is the one that can be edited.
@@ -234,7 +215,7 @@ def _kind(dims: Analysis, value: Labelled, where: str) -> tuple[int, int]:
         places.append((last, (0, value.shape[-1])))
     if not places:
         raise EditError(f"{where} has no channel axis to put a layer behind")
-    return min(places, key=lambda place: bool(dims.frozen[dims.unit_of[place[0].ids]].all()))[1]
+    return min(places, key=lambda place: bool(analysis.frozen[analysis.unit_of[place[0].ids]].all()))[1]
 
 
 def _kernel(

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -21,6 +20,7 @@ from surgery.errors import UsageError, unknown_name
 from surgery.graph.traced import named_tensors
 from surgery.graph.tracing import info
 from surgery.operations.masks import by_first_name, largest
+from surgery.selectors import Where, each_selector, matches
 
 SCOPES = ("layer", "global")
 
@@ -32,7 +32,7 @@ def magnitude_masks(
     scope: str = "layer",
     within: Mapping[str, Tensor] | None = None,
     vectors: bool = False,
-    whole: Collection[str] = (),
+    whole: Where = (),
 ) -> dict[str, Tensor]:
     """A bool tensor for each parameter, True for the weights of largest magnitude.
 
@@ -46,7 +46,7 @@ def magnitude_masks(
         scope: ``"layer"``: of each parameter that fraction; ``"global"``: of all together, the smallest anywhere.
         within: masks that the new ones lie within.
         vectors: prune parameters of one dimension too: biases and norms. By default they are kept whole.
-        whole: names of further parameters that are kept whole, or globs (``"fc.*"``, ``"*.downsample.*"``).
+        whole: layers, containers or parameters that are kept whole besides (`surgery.selectors`): ``["fc", "*.bias"]``.
 
     Returns:
         by qualified name, tied parameters under each of theirs.
@@ -63,7 +63,7 @@ def magnitude_masks(
         raise unknown_name("scope", scope, SCOPES)
     before = by_first_name(module, within or {})
     parameters = dict(module.named_parameters())
-    left = _matching(module, whole)
+    left = _ids_of(module, whole)
     chosen = {n: p for n, p in parameters.items() if (vectors or p.ndim > 1) and id(p) not in left}
     scores = {}
     for name, parameter in chosen.items():
@@ -139,16 +139,12 @@ def hold_masked(module: nn.Module, masks: Mapping[str, Tensor]) -> Callable[...,
     return hold
 
 
-def _matching(module: nn.Module, patterns: Collection[str]) -> set[int]:
-    """Ids of the parameters whose names match any of the patterns."""
+def _ids_of(module: nn.Module, where: Where) -> set[int]:
+    """Ids of the parameters that a selector names, or that stand in the layers it names."""
+    modules = dict(module.named_modules(remove_duplicate=False))
     named = dict(module.named_parameters(remove_duplicate=False))
-    found: set[int] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matched = {id(p) for name, p in named.items() if fnmatchcase(name, pattern)}
-        if not matched:
-            raise unknown_name("parameter", pattern, named)
-        found |= matched
-    return found
+    names = {name for s in each_selector(where) for name in matches(modules, s, named, "layer or parameter")}
+    return {id(p) for n, p in named.items() if n in names or any(n.startswith(f"{name}.") for name in names)}
 
 
 def _largest(scores: Tensor, sparsity: float, where: str) -> Tensor:

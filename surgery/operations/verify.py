@@ -1,21 +1,26 @@
-"""Whether two modules compute the same, with figures."""
+"""Whether two modules compute the same, with figures: outputs at two batch sizes, and gradients in training."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from surgery.errors import UsageError, VerificationError
+from surgery.errors import SurgeryError, UsageError, VerificationError
+from surgery.graph.batches import Args, Kwargs, batch_of, with_batch
+from surgery.graph.outputs import tensors_in
+from surgery.graph.traced import example_inputs as remembered_inputs
+from surgery.graph.traced import is_traced
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_SMALL = 1e-2
+"""Gradients below this fraction of the largest gradient are compared on its scale: some are 0 but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -27,33 +32,60 @@ class Verification:
     max_rel: float
     """Largest absolute difference within an output, divided by that output's largest magnitude; over all outputs."""
     tolerance: float
-    """Bound on ``max_rel``."""
+    """Bound on ``max_rel`` and ``max_grad``."""
     dtype: str
     outputs: int
-    """Number of output tensors compared."""
+    """Number of output tensors compared, at one batch size."""
+    batches: int = 1
+    """Number of batch sizes compared: 2, or 1 where the reference takes no other."""
+    max_grad: float = 0.0
+    """As ``max_rel``, of the gradients of parameters and inputs; 0 where none were compared."""
+    gradients: int = 0
+    """Number of gradients compared, at one batch size."""
+    problem: str = ""
+    """Why the comparison proves nothing, whatever the differences; empty where it does."""
 
     @property
     def ok(self) -> bool:
-        """Whether the modules agree; never for outputs that are not numbers."""
-        return self.max_rel <= self.tolerance
+        """Whether the modules agree; never for outputs that are not numbers, or that could not have differed."""
+        return not self.problem and self.max_rel <= self.tolerance and self.max_grad <= self.tolerance
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields and ``ok``, for JSON."""
         return {**asdict(self), "ok": self.ok}
 
     def raise_if_different(self) -> Verification:
         """Return self, or raise `VerificationError` with the figures."""
-        if not self.ok:
-            raise VerificationError(
-                f"outputs differ by {self.max_rel:.2e} of their magnitude ({self.max_abs:.2e} absolute); "
-                f"{self.tolerance:.0e} is allowed in {self.dtype}"
-            )
+        if self.problem:
+            raise VerificationError(self.problem)
+        for what, relative, absolute in (
+            ("outputs", self.max_rel, f" ({self.max_abs:.2e} absolute)"),
+            ("gradients", self.max_grad, ""),
+        ):
+            if not relative <= self.tolerance:
+                raise VerificationError(
+                    f"{what} differ by {relative:.2e} of their magnitude{absolute}; "
+                    f"{self.tolerance:.0e} is allowed in {self.dtype}"
+                )
         return self
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What a module gave for one batch."""
+
+    outputs: list[Tensor]
+    trains: bool
+    """Whether gradients flow from the outputs."""
+    gradients: dict[str, Tensor]
+    """Of inputs and parameters, by name."""
+    parameters: dict[str, Tensor]
+
+
 def verify(
-    a: nn.Module,
-    b: nn.Module,
-    example_inputs: Any,
+    module: nn.Module,
+    reference: nn.Module,
+    example_inputs: Any = None,
     *,
     kwargs: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
@@ -61,61 +93,209 @@ def verify(
     train: bool = False,
     seed: int = 0,
 ) -> Verification:
-    """Run two modules on the same inputs and compare their outputs, ``b`` being the reference.
+    """Run two modules on the same inputs and compare what they compute.
 
-    Both run as copies: their modes, statistics and the global RNG stay as they are.
+    Outputs are compared at the batch size of the inputs and at another one, where the reference takes it. Tensors are
+    found in outputs of any kind (`surgery.graph.outputs.tensors_in`). Both modules run as copies: their modes,
+    statistics and the global RNG stay as they are.
+
+    A comparison that could not fail is a failure, with a ``problem``: outputs that are all zero, all one number, empty
+    or not finite.
 
     Args:
-        example_inputs: a tensor, or a tuple of the positional inputs.
+        module: what is checked.
+        reference: what it should compute.
+        example_inputs: a tensor, or a tuple of the positional inputs. By default random inputs of the shapes that
+            ``module``, or else ``reference``, was traced with.
+        kwargs: inputs passed by name.
         dtype: compute in this dtype (``torch.float64`` tells rounding from errors); by default in the modules' own.
-        tolerance: bound on the relative difference; 1e-10 in float64, 1e-4 in float32 by default.
-        train: compare in ``train()`` rather than in ``eval()``; both copies see the same random numbers.
+        tolerance: bound on the relative differences; 1e-10 in float64, 1e-4 in float32 by default.
+        train: compare in ``train()`` rather than in ``eval()``, and gradients too: those of the inputs, and those of
+            the parameters that both have by the same name, with the same values, in any order. The loss is a random
+            linear function of the outputs. Both copies see the same random numbers.
+        seed: of these random numbers.
+
+    Returns:
+        the differences, and whether they are within the tolerance.
 
     Raises:
-        UsageError: the outputs do not have the same structure and shapes, or are empty.
+        UsageError: the outputs do not have the same structure and shapes; or no inputs, and neither module is traced.
+
+    Example:
+        >>> wide = surgery.widen(traced, 1.5)
+        >>> surgery.verify(wide, traced, dtype=torch.float64).ok
+        True
     """
-    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    first, second = (_outputs(m, args, kwargs or {}, dtype, train, seed) for m in (a, b))
-    if len(first) != len(second) or any(x.shape != y.shape for x, y in zip(first, second, strict=False)):
-        shapes = [[tuple(t.shape) for t in side] for side in (first, second)]
+    if example_inputs is None and kwargs is None:
+        args, named = remembered_inputs(module if is_traced(module) else reference)
+    else:
+        given = () if example_inputs is None else example_inputs
+        args, named = given if isinstance(given, tuple) else (given,), dict(kwargs or {})
+    first, second = (_run(m, args, named, dtype, train, seed) for m in (module, reference))
+    result = _compared(first, second, tolerance)
+    other = _other_batch(reference, args, named, dtype, train, seed)
+    if other is None:
+        return result
+    inputs, expected = other
+    try:
+        again = _compared(_run(module, *inputs, dtype, train, seed), expected, tolerance)
+    except SurgeryError:
+        return result  # refused with a reason, as a module may that is good for the traced batch alone
+    except Exception as error:
+        size = batch_of(*inputs)
+        return Verification(**{**asdict(result), "problem": f"it cannot be called with a batch of {size}: {error}"})
+    return _worse(result, again)
+
+
+def _other_batch(
+    reference: nn.Module, args: Args, kwargs: Kwargs, dtype: torch.dtype | None, train: bool, seed: int
+) -> tuple[tuple[Args, Kwargs], _Run] | None:
+    """Inputs at another batch size and what the reference gives for them; None where it does not take them."""
+    try:
+        inputs = with_batch(args, kwargs, 3 if batch_of(args, kwargs) == 2 else 2)
+        return inputs, _run(reference, *inputs, dtype, train, seed)
+    except Exception:  # whatever a model raises on a batch that it is not made for
+        return None
+
+
+def _worse(a: Verification, b: Verification) -> Verification:
+    """Two comparisons as one."""
+    return Verification(
+        _larger(a.max_abs, b.max_abs),
+        _larger(a.max_rel, b.max_rel),
+        a.tolerance,
+        a.dtype,
+        a.outputs,
+        a.batches + b.batches,
+        _larger(a.max_grad, b.max_grad),
+        a.gradients,
+        a.problem or b.problem,
+    )
+
+
+def _compared(run: _Run, expected: _Run, tolerance: float | None) -> Verification:
+    """The differences for one batch."""
+    shapes = [[tuple(t.shape) for t in side.outputs] for side in (run, expected)]
+    if shapes[0] != shapes[1]:
         raise UsageError(f"outputs have different shapes: {shapes[0]} and {shapes[1]}")
-    if not any(t.numel() for t in first):
-        raise UsageError("the outputs are empty on these inputs: there is nothing to compare")
-    max_abs = max_rel = 0.0
-    for x, y in zip(first, second, strict=False):
-        difference = _magnitude(x.double() - y.double())
-        scale = _magnitude(y.double())
+    max_abs = max_rel = max_grad = 0.0
+    for x, y in zip(run.outputs, expected.outputs, strict=True):
+        difference = _magnitude(_wide(x) - _wide(y))
         max_abs = _larger(max_abs, difference)
-        max_rel = _larger(max_rel, difference / scale if scale else (math.inf if difference else 0.0))
-    used = first[0].dtype if first else torch.float32
+        max_rel = _larger(max_rel, _ratio(difference, _magnitude(_wide(y))))
+    problem = _vacuous(expected.outputs)
+    pairs = list(_gradient_pairs(run, expected))
+    largest = max((_magnitude(y) for _, y in pairs), default=0.0)
+    for x, y in pairs:
+        max_grad = _larger(max_grad, _ratio(_magnitude(x - y), max(_magnitude(y), _SMALL * largest)))
+    if expected.trains and pairs and not largest and not problem:
+        problem = "all gradients are zero on these inputs: there is nothing to compare"
+    floating = [t.dtype for t in expected.outputs if t.is_floating_point() or t.is_complex()]
+    used = floating[0] if floating else expected.outputs[0].dtype if expected.outputs else torch.float32
     bound = _TOLERANCE.get(used, 1e-4) if tolerance is None else tolerance
-    return Verification(max_abs, max_rel, bound, str(used).removeprefix("torch."), len(first))
+    name = str(used).removeprefix("torch.")
+    return Verification(max_abs, max_rel, bound, name, len(run.outputs), 1, max_grad, len(pairs), problem)
 
 
-def _outputs(
-    module: nn.Module, args: Any, kwargs: dict[str, Any], dtype: torch.dtype | None, train: bool, seed: int
-) -> list[torch.Tensor]:
+def _vacuous(outputs: list[Tensor]) -> str:
+    """Why outputs could not show a difference; empty where they could."""
+    values = [_wide(t).flatten() for t in outputs if t.numel()]
+    if not values:
+        return "the outputs are empty on these inputs: there is nothing to compare"
+    if not all(bool(torch.isfinite(v).all()) for v in values):
+        return "the outputs of the reference are not finite on these inputs: there is nothing to compare"
+    one = values[0][0]
+    if any(bool((v != one).any()) for v in values):
+        return ""
+    if one == 0:
+        return "the outputs of the reference are all zero on these inputs: there is nothing to compare"
+    if sum(len(v) for v in values) > 1:
+        return f"the outputs of the reference are all {one.item():g} on these inputs: there is nothing to compare"
+    return ""
+
+
+def _gradient_pairs(run: _Run, expected: _Run) -> Iterator[tuple[Tensor, Tensor]]:
+    """The gradients of both by name, where inputs or parameters hold the same values.
+
+    An edit may move entries, and equal ones cannot be told apart: both are brought into the order of the values, and of
+    the gradients within equal values."""
+    for name, ours in run.gradients.items():
+        theirs = expected.gradients.get(name)
+        if theirs is None or ours.shape != theirs.shape:
+            continue
+        if name not in run.parameters:
+            yield ours, theirs
+            continue
+        (a, own), (b, other) = (_sorted(r.parameters[name], g) for r, g in ((run, ours), (expected, theirs)))
+        if torch.equal(a, b):
+            yield own, other
+
+
+def _sorted(values: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    flat, gradients = values.flatten(), gradients.flatten()
+    if flat.is_complex():
+        return flat, gradients
+    order = gradients.argsort(stable=True)
+    order = order[flat[order].argsort(stable=True)]
+    return flat[order], gradients[order]
+
+
+def _run(module: nn.Module, args: Args, kwargs: Kwargs, dtype: torch.dtype | None, train: bool, seed: int) -> _Run:
+    """Call a copy of a module on copies of inputs; with ``train``, and differentiate."""
     twin = copy.deepcopy(module).train(train)
-    inputs = pytree.tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (args, kwargs))
-    if dtype is not None:
-        twin = twin.to(dtype)
-        inputs = pytree.tree_map(
-            lambda v: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v, inputs
-        )
-    with torch.no_grad(), _seeded(seed):
-        output = twin(*inputs[0], **inputs[1])
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    twin = twin if dtype is None else twin.to(dtype)
+    leaves: list[Tensor] = []
 
+    def prepared(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach().clone()
+        value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        if train and value.is_floating_point():
+            leaves.append(value.requires_grad_())
+            return value.clone()  # a model may write into its input, and not into a leaf
+        return value
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng():
+    with torch.set_grad_enabled(train), torch.random.fork_rng():
+        inputs, named = pytree.tree_map(prepared, (args, kwargs))
         torch.manual_seed(seed)
-        yield
+        outputs = [tensor for _, tensor in tensors_in(twin(*inputs, **named))]
+        parameters = {name: p for name, p in twin.named_parameters() if p.requires_grad} if train else {}
+        wanted = {**{f"input {k}": leaf for k, leaf in enumerate(leaves)}, **parameters}
+        gradients = _gradients(outputs, wanted, seed) if train else {}
+    trains = any(output.requires_grad for output in outputs)
+    return _Run([t.detach() for t in outputs], trains, gradients, {n: p.detach() for n, p in parameters.items()})
 
 
-def _magnitude(tensor: torch.Tensor) -> float:
+def _gradients(outputs: list[Tensor], wanted: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """The gradients of a random linear function of the outputs, 0 for what it does not depend on."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(t.shape, generator=generator).to(t.device) for t in outputs]
+    pairs = [(t, w.to(t.dtype)) for t, w in zip(outputs, weights, strict=True) if t.requires_grad]
+    found: Sequence[Tensor | None] = [None] * len(wanted)
+    ends, factors = [t for t, _ in pairs], [w for _, w in pairs]
+    try:
+        if pairs and wanted:
+            found = torch.autograd.grad(ends, list(wanted.values()), factors, allow_unused=True)
+    except RuntimeError as error:
+        raise UsageError(f"the outputs cannot be differentiated: {error}") from error
+    return {
+        name: _wide(torch.zeros_like(at) if gradient is None else gradient.to_dense())
+        for (name, at), gradient in zip(wanted.items(), found, strict=True)
+    }
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float64, or complex128."""
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _magnitude(tensor: Tensor) -> float:
     return tensor.abs().max().item() if tensor.numel() else 0.0
+
+
+def _ratio(difference: float, scale: float) -> float:
+    return difference / scale if scale else (math.inf if difference else 0.0)
 
 
 def _larger(a: float, b: float) -> float:

@@ -6,15 +6,19 @@ import math
 import zlib
 from collections.abc import Mapping
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from surgery.axes.groups import Analysis, DimensionGroup, analyse
+from surgery.axes.analysis import Analysis, analyse
+from surgery.axes.groups import DimensionGroup
 from surgery.edit.apply import apply
+from surgery.edit.copies import Noise
 from surgery.edit.means import normalised_streams
 from surgery.edit.names import resolve
-from surgery.edit.recipe import MEAN, Noise, Reindex
+from surgery.edit.reindex import Reindex
+from surgery.edit.step import MEAN
 from surgery.errors import EditError, UsageError, whole_number
 
 Width = float | int
@@ -25,7 +29,7 @@ SYMMETRY = ("uneven", "zero-sum", "noise")
 
 def widen(
     module: nn.Module,
-    width: float | Mapping[str, Width],
+    width: float | Mapping[Any, Width],
     *,
     mapping: str = "random",
     break_symmetry: str | None = None,
@@ -39,10 +43,10 @@ def widen(
 
     Args:
         module: a traced module.
-        width: a factor of at least 1 for every group, or for each of some layers, containers or globs a factor
-            (``float``) or an absolute width in channels (``int``). A container or glob stands for every group that a
-            layer in it produces, each of which gets the factor, or the width. The most specific name decides: a layer
-            before a glob before a container; of globs that with more letters, of containers the inner one.
+        width: a factor of at least 1 for every group, or for each of some selectors (`surgery.selectors`) a factor
+            (``float``) or an absolute width in channels (``int``): ``{"layer3": 2.0, "layer1.0.conv1": 96}``. A
+            selector stands for every group that a layer it matches writes, each of which gets the factor, or the
+            width. The most specific selector decides.
         mapping: ``"random"``: the paper's mapping g, the old channels first, then uniform draws. ``"balanced"``: each
             channel is copied as often as the others, or once more; drawn is which. What a LayerNorm or GroupNorm
             normalises over is always copied whole.
@@ -71,7 +75,7 @@ def widen(
 
 def widen_plan(
     module: nn.Module,
-    width: float | Mapping[str, Width],
+    width: float | Mapping[Any, Width],
     *,
     mapping: str = "random",
     break_symmetry: str | None = None,
@@ -96,27 +100,27 @@ def widen_plan(
     return Reindex(indices, noise=Noise(kind, _number("noise is a number", noise), seed))
 
 
-def unwidened(module: nn.Module, width: float | Mapping[str, Width], *, round_to: int = 1) -> dict[str, str]:
+def unwidened(module: nn.Module, width: float | Mapping[Any, Width], *, round_to: int = 1) -> dict[str, str]:
     """The editable groups that `widen` leaves as they are, for growing them would not be exact, and why."""
     return _plan(module, width, "random", 0, round_to)[1]
 
 
 def _plan(
-    module: nn.Module, width: float | Mapping[str, Width], mapping: str, seed: int, round_to: int
+    module: nn.Module, width: float | Mapping[Any, Width], mapping: str, seed: int, round_to: int
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """The index of each group that grows, and why others do not."""
     round_to = whole_number("round_to", round_to, 1)
-    dims = analyse(module)
+    analysis = analyse(module)
     named = isinstance(width, Mapping)
     if isinstance(width, Mapping):
-        wishes = resolve(dims, module, width)
+        wishes = resolve(analysis, module, width)
     else:
-        wishes = dict.fromkeys((g for g in dims.groups if g.editable), _number(_WIDTH, width))
+        wishes = dict.fromkeys((g for g in analysis.groups if g.editable), _number(_WIDTH, width))
     indices: dict[str, tuple[int, ...]] = {}
     left: dict[str, str] = {}
     for group, wish in wishes.items():
         try:
-            index = _index(module, dims, group, _units(group, wish, round_to), mapping, seed)
+            index = _index(module, analysis, group, _units(group, wish, round_to), mapping, seed)
         except EditError as error:
             if named:
                 raise
@@ -125,21 +129,21 @@ def _plan(
         if len(index) > group.units:
             indices[group.name] = tuple(index)
     if not named:
-        _drop_uneven(dims, indices, left)
+        _drop_uneven(analysis, indices, left)
     return indices, left
 
 
-def _drop_uneven(dims: Analysis, indices: dict[str, tuple[int, ...]], left: dict[str, str]) -> None:
+def _drop_uneven(analysis: Analysis, indices: dict[str, tuple[int, ...]], left: dict[str, str]) -> None:
     """Leave alone the groups that one layer normalises over and that would not all grow by the same factor."""
-    factor = np.ones(dims.count)
-    owner = {g.name: g for g in dims.groups}
+    factor = np.ones(analysis.count)
+    owner = {g.name: g for g in analysis.groups}
     for name, index in indices.items():
         group = owner[name]
         factor[group.start : group.start + group.units] = len(index) / group.units
     uneven = True
     while uneven:
         uneven = False
-        for units, what in dims.mixed:
+        for units, what in analysis.mixed:
             if len(np.unique(factor[units])) > 1:
                 for name in list(indices):
                     group = owner[name]
@@ -180,7 +184,9 @@ def _units(group: DimensionGroup, wish: Width, round_to: int) -> int:
     return math.ceil(units / step) * step if units > group.units else units
 
 
-def _index(module: nn.Module, dims: Analysis, group: DimensionGroup, units: int, mapping: str, seed: int) -> list[int]:
+def _index(
+    module: nn.Module, analysis: Analysis, group: DimensionGroup, units: int, mapping: str, seed: int
+) -> list[int]:
     """The old units in order, then for each class its share of new copies; behind whole copies of what is normalised
     over, its mean."""
     extra = units - group.units
@@ -196,7 +202,7 @@ def _index(module: nn.Module, dims: Analysis, group: DimensionGroup, units: int,
             if len(free) < group.units:
                 raise EditError("a part of it must stay as it is")
             if rest:
-                normalised_streams(module, dims, group)
+                normalised_streams(module, analysis, group)
         except EditError as error:
             more = f" and {len(group.mixed) - 2} more" if len(group.mixed) > 3 else ""
             norms = ", ".join(group.mixed[: 2 if more else 3]) + more

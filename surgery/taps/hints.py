@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,16 +10,17 @@ from torch import Tensor, fx, nn
 
 from surgery.errors import UsageError
 from surgery.graph.traced import TracedModule, named_tensors
-from surgery.taps.network import Names, Tap, TappedNetwork, attach
-from surgery.taps.pairing import restored, tap_pairs, unpacked
+from surgery.selectors import Where
+from surgery.taps.network import Tap, TappedNetwork, attach
+from surgery.taps.pairing import Guided, names_of_pair, restored, tap_pairs
 from surgery.taps.regressors import make_regressor, match
 
 
 def attach_hint(
     student: nn.Module,
     teacher: nn.Module,
-    guided: Names | Mapping[str, str] | None = None,
-    hint: Names | None = None,
+    guided: Guided = None,
+    hint: Where | None = None,
     *,
     regressor: str = "auto",
     seed: int = 0,
@@ -47,8 +48,8 @@ def attach_hint(
 
     Args:
         student, teacher: traced modules that take the same inputs. Neither is changed, and nothing is shared with them.
-        guided: a layer or container of the student, several, or a mapping from guided layers to hints.
-        hint: a layer or container of the teacher, or as many as are guided. By default the layer in the middle: of the
+        guided: layers or containers of the student (`surgery.selectors`), or a mapping from guided layers to hints.
+        hint: as many layers or containers of the teacher. By default the layer in the middle: of the
             values that everything passes through the one nearest to half of the depth, which is counted in layers with
             weights; of two as near the student's later and the teacher's earlier one, as in the paper.
         regressor: ``"auto"``, ``"conv"``, ``"fc"`` or ``"none"``.
@@ -72,10 +73,10 @@ def attach_hint(
 
 
 def hint_taps(
-    student: TappedNetwork, teacher: TappedNetwork, guided: Names | Mapping[str, str] | None, hint: Names | None
+    student: TappedNetwork, teacher: TappedNetwork, guided: Guided, hint: Where | None
 ) -> list[tuple[Tap, Tap]]:
     """The outputs of the guided layers and of the hints, those in the middle where none are named."""
-    ours, theirs = unpacked(guided, hint)
+    ours, theirs = names_of_pair(student, teacher, guided, hint)
     ours = [student.middle(deeper=True)] if ours is None else ours
     theirs = [teacher.middle(deeper=False)] if theirs is None else theirs
     return tap_pairs(student, teacher, ours, theirs)

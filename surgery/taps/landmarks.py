@@ -1,11 +1,11 @@
-"""The middle of a network: where a hint is taken by default."""
+"""Landmarks of a network: its middle, its classifier, the ends of its stages, and the activation behind a value."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -183,23 +183,6 @@ def _features(flow: Flow, end: fx.Node) -> list[fx.Node]:
 def _last_weighted(flow: Flow, end: fx.Node) -> fx.Node | None:
     before = flow.before(end)
     return next((n for n in reversed(flow.graph.nodes) if n in before and is_weighted(flow, n)), None)
-
-
-def aligned(ours: Sequence[int], theirs: Sequence[int]) -> tuple[slice, slice]:
-    """Which stages of two networks to pair: as many as the one with fewer has, next to each other in both, where the
-    numbers of positions agree best; of two ways as good the later one."""
-    count = min(len(ours), len(theirs))
-    ways: list[tuple[slice, slice]] = [
-        (slice(i, i + count), slice(j, j + count))
-        for i in range(len(ours) - count + 1)
-        for j in range(len(theirs) - count + 1)
-    ]
-
-    def distance(way: tuple[slice, slice]) -> float:
-        return sum(abs(math.log(a / b)) for a, b in zip(ours[way[0]], theirs[way[1]], strict=True))
-
-    best: tuple[slice, slice] = min(reversed(ways), key=distance)
-    return best
 
 
 def nonlinearity(flow: Flow, node: fx.Node) -> nn.Module | None:

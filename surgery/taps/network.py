@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from surgery.axes.groups import analyse
+from surgery.axes.analysis import analyse
 from surgery.axes.labels import Labelled
 from surgery.edit.blocks import Flow
 from surgery.edit.sites import Site, output_sites
@@ -22,17 +22,16 @@ from surgery.errors import EditError, TraceError, UsageError
 from surgery.graph.arguments import bound_arguments
 from surgery.graph.guards import Values
 from surgery.graph.traced import TracedModule, TraceInfo, example_inputs, info, set_info
+from surgery.selectors import Where, each_selector, select
 from surgery.taps.landmarks import classifier, classifier_input, middle, name_of, nonlinearity, stage_ends
 from surgery.taps.regressors import ActivationLayout
 from surgery.taps.truncate import copied, needed_for, truncate
-
-Names = str | Sequence[str]
 
 Step = tuple[Callable[..., Tensor], tuple[Any, ...]]
 """A function of a tensor, and its further arguments."""
 
 
-def tap(module: nn.Module, names: Names) -> TracedModule:
+def tap(module: nn.Module, where: Where) -> TracedModule:
     """A copy of a traced module that hands out the values of some of its layers while it trains.
 
     In training mode it returns ``(output, values)``: what the module returns, auxiliary outputs included, and a tuple
@@ -46,7 +45,7 @@ def tap(module: nn.Module, names: Names) -> TracedModule:
         EditError: a layer without one output in training.
     """
     network = TappedNetwork(module, "module", mode="training")
-    taps = [network.tap(name) for name in ([names] if isinstance(names, str) else names)]
+    taps = [network.tap(name) for name in names_of(module, where)]
     result = network.observed([taps], [None])
     end = result.graphs[-1].output_node()
     returned: Any = end.args[0]
@@ -54,6 +53,11 @@ def tap(module: nn.Module, names: Names) -> TracedModule:
     end.args = ((output, values),)
     result.recompile()
     return result
+
+
+def names_of(module: nn.Module, where: Where) -> list[str]:
+    """The names that selectors mean, for each selector its own: one name may be meant twice."""
+    return [name for selector in each_selector(where) for name in select(module, selector)]
 
 
 @dataclass(frozen=True)
@@ -109,14 +113,14 @@ class TappedNetwork:
             )
         self.module, self.what, self.mode = module, what, mode
         self.like = module if like is None else like
-        self.dims = analyse(module)
+        self.analysis = analyse(module)
         wanted = {"evaluation": module.graphs[:1], "training": module.graphs[-1:]}.get(mode, module.graphs)
         self.flows = [self._flow(graph) for graph in wanted]
         other = info(self.like)
         self._is_like = (known.args, known.kwargs) == (other.args, other.kwargs)
 
     def _flow(self, graph: fx.Graph) -> Flow:
-        return Flow(self.dims, Site(self.module, "", graph, graph.output_node()))
+        return Flow(self.analysis, Site(self.module, "", graph, graph.output_node()))
 
     # ---- values
 
@@ -172,7 +176,7 @@ class TappedNetwork:
         return value.through((torch.mean, (axes,))) if axes else value
 
     def stages(self) -> list[Tap]:
-        """The ends of the stages, from the input on: see `surgery.taps.ends`."""
+        """The ends of the stages, from the input on: see `surgery.taps.landmarks.stage_ends`."""
         flow = self.flows[0]
         end = _first_output(flow) or flow.graph.output_node()
 
@@ -238,15 +242,14 @@ class TappedNetwork:
         for axis in sorted({1, len(shape) - 1}) if 2 <= len(shape) <= 5 else ():
             field = value.at(axis)
             if field is not None and field.dims == (axis,):
-                units = self.dims.unit_of[field.ids]
-                axes.append((bool(self.dims.frozen[units].all()), not np.isin(units, self._read).any(), axis))
+                units = self.analysis.unit_of[field.ids]
+                axes.append((bool(self.analysis.frozen[units].all()), not np.isin(units, self._read).any(), axis))
         return axes
 
     @cached_property
     def _read(self) -> Any:
         """Units that layers read."""
-        findings = self.dims.findings.axes
-        read = [u for at, u in self.dims.axis_units.items() if "consumer" in findings[at].roles]
+        read = [u for at, u in self.analysis.axis_units.items() if "consumer" in self.analysis.roles[at]]
         return np.concatenate([*read, np.zeros(0, np.int64)])
 
     def nonlinearity(self, value: Tap) -> nn.Module | None:

@@ -5,29 +5,41 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from surgery.errors import EditError, UsageError
 from surgery.graph.traced import named_tensors
-from surgery.taps.landmarks import aligned
-from surgery.taps.network import Names, Tap, TappedNetwork
+from surgery.selectors import Where
+from surgery.taps.network import Tap, TappedNetwork, names_of
 from surgery.taps.regressors import grid
+from surgery.taps.stages import aligned
+
+Guided = Where | Mapping[Any, Where] | None
+"""Guided layers, or guided layers with their hints."""
 
 
-def unpacked(guided: Names | Mapping[str, str] | None, hint: Names | None) -> tuple[list[str] | None, list[str] | None]:
+def names_of_pair(
+    student: TappedNetwork, teacher: TappedNetwork, guided: Guided, hint: Where | None
+) -> tuple[list[str] | None, list[str] | None]:
     """The names of guided layers and of hints, each None where none are given.
 
     Raises:
-        UsageError: a mapping from guided layers to hints, and hints besides.
+        UsageError: a mapping from guided layers to hints, and hints besides; or a name that matches nothing.
     """
     if isinstance(guided, Mapping):
         if hint is not None:
             raise UsageError("a mapping from guided layers to hints names both: leave out hint=")
-        return list(guided), list(guided.values())
-    ours, theirs = ([names] if isinstance(names, str) else names for names in (guided, hint))
-    return None if ours is None else list(ours), None if theirs is None else list(theirs)
+        both = [(names_of(student.module, g), names_of(teacher.module, h)) for g, h in guided.items()]
+        for ours, theirs in both:
+            _refuse_unequal(ours, theirs)
+        return [name for ours, _ in both for name in ours], [name for _, theirs in both for name in theirs]
+    return (
+        None if guided is None else names_of(student.module, guided),
+        None if hint is None else names_of(teacher.module, hint),
+    )
 
 
 def tap_pairs(
@@ -39,21 +51,25 @@ def tap_pairs(
         UsageError: unequal numbers of them, or unknown names.
         EditError: a layer without one output.
     """
-    if not guided or len(guided) != len(hint):
-        raise UsageError(f"{len(guided)} guided layers for {len(hint)} hints: each pair needs one of both")
+    _refuse_unequal(guided, hint)
     return [(student.tap(g), teacher.tap(h)) for g, h in zip(guided, hint, strict=True)]
 
 
+def _refuse_unequal(guided: Sequence[str], hint: Sequence[str]) -> None:
+    if not guided or len(guided) != len(hint):
+        raise UsageError(f"{len(guided)} guided layers for {len(hint)} hints: each pair needs one of both")
+
+
 def stage_pairs(
-    student: TappedNetwork, teacher: TappedNetwork, guided: Names | Mapping[str, str] | None, hint: Names | None
+    student: TappedNetwork, teacher: TappedNetwork, guided: Guided, hint: Where | None
 ) -> list[tuple[Tap, Tap]]:
     """The outputs of guided layers and of their hints; where none are named, the ends of the stages, as many as both
-    networks have (`surgery.taps.landmarks.aligned`).
+    networks have (`surgery.taps.stages.aligned`).
 
     Raises:
         UsageError: names for one of the networks alone.
     """
-    ours, theirs = unpacked(guided, hint)
+    ours, theirs = names_of_pair(student, teacher, guided, hint)
     if ours is not None and theirs is not None:
         return tap_pairs(student, teacher, ours, theirs)
     if ours is not None or theirs is not None:

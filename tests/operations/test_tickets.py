@@ -168,7 +168,7 @@ def test_what_cannot_be_is_refused(net):
             magnitude_masks(net, sparsity)
     with pytest.raises(surgery.UsageError, match="unknown scope 'layers'; did you mean 'layer'"):
         magnitude_masks(net, 0.5, scope="layers")
-    with pytest.raises(surgery.UsageError, match=r"unknown parameter 'heads\.\*'"):
+    with pytest.raises(surgery.UsageError, match=r"unknown layer or parameter 'heads\.\*'"):
         magnitude_masks(net, 0.5, whole=["heads.*"])
     masks = magnitude_masks(net, 0.8)
     told = "within keeps 33 of 162 weights of conv.weight, and a sparsity of 0.5 is 81: ask for a higher one"

@@ -15,8 +15,8 @@ import surgery
 from surgery import models as catalogue
 from surgery.errors import EditError, UsageError
 from surgery.graph.traced import info
-from surgery.taps.landmarks import aligned
 from surgery.taps.network import TappedNetwork, tap
+from surgery.taps.stages import aligned
 from tests.conftest import build_family, randomised, traced_of
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
 from pathlib import Path
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from surgery.errors import UsageError, whole_number
 from surgery.progress import Progress
+from surgery.selectors import Where
 from surgery.taps.hints import attach_hint, hint_loss
-from surgery.taps.network import Names
+from surgery.taps.pairing import Guided
 from surgery.training.data.cache import cache_bytes, cached_outputs, open_cache
 from surgery.training.data.data import Data, Derived
 from surgery.training.data.fingerprint import is_deterministic, module_digest
@@ -80,8 +81,8 @@ def distill(
     teacher: nn.Module,
     data: Data,
     *,
-    guided: Names | Mapping[str, str] | None = None,
-    hint: Names | None = None,
+    guided: Guided = None,
+    hint: Where | None = None,
     regressor: str = "auto",
     hint_epochs: int = 5,
     epochs: int = 10,

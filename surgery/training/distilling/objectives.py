@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from surgery.errors import UsageError, unknown_name, whole_number
+from surgery.selectors import Where
 from surgery.taps.hints import hint_taps, regressor_between
-from surgery.taps.network import Names, Tap, TappedNetwork
-from surgery.taps.pairing import as_maps, stage_pairs
+from surgery.taps.network import Tap, TappedNetwork
+from surgery.taps.pairing import Guided, as_maps, stage_pairs
 from surgery.taps.regressors import REGRESSORS
 from surgery.training.distilling import losses
 from surgery.training.distilling.review import Review
 
-Guided = Names | Mapping[str, str] | None
 """Layers or containers of the student; or a mapping from them to those of the teacher."""
 
 
@@ -157,7 +157,7 @@ class Hint(Objective):
     """
 
     guided: Guided = None
-    hint: Names | None = None
+    hint: Where | None = None
     weight: float = 100.0
     regressor: str = "auto"
 
@@ -197,7 +197,7 @@ class AttentionTransfer(Objective):
     """
 
     guided: Guided = None
-    hint: Names | None = None
+    hint: Where | None = None
     weight: float = 1000.0
 
     def __post_init__(self) -> None:
@@ -226,7 +226,7 @@ class ReviewKD(Objective):
     """
 
     guided: Guided = None
-    hint: Names | None = None
+    hint: Where | None = None
     weight: float = 5.0
     warmup_epochs: float = 20
 
