@@ -144,8 +144,9 @@ def shelled(traced: TracedModule, module: nn.Module) -> TracedModule:
     Callers may use more of a model than its ``forward`` (``model.predict``, ``model.names``). Where its class cannot be
     inherited from like that, ``traced`` stays as it is.
     """
+    cls = module.shell if isinstance(module, TracedModule) else type(module)
     try:
-        result = _made(type(module), traced, traced.graph, traced.train_graph)
+        result = _made(cls, traced, traced.graph, traced.train_graph)
     except Exception:  # a metaclass, ``__init_subclass__`` or ``__setattr__`` of the model's
         copy_hooks(module, traced)
         return traced
