@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -62,6 +66,7 @@ def _trace_mode(root: nn.Module, given: Arguments, modal: set[str], *, training:
     tracer = Tracer(modal, training, root, given)
     try:
         with (
+            _state_kept(root),
             symbolic_modes(root, tracer),
             symbolic_factories(tracer),
             symbolic_functions(root, tracer),
@@ -79,6 +84,32 @@ def _trace_mode(root: nn.Module, given: Arguments, modal: set[str], *, training:
             graph.erase_node(node)
     unmark_plain(graph)
     return tracer, graph
+
+
+@contextmanager
+def _state_kept(root: nn.Module) -> Iterator[None]:
+    """What the model's Python stores in its modules while it is traced is forgotten.
+
+    Raises:
+        TraceError: it stores a result in a buffer, which the graph would not do.
+    """
+    before = {m: state_of(m) for m in root.modules()}
+    try:
+        yield
+        for path, m in root.named_modules():
+            for name, value in m._buffers.items():
+                if isinstance(value, fx.Proxy):
+                    raise TraceError(f"it assigns {f'{path}.{name}' if path else name!r}, a buffer")
+    finally:
+        for m, state in before.items():
+            constants = {k: v for k, v in m.__dict__.items() if k not in state and isinstance(v, torch.Tensor)}  # fx's
+            m.__dict__.clear()
+            m.__dict__.update(state, **constants)
+
+
+def state_of(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module, to set them again: containers among them are copied."""
+    return {k: copy.copy(v) if isinstance(v, (dict, list, set)) else v for k, v in module.__dict__.items()}
 
 
 @dataclass(frozen=True)

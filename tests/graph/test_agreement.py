@@ -61,13 +61,36 @@ def make(cls):
     return cls().double()
 
 
-@pytest.mark.parametrize("cls", [Remembers, Cached])
+class Counts(Two):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("n", torch.zeros(()))
+
+    def forward(self, x):
+        self.n += 1
+        return self.b(self.a(x)) * self.n
+
+
+class Stores(Two):
+    def __init__(self):
+        super().__init__()
+        self.last, self.seen = None, []
+
+    def forward(self, x):
+        self.last = self.a(x)
+        self.seen.append(self.last)
+        return self.b(self.last)
+
+
+@pytest.mark.parametrize("cls", [Remembers, Cached, Counts, Stores])
 def test_state_in_python_is_kept(cls):
     model = make(cls)
     traced = surgery.trace(model, x())
     model = copy.deepcopy(model)
     for batch in (2, 3, 1):
         assert torch.equal(traced(x(batch)), model(x(batch)))
+    if cls is Stores:
+        assert copy.deepcopy(traced).last is None
 
 
 def test_a_graph_that_computes_something_else_is_refused_with_what_differs(monkeypatch):
