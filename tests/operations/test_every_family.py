@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import surgery
-from tests.conftest import build_family
+from tests.zoo import build_family
 
 EXACT = 1e-10
 

@@ -20,7 +20,7 @@ from torch import nn
 import surgery
 from surgery.axes import ops
 from surgery.rules import rewrites
-from tests.conftest import randomised
+from tests.zoo import randomised
 
 EXACT = 1e-10
 ENDS = {"network input", "network output", "vocabulary"}
