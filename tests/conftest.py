@@ -16,11 +16,18 @@ import torch
 from surgery.cli import main
 from surgery.training.data.data import Data
 from tests.helpers import load_digits
+from tests.sweeps import is_slow
 from tests.zoo import FAMILIES, Family, build_family
 
 ROOT = Path(__file__).parents[1]
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in filter(is_slow, items):
+        item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(tryfirst=True)

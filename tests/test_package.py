@@ -15,6 +15,8 @@ import networkx
 import pytest
 
 import surgery
+from tests.sweeps import FAST, HEAVY, ORACLE
+from tests.zoo import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
@@ -123,3 +125,9 @@ def test_no_helper_of_the_tests_is_written_twice():
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and len(ast.unparse(node).splitlines()) > 3:
                 found[ast.unparse(node)].append(path.name)
     assert {code: files for code, files in found.items() if len(files) > 1} == {}
+
+
+def test_every_test_that_is_called_slow_exists():
+    code = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert {name for name in (*FAST, ORACLE) if f"def {name}(" not in code} == set()
+    assert FAMILIES.keys() >= HEAVY

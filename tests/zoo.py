@@ -21,8 +21,8 @@ import surgery
 from surgery import models as catalogue
 
 FAMILIES: dict[str, int | None] = {
-    "alexnet": 64,
-    "vgg11_bn": 32,
+    "alexnet": None,
+    "vgg11_bn": None,
     "resnet18": 64,
     "resnext50_32x4d": 64,
     "squeezenet1_1": 64,
@@ -75,7 +75,24 @@ def _video_resnet(conv: Any, stem: Any) -> nn.Module:
     return video.resnet.VideoResNet(video.resnet.BasicBlock, [conv] * 4, [1, 1, 1, 1], stem, num_classes=10)
 
 
+def _with_narrow_classifier(make: Callable[[], nn.Module]) -> nn.Module:
+    """A model whose classifier has 64 hidden channels: the published one has most of the weights."""
+    with torch.device("meta"):
+        model = make()
+        layers = [(i, layer) for i, layer in enumerate(model.classifier) if isinstance(layer, nn.Linear)]
+        widths = (layers[0][1].in_features, 64, 64, 10)
+        for (i, _), ins, outs in zip(layers, widths[:-1], widths[1:], strict=True):
+            model.classifier[i] = nn.Linear(ins, outs)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return model
+
+
 SMALL: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]]]] = {
+    "alexnet": (lambda: _with_narrow_classifier(models.alexnet), [(2, 3, 64, 64)]),
+    "vgg11_bn": (lambda: _with_narrow_classifier(models.vgg11_bn), [(2, 3, 32, 32)]),
     "vision transformer": (lambda: models.VisionTransformer(32, 8, 2, 3, 24, 48, num_classes=10), [(2, 3, 32, 32)]),
     "swin": (lambda: _swin(swin_transformer.SwinTransformerBlock, swin_transformer.PatchMerging), [(2, 3, 40, 32)]),
     "swin v2": (
