@@ -21,6 +21,7 @@ from surgery.cli.lessons import LOSSES, objectives
 from surgery.cli.output import Bars
 from surgery.errors import UsageError
 from surgery.training.distilling.objectives import DKD, KD, RKD, AttentionTransfer, Hint, ReviewKD
+from tests.helpers import interrupt, same_tensors
 
 NETS = """
     import torch
@@ -49,10 +50,6 @@ def empty_folder(module_in_folder):
 
 def weights_of(folder):
     return load_file(Path(folder) / "student" / "weights.safetensors")
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def score(folder):
@@ -131,16 +128,6 @@ def test_a_teacher_that_guesses_is_said_to(run):
     assert "no better than guessing" not in run(*ONCE, "--out", "better")[1]
 
 
-def interrupt(monkeypatch, task, step):
-    """Interrupt the run when that many steps of a task are done."""
-
-    def told(bars, at, done, total):
-        if (at, done) == (task, step):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Bars, "__call__", told)
-
-
 @pytest.mark.parametrize(("task", "step"), [("teacher", 7), ("hints: cache", 2), ("hints", 3), ("distill", 6)])
 def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_student(run, monkeypatch, task, step):
     assert run(*ONCE, "--out", "whole")[0] == 0
@@ -154,7 +141,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_student(run
     monkeypatch.setattr(Bars, "__call__", lambda bars, at, done, total: steps.append((at, done)))
     assert run(*ONCE, "--out", "cut")[0] == 0
     assert next(done for at, done in steps if at == task) == (1 if "cache" in task else step - 1)
-    assert same(weights_of("whole"), weights_of("cut"))
+    assert same_tensors(weights_of("whole"), weights_of("cut"))
     assert not Path("cut.unfinished").exists()
 
 
@@ -171,7 +158,7 @@ def test_a_killed_run_goes_on_in_another_process(run, empty_folder):
     assert done.returncode == 9
     assert {path.name for path in empty_folder.iterdir()} == {"distill_nets.py", "cut.unfinished"}
     assert run(*ONCE, "--out", "cut")[0] == run(*ONCE, "--out", "whole")[0] == 0
-    assert same(weights_of("whole"), weights_of("cut"))
+    assert same_tensors(weights_of("whole"), weights_of("cut"))
 
 
 def test_a_command_with_other_settings_does_not_go_on_with_the_run_of_before(run, monkeypatch):
@@ -207,7 +194,7 @@ def test_a_cache_in_a_folder_serves_later_runs_and_changes_nothing(run):
     assert told[0] == ["hints: cache …", "hints …", "distill: cache …", "distill …"]
     assert told[1] == told[2] == ["hints …", "distill …"]
     assert sorted(path.name for path in Path("kept").iterdir()) == ["distill", "hints"]
-    assert same(weights_of("a"), weights_of("b"))
+    assert same_tensors(weights_of("a"), weights_of("b"))
     for name, tensor in weights_of("a").items():
         assert torch.allclose(tensor, weights_of("c")[name], atol=1e-3), name
 

@@ -18,6 +18,7 @@ import surgery
 from surgery.cli import evolve
 from surgery.cli.output import Bars
 from surgery.folders import unfinished_folder
+from tests.helpers import interrupt, same_tensors
 
 NETS = """
     import torch
@@ -45,14 +46,7 @@ def empty_folder(module_in_folder):
 
 
 def weights(folder):
-    return {name: load_file(Path(folder, name, "weights.safetensors")) for name in ("dense", "slim")}
-
-
-def same(first, second):
-    return all(
-        first[who].keys() == second[who].keys() and all(torch.equal(first[who][n], second[who][n]) for n in first[who])
-        for who in first
-    )
+    return [load_file(Path(folder, name, "weights.safetensors")) for name in ("dense", "slim")]
 
 
 def score(folder):
@@ -122,16 +116,6 @@ def test_scattered_weights_give_no_slim_model(run):
     assert sorted(path.name for path in Path("made").iterdir()) == ["dense", "evolve.json", "generations.png"]
 
 
-def interrupt(monkeypatch, task, step):
-    """Interrupt the run when that many steps of a task are done."""
-
-    def told(bars, at, done, total):
-        if (at, done) == (task, step):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Bars, "__call__", told)
-
-
 @pytest.mark.parametrize(("task", "step"), [("generation-1", 7), ("generation-2", 10), ("long", 30), ("ticket-1", 4)])
 def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_models(run, monkeypatch, task, step):
     command = [*ONCE, "--long", "--lottery", "0.5", "--recalibrate", "--augment", "flip-crop"]
@@ -146,7 +130,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_models(run,
     monkeypatch.setattr(Bars, "__call__", lambda bars, at, done, total: steps.append((at, done)))
     assert run(*command, "--out", "cut")[0] == 0
     assert next(done for at, done in steps if at == task) == step - 1
-    assert same(weights("whole"), weights("cut"))
+    assert all(map(same_tensors, weights("whole"), weights("cut")))
     whole, cut = (json.loads(Path(name, "evolve.json").read_text()) for name in ("whole", "cut"))
     assert [(g["dense"], g["slim"]) for g in whole["generations"]] == [
         (g["dense"], g["slim"]) for g in cut["generations"]
@@ -168,7 +152,7 @@ def test_a_killed_run_goes_on_in_another_process(run, empty_folder):
     assert done.returncode == 9
     assert {path.name for path in empty_folder.iterdir()} == {"evolve_nets.py", "cut.unfinished"}
     assert run(*ONCE, "--out", "cut")[0] == run(*ONCE, "--out", "whole")[0] == 0
-    assert same(weights("whole"), weights("cut"))
+    assert all(map(same_tensors, weights("whole"), weights("cut")))
 
 
 def test_a_command_with_other_settings_does_not_go_on_with_the_run_of_before(run, monkeypatch):

@@ -16,29 +16,12 @@ from surgery.training.evaluation import evaluate
 from surgery.training.evolve import evolve, recalibrated
 from surgery.training.history import Score
 from surgery.training.loop import train
-from tests.conftest import SMALL
-from tests.training.test_resume import assert_same, killed_after
+from tests.helpers import assert_same, killed_after
+from tests.zoo import SMALL, digits_net
+
+DIGITS = 200
 
 QUICK = {"epochs": 2, "lr": 0.05, "batch_size": 64}
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_data("digits", limit=200)
-
-
-def net() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10),
-    )  # fmt: skip
-
-
-@pytest.fixture
-def model():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return surgery.trace(net().eval(), torch.zeros(2, 3, 8, 8))
 
 
 def test_the_slim_network_catches_up_with_the_dense_one():
@@ -46,7 +29,7 @@ def test_the_slim_network_catches_up_with_the_dense_one():
     data = load_data("digits", limit=500)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = surgery.trace(net().eval(), torch.zeros(2, 3, 8, 8))
+        model = surgery.trace(digits_net().eval(), torch.zeros(2, 3, 8, 8))
     found = evolve(model, data, 0.5, 4, epochs=8, lr=0.1)
     first, last = found.generations[0], found.generations[-1]
     assert first.slim.accuracy < first.dense.accuracy - 0.2
@@ -225,7 +208,7 @@ def test_statistics_are_measured_on_the_batches_that_the_data_make():
         ({"seed": 1.5}, r"seed must be a whole number of at least 0, not 1\.5"),
         ({"kind": "wels", "recalibrate": True}, "recalibrate is for the slim network, and WELS gives none"),
         ({"reset": {"seed": 3}}, "each generation draws by a seed of its own"),
-        ({"reset": {"fresh": net()}}, "with one model as fresh= all generations would draw the same"),
+        ({"reset": {"fresh": digits_net()}}, "with one model as fresh= all generations would draw the same"),
         ({"reset": "norms"}, "reset= has options of reset_hypothesis by name, and is not 'norms'"),
         ({"data": own(images(4), [])}, "data set 'own' has no test images: pass score=, or data that have some"),
     ],

@@ -13,16 +13,11 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 import surgery
 from surgery.edit.recipe import Recipe
-from surgery.training.data.data import load_data
 from surgery.training.descent import SCHEDULES
 from surgery.training.evaluation import evaluate
 from surgery.training.growth import Growth, stages
 from surgery.training.loop import train
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_data("digits")
+from tests.helpers import same_tensors
 
 
 class Residual(nn.Module):
@@ -72,10 +67,6 @@ def plain():
 
 def state(model):
     return copy.deepcopy(model.state_dict())
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
 @pytest.mark.parametrize(("build", "optimizer"), [(plain, "sgd"), (residual, "sgd"), (residual, "adamw")])
@@ -141,8 +132,8 @@ def test_places_may_come_from_a_generator(digits):
 def test_the_same_seed_grows_and_trains_the_same_weights_and_another_seed_others(digits):
     grow = {0: Growth(images=0.4), 1: Growth(images=0.8, widen=1.5, deepen=["blocks"])}
     runs = [state(train(residual(), digits, epochs=2, grow=grow, seed=seed).model) for seed in (0, 0, 1)]
-    assert same(runs[0], runs[1])
-    assert not same(runs[0], runs[2])
+    assert same_tensors(runs[0], runs[1])
+    assert not same_tensors(runs[0], runs[2])
 
 
 def test_what_the_state_of_new_channels_begins_with_is_a_choice(digits):
@@ -150,7 +141,7 @@ def test_what_the_state_of_new_channels_begins_with_is_a_choice(digits):
         state(train(plain(), digits, epochs=2, grow={1: Growth(widen=1.5, state=new)}).model)
         for new in ("copied", "zero")
     ]
-    assert not same(*runs)
+    assert not same_tensors(*runs)
 
 
 def test_the_model_given_is_not_changed_and_its_modes_are_those_of_the_grown_one(digits):
@@ -162,7 +153,7 @@ def test_the_model_given_is_not_changed_and_its_modes_are_those_of_the_grown_one
     torch.manual_seed(3)
     history = train(model, digits, epochs=2, grow={1: Growth(widen=1.5, deepen=["norm"])}, test_each_epoch=True)
     assert torch.equal(torch.rand(2), expected)
-    assert same(model.state_dict(), before)
+    assert same_tensors(model.state_dict(), before)
     assert surgery.recipe(model).steps == ()
     for trained in (model, history.model):
         assert [name for name, part in trained.named_modules() if part.training] == ["blocks.0.norm1"]
@@ -173,7 +164,7 @@ def test_a_growth_of_nothing_new_changes_nothing(digits):
     model = plain()
     plainly = train(model, digits, epochs=3, test_each_epoch=True)
     grown = train(plain(), digits, epochs=3, grow={1: Growth(images=1.0), 2: Growth(widen=1.0)}, test_each_epoch=True)
-    assert same(model.state_dict(), grown.model.state_dict())
+    assert same_tensors(model.state_dict(), grown.model.state_dict())
     assert [replace(e, seconds=0) for e in plainly.epochs] == [replace(e, seconds=0) for e in grown.epochs]
     assert plainly.model is None
     assert plainly.growths == ()
@@ -266,8 +257,8 @@ def test_data_alone_grow_for_a_model_that_was_not_traced(digits):
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
     before = state(model)
     history = train(model, digits, epochs=2, grow={0: Growth(images=0.5), 1: Growth(images=1.0)})
-    assert same(model.state_dict(), before)
-    assert not same(history.model.state_dict(), before)
+    assert same_tensors(model.state_dict(), before)
+    assert not same_tensors(history.model.state_dict(), before)
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,6 @@ from surgery.training.history import Score
 from surgery.training.loop import classification_loss, train
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return load_data("digits")
-
-
 def small_net(seed: int = 0) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -10,27 +10,15 @@ import torch
 
 import surgery
 from surgery.training import lottery as lotteries
-from surgery.training.data.data import load_data
 from surgery.training.evaluation import evaluate
 from surgery.training.history import Score
 from surgery.training.loop import train
 from surgery.training.lottery import lottery
-from tests.training.test_evolve import net
-from tests.training.test_resume import assert_same, killed_after
+from tests.helpers import assert_same, killed_after
+
+DIGITS = 200
 
 QUICK = {"epochs": 3, "batch_size": 50, "lr": 0.05}
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_data("digits", limit=200)
-
-
-@pytest.fixture
-def model():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return surgery.trace(net().eval(), torch.zeros(2, 3, 8, 8))
 
 
 def kept(module, masks):

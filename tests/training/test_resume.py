@@ -16,13 +16,11 @@ from surgery import Growth
 from surgery.training.data.data import load_data
 from surgery.training.history import History
 from surgery.training.loop import train
+from tests.helpers import assert_same, killed_after
+
+DIGITS = 160
 
 EPOCHS = 3
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_data("digits", limit=160)
 
 
 def net() -> nn.Module:
@@ -45,20 +43,6 @@ def traced() -> nn.Module:
 
 def result(history: History) -> list[tuple[float, float, object]]:
     return [(epoch.loss, epoch.lr, epoch.score) for epoch in history.epochs]
-
-
-def killed_after(steps: int):
-    def progress(task, done, total):
-        if done == steps:
-            raise KeyboardInterrupt
-
-    return progress
-
-
-def assert_same(one: nn.Module, other: nn.Module) -> None:
-    ours, theirs = one.state_dict(), other.state_dict()
-    assert list(ours) == list(theirs)
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop"])

@@ -18,13 +18,10 @@ from surgery.training.distilling import distill as distilling
 from surgery.training.distilling.objectives import DKD, KD, RKD, Hint
 from surgery.training.evaluation import evaluate
 from surgery.training.loop import train
+from tests.helpers import assert_same, killed_after
 from tests.training.test_engine import run
-from tests.training.test_resume import assert_same, killed_after
 
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_data("digits", limit=260)
+DIGITS = 260
 
 
 def traced(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:

@@ -21,12 +21,7 @@ from surgery.training.distilling import losses
 from surgery.training.distilling.objectives import DKD, KD, RKD, AttentionTransfer, Compared, Hint, Objective, ReviewKD
 from surgery.training.distilling.observed import Observed, observe
 from surgery.training.distilling.review import Review
-from tests.conftest import build_family, randomised, traced_of
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+from tests.zoo import build_family, randomised, traced_of
 
 
 def images(*shape: int) -> Tensor:
