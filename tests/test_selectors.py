@@ -109,7 +109,7 @@ def test_selectors_of_one_rank_that_disagree_are_refused(net: nn.Module) -> None
 
     with pytest.raises(surgery.UsageError, match=r"asks for .* of group .*: name .* as well to decide"):
         surgery.slim(net, {convs: 0.5, nn.Conv2d: 0.25})
-    with pytest.raises(surgery.UsageError, match=r"'layer4.0.conv1' asks for 0.5 of group .*, 'layer4"):
+    with pytest.raises(surgery.UsageError, match=r"asks for 0.25 of group 'layer4.0.conv1', 'layer4.0.conv1' for 0.5"):
         surgery.slim(net, {("conv1", "layer4.0.conv1"): 0.5, "layer4.0.conv1.weight": 0.25})
 
 
@@ -168,3 +168,17 @@ def test_hints_take_selectors(net: nn.Module) -> None:
     pair = surgery.attach_hint(net, net, guided="layer[12]", hint=["layer2", "layer2"])
     assert pair.names == (("layer1", "layer2"), ("layer2", "layer2"))
     assert surgery.attach_hint(net, net, guided={"layer2*": nn.Linear}).names == (("layer2", "fc"),)
+
+
+@pytest.mark.parametrize("whole", ["layer3", "layer3*", ["layer3.0", "layer3.1"], lambda name, _: name == "layer3"])
+def test_reset_hypothesis_keeps_a_container_whole(net: nn.Module, whole: Any) -> None:
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None:
+            layer.running_mean.fill_(0.5)
+    reset = surgery.reset_hypothesis(net, surgery.split_masks(net, 0.5), whole=whole).state_dict()
+    same = {name for name, tensor in net.state_dict().items() if torch.equal(tensor, reset[name])}
+    assert {name for name in reset if name.startswith("layer3.")} <= same
+    assert not {name for name in same if name.startswith("layer2.") and "conv" in name}
+    assert "layer2.0.bn1.running_mean" not in same
+    with pytest.raises(surgery.UsageError, match="unknown layer or parameter 'layr3'"):
+        surgery.reset_hypothesis(net, {}, whole="layr3")
