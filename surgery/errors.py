@@ -31,6 +31,10 @@ class ExportError(SurgeryError):
     """A model could not be exported, or its export does not match it."""
 
 
+class WeightsWarning(UserWarning):
+    """Published weights do not fit the model everywhere, so some initial values stay."""
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
     """A `UsageError` for ``name``, which is no known ``kind``, listing the closest known names."""
     options = sorted(set(known))

@@ -34,10 +34,10 @@ import torch
 import torchvision
 
 from benchmarks.coverage.report import line, markdown
+from benchmarks.results_io import RESULTS, command, read_document, write_document
 from surgery import models as catalogue
 from surgery.deploy.measure.environment import environment
 
-RESULTS = Path(__file__).parents[1] / "results"
 HEAVY = 100_000_000
 """Models of more parameters run alone."""
 
@@ -59,7 +59,7 @@ def main() -> None:
     rows = old | run(names, options.jobs, 60 * options.minutes, options.gib * 2**30)
     minutes = round((time.perf_counter() - start) / 60, 1)
     this = {
-        "command": "python -m benchmarks.coverage " + " ".join(sys.argv[1:]),
+        "command": command("coverage"),
         "date": date.today().isoformat(),
         "minutes": minutes,
         "models": len(names),
@@ -76,8 +76,7 @@ def main() -> None:
     good = sum(not row["failures"] for row in summary["models"])
     print(f"{len(summary['models'])} models, {good} without a failure, {minutes} minutes")
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "coverage.json").write_text(json.dumps(summary, indent=1) + "\n")
+        write_document(out / "coverage.json", summary)
         (out / "coverage.md").write_text(markdown(summary))
 
 
@@ -166,7 +165,7 @@ def _row(one: _Running, said: str) -> dict[str, Any]:
 def _before(out: Path) -> dict[str, Any]:
     """What the folder has of earlier runs."""
     file = out / "coverage.json"
-    return json.loads(file.read_text()) if file.is_file() else {"models": [], "runs": []}
+    return read_document(file) if file.is_file() else {"models": [], "runs": []}
 
 
 if __name__ == "__main__":

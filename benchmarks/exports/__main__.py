@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.exports.report import line, markdown
+from benchmarks.results_io import RESULTS, new_document, read_document, write_document
 from surgery import models as catalogue
-from surgery.deploy.measure.environment import environment, usable_cores
+from surgery.deploy.measure.environment import usable_cores
 
-RESULTS = Path(__file__).parents[1] / "results"
 VARIANTS = ("built", "small", "slim")
 
 
@@ -40,9 +40,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "exports.json", help="the JSON file; a table goes beside")
     options = parser.parse_args()
     out: Path = options.out
-    document = json.loads(out.read_text()) if out.exists() else {"runs": [], "models": []}
-    command = " ".join(["python -m benchmarks.exports", *sys.argv[1:]])
-    document["runs"].append({"command": command, "environment": environment().to_dict()})
+    document = read_document(out) if out.exists() else {"runs": [], "models": []}
+    document["runs"].append(new_document("exports"))
     rows = {(row["model"], row["variant"]): row for row in document["models"]}
     wanted = [
         (name, variant)
@@ -50,14 +49,13 @@ def main() -> None:
         for name in catalogue.CATALOGUE
         if not options.models or any(fnmatchcase(name, pattern) for pattern in options.models)
     ]
-    out.parent.mkdir(parents=True, exist_ok=True)
     for name, variant in wanted:
         if options.missing and (name, variant) in rows:
             continue
         rows[name, variant] = {"model": name, **export(name, variant, 60 * options.minutes)}
         print(line(rows[name, variant]), flush=True)
         document["models"] = [rows[n, v] for n in catalogue.CATALOGUE for v in VARIANTS if (n, v) in rows]
-        out.write_text(json.dumps(document, indent=1) + "\n")
+        write_document(out, document)
         out.with_suffix(".md").write_text(markdown(document))
 
 

@@ -10,8 +10,6 @@ Runtime, see `surgery.compare`. The plain one is what ``torch.onnx.export(model,
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -21,10 +19,8 @@ import torch
 
 import surgery
 from benchmarks.coverage.model import randomised
+from benchmarks.results_io import RESULTS, new_document, write_document, write_report
 from surgery import models as catalogue
-from surgery.deploy.measure.environment import environment
-
-RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main() -> None:
@@ -37,20 +33,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "plain-export.json", help="a table goes beside it")
     options = parser.parse_args()
     timing = {"threads": options.threads, "sessions": options.sessions, "min_runs": options.min_runs}
-    document = {
-        "command": " ".join(["python -m benchmarks.exports.plain", *sys.argv[1:]]),
-        "environment": environment().to_dict(),
-        "measured": [
-            measure(name, int(batch), timing)
-            for name in options.models.split(",")
-            for batch in options.batch_sizes.split(",")
-        ],
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
-    text = markdown(document)
-    options.out.with_suffix(".md").write_text(text)
-    print(text)
+    measured = [
+        measure(name, int(batch), timing)
+        for name in options.models.split(",")
+        for batch in options.batch_sizes.split(",")
+    ]
+    document = new_document("exports.plain", measured=measured)
+    write_document(options.out, document)
+    write_report(options.out, markdown(document))
 
 
 def measure(name: str, batch: int, timing: dict[str, Any]) -> dict[str, Any]:

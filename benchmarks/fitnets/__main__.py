@@ -28,7 +28,6 @@ Every file has the settings, the environment and all samples. ``--draw`` only dr
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -42,9 +41,8 @@ from benchmarks.fitnets import step as fitnets_step
 from benchmarks.fitnets.pictures import draw_cost, draw_depth, draw_mnist, draw_step
 from benchmarks.fitnets.tables import cost_table, step_table, train_table
 from benchmarks.fitnets.train import TrainSettings, all_runs
-from surgery.deploy.measure.environment import environment
+from benchmarks.results_io import RESULTS, new_document, open_document, read_document, write_document, write_report
 
-RESULTS = Path(__file__).parents[1] / "results"
 REPORTS: dict[str, tuple[Callable[[dict[str, Any]], str], Callable[[dict[str, Any], Path], None]]] = {
     "cost": (cost_table, draw_cost),
     "mnist": (train_table, draw_mnist),
@@ -118,8 +116,7 @@ def parsed() -> argparse.Namespace:
 
 def run_cost(options: argparse.Namespace, out: Path) -> None:
     settings = {name: getattr(options, name) for name in ("batch_sizes", "min_runs", "min_seconds", "threads")}
-    document = new_document(settings)
-    save({**document, **fitnets_cost.measure(**settings)}, out)
+    write_document(out, new_document("fitnets", settings=settings, **fitnets_cost.measure(**settings)))
 
 
 def run_step(options: argparse.Namespace, out: Path) -> None:
@@ -136,44 +133,29 @@ def run_step(options: argparse.Namespace, out: Path) -> None:
         "channels_last",
     )
     settings = fitnets_step.StepSettings(**{name: getattr(options, name) for name in names})
-    document = new_document(asdict(settings))
-    save({**document, "result": fitnets_step.measure(settings)}, out)
+    result = fitnets_step.measure(settings)
+    write_document(out, new_document("fitnets", settings=asdict(settings), result=result))
 
 
 def run_training(options: argparse.Namespace, out: Path) -> None:
     """Everything that the file does not have yet; it is written after each net."""
     taken = {name: getattr(options, name) for name in TrainSettings.__dataclass_fields__}
     settings = TrainSettings(**{**taken, "init_range": options.init_range or None, "rates": tuple(options.rates)})
-    document = {**new_document(settings.to_dict()), "runs": []}
-    if out.exists():
-        document = json.loads(out.read_text())
-        if document["settings"] != settings.to_dict():
-            sys.exit(f"{out} was made with other settings: move it away, or name another file with --out")
+    document = open_document(out, new_document("fitnets", settings=settings.to_dict(), runs=[]))
     try:
         with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
             for record in all_runs(settings, document, options.seeds, pool):
                 document["runs"].append(record)
-                save(document, out)
+                write_document(out, document)
     except KeyboardInterrupt:
         sys.exit("stopped: what was finished is in " + str(out))
 
 
-def new_document(settings: dict[str, Any]) -> dict[str, Any]:
-    command = "python -m benchmarks.fitnets " + " ".join(sys.argv[1:])
-    return {"command": command, "environment": environment().to_dict(), "settings": settings}
-
-
-def save(document: dict[str, Any], out: Path) -> None:
-    out.write_text(json.dumps(document, indent=1) + "\n")
-
-
 def report(part: str, out: Path) -> None:
-    document = json.loads(out.read_text())
+    document = read_document(out)
     table, draw = REPORTS[part]
-    text = table(document)
-    out.with_suffix(".md").write_text(text)
     draw(document, out.with_suffix(".png"))
-    print(text)
+    write_report(out, table(document))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 
 import surgery
 from benchmarks.fitnets.counting import paper_cost
+from benchmarks.results_io import comparison_record
 from surgery import models as catalogue
 from surgery.errors import UsageError
 
@@ -56,6 +57,8 @@ PUBLISHED = {
 
 RUNTIMES = (("onnxruntime", "cpu"), ("onnxruntime", "cuda"), ("torch", "cuda"))
 
+_KEPT = ("p50_ms", "iqr_ms", "p99_ms", "throughput", "warmup_settled", "notes", "samples_ms")
+
 
 def measure(batch_sizes: Sequence[int], *, min_runs: int, min_seconds: float, threads: int | None) -> dict[str, Any]:
     """The counts of every network, and the timings of each group in each runtime and at each batch size.
@@ -84,7 +87,7 @@ def measure(batch_sizes: Sequence[int], *, min_runs: int, min_seconds: float, th
                 except UsageError as reason:
                     timings.append({**record, "missing": str(reason)})
                     continue
-                timings.append({**record, **_plain(compared)})
+                timings.append({**record, **comparison_record(compared, _KEPT)})
                 print(f"{group}, {runtime} on {device}, batch {batch_size}: measured", flush=True)
     return {"counts": [count(name, net) for name, net in nets.items()], "timings": timings}
 
@@ -115,20 +118,3 @@ def _timed() -> dict[str, list[str]]:
 def _traced(name: str) -> torch.nn.Module:
     source = catalogue.canonical(name)
     return surgery.trace(catalogue.build(source, seed=0), catalogue.example_inputs(source), source=source)
-
-
-def _plain(compared: Any) -> dict[str, Any]:
-    """A comparison as JSON data, with what all of its results share said once, and the ratios as speed-ups."""
-    results = {name: result.to_dict() for name, result in compared.results.items()}
-    first = next(iter(results.values()))
-    kept = ("p50_ms", "iqr_ms", "p99_ms", "throughput", "warmup_settled", "notes", "samples_ms")
-    speedups = {
-        name: {"value": 1 / r.value, "low": 1 / r.high, "high": 1 / r.low, "confidence": r.confidence}
-        for name, r in compared.ratios.items()
-    }
-    return {
-        "threads": first["threads"],
-        "environment": first["environment"],
-        "results": {name: {key: result[key] for key in kept} for name, result in results.items()},
-        "speedups": speedups,
-    }

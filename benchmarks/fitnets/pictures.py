@@ -16,6 +16,7 @@ from benchmarks.fitnets.cost import PUBLISHED
 from benchmarks.fitnets.step import WAYS
 from benchmarks.fitnets.tables import METHOD_LABELS, TARGETS, errors, finals, students
 from benchmarks.fitnets.train import LONGER, METHODS
+from benchmarks.results_io import save_figure
 
 BLUE, AMBER, GREEN, GREY, DARK = "#0b6e99", "#d08c2f", "#4c9a4c", "#8a8a8a", "#222222"
 COLOURS = {"backprop": GREY, "kd": AMBER, "hints": BLUE, LONGER: GREEN}
@@ -37,7 +38,7 @@ def draw_cost(document: dict[str, Any], path: Path) -> None:
         "The networks of FitNets on CIFAR-10: speed-up over the teacher, on paper and measured",
         **TITLE,
     )
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _speedups(axes: Axes, document: dict[str, Any], timing: dict[str, Any]) -> None:
@@ -100,7 +101,7 @@ def draw_step(document: dict[str, Any], path: Path) -> None:
         loc="left",
         fontsize=12,
     )
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def draw_mnist(document: dict[str, Any], path: Path) -> None:
@@ -139,7 +140,7 @@ def draw_mnist(document: dict[str, Any], path: Path) -> None:
     for axes in (ends, course):
         tidy(axes)
     figure.suptitle(f"{net} on {settings['dataset']}, {len(finals(document, net, 'kd'))} seeds", **TITLE)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _course(axes: Axes, curves: list[list[float]], first: int, colour: str, label: str) -> None:
@@ -177,7 +178,7 @@ def draw_depth(document: dict[str, Any], path: Path) -> None:
     tidy(axes)
     title = f"Which depth each method trains: {settings['dataset']}, {settings['student_rate']:g} of the channels"
     figure.suptitle(title, **TITLE)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _log_errors(axes: Axes) -> None:

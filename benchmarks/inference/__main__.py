@@ -17,8 +17,6 @@ With ``--again`` those are, whose A/A check found the machine too noisy.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,12 +27,12 @@ import torch
 import surgery
 from benchmarks.inference.profile import time_by_operator
 from benchmarks.inference.report import draw, markdown
+from benchmarks.results_io import RESULTS, new_document, open_document, read_document, write_document, write_report
 from surgery import models as catalogue
-from surgery.deploy.measure.environment import environment, usable_cores
+from surgery.deploy.measure.environment import usable_cores
 from surgery.errors import UsageError
 from surgery.units import quantity
 
-RESULTS = Path(__file__).parents[1] / "results"
 MODELS = (
     "resnet18", "resnet50", "vgg16", "densenet121", "mobilenet_v3_large", "efficientnet_b0", "vit_b_16", "swin_t"
 )  # fmt: skip
@@ -59,12 +57,11 @@ def main() -> None:
     options = parser.parse_args()
     out: Path = options.out
     if options.draw:
-        report(json.loads(out.read_text()), out)
+        report(read_document(out), out)
         return
     settings = {key: getattr(options, key) for key in ("round_to", "threads", "sessions", "min_runs", "min_seconds")}
-    document = opened(out, settings)
-    command = " ".join(["python -m benchmarks.inference", *sys.argv[1:]])
-    run = {"command": command, "environment": environment().to_dict()}
+    document = open_document(out, {"runs": [], "settings": settings, "measured": []})
+    run = new_document("inference")
     if options.again:
         document["measured"] = [one for one in document["measured"] if not one.get("too_noisy")]
     for name in options.models.split(","):
@@ -76,19 +73,8 @@ def main() -> None:
                 document["runs"].append(run)
             found = measure(name, missing, settings)
             document["measured"] += [{**one, "run": document["runs"].index(run)} for one in found]
-            out.write_text(json.dumps(document, indent=1) + "\n")
+            write_document(out, document)
     report(document, out)
-
-
-def opened(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What the file has already, if it is of these settings; else a new document."""
-    if out.exists():
-        document: dict[str, Any] = json.loads(out.read_text())
-        if document["settings"] != settings:
-            sys.exit(f"{out} was made with other settings: move it away, or name another file with --out")
-        return document
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return {"runs": [], "settings": settings, "measured": []}
 
 
 def measure(name: str, wanted: list[tuple[str, int]], settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -147,9 +133,7 @@ def profiles(files: dict[str, Path], images: Any, batch_size: int, threads: int)
 
 def report(document: dict[str, Any], out: Path) -> None:
     draw(document, out.with_suffix(".png"))
-    text = markdown(document)
-    out.with_suffix(".md").write_text(text)
-    print(text)
+    write_report(out, markdown(document))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ rest is the session's own: where weights and activations came to lie in memory).
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,11 +22,9 @@ import numpy as np
 import torch
 
 import surgery
+from benchmarks.results_io import RESULTS, new_document, write_document, write_report
 from surgery import models as catalogue
 from surgery.deploy.measure.benchmark import BenchmarkResult, Comparison
-from surgery.deploy.measure.environment import environment
-
-RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main() -> None:
@@ -43,12 +39,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=RESULTS / "aa.json", help="the JSON file; a table is put beside it")
     options = parser.parse_args()
-    document: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.inference.aa", *sys.argv[1:]]),
-        "environment": environment().to_dict(),
-        "settings": {key: value for key, value in vars(options).items() if key != "out"},
-        "runs": [],
-    }
+    settings = {key: value for key, value in vars(options).items() if key != "out"}
+    document = new_document("inference.aa", settings=settings, runs=[])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         images = torch.randn(2, 3, options.image_size, options.image_size)
@@ -67,11 +59,8 @@ def main() -> None:
             )
             document["runs"].append(record(compared))
             print(line(document["runs"][-1]), flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
-    text = markdown(document)
-    options.out.with_suffix(".md").write_text(text)
-    print(text)
+    write_document(options.out, document)
+    write_report(options.out, markdown(document))
 
 
 def record(compared: Comparison) -> dict[str, Any]:

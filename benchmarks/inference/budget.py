@@ -11,18 +11,15 @@ slim model are measured anew, taking turns: did the search keep to the budget, o
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import surgery
+from benchmarks.results_io import RESULTS, new_document, write_document, write_report
 from surgery import models as catalogue
-from surgery.deploy.measure.environment import environment
 
-RESULTS = Path(__file__).parents[1] / "results"
 MODELS = "resnet18,resnet50,mobilenet_v3_large"
 
 
@@ -35,20 +32,11 @@ def main() -> None:
     parser.add_argument("--min-seconds", type=float, default=1.0, help="spent on each model, each time")
     parser.add_argument("--out", type=Path, default=RESULTS / "budget.json", help="a table goes beside it")
     options = parser.parse_args()
-    document = {
-        "command": " ".join(["python -m benchmarks.inference.budget", *sys.argv[1:]]),
-        "environment": environment().to_dict(),
-        "measured": [
-            row
-            for name in options.models.split(",")
-            for row in measure(name, [float(share) for share in options.shares.split(",")], options)
-        ],
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
-    text = markdown(document)
-    options.out.with_suffix(".md").write_text(text)
-    print(text)
+    shares = [float(share) for share in options.shares.split(",")]
+    measured = [row for name in options.models.split(",") for row in measure(name, shares, options)]
+    document = new_document("inference.budget", measured=measured)
+    write_document(options.out, document)
+    write_report(options.out, markdown(document))
 
 
 def measure(name: str, shares: list[float], options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.results_io import save_figure
 from surgery.units import counted, quantity
 
 _HEADER = (
@@ -137,4 +138,4 @@ def draw(document: dict[str, Any], out: Path) -> None:
         axes.set_ylabel("measured speed-up")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=7, frameon=False)
-    figure.savefig(out, dpi=150)
+    save_figure(figure, out, dpi=150)

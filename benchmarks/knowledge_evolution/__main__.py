@@ -22,22 +22,16 @@ settings, the environment of each measurement and all samples. ``--draw`` only d
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
-import knowledge_evolution_cost as cost
-import knowledge_evolution_generations as generations
-import knowledge_evolution_report as report
-import knowledge_evolution_step as step
+from benchmarks.knowledge_evolution import cost, generations, report, step
+from benchmarks.results_io import RESULTS, new_document, open_document, read_document, write_document, write_report
 
-from surgery.deploy.measure.environment import environment
-
-RESULTS = Path(__file__).parents[1] / "results"
+NAME = "knowledge_evolution"
 
 
 def main() -> None:
@@ -46,12 +40,10 @@ def main() -> None:
     if not options.draw:
         out.parent.mkdir(parents=True, exist_ok=True)
         options.run(options, out)
-    document = json.loads(out.read_text())
-    text = options.table(document)
-    out.with_suffix(".md").write_text(text)
+    document = read_document(out)
     if options.part == "generations":
         report.draw(document, out.with_suffix(".png"))
-    print(text)
+    write_report(out, options.table(document))
 
 
 def parsed() -> argparse.Namespace:
@@ -103,27 +95,27 @@ def parsed() -> argparse.Namespace:
 
 def run_cost(options: argparse.Namespace, out: Path) -> None:
     settings = {name: getattr(options, name) for name in ("nets", "min_runs", "min_seconds", "threads")}
-    document = opened(out, settings, counts=[], timings=[])
+    document = open_document(out, new_document(NAME, settings=settings, counts=[], timings=[]))
     for name in options.nets:
         if not any(row["net"] == name for row in document["counts"]):
             document["counts"] += cost.counts(name)
-            save(document, out)
+            write_document(out, document)
         if options.min_runs and not any(run["net"] == name for run in document["timings"]):
             timing = {key: settings[key] for key in ("min_runs", "min_seconds", "threads")}
             document["timings"].append(cost.timings(name, **timing))
-            save(document, out)
+            write_document(out, document)
             print(f"{name}: measured", flush=True)
 
 
 def run_generations(options: argparse.Namespace, out: Path) -> None:
     taken = {name: getattr(options, name) for name in generations.Settings.__dataclass_fields__}
     settings = generations.Settings(**{**taken, "epochs": tuple(options.epochs), "rates": tuple(options.rates)})
-    document = opened(out, settings.to_dict(), runs=[])
+    document = open_document(out, new_document(NAME, settings=settings.to_dict(), runs=[]))
     try:
         with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
             for record in generations.all_runs(settings, document, options.seeds, pool):
                 document["runs"].append(record)
-                save(document, out)
+                write_document(out, document)
     except KeyboardInterrupt:
         sys.exit("stopped: what was finished is in " + str(out))
 
@@ -131,25 +123,9 @@ def run_generations(options: argparse.Namespace, out: Path) -> None:
 def run_step(options: argparse.Namespace, out: Path) -> None:
     names = ("model", "image_size", "batch_size", "split_rate", "device", "steps", "rounds")
     settings = step.StepSettings(**{name: getattr(options, name) for name in names})
-    document = opened(out, asdict(settings))
+    document = open_document(out, new_document(NAME, settings=asdict(settings)))
     if "result" not in document:
-        save({**document, "result": step.measure(settings)}, out)
-
-
-def opened(out: Path, settings: dict[str, Any], **parts: list[Any]) -> dict[str, Any]:
-    """What the file has already, if it is of these settings; else a new document."""
-    if out.exists():
-        document: dict[str, Any] = json.loads(out.read_text())
-        if document["settings"] != settings:
-            sys.exit(f"{out} was made with other settings: move it away, or name another file with --out")
-        return document
-    command = "python -m benchmarks.knowledge_evolution " + " ".join(sys.argv[1:])
-    here = environment().to_dict()
-    return {"command": command, "environment": here, "settings": settings, **parts}
-
-
-def save(document: dict[str, Any], out: Path) -> None:
-    out.write_text(json.dumps(document, indent=1) + "\n")
+        write_document(out, {**document, "result": step.measure(settings)})
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torchvision.models import vgg11_bn
 
 import surgery
 from benchmarks.knowledge_evolution.counting import ke_cost
+from benchmarks.results_io import comparison_record
 from surgery import models as catalogue
 
 RATES = (1.0, 0.8, 0.5, 0.25)
@@ -132,18 +133,10 @@ def timings(name: str, *, min_runs: int, min_seconds: float, threads: int | None
         threads=threads,
         memory=False,
     )
-    first = compared.results["1"]
-    kept = ("p50_ms", "iqr_ms", "p99_ms", "warmup_settled", "notes", "samples_ms")
     return {
         "net": name,
         "operations": {key: ke_cost(network).operations for key, network in networks.items()},
-        "threads": first.threads,
-        "environment": first.environment.to_dict(),
-        "results": {key: {field: r.to_dict()[field] for field in kept} for key, r in compared.results.items()},
-        "speedups": {
-            key: {"value": 1 / r.value, "low": 1 / r.high, "high": 1 / r.low, "confidence": r.confidence}
-            for key, r in compared.ratios.items()
-        },
+        **comparison_record(compared, ("p50_ms", "iqr_ms", "p99_ms", "warmup_settled", "notes", "samples_ms")),
     }
 
 

@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from scipy import stats
 
 from benchmarks.knowledge_evolution.generations import ARMS, choice
+from benchmarks.results_io import save_figure
 from surgery.deploy.generations import DENSE, LONG, SLIM, frame
 
 CLOSE = 0.005
@@ -162,7 +163,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
         ha="left",
         fontsize=13,
     )
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _curves(axes: Axes, document: dict[str, Any]) -> None:

@@ -25,7 +25,6 @@ it was. ``--draw`` only draws what is there.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -34,9 +33,7 @@ from typing import Any
 
 from benchmarks.net2net.report import draw, markdown
 from benchmarks.net2net.run import GROWTHS, Settings, run_seed
-from surgery.deploy.measure.environment import environment
-
-RESULTS = Path(__file__).parents[1] / "results"
+from benchmarks.results_io import RESULTS, new_document, open_document, read_document, write_document, write_report
 
 
 def main() -> None:
@@ -62,7 +59,7 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out or RESULTS / f"net2net-{options.dataset.replace(':', '-')}.json"
     if options.draw:
-        report(json.loads(out.read_text()), out)
+        report(read_document(out), out)
         return
     settings = Settings(
         dataset=options.dataset,
@@ -78,34 +75,17 @@ def main() -> None:
         break_symmetry=None if options.break_symmetry == "none" else options.break_symmetry,
         noise=options.noise,
     )
-    document = opened(out, settings)
+    document = open_document(out, new_document("net2net", settings=settings.to_dict(), runs=[]))
     try:
         with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
             seeds = [s for s in range(options.seeds) if not complete(document, settings, s)]
             for done in as_completed([pool.submit(run_seed, settings, seed) for seed in seeds]):
                 document["runs"] += done.result()
                 document["runs"].sort(key=lambda run: run["seed"])
-                out.write_text(json.dumps(document, indent=1) + "\n")
+                write_document(out, document)
     except KeyboardInterrupt:
         sys.exit("stopped: what was finished is in " + str(out))
     report(document, out)
-
-
-def opened(out: Path, settings: Settings) -> dict[str, Any]:
-    """What the file has already, if it is of these settings; else a new document."""
-    if out.exists():
-        document: dict[str, Any] = json.loads(out.read_text())
-        if document["settings"] != settings.to_dict():
-            sys.exit(f"{out} was made with other settings: move it away, or name another file with --out")
-        return document
-    out.parent.mkdir(parents=True, exist_ok=True)
-    command = "python -m benchmarks.net2net " + " ".join(sys.argv[1:])
-    return {
-        "command": command.strip(),
-        "environment": environment().to_dict(),
-        "settings": settings.to_dict(),
-        "runs": [],
-    }
 
 
 def complete(document: dict[str, Any], settings: Settings, seed: int) -> bool:
@@ -114,9 +94,7 @@ def complete(document: dict[str, Any], settings: Settings, seed: int) -> bool:
 
 def report(document: dict[str, Any], out: Path) -> None:
     draw(document, out.with_suffix(".png"))
-    text = markdown(document)
-    out.with_suffix(".md").write_text(text)
-    print(text)
+    write_report(out, markdown(document))
 
 
 if __name__ == "__main__":

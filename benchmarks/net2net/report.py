@@ -12,6 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from benchmarks.results_io import save_figure
+
 _COLOURS = {"net2net": "#0b6e99", "padding": "#d08c2f", "scratch": "#8a8a8a"}
 _LABELS = {"net2net": "Net2Net", "padding": "random padding", "scratch": "from scratch"}
 
@@ -107,7 +109,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
         ha="left",
         fontsize=13,
     )
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _panel(axes: Axes, document: dict[str, Any], growth: str) -> None:

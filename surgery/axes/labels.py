@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 Ids = NDArray[np.int64]
 Shape = tuple[int, ...]
 Pairing = tuple[Shape, Shape]
+T = TypeVar("T", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,12 @@ class Labelled:
         """The field that includes ``dim``."""
         dim %= max(self.ndim, 1)
         return next((f for f in self.fields if dim in f.dims), None)
+
+
+def close(array: NDArray[T]) -> NDArray[T]:
+    """The array itself, read-only from here on."""
+    array.flags.writeable = False
+    return array
 
 
 def moved(field: Field, dims: tuple[int, ...], ids: Ids | None = None) -> Field:

@@ -70,7 +70,10 @@ class Op:
         """``f`` without some of its dims, along which its channels are chosen alike."""
         first = f.ids[tuple(slice(0, 1) if d in dims else slice(None) for d in f.dims)]
         self.run.tie_ids(first, f.ids)
-        self.rows(f.ids.reshape(-1, f.ids.shape[-1]))
+        inner = max((k for k, d in enumerate(f.dims) if d not in dims), default=0)
+        ids = f.ids[(slice(None),) * (inner + 1) + (0,) * (f.ids.ndim - 1 - inner)]  # a channel may fill the rest
+        if set(f.dims[:inner]) & set(dims):
+            self.rows(ids.reshape(-1, ids.shape[-1]))
         rest = tuple(d for d in f.dims if d not in dims)
         return Field(rest, first.reshape([s for s, d in zip(f.ids.shape, f.dims, strict=True) if d in rest]), f.key)
 
@@ -87,9 +90,10 @@ class Op:
         dims, shape = tuple(d - first for d in f.dims), self.shape[first : last + 1]
         self.run.findings.norms.append(Norm(self.path, (self.key[1], self.key[2]), shape, dims, f.ids))
 
-    def alike(self, fields: Fields) -> Any:
-        """The same fields for each output."""
-        return pytree.tree_map(lambda _: fields, self.out)
+    def alike(self, fields: Fields) -> Fields:
+        """The same fields for each output; a tree of them where the op has several."""
+        found: Fields = pytree.tree_map(lambda _: fields, self.out)
+        return found
 
     def tie(self, a: Field | None, b: Field | None) -> None:
         """Position for position, ``a`` and ``b`` hold the same channel."""
@@ -219,17 +223,13 @@ class Op:
                 result.append(self.across(f, touched & set(f.dims)) if touched & set(f.dims) else f)
         return tuple(result)
 
-    def unknown(self, operands: Any, why: str) -> Any:
-        """Freeze every axis of ``operands``."""
+    def unknown(self, *operands: Any, why: str = "has no rule") -> Fields:
+        """Freeze every axis of ``operands``: the op, or what it is called with, is not understood."""
         for leaf in pytree.tree_leaves(operands):
             if isinstance(leaf, Labelled):
                 for f in leaf.fields:
                     self.freeze(f, f"{self.name} {why}")
-        return self.unlabelled()
-
-    def unlabelled(self) -> Any:
-        """No fields for any output."""
-        return pytree.tree_map(lambda _: (), self.out)
+        return self.alike(())
 
     def lose(self, fields: list[Field], reason: str) -> None:
         for f in fields:

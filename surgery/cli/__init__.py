@@ -1,35 +1,64 @@
 """The command line: thin verbs over the public API.
 
 Each verb takes a torchvision name, a folder that `surgery.save` wrote, or ``package.module:factory`` with ``--trust``.
-What it has to say goes to stdout, as a table or, with ``--json``, as one JSON object; everything else goes to stderr.
+The result goes to stdout, as a table or, with ``--json``, as one JSON object; everything else goes to stderr. A verb
+calls the public package and nothing else; what it needs of that is imported when it runs, so help needs no torch.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import Annotated, cast
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, cast
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
+import surgery
 from surgery.cli import evolve, measure, operate, sensitivity, show, teach
-from surgery.errors import EditError, SurgeryError, TraceError, UsageError
-from surgery.models import WeightsWarning
-from surgery.version import __version__
+from surgery.errors import EditError, SurgeryError, TraceError, UsageError, WeightsWarning
 
 _ParserError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
 """What typer raises for arguments it cannot parse: it names only this subclass of it publicly."""
 
 _REFUSED = (UsageError, EditError, TraceError)
 
-app = typer.Typer(
+
+class _PlainFlags:
+    """Mixed into a command: help shows no type for options that take no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class _Command(_PlainFlags, TyperCommand):
+    pass
+
+
+class _Group(_PlainFlags, TyperGroup):
+    pass
+
+
+class _App(typer.Typer):
+    """An app whose commands are all of the class above."""
+
+    def command(self, *args: Any, **settings: Any) -> Callable[[Any], Any]:
+        return super().command(*args, cls=_Command, **settings)
+
+
+app = _App(
     name="surgery",
     help="Widen, deepen and slim neural networks exactly; export them, measure them, choose among them.",
     epilog="Example: surgery tradeoff resnet18 --dataset mnist5k --split-rates 1.0,0.5,0.25 --out runs/demo",
-    add_completion=False,
+    cls=_Group,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
@@ -37,17 +66,17 @@ app = typer.Typer(
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"surgery {__version__}")
+        print(f"surgery {surgery.__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """What may stand before a verb."""
+    """Take the options that may stand before a verb."""
 
 
 for verbs in (show, operate, teach, evolve, measure, sensitivity):
@@ -55,13 +84,20 @@ for verbs in (show, operate, teach, evolve, measure, sensitivity):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code.
+    """Run one command.
 
-    0: done. 1: it did not work out, as when a verification failed. 2: what was asked for cannot be; nothing was done.
-    130: interrupted.
+    Args:
+        argv: its words, by default those of the process.
+
+    Returns:
+        the exit code. 0: done. 1: it failed, as when a verification does. 2: the request cannot be met, and nothing was
+        done. 130: interrupted.
+
+    Example:
+        >>> surgery.cli.main(["slim", "resnet18", "--rate", "0.5", "--out", "slim"])
     """
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    if os.getcwd() not in sys.path:  # so that a factory in the current folder is found, as python -m finds it
+    if os.getcwd() not in sys.path:  # find a factory in the current folder, as python -m does
         sys.path.append(os.getcwd())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -84,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: BaseException, message: object, code: int) -> int:
-    """Say what went wrong, and what was noted of it: what is kept of a run."""
+    """Print what went wrong and the error's notes, which say what is kept of a run."""
     _say("error", message)
     for note in getattr(error, "__notes__", ()):
         print(note, file=sys.stderr)
@@ -92,5 +128,6 @@ def _fail(error: BaseException, message: object, code: int) -> int:
 
 
 def _say(kind: str, message: object) -> None:
-    """One line on stderr, however many the message has."""
-    print(f"{kind}: {' '.join(str(message).split())}", file=sys.stderr)
+    """Print a message as one line on stderr. ``force=True (--force)`` becomes ``--force``: the reader has options."""
+    line = re.sub(r"\b(?:\w+=\w*|\w+_\w+) \((--[^)]*)\)", r"\1", " ".join(str(message).split()))
+    print(f"{kind}: {line}", file=sys.stderr)

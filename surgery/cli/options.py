@@ -1,19 +1,29 @@
-"""Options that several verbs share, and the models they name."""
+"""Options that several verbs share, and what their texts mean."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
-import torch
 import typer
-from torch import nn
 
-from surgery import models as catalogue
+import surgery
 from surgery.errors import UsageError, unknown_name
-from surgery.graph.tracing import example_inputs, trace
-from surgery.models.checkpoint import RECIPE, load
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def complete_model(incomplete: str) -> Iterator[tuple[str, str]]:
+    """Yield the models whose names begin so, with their families, for the shell's completion."""
+    for name, entry in {**surgery.models.CATALOGUE, **surgery.models.FITNETS}.items():
+        if name.startswith(incomplete):
+            yield name, entry.family
+
 
 Model = Annotated[
     str,
@@ -21,6 +31,7 @@ Model = Annotated[
         metavar="MODEL",
         help="A torchvision name, with builder keywords if you like (resnet18?num_classes=10), a saved folder, or "
         "package.module:factory with --trust.",
+        autocompletion=complete_model,
     ),
 ]
 InputShape = Annotated[
@@ -31,7 +42,7 @@ InputShape = Annotated[
     ),
 ]
 Weights = Annotated[str, typer.Option(metavar="NAME", help="torchvision's weights: none, DEFAULT or one by name.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random, initial weights included.")]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of everything random, initial weights included.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of one query. [default: all usable cores]")]
 Trust = Annotated[bool, typer.Option("--trust", help="Allow package.module:factory to be imported and called.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what --out names, if it was made by this command.")]
@@ -49,68 +60,80 @@ EXACT = 1e-10
 T = TypeVar("T")
 
 
-def open_model(
-    source: str,
-    *,
-    input_shape: str | None = None,
-    inputs: Any = None,
-    weights: str = "none",
-    seed: int = 0,
-    trust: bool = False,
-) -> nn.Module:
-    """The traced module that ``source`` names, in evaluation mode, for inputs of a shape or for those given."""
-    if is_saved(source):
-        if input_shape is not None:
-            raise UsageError(f"{source} remembers its input shape: --input-shape is for a model that is built anew")
-        return load(source, trust=trust).eval()
-    module = catalogue.build(source, weights=weights, trust=trust, seed=seed).eval()
-    architecture = catalogue.canonical(source, weights=weights)
-    if inputs is None and input_shape is not None:
-        inputs = catalogue.inputs_of_shape(architecture, parse_shape(input_shape))
-    elif inputs is None:
-        inputs = catalogue.example_inputs(architecture)
-    return trace(module, inputs, source=architecture)
+@dataclass(frozen=True)
+class Opening:
+    """The options by which a verb opens the models that it is given."""
+
+    input_shape: InputShape = None
+    weights: Weights = "none"
+    seed: Seed = 0
+    trust: Trust = False
+
+    def open(self, source: str) -> nn.Module:
+        """Open one model, as `surgery.models.open_model` does."""
+        return surgery.models.open_model(source, **self._keywords)
+
+    def open_pair(self, first: str, second: str) -> tuple[nn.Module, nn.Module]:
+        """Open two models for the same inputs."""
+        return surgery.models.open_pair(first, second, **self._keywords)
+
+    @property
+    def _keywords(self) -> dict[str, Any]:
+        shape = None if self.input_shape is None else parse_shape(self.input_shape)
+        return {"input_shape": shape, "weights": self.weights, "seed": self.seed, "trust": self.trust}
 
 
-def open_pair(
-    first: str, second: str, *, input_shape: str | None, weights: str, seed: int, trust: bool
-) -> tuple[nn.Module, nn.Module]:
-    """Two models for the same inputs: those a saved one remembers, or else as `open_model` has them."""
-    if is_saved(second) and not is_saved(first):
-        opened = open_pair(second, first, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
-        return opened[1], opened[0]
-    one = open_model(first, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
-    if is_saved(second):
-        return one, open_model(second, trust=trust)
-    inputs, _ = example_inputs(one)
-    return one, open_model(second, inputs=inputs, weights=weights, seed=seed, trust=trust)
+def with_groups(verb: Callable[..., None]) -> Callable[..., None]:
+    """Expand each parameter of a verb that is typed as a dataclass into one option for each field.
+
+    Typer then sees the options, and the verb gets the dataclass: verbs that share options name one parameter for them.
+
+    Example:
+        >>> @app.command()
+        ... @with_groups
+        ... def inspect(model: Model, opening: Opening) -> None: ...
+    """
+    hints = get_type_hints(verb, include_extras=True)
+    groups: dict[str, Any] = {}
+    options = []
+    for parameter in inspect.signature(verb).parameters.values():
+        kind = hints[parameter.name]
+        if is_dataclass(kind):
+            groups[parameter.name] = kind
+            types = get_type_hints(kind, include_extras=True)
+            options += [(field.name, field.default, types[field.name]) for field in fields(kind)]
+        else:
+            options.append((parameter.name, parameter.default, kind))
+
+    def call(**given: Any) -> None:
+        for name, kind in groups.items():
+            given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
+        verb(**given)
+
+    named = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter(name, named, default=default, annotation=kind) for name, default, kind in options]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {name: kind for name, _, kind in options}
+    call.__name__, call.__doc__ = verb.__name__, verb.__doc__
+    return call
+
+
+def open_model(source: str, *, input_shape: str | None, weights: str, seed: int, trust: bool) -> nn.Module:
+    """Open a model, as `Opening` does."""
+    return Opening(input_shape, weights, seed, trust).open(source)
 
 
 def is_saved(source: str) -> bool:
-    """Whether ``source`` is a folder that `surgery.save` wrote; a path that is none is a `UsageError`."""
-    path = Path(source)
-    if path.is_dir():
-        if not (path / RECIPE).is_file():
-            raise UsageError(f"{source} is not a saved model: it has no {RECIPE}")
-        return True
-    if source.endswith(".py") or (".py:" in source and Path(source.rpartition(":")[0]).is_file()):
-        raise UsageError(
-            f"{source} names a Python file: a model of your own is given as package.module:factory, with --trust, here "
-            f"as {path.name.partition('.py')[0]}:NAME for the function or class that makes it"
-        )
-    if path.is_file() and source not in {**catalogue.CATALOGUE, **catalogue.FITNETS}:
-        raise UsageError(
-            f"{source} is a file, and a saved model is a folder; only bench takes files, and these end in .onnx"
-        )
-    if len(path.parts) > 1 or source.endswith(("/", "\\")):
-        raise UsageError(f"there is no saved model at {source}")
-    return False
+    """Tell whether ``source`` is a saved folder; raise `UsageError` for a path that is none."""
+    return surgery.models.is_saved(source)
 
 
 def parse_device(name: str) -> torch.device:
     """``"auto"``, ``"cpu"`` or ``"cuda"`` as a device that there is."""
     if name not in ("auto", "cpu", "cuda"):
         raise unknown_name("device", name, ("auto", "cpu", "cuda"))
+    import torch
+
     gpu = torch.cuda.is_available()
     if name == "cuda" and not gpu:
         raise UsageError("--device cuda: there is no GPU here that torch can use")

@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
-from surgery import models as catalogue
-from surgery.axes.groups import DimensionGroup, dimension_groups
-from surgery.cli.options import (
-    EXACT,
-    AsJson,
-    InputShape,
-    Model,
-    Seed,
-    Trust,
-    Weights,
-    open_model,
-    open_pair,
-    refuse_if_taken,
-)
+import surgery
+from surgery.cli.options import EXACT, AsJson, Model, Opening, complete_model, refuse_if_taken, with_groups
 from surgery.cli.output import emit, table
-from surgery.counting.cost import cost, weight_macs
-from surgery.counting.group_cost import GroupCost, group_costs
-from surgery.deploy.draw import draw
-from surgery.edit.recipe import recipe
 from surgery.errors import UsageError, unknown_name
-from surgery.graph.tracing import example_inputs, info
-from surgery.models.detectors import comparable
-from surgery.operations.verify import verify as verify_modules
 from surgery.units import counted, mebibytes, quantity
 
 
 def register(app: typer.Typer) -> None:
     """Add the verbs of this file to ``app``."""
     app.command(epilog="Example: surgery models 'resnet*'")(models)
-    app.command(epilog="Example: surgery inspect resnet50 --svg resnet50.svg")(inspect)
-    app.command(epilog="Example: surgery verify resnet18 wide/")(verify)
+    app.command(epilog="Example: surgery inspect resnet50 --svg resnet50.svg")(with_groups(inspect))
+    app.command(epilog="Example: surgery verify resnet18 wide/")(with_groups(verify))
 
 
 def models(
@@ -50,17 +28,9 @@ def models(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the models known by name, what they are called with, and what is published of them."""
-    known = {**catalogue.CATALOGUE, **catalogue.FITNETS}
-    if family is not None:
-        families = {entry.family for entry in known.values()}
-        known = {n: e for n, e in known.items() if fnmatchcase(e.family.lower(), family.lower())}
-        if not known:
-            raise unknown_name("family", family, families)
-    entries = [entry for entry in known.values() if fnmatchcase(entry.name, pattern)]
-    if not entries:
-        raise unknown_name("model", pattern, known)
-    rows = [_published(entry) for entry in entries]
+    """List the models known by name, with their inputs and their published figures."""
+    known = surgery.models.list_models(pattern, family)
+    rows = [one.to_dict() for one in known]
     cells = [
         [r["name"], r["family"], r["input"], quantity(r["params"]), quantity(1e9 * r["gmacs"]), r["score"], r["notes"]]
         for r in rows
@@ -68,35 +38,6 @@ def models(
     header = ["name", "family", "input", "parameters", "MACs", "published", "notes"]
     listing = table(counted(len(rows), "model"), header, cells, text=["family", "notes"], left=["input"])
     emit({"models": rows}, as_json, listing)
-
-
-def _published(entry: catalogue.Entry) -> dict[str, Any]:
-    if entry.name in catalogue.FITNETS:
-        params, macs = catalogue.fitnet_cost(entry.name)
-        meta: Mapping[str, Any] = {"num_params": params, "_ops": macs / 1e9, "_metrics": {}}
-    else:
-        meta = catalogue.published(entry.name)["DEFAULT"].meta
-    return {
-        "name": entry.name,
-        "family": entry.family,
-        "kind": entry.kind,
-        "input": f"{entry.kind} {'x'.join(map(str, entry.input_size))}",
-        "input_size": list(entry.input_size),
-        "params": meta["num_params"],
-        "gmacs": meta["_ops"],
-        "metrics": meta["_metrics"],
-        "score": _score(meta["_metrics"]),
-        "notes": entry.notes,
-    }
-
-
-_SCORES = {"acc@1": "{:.1f}% top-1", "miou": "{:.1f} mIoU", "box_map": "{:.1f} box mAP", "epe": "{:.2f} px"}
-"""The metrics of torchvision that a table shows, the first of them that there is."""
-
-
-def _score(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    figures = {name: value for of_data in reversed(list(metrics.values())) for name, value in of_data.items()}
-    return next((form.format(figures[name]) for name, form in _SCORES.items() if name in figures), "")
 
 
 def inspect(
@@ -107,10 +48,8 @@ def inspect(
         typer.Option(metavar="A B", help="Show the ops that tie two layers, or parameters' axes: fc.weight[1]."),
     ] = None,
     svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the groups into an SVG file.")] = None,
-    input_shape: InputShape = None,
-    weights: Weights = "none",
-    seed: Seed = 0,
-    trust: Trust = False,
+    *,
+    opening: Opening,
     force: Annotated[bool, typer.Option("--force", help="Replace the SVG file if it exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -121,13 +60,13 @@ def inspect(
     """
     if svg is not None:
         refuse_if_taken(svg, force)
-    traced = open_model(model, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
-    groups = dimension_groups(traced)
+    traced = opening.open(model)
+    groups = surgery.dimension_groups(traced)
     if why is not None:
         _show_path(groups, *why, as_json)
         return
-    figures, macs = cost(traced), weight_macs(traced)
-    costs = group_costs(traced, groups, macs)
+    figures, macs = surgery.cost(traced), surgery.weight_macs(traced)
+    costs = surgery.group_costs(traced, groups, macs)
     if group is not None:
         found = _find(groups, group)
         _show_members(found, costs[found.name], as_json)
@@ -137,13 +76,18 @@ def inspect(
         f"{quantity(figures.params)} parameters, {quantity(figures.macs)} MACs an input, {mebibytes(figures.bytes)}; "
         f"{editable} of {counted(len(groups), 'group')} editable"
     )
-    source = info(traced).source
+    source = surgery.recipe(traced).source
     if svg is not None:
-        _write(svg, draw(traced, groups, costs, macs, title=f"Dimension groups of {source or model}", subtitle=said))
+        _write(
+            svg,
+            surgery.draw_groups(
+                traced, groups, costs, macs, title=f"Dimension groups of {source or model}", subtitle=said
+            ),
+        )
     result = {
         "source": source,
         **figures.to_dict(),
-        "steps": len(recipe(traced).steps),
+        "steps": len(surgery.recipe(traced).steps),
         "macs_of_no_weight": macs.get("", 0),
         "svg": None if svg is None else str(svg),
         "groups": [_group(g, costs[g.name]) for g in groups],
@@ -159,7 +103,7 @@ def inspect(
     emit(result, as_json, table("", header, rows, left=["editable"]), *reasons, note=said + drawn)
 
 
-def _group(group: DimensionGroup, carried: GroupCost) -> dict[str, Any]:
+def _group(group: surgery.DimensionGroup, carried: surgery.GroupCost) -> dict[str, Any]:
     return {
         "name": group.name,
         "size": group.size,
@@ -182,7 +126,7 @@ def _briefly(reason: str) -> str:
     return "; ".join([*kinds.values(), *([f"and {more} more"] if more else [])])
 
 
-def _quantities(carried: GroupCost) -> tuple[str, str]:
+def _quantities(carried: surgery.GroupCost) -> tuple[str, str]:
     return quantity(carried.params), quantity(carried.macs)
 
 
@@ -192,7 +136,7 @@ def _write(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def _find(groups: list[DimensionGroup], layer: str) -> DimensionGroup:
+def _find(groups: list[surgery.DimensionGroup], layer: str) -> surgery.DimensionGroup:
     """The group named after ``layer``, or else the one it produces for."""
     named = {m.layer: g for g in groups for m in g.members if m.role == "producer"} | {g.name: g for g in groups}
     if layer not in named:
@@ -200,7 +144,7 @@ def _find(groups: list[DimensionGroup], layer: str) -> DimensionGroup:
     return named[layer]
 
 
-def _show_members(group: DimensionGroup, carried: GroupCost, as_json: bool) -> None:
+def _show_members(group: surgery.DimensionGroup, carried: surgery.GroupCost, as_json: bool) -> None:
     rows = [[m.name, m.axis, m.role] for m in group.members]
     params, macs = _quantities(carried)
     size = f"{counted(group.size, 'channel')}, {counted(group.units, 'unit')}"
@@ -213,7 +157,7 @@ def _show_members(group: DimensionGroup, carried: GroupCost, as_json: bool) -> N
     )
 
 
-def _show_path(groups: list[DimensionGroup], a: str, b: str, as_json: bool) -> None:
+def _show_path(groups: list[surgery.DimensionGroup], a: str, b: str, as_json: bool) -> None:
     """The ops between two members of one group; a `UsageError` where no group has both."""
     holds = {name: [g for g in groups if name in _names(g)] for name in (a, b)}
     for name, found in holds.items():
@@ -231,25 +175,27 @@ def _show_path(groups: list[DimensionGroup], a: str, b: str, as_json: bool) -> N
     emit({"a": a, "b": b, "paths": paths}, as_json, *tables)
 
 
-def _names(group: DimensionGroup) -> set[str]:
+def _names(group: surgery.DimensionGroup) -> set[str]:
     return {name for m in group.members for name in (str(m), m.name, m.layer)}
 
 
 def verify(
     model: Model,
-    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="What MODEL is compared with.")],
+    reference: Annotated[
+        str, typer.Argument(metavar="REFERENCE", help="The model to compare MODEL with.", autocompletion=complete_model)
+    ],
     tolerance: Annotated[float, typer.Option(help="Largest relative difference that passes, in float64.")] = EXACT,
-    input_shape: InputShape = None,
-    weights: Weights = "none",
-    seed: Seed = 0,
-    trust: Trust = False,
+    *,
+    opening: Opening,
     as_json: AsJson = False,
 ) -> None:
     """Check that two models compute the same; exit with 1 if they do not."""
-    first, second = open_pair(model, reference, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
-    args, kwargs = example_inputs(first)
-    both = (comparable(first), comparable(second))
-    check = verify_modules(*both, args, kwargs=kwargs, dtype=torch.float64, tolerance=tolerance)
+    first, second = opening.open_pair(model, reference)
+    import torch
+
+    args, kwargs = surgery.example_inputs(first)
+    both = (surgery.comparable(first), surgery.comparable(second))
+    check = surgery.verify(*both, args, kwargs=kwargs, dtype=torch.float64, tolerance=tolerance)
     rows = [[check.dtype, f"{check.max_abs:.2e}", f"{check.max_rel:.2e}", f"{check.tolerance:.0e}"]]
     said = "the same" if check.ok else "different"
     emit(

@@ -1,15 +1,16 @@
-"""What an operation changed, or would change: layers and their shapes, and what the model costs."""
+"""What an operation changed, or would change: its steps, layers and their shapes, and what the model costs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from surgery.axes.groups import Member
 from surgery.counting.cost import Cost, cost
+from surgery.edit.recipe import recipe
 from surgery.units import mebibytes, quantity
 
 Shape = tuple[int, ...]
@@ -35,7 +36,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Changes:
-    """The difference between two versions of a model. ``str()`` of it is a table with a line for each layer."""
+    """The difference between two versions of a model. ``str()`` of it is a summary, the steps, and a table with a
+    line for each layer."""
+
+    header: ClassVar = ("layer", "class", "in", "out", "shape")
+    """The names of the cells of `rows`."""
 
     cost: tuple[Cost, Cost]
     """What one sample costs, before and after."""
@@ -43,10 +48,12 @@ class Changes:
     """Layers whose parameters have other shapes, before and after."""
     added: tuple[Layer, ...]
     removed: tuple[Layer, ...]
+    steps: tuple[str, ...] = ()
+    """The steps from one to the other, each in one line; empty where one was not made from the other."""
 
     def rows(self) -> list[tuple[str, ...]]:
         """For each layer its name, class, input and output channels, and the shape of the first parameter that differs,
-        as `HEADER` heads them."""
+        as `header` names them."""
         return [
             *(_row(before, after) for before, after in self.changed),
             *(_row(None, layer) for layer in self.added),
@@ -62,6 +69,7 @@ class Changes:
             "changed": [{"before": old.to_dict(), "after": new.to_dict()} for old, new in self.changed],
             "added": [layer.to_dict() for layer in self.added],
             "removed": [layer.to_dict() for layer in self.removed],
+            "steps": list(self.steps),
         }
 
     def summary(self) -> str:
@@ -75,34 +83,36 @@ class Changes:
         )
 
     def __str__(self) -> str:
-        rows = [HEADER, *self.rows()]
+        rows = [self.header, *self.rows()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join([self.summary(), *(line.rstrip() for line in lines if self.rows())])
-
-
-HEADER = ("layer", "class", "in", "out", "shape")
-"""What the cells of `Changes.rows` are."""
+        return "\n".join([self.summary(), *self.steps, *(line.rstrip() for line in lines if self.rows())])
 
 
 def changes(before: nn.Module, after: nn.Module) -> Changes:
-    """What differs between two versions of a traced module: only shapes are looked at, nothing is run.
-
-    A dry run is ``print(surgery.changes(traced, surgery.widen(traced, 1.5)))``.
+    """Compare two versions of a traced module by their shapes; nothing is run.
 
     Args:
         before: a traced module.
         after: what an operation made of it.
 
+    Returns:
+        what differs, and the steps that lead from one to the other.
+
     Raises:
         UsageError: one of them is not traced.
+
+    Example:
+        >>> print(surgery.changes(traced, surgery.widen(traced, 1.5)))  # a dry run
     """
     old, new = layers(before), layers(after)
+    first, steps = recipe(before).steps, recipe(after).steps
     return Changes(
         cost=(cost(before), cost(after)),
         changed=tuple((old[n], new[n]) for n in new if n in old and old[n].shapes != new[n].shapes),
         added=tuple(layer for name, layer in new.items() if name not in old),
         removed=tuple(layer for name, layer in old.items() if name not in new),
+        steps=tuple(map(str, steps[len(first) :])) if steps[: len(first)] == first else (),
     )
 
 

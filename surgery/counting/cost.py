@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.module_tracker import ModuleTracker
 
+from surgery.counting.products import ProductCounter, attention_as_matrix_products
 from surgery.models.detectors import image_batch, is_detector, raw_outputs
-from surgery.models.inputs import Args, Kwargs, is_list_of_images, refusing_bad_inputs, resolve, tensors
+from surgery.models.inputs import Args, Kwargs, is_list_of_images, refusing_bad_inputs, resolve
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ def cost(module: nn.Module, example_inputs: Any = None, *, kwargs: Mapping[str, 
     ``example_inputs`` is a tensor or a tuple of positional inputs, ``kwargs`` the named ones; a traced module needs
     neither.
 
-    Raises `UsageError` where the inputs do not fit, where an untraced module comes without inputs, or where the shapes
-    inside depend on the values of the input, so that they cannot be known without running it.
+    Raises `UsageError` where the inputs do not fit, where an untraced module comes without inputs, where the shapes
+    inside depend on the values of the input, so that they cannot be known without running it, or where an operator
+    multiplies matrices and has no formula.
     """
     args, named = resolve(module, example_inputs, kwargs, batch_size=1)
     return Cost(
@@ -76,13 +78,16 @@ def weight_macs(
 
 
 def _macs(module: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, int]:
-    found: dict[str, int] = {}
+    macs: dict[str, int] = {}
 
-    def counting(fake: nn.Module) -> FlopCounterMode:
-        return FlopCounterMode(display=False, custom_mapping=_noting(fake, found))
+    @contextmanager
+    def counting(fake: nn.Module) -> Iterator[None]:
+        with ModuleTracker() as layers, ProductCounter(fake, layers) as counter:
+            yield
+        macs.update(counter.macs)
 
     run_on_fakes(module, args, kwargs, counting)
-    return {name: flops // 2 for name, flops in found.items()}
+    return macs
 
 
 def run_on_fakes(
@@ -102,43 +107,13 @@ def run_on_fakes(
     fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, fake_mode.from_tensor, (args, kwargs))
     with (
         refusing_bad_inputs(args, kwargs),
-        _countable_attention(),
+        attention_as_matrix_products(),
         torch.random.fork_rng(devices=[]),
         torch.no_grad(),
         fake_mode,
         watching(fake),
     ):
         call(*fake_args, **fake_kwargs)
-
-
-def _noting(module: nn.Module, found: dict[str, int]) -> dict[Any, Callable[..., int]]:
-    """torch's FLOP formulas, which also add what they count to ``found``, under the parameter that takes part."""
-    names = {p.untyped_storage()._cdata: name for name, p in reversed(list(module.named_parameters()))}
-
-    def noting(formula: Callable[..., int]) -> Callable[..., int]:
-        def count(*args: Any, **kwargs: Any) -> int:
-            flops = formula(*args, **kwargs)
-            used = (names.get(t.untyped_storage()._cdata) for t in tensors(args))
-            name = next((name for name in used if name is not None and name in matrices), "")
-            found[name] = found.get(name, 0) + flops
-            return flops
-
-        count._get_raw = True  # type: ignore[attr-defined]  # the formula is given tensors, not their shapes
-        return count
-
-    matrices = {name for name, p in module.named_parameters() if p.ndim > 1}
-    return {op: noting(formula) for op, formula in flop_registry.items()}
-
-
-@contextmanager
-def _countable_attention() -> Iterator[None]:
-    """Attention as its matrix products: the fused inference kernel of `nn.MultiheadAttention` has no FLOP formula."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _footprints(tensors: Iterable[torch.Tensor]) -> Iterator[tuple[int, int]]:

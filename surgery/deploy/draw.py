@@ -41,7 +41,7 @@ text.shape { fill: #57606a; text-anchor: end; }
 """
 
 
-def draw(
+def draw_groups(
     module: nn.Module,
     groups: Sequence[DimensionGroup],
     costs: Mapping[str, GroupCost],

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from surgery.axes.groups import Analysis
+from surgery.axes.analysis import Analysis
 from surgery.axes.labels import Labelled
 from surgery.axes.ledger import labelled_leaves
 from surgery.edit.sites import Site, activation_of, is_inside
@@ -57,11 +57,11 @@ class Block:
 class Flow:
     """A graph, the layers it runs, and what the analysis knows of its values."""
 
-    def __init__(self, dims: Analysis, site: Site) -> None:
-        self.dims, self.owner, self.path, self.graph = dims, site.owner, site.path, site.graph
-        graphs = dims.findings.graphs
+    def __init__(self, analysis: Analysis, site: Site) -> None:
+        self.analysis, self.owner, self.path, self.graph = analysis, site.owner, site.path, site.graph
+        graphs = analysis.graphs
         self.scope = next(s for s, (path, graph) in graphs.items() if path == site.path and graph is site.graph)
-        self.values = dims.findings.nodes
+        self.values = analysis.values
         self.order = {node: k for k, node in enumerate(site.graph.nodes)}
 
     def value(self, node: fx.Node) -> Any:
@@ -211,7 +211,7 @@ class Flow:
             entry, end = next(iter(graph.nodes)), graph.output_node().args[0]
             if entry.op == "placeholder" and isinstance(end, fx.Node):
                 path = f"{self.path}.{node.target}".lstrip(".")
-                result.append((Flow(self.dims, Site(leaf, path, graph, end)), entry, end))
+                result.append((Flow(self.analysis, Site(leaf, path, graph, end)), entry, end))
         return result if len(result) == len(leaf.graphs) else []
 
     def _zeros_inside(self, node: fx.Node) -> frozenset[Zero] | None:

@@ -11,8 +11,10 @@ it is added to, and the last copy takes it back.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -20,7 +22,34 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from surgery.edit.recipe import MEAN, Noise
+from surgery.edit.step import MEAN
+from surgery.errors import UsageError, unknown_name
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Noise on the weights of copies, so that they learn different things.
+
+    Attributes:
+        kind: ``"zero-sum"``: on the weights that read a copied unit, adding up to zero over its copies: exact.
+            ``"plain"``: on the weights that write the copies, all but the first: inexact.
+        scale: its standard deviation, in those of the weight that it is added to.
+        seed: of the draws; each axis of each parameter has draws of its own.
+    """
+
+    kind: str
+    scale: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("zero-sum", "plain"):
+            raise unknown_name("kind of noise", self.kind, ("zero-sum", "plain"))
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise UsageError(f"noise must be a number above 0, not {self.scale}")
+
+    def __str__(self) -> str:
+        return f"{self.kind} noise of {self.scale:g}, seed {self.seed}"
+
 
 Draw = Callable[[Sequence[int]], torch.Tensor]
 """Makes noise of a shape."""

@@ -1,50 +1,76 @@
-"""Executes `InsertBlock`: a copy of a block, whose last layers are 0, behind it (LLaMA-Pro, ACL 2024)."""
+"""`InsertBlock`: a copy of a block, whose last layers are 0, behind it (LLaMA-Pro, ACL 2024)."""
 
 from __future__ import annotations
 
 import copy
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from surgery.axes.groups import Analysis, analyse
+from surgery.axes.analysis import Analysis, analyse
 from surgery.edit.blocks import Block, Flow, Zero, block_of
-from surgery.edit.recipe import InsertBlock
 from surgery.edit.sites import Site, activation_of, is_called, local_name, output_sites
+from surgery.edit.step import Inserted, Step
 from surgery.errors import EditError
 
 
-def insert_block(module: nn.Module, step: InsertBlock) -> None:
-    """Insert the block of ``step`` into ``module``, in every graph that computes what it reads."""
-    found = copied_blocks(module, analyse(module), step.after, step.like)
-    if any(zero_names(site, block, step.like, step.name) != step.zeros for site, _, block in found):
-        raise EditError(f"a copy of {step.like or step.after!r} is not the identity where {list(step.zeros)} are 0")
-    parent, _, child = step.name.rpartition(".")
-    container = module.get_submodule(parent)
-    if hasattr(container, child):
-        raise EditError(f"{step.name!r} is taken")
-    memo: dict[int, Any] = {}  # of all that is copied: what is tied in the block is tied in the copy, and to it alone
-    new = copy.deepcopy(module.get_submodule(step.like), memo) if step.like else nn.Module().train(container.training)
-    container.add_module(child, new)
-    names: dict[tuple[str, str], str] = {}
-    for site, _, block in found:
-        for node in block.nodes:
-            target = str(node.target)
-            if node.op in ("call_module", "get_attr") and (site.path, target) not in names:
-                names[site.path, target] = _copy_part(site, step, target, memo)
-    with torch.no_grad():
-        for name in step.zeros:
-            operator.attrgetter(name)(module).zero_()
-    for parameter in new.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-    for site, end, block in found:
-        _insert(site, step, end, block, names)
-        site.owner.recompile()
+@dataclass(frozen=True)
+class InsertBlock(Step):
+    """Insert a copy of a block behind it, whose last layers are 0, so that it hands on what it is given (LLaMA-Pro, ACL
+    2024).
+
+    Attributes:
+        after: qualified name of the container behind whose output the copy stands; of a layer in the block, where no
+            container is the block.
+        name: qualified name of the copy.
+        like: qualified name of the container that is copied; empty where none is the block. Then it is the smallest
+            block at the end of ``after``, or that ``after`` is in.
+        zeros: qualified names of the copy's tensors that are 0.
+    """
+
+    after: str
+    name: str
+    like: str
+    zeros: tuple[str, ...]
+
+    def apply(self, module: nn.Module) -> nn.Module:
+        """Insert the copy in every graph that computes what it reads. See `Step.apply`."""
+        result = copy.deepcopy(module)
+        found = copied_blocks(result, analyse(result), self.after, self.like)
+        if any(zero_names(site, block, self.like, self.name) != self.zeros for site, _, block in found):
+            raise EditError(f"a copy of {self.like or self.after!r} is not the identity where {list(self.zeros)} are 0")
+        memo: dict[int, Any] = {}  # what is tied in the block is tied in the copy, and to it alone
+        new = _add_container(result, self, memo)
+        names: dict[tuple[str, str], str] = {}
+        for site, _, block in found:
+            for node in block.nodes:
+                target = str(node.target)
+                if node.op in ("call_module", "get_attr") and (site.path, target) not in names:
+                    names[site.path, target] = _copy_part(site, self, target, memo)
+        with torch.no_grad():
+            for name in self.zeros:
+                operator.attrgetter(name)(result).zero_()
+        for parameter in new.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        for site, end, block in found:
+            _insert(site, self, end, block, names)
+            site.owner.recompile()
+        return result
+
+    def inserted(self) -> tuple[Inserted, ...]:
+        """See `Step.inserted`."""
+        return (Inserted(self.name, self.after, self.like),)
+
+    def describe(self) -> str:
+        """See `Step.describe`."""
+        what = repr(self.like) if self.like else "the block there"
+        return f"InsertBlock: a copy {self.name!r} of {what} behind {self.after!r}"
 
 
-def copied_blocks(module: nn.Module, dims: Analysis, after: str, like: str) -> list[tuple[Site, fx.Node, Block]]:
+def copied_blocks(module: nn.Module, analysis: Analysis, after: str, like: str) -> list[tuple[Site, fx.Node, Block]]:
     """In each graph that computes the output of ``after``: the value that a copy is put behind, and the block that it
     is a copy of.
 
@@ -57,7 +83,7 @@ def copied_blocks(module: nn.Module, dims: Analysis, after: str, like: str) -> l
     result = []
     known = {id(site.graph): site for site in output_sites(module, like)} if like else {}
     for site in output_sites(module, after):
-        flow = Flow(dims, site)
+        flow = Flow(analysis, site)
         if like:
             own = known.get(id(site.graph))
             block = None if own is None else block_of(flow, own.node, local_name(like, site.path))
@@ -103,6 +129,17 @@ def renamed(site: Site, target: str, like: str, name: str) -> str:
     if like and f"{whole}.".startswith(f"{like}."):
         return name + whole[len(like) :]
     return f"{name}.{target.replace('.', '_')}"
+
+
+def _add_container(module: nn.Module, step: InsertBlock, memo: dict[int, Any]) -> nn.Module:
+    """Register the container of the copy: a copy of the block's own, or an empty one."""
+    parent, _, child = step.name.rpartition(".")
+    container = module.get_submodule(parent)
+    if hasattr(container, child):
+        raise EditError(f"{step.name!r} is taken")
+    new = copy.deepcopy(module.get_submodule(step.like), memo) if step.like else nn.Module().train(container.training)
+    container.add_module(child, new)
+    return new
 
 
 def _copy_part(site: Site, step: InsertBlock, target: str, memo: dict[int, Any]) -> str:

@@ -1,5 +1,7 @@
-"""One more layer at the end of a dense block (Huang et al., CVPR 2017), found from the graph: what ends in a
-concatenation whose last part is computed from the concatenation of the others.
+"""`InsertDense`: one more layer at the end of a dense block (Huang et al., CVPR 2017).
+
+A dense block is found from the graph: it ends in a concatenation whose last part is computed from the concatenation of
+the others.
 
 Two gathers make what it takes. In one the channels of the last layer are copied with a share of 0: what reads the
 block then has columns for a further layer's channels, and they are 0. In the other as many of the last channels that
@@ -18,15 +20,64 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from surgery.axes.groups import Analysis, DimensionGroup, analyse
+from surgery.axes.analysis import Analysis, analyse
+from surgery.axes.groups import DimensionGroup
 from surgery.axes.labels import Ids, Labelled, runs
 from surgery.edit.blocks import Flow
 from surgery.edit.insert_block import renamed
 from surgery.edit.layout import Layouts
-from surgery.edit.recipe import InsertDense, Reindex
+from surgery.edit.reindex import Reindex, gather, gathered_origins
 from surgery.edit.sites import Site, is_inside, local_name, output_sites
+from surgery.edit.step import Inserted, Origin, Step
 from surgery.errors import EditError
-from surgery.graph.traced import TracedModule, traced_parts
+from surgery.graph.traced import TracedModule, named_tensors, traced_parts
+
+
+@dataclass(frozen=True)
+class InsertDense(Step):
+    """Insert one more layer at the end of a dense block, a copy of its last one. Whatever reads the block reads the new
+    channels with weights of 0.
+
+    Attributes:
+        after: qualified name of the container at whose end the dense block is.
+        name: qualified name of the new layer.
+        like: qualified name of the container that is the block's last layer; empty where none is.
+    """
+
+    after: str
+    name: str
+    like: str
+
+    def apply(self, module: nn.Module) -> nn.Module:
+        """See `Step.apply`."""
+        analysis = analyse(module)
+        edit = self._edit(module, analysis)
+        result = gather(module, analysis, edit.readers)
+        _insert_layer(self, edit, result, gather(module, analysis, edit.wider))
+        return result
+
+    def origins(self, module: nn.Module) -> dict[str, Origin]:
+        """See `Step.origins`."""
+        analysis = analyse(module)
+        edit = self._edit(module, analysis)
+        kept = {name for name, tensor in named_tensors(module).items() if id(tensor) in edit.kept}
+        found = gathered_origins(module, analysis, edit.readers)
+        return {name: origin for name, origin in found.items() if name not in kept}
+
+    def inserted(self) -> tuple[Inserted, ...]:
+        """See `Step.inserted`."""
+        return (Inserted(self.name, self.after, self.like),)
+
+    def describe(self) -> str:
+        """See `Step.describe`."""
+        what = f", a copy of {self.like!r}" if self.like else ""
+        return f"InsertDense: layer {self.name!r}{what}, at the end of the dense block {self.after!r}"
+
+    def _edit(self, module: nn.Module, analysis: Analysis) -> DenseEdit:
+        edit = dense_edit(module, analysis, self.after)
+        if edit is None or edit.like != self.like:
+            raise EditError(f"{self.after!r} does not end in a dense block whose last layer is {self.like!r}")
+        return edit
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,21 +110,21 @@ class DenseEdit:
     """Lets the last layer read as many channels as its copy has to."""
 
 
-def dense_edit(module: nn.Module, after: str) -> DenseEdit | None:
+def dense_edit(module: nn.Module, analysis: Analysis, after: str) -> DenseEdit | None:
     """How the dense block at the end of the container ``after`` gets one more layer; None where there is none.
 
     Raises:
         EditError: what reads the block cannot ignore further channels, or its last layer cannot read any.
     """
-    dims, where = analyse(module), f"the dense block at the end of {after!r}"
+    where = f"the dense block at the end of {after!r}"
     sites = list(output_sites(module, after))
-    flows = [Flow(dims, site) for site in sites]
+    flows = [Flow(analysis, site) for site in sites]
     found = [_last_layer(site, flow) for site, flow in zip(sites, flows, strict=True)]
     layers = tuple(layer for layer in found if layer is not None)
     if len(layers) < len(found):
         return None
     ways = [
-        (_container(layer, flow, local_name(after, flow.path)), *_reindexes(dims, layer, flow, where))
+        (_container(layer, flow, local_name(after, flow.path)), *_reindexes(analysis, layer, flow, where))
         for layer, flow in zip(layers, flows, strict=True)
     ]
     if any(way != ways[0] for way in ways):
@@ -84,36 +135,6 @@ def dense_edit(module: nn.Module, after: str) -> DenseEdit | None:
     if any(id(t) in kept for owner, graph in graphs for t in _tensors(owner, (n for n in graph.nodes if n not in own))):
         raise EditError(f"{where} shares weights of its last layer with others")
     return DenseEdit(layers, ways[0][0], frozenset(kept), *ways[0][1:])
-
-
-def insert_dense(module: nn.Module, step: InsertDense, edit: DenseEdit, result: nn.Module, wider: nn.Module) -> None:
-    """Put the new layer into ``result``.
-
-    Args:
-        module: what ``edit`` is of.
-        result: it after ``edit.readers``; its last layer becomes again what it is in ``module``.
-        wider: it after ``edit.wider``, from which the new layer is taken.
-    """
-    parent, _, child = step.name.rpartition(".")
-    container = result.get_submodule(parent)
-    if hasattr(container, child):
-        raise EditError(f"{step.name!r} is taken")
-    new = wider.get_submodule(step.like) if step.like else nn.Module().train(container.training)
-    container.add_module(child, new)
-    memo: dict[int, Any] = {}
-    for layer in edit.layers:
-        owner, path = layer.site.owner, layer.site.path
-        for node in layer.nodes:
-            held = _held(owner, node)
-            if held is not None:
-                _put(result.get_submodule(path), str(node.target), copy.deepcopy(held, memo))
-                if not step.like:
-                    taken = operator.attrgetter(str(node.target))(wider.get_submodule(path))
-                    _put(new, str(node.target).replace(".", "_"), taken)
-    for parameter in new.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-    for layer in edit.layers:
-        _insert(layer, step, result, wider)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,38 +209,38 @@ def _container(layer: Layer, flow: Flow, stage: str) -> str:
 # Channels
 
 
-def _reindexes(dims: Analysis, layer: Layer, flow: Flow, where: str) -> tuple[Reindex, Reindex]:
+def _reindexes(analysis: Analysis, layer: Layer, flow: Flow, where: str) -> tuple[Reindex, Reindex]:
     """The edits that copy the layer's channels for what reads the block, and the last channels that the layer reads."""
     whole, read, written = (
-        _units(dims, flow.value(node), layer.dim) for node in (layer.site.node, layer.entry, layer.end)
+        _units(analysis, flow.value(node), layer.dim) for node in (layer.site.node, layer.entry, layer.end)
     )
     if whole is None or read is None or written is None:
         raise EditError(f"{where} joins what holds no channels")
     if len(np.unique([*read, *written])) < len(np.unique(read)) + len(written):
         raise EditError(f"{where} has layers whose channels are tied to each other")
-    start, run = runs(read, dims.fence)
+    start, run = runs(read, analysis.fence)
     last = np.resize(read[start[run == run[-1]]], len(written))
     behind = int(np.flatnonzero(whole == written[-1])[-1]) + 1
     problem = f"what reads {where} cannot ignore further channels"
-    readers = _copying(dims, written, {len(written): written, behind: whole}, problem)
-    wider = _copying(dims, last, {len(read): read}, f"the last layer of {where} cannot read further channels")
+    readers = _copying(analysis, written, {len(written): written, behind: whole}, problem)
+    wider = _copying(analysis, last, {len(read): read}, f"the last layer of {where} cannot read further channels")
     shares = {g.name: (*[1.0] * g.units, *[0.0] * (len(index) - g.units)) for g, index in readers.items()}
     return Reindex({g.name: index for g, index in readers.items()}, shares), Reindex(
         {g.name: index for g, index in wider.items()}
     )
 
 
-def _units(dims: Analysis, value: Any, dim: int) -> Ids | None:
+def _units(analysis: Analysis, value: Any, dim: int) -> Ids | None:
     field = value.at(dim) if isinstance(value, Labelled) else None
-    return None if field is None or len(field.dims) > 1 else dims.unit_of[field.ids]
+    return None if field is None or len(field.dims) > 1 else analysis.unit_of[field.ids]
 
 
 def _copying(
-    dims: Analysis, units: Ids, places: Mapping[int, Ids], problem: str
+    analysis: Analysis, units: Ids, places: Mapping[int, Ids], problem: str
 ) -> dict[DimensionGroup, tuple[int, ...]]:
     """For each group the index that copies ``units``; the copies have to lie at those positions of some axes."""
     indices: dict[DimensionGroup, tuple[int, ...]] = {}
-    for group in dims.groups:
+    for group in analysis.groups:
         own = units[(units >= group.start) & (units < group.start + group.units)] - group.start
         if len(own) == 0:
             continue
@@ -229,7 +250,7 @@ def _copying(
         if reasons:
             raise EditError(f"{problem}: {'; '.join(reasons)}")
         indices[group] = (*range(group.units), *sorted(map(int, own)))
-    layouts = Layouts(dims, indices, {})
+    layouts = Layouts(analysis, indices, {})
     for at, axis in places.items():
         layout = layouts.of(axis)
         if layout is None or list(np.delete(layout.old, np.s_[at : at + len(units)])) != list(range(len(axis))):
@@ -239,6 +260,37 @@ def _copying(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Inserting
+
+
+def _insert_layer(step: InsertDense, edit: DenseEdit, result: nn.Module, wider: nn.Module) -> None:
+    """Put the new layer into ``result``.
+
+    Args:
+        step: what names the layer.
+        edit: what it takes, found in the module before the step.
+        result: that module after ``edit.readers``; its last layer becomes again what it was.
+        wider: that module after ``edit.wider``, from which the new layer is taken.
+    """
+    parent, _, child = step.name.rpartition(".")
+    container = result.get_submodule(parent)
+    if hasattr(container, child):
+        raise EditError(f"{step.name!r} is taken")
+    new = wider.get_submodule(step.like) if step.like else nn.Module().train(container.training)
+    container.add_module(child, new)
+    memo: dict[int, Any] = {}
+    for layer in edit.layers:
+        owner, path = layer.site.owner, layer.site.path
+        for node in layer.nodes:
+            held = _held(owner, node)
+            if held is not None:
+                _put(result.get_submodule(path), str(node.target), copy.deepcopy(held, memo))
+                if not step.like:
+                    taken = operator.attrgetter(str(node.target))(wider.get_submodule(path))
+                    _put(new, str(node.target).replace(".", "_"), taken)
+    for parameter in new.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    for layer in edit.layers:
+        _insert(layer, step, result, wider)
 
 
 def _put(root: nn.Module, name: str, held: nn.Module | torch.Tensor) -> None:

@@ -1,18 +1,21 @@
-"""Executes `InsertIdentity`: new layers behind an existing one that compute the identity."""
+"""`InsertIdentity`: new layers behind an existing one that compute the identity (Net2DeeperNet)."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import operator
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
+from surgery.edit.layout import memory_format
 from surgery.edit.moments import predicted_moments, set_moments
-from surgery.edit.recipe import InsertIdentity
 from surgery.edit.sites import Site, local_name, output_sites
+from surgery.edit.step import Inserted, Step
 from surgery.errors import EditError, UsageError
 from surgery.layers.maxout import Maxout
 
@@ -20,31 +23,65 @@ _CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _BATCH_NORMS: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
-def insert_identity(module: nn.Module, step: InsertIdentity) -> None:
-    """Insert the layers of ``step`` into ``module``, in every graph that computes what they read."""
-    sites = list(output_sites(module, step.after))
-    block = _block(step, weight_before(module, sites[0], len(step.kernel)))
-    if step.form == "layer" and step.norm:
-        moments = predicted_moments(sites[0].owner, sites[0].node)
-        if moments is not None:
-            set_moments(block.get_submodule("norm"), *moments)
-    parent, _, child = step.name.rpartition(".")
-    container = module.get_submodule(parent)
-    if hasattr(container, child):
-        raise EditError(f"{step.name!r} is taken")
-    container.add_module(child, block)
-    block.train(container.training)
-    for site in sites:
-        _insert(site, step, block)
-        site.owner.recompile()
+@dataclass(frozen=True)
+class InsertIdentity(Step):
+    """Insert new layers that compute the identity behind an existing one (Net2DeeperNet).
 
+    Attributes:
+        after: qualified name of the layer or container whose output the new layers read.
+        name: qualified name of the container of the new layers.
+        form: ``"layer"``: an identity layer, and the activation again where it is idempotent; ``"residual"``: a block
+            with a skip connection whose last layer is zero.
+        kernel: kernel size of the identity convolution, odd in each direction; empty for a linear layer.
+        norm: whether a BatchNorm follows the identity layer.
+        activation: class name in `torch.nn` of the activation, ``"Maxout"``, or empty.
+        channels: number of channels of the value read.
+        seed: of the random weights of a residual block's first layer.
+        pieces: of a maxout activation, each of them the identity; 1 for any other.
+        eps: of the BatchNorm, such that the variance that makes it the identity is a number of the weights' dtype.
+    """
 
-def memory_format(tensor: torch.Tensor) -> torch.memory_format:
-    """Channels last, where a tensor is laid out so and not otherwise."""
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
-    if channels_last and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=channels_last):
-        return channels_last
-    return torch.contiguous_format
+    after: str
+    name: str
+    form: str
+    kernel: tuple[int, ...]
+    norm: bool
+    activation: str
+    channels: int
+    seed: int = 0
+    pieces: int = 1
+    eps: float = 2.0**-17
+
+    def apply(self, module: nn.Module) -> nn.Module:
+        """Insert the layers in every graph that computes what they read. See `Step.apply`."""
+        result = copy.deepcopy(module)
+        sites = list(output_sites(result, self.after))
+        block = _block(self, weight_before(result, sites[0], len(self.kernel)))
+        if self.form == "layer" and self.norm:
+            moments = predicted_moments(sites[0].owner, sites[0].node)
+            if moments is not None:
+                set_moments(block.get_submodule("norm"), *moments)
+        parent, _, child = self.name.rpartition(".")
+        container = result.get_submodule(parent)
+        if hasattr(container, child):
+            raise EditError(f"{self.name!r} is taken")
+        container.add_module(child, block)
+        block.train(container.training)
+        for site in sites:
+            _insert(site, self, block)
+            site.owner.recompile()
+        return result
+
+    def inserted(self) -> tuple[Inserted, ...]:
+        """See `Step.inserted`."""
+        norms = (f"{self.name}.norm",) if self.form == "layer" and self.norm else ()
+        return (Inserted(self.name, self.after, norms=norms),)
+
+    def describe(self) -> str:
+        """See `Step.describe`."""
+        kind = "x".join(map(str, self.kernel)) + " convolution" if self.kernel else "linear layer"
+        what = f"identity {kind}" if self.form == "layer" else f"residual block of {kind}s"
+        return f"InsertIdentity: {what} {self.name!r} behind {self.after!r}, {self.channels} channels"
 
 
 def weight_before(module: nn.Module, site: Site, spatial: int) -> torch.Tensor:

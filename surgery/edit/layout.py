@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from surgery.axes.groups import Analysis, DimensionGroup
+from surgery.axes.analysis import Analysis
+from surgery.axes.groups import DimensionGroup
 from surgery.axes.labels import Ids, runs
-from surgery.edit.recipe import MEAN
+from surgery.edit.step import MEAN
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +44,12 @@ class Layouts:
 
     def __init__(
         self,
-        dims: Analysis,
+        analysis: Analysis,
         indices: Mapping[DimensionGroup, Sequence[int]],
         shares: Mapping[DimensionGroup, Sequence[float]],
     ) -> None:
-        self.fence = dims.fence
-        self.changed: NDArray[np.bool_] = np.zeros(dims.count, dtype=bool)
+        self.fence = analysis.fence
+        self.changed: NDArray[np.bool_] = np.zeros(analysis.count, dtype=bool)
         parts: list[Ids] = []
         means: list[Ids] = []
         first: dict[DimensionGroup, int] = {}
@@ -61,19 +62,19 @@ class Layouts:
             parts.append(np.where(index == MEAN, group.units - 1, index) + group.start)
             at = group.start + group.units
             self.changed[group.start : at] = True
-        self.source: Ids = np.concatenate([*parts, np.arange(at, dims.count)])
+        self.source: Ids = np.concatenate([*parts, np.arange(at, analysis.count)])
         """For each new unit, the old unit that it copies; a mean stands behind the copies of its group's last."""
         self.is_mean: NDArray[np.bool_] = np.zeros(len(self.source), dtype=bool)
         """For each new unit, whether it is the mean of its group."""
         if means:
             self.is_mean[np.concatenate(means)] = True
-        self.copies: Ids = np.bincount(self.source[~self.is_mean], minlength=dims.count)
+        self.copies: Ids = np.bincount(self.source[~self.is_mean], minlength=analysis.count)
         self.share: NDArray[np.float64] = np.where(self.is_mean, 0.0, 1.0 / np.maximum(self.copies[self.source], 1))
         """For each new unit, the factor of the layers that contract over it."""
         for group, values in shares.items():
             self.share[first[group] : first[group] + len(values)] = values
         self._by_source = np.argsort(self.source, kind="stable")
-        self._count: Ids = np.bincount(self.source, minlength=dims.count)
+        self._count: Ids = np.bincount(self.source, minlength=analysis.count)
         self._begin = np.cumsum(self._count) - self._count
         self.further: NDArray[np.bool_] = self.is_mean | (
             np.arange(len(self.source)) != self._by_source[self._begin[self.source]]
@@ -107,18 +108,26 @@ class Layouts:
 
 
 def changed_tensors(
-    module: nn.Module, dims: Analysis, layouts: Layouts
+    module: nn.Module, analysis: Analysis, layouts: Layouts
 ) -> Iterator[tuple[str, torch.Tensor, dict[int, Layout]]]:
     """Each parameter and buffer that an edit changes, once, by its first name, and the new layouts of its axes."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         axes: dict[int, Layout] = {}
         for axis in range(tensor.ndim):
-            units = dims.axis_units.get((name, axis))
+            units = analysis.axis_units.get((name, axis))
             layout = None if units is None else layouts.of(units)
             if layout is not None:
                 axes[axis] = layout
         if axes:
             yield name, tensor, axes
+
+
+def memory_format(tensor: torch.Tensor) -> torch.memory_format:
+    """Channels last, where a tensor is laid out so and not otherwise."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    if channels_last and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=channels_last):
+        return channels_last
+    return torch.contiguous_format
 
 
 def _ragged(first: Ids, count: Ids) -> Ids:

@@ -22,17 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from surgery.axes.groups import Analysis, DimensionGroup
+from surgery.axes.analysis import Analysis
+from surgery.axes.groups import DimensionGroup
+from surgery.axes.labels import Ids
 from surgery.axes.ledger import Norm, labelled_leaves
-from surgery.edit.recipe import MEAN
 from surgery.edit.sites import in_copy
+from surgery.edit.step import MEAN
 from surgery.errors import EditError
 from surgery.graph.table import rule_for
 from surgery.graph.traced import TracedModule
 from surgery.rules import rewrites
 
 
-def normalised_streams(module: nn.Module, dims: Analysis, group: DimensionGroup) -> list[Norm]:
+def normalised_streams(module: nn.Module, analysis: Analysis, group: DimensionGroup) -> list[Norm]:
     """The LayerNorms over ``group``, all of which an average expansion keeps exact.
 
     Raises:
@@ -40,15 +42,17 @@ def normalised_streams(module: nn.Module, dims: Analysis, group: DimensionGroup)
     """
     whole = np.arange(group.start, group.start + group.units)
     for member in group.members:
-        if member.role != "consumer" and not np.array_equal(np.sort(dims.axis_units[member.name, member.axis]), whole):
+        if member.role != "consumer" and not np.array_equal(
+            np.sort(analysis.axis_units[member.name, member.axis]), whole
+        ):
             raise EditError(f"{member} does not hold each channel of the stream once")
-    walk = _Walk(module, dims, group)
-    paths = {path for path, _ in dims.findings.graphs.values()}
-    for scope, (path, _) in dims.findings.graphs.items():
+    walk = _Walk(module, analysis, group)
+    paths = {path for path, _ in analysis.graphs.values()}
+    for scope, (path, _) in analysis.graphs.items():
         if not any(path != other and f"{path}.".startswith(f"{other}." if other else "") for other in paths):
             walk.graph(scope, [])
-    norms = [n for n in dims.findings.norms if walk.holds(n.ids)]
-    if len(norms) < sum(walk.holds(ids) for ids, _ in dims.findings.mixed):
+    norms = [n for n in analysis.norms if walk.holds(n.ids)]
+    if len(norms) < sum(walk.covers(units) for units, _ in analysis.mixed):
         raise EditError("something that is no LayerNorm mixes its channels")
     for norm in norms:
         if norm.key not in walk.norms:
@@ -59,13 +63,15 @@ def normalised_streams(module: nn.Module, dims: Analysis, group: DimensionGroup)
 class _Walk:
     """Which values hold the mean of all channels where an average expansion puts one."""
 
-    def __init__(self, module: nn.Module, dims: Analysis, group: DimensionGroup) -> None:
-        self.module, self.dims, self.group = module, dims, group
+    def __init__(self, module: nn.Module, analysis: Analysis, group: DimensionGroup) -> None:
+        self.module, self.analysis, self.group = module, analysis, group
         self.norms: set[tuple[str, str]] = set()
         self.linear: dict[tuple[str, str], bool] = {}
 
     def holds(self, ids: Any) -> bool:
-        units = self.dims.unit_of[ids]
+        return self.covers(self.analysis.unit_of[ids])
+
+    def covers(self, units: Ids) -> bool:
         return bool(((units >= self.group.start) & (units < self.group.start + self.group.units)).any())
 
     def carries(self, value: Any) -> bool:
@@ -73,7 +79,7 @@ class _Walk:
 
     def graph(self, scope: str, given: Sequence[bool]) -> bool:
         """Walk one graph, whose positional inputs are linear as ``given``; whether its output is."""
-        path, graph = self.dims.findings.graphs[scope]
+        path, graph = self.analysis.graphs[scope]
         owner = self.module.get_submodule(path)
         assert isinstance(owner, TracedModule)
         inputs = iter(given)
@@ -81,7 +87,7 @@ class _Walk:
             if node.op == "output":
                 return all(self.linear.get((scope, n.name), True) for n in node.all_input_nodes)
             linear = next(inputs, False) if node.op == "placeholder" else None
-            if not self.carries(self.dims.findings.nodes.get((scope, node.name))):
+            if not self.carries(self.analysis.values.get((scope, node.name))):
                 continue
             if linear is None:
                 leaf = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -96,10 +102,10 @@ class _Walk:
         if isinstance(leaf, TracedModule):
             states = [not isinstance(a, fx.Node) or self.linear.get((scope, a.name), True) for a in node.args]
             inside = f"{path}.{node.target}".lstrip(".")
-            scopes = [s for s, (within, _) in self.dims.findings.graphs.items() if within == inside]
+            scopes = [s for s, (within, _) in self.analysis.graphs.items() if within == inside]
             results = [self.graph(s, states) for s in scopes]
             return all(results)
-        read = [n for n in node.all_input_nodes if self.carries(self.dims.findings.nodes[scope, n.name])]
+        read = [n for n in node.all_input_nodes if self.carries(self.analysis.values[scope, n.name])]
         kept = all(self.linear.get((scope, n.name), False) for n in read)
         target: Any = node.target
         if leaf is None and target is F.layer_norm:
@@ -123,37 +129,37 @@ class _Walk:
         """What a node's parameters do with the group, but for contracting over it."""
         if node.op == "call_module":
             prefix = f"{path}.{node.target}.".lstrip(".")
-            names = {name for name, _ in self.dims.axis_units if name.startswith(prefix)}
+            names = {name for name, _ in self.analysis.axis_units if name.startswith(prefix)}
         else:
             names = {f"{path}.{n.target}".lstrip(".") for n in node.all_input_nodes if n.op == "get_attr"}
         return {
             role
-            for (name, _), axis in self.dims.findings.axes.items()
-            if name in names and self.holds(axis.ids)
-            for role in axis.roles - {"consumer"}
+            for (name, axis), units in self.analysis.axis_units.items()
+            if name in names and self.covers(units)
+            for role in self.analysis.roles[name, axis] - {"consumer"}
         }
 
     def spans(self, scope: str, node: fx.Node) -> bool:
         """Whether the node normalises over one axis, which holds every unit of the group once."""
-        norms = [n for n in self.dims.findings.norms if n.key == (scope, node.name)]
+        norms = [n for n in self.analysis.norms if n.key == (scope, node.name)]
         wanted = np.arange(self.group.start, self.group.start + self.group.units)
         if any(len(norm.shape) > 1 for norm in norms):
             return False  # over positions too
-        return len(norms) == 1 and np.array_equal(np.sort(self.dims.unit_of[norms[0].ids].ravel()), wanted)
+        return len(norms) == 1 and np.array_equal(np.sort(self.analysis.unit_of[norms[0].ids].ravel()), wanted)
 
 
 class Expansion:
     """What an average expansion does to the LayerNorms over the groups whose index has means."""
 
-    def __init__(self, module: nn.Module, dims: Analysis, streams: Mapping[DimensionGroup, Sequence[int]]) -> None:
-        self.dims = dims
+    def __init__(self, module: nn.Module, analysis: Analysis, streams: Mapping[DimensionGroup, Sequence[int]]) -> None:
+        self.analysis = analysis
         self.norms: dict[Any, tuple[Norm, float]] = {}
         """The norms and their ``eta``: a layer once, however often it is called."""
         self.weights: dict[str, float] = {}
         self.biases: set[str] = set()
         for group, index in streams.items():
             eta = (sum(unit != MEAN for unit in index) / len(index)) ** 0.5
-            for norm in normalised_streams(module, dims, group):
+            for norm in normalised_streams(module, analysis, group):
                 self.norms[norm.path or norm.key] = norm, eta
                 weight, bias = self._affine(norm)
                 self.weights[weight] = eta
@@ -163,7 +169,7 @@ class Expansion:
         """Names of the norm's parameters."""
         if norm.path:
             return f"{norm.path}.weight", f"{norm.path}.bias"
-        path, graph = self.dims.findings.graphs[norm.key[0]]
+        path, graph = self.analysis.graphs[norm.key[0]]
         node = next(n for n in graph.nodes if n.name == norm.key[1])
         given = inspect.signature(F.layer_norm).bind(*node.args, **node.kwargs).arguments
         weight, bias = (
@@ -191,7 +197,7 @@ class Expansion:
                 layer: Any = module.get_submodule(norm.path)
                 layer.eps *= eta * eta
                 continue
-            owner, node = in_copy(module, self.dims, *norm.key)
+            owner, node = in_copy(module, self.analysis, *norm.key)
             signature = ("input", "normalized_shape", "weight", "bias", "eps")
             rewrites.set_argument(node, signature, "eps", eta * eta * rewrites.argument(node, signature, "eps", 1e-5))
             owner.recompile()

@@ -9,7 +9,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from torch import nn
 
-from surgery.axes.groups import Analysis, DimensionGroup
+from surgery.axes.analysis import Analysis
+from surgery.axes.groups import DimensionGroup
 from surgery.axes.ledger import labelled_leaves
 from surgery.errors import EditError, UsageError
 from surgery.selectors import (
@@ -41,7 +42,7 @@ class Wish(Generic[K, T]):
     value: T
 
 
-def resolve(dims: Analysis, module: nn.Module, wishes: Mapping[Any, T]) -> dict[DimensionGroup, T]:
+def resolve(analysis: Analysis, module: nn.Module, wishes: Mapping[Any, T]) -> dict[DimensionGroup, T]:
     """The groups that each selector means, and what is asked of them.
 
     A selector (`surgery.selectors`) means the groups that the layers it matches write; a group's own name means it.
@@ -54,7 +55,7 @@ def resolve(dims: Analysis, module: nn.Module, wishes: Mapping[Any, T]) -> dict[
         UsageError: a selector matches nothing, or two disagree of which neither is more specific.
         EditError: a named group or layer cannot be edited, or nothing that a selector matches can; with the reason.
     """
-    asked = [_find(dims, module, s, value) for where, value in wishes.items() for s in each_selector(where)]
+    asked = [_find(analysis, module, s, value) for where, value in wishes.items() for s in each_selector(where)]
     return decide(asked, lambda group: f"group {group.name!r}")
 
 
@@ -107,10 +108,10 @@ def _is_more_specific(wish: Wish[Any, Any], other: Wish[Any, Any]) -> bool:
     return wish.rank > other.rank if kind == 2 else not outer or str(wish.selector).startswith(f"{outer}.")
 
 
-def _find(dims: Analysis, module: nn.Module, selector: Selector, value: T) -> Wish[DimensionGroup, T]:
+def _find(analysis: Analysis, module: nn.Module, selector: Selector, value: T) -> Wish[DimensionGroup, T]:
     """The groups that one selector means."""
-    named = dims.layers
-    own = {g.name: g for g in dims.groups}
+    named = analysis.layers
+    own = {g.name: g for g in analysis.groups}
     if isinstance(selector, str):
         group = own.get(selector) or named.get(selector)
         if group is not None:
@@ -126,31 +127,31 @@ def _find(dims: Analysis, module: nn.Module, selector: Selector, value: T) -> Wi
         found.update(dict.fromkeys([named[name]] if name in named else inside))
     groups = tuple(g for g in found if g.editable)
     if not groups:
-        reason = next(iter(found)).reason if found else _reason(dims, names)
+        reason = next(iter(found)).reason if found else _reason(analysis, names)
         what = f"{selector!r}" if names == [selector] else f"nothing that {described(selector)} matches"
         raise EditError(f"{what} {'cannot' if names == [selector] else 'can'} be edited: {reason}")
     return Wish(selector, rank(selector), groups, value)
 
 
-def _reason(dims: Analysis, names: list[str]) -> str:
+def _reason(analysis: Analysis, names: list[str]) -> str:
     """Why layers that are in no group, or only read one, cannot be edited."""
     for name in names:
-        for _, reason in dims.findings.frozen:
+        for _, reason in analysis.reasons:
             if reason.startswith((f"{name} ", f"{name}.")):
                 return reason
-    written = {group.name: None for name in names for group in _written(dims, name)}
+    written = {group.name: None for name in names for group in _written(analysis, name)}
     if written:
         return f"it has no channels of its own; name the layer that writes them: {', '.join(map(repr, written))}"
     return "it holds no channels"
 
 
-def _written(dims: Analysis, name: str) -> list[DimensionGroup]:
+def _written(analysis: Analysis, name: str) -> list[DimensionGroup]:
     """The groups whose channels are in the output of a layer or container."""
     units: list[Any] = []
-    for (scope, node_name), value in dims.findings.nodes.items():
-        path, graph = dims.findings.graphs[scope]
+    for (scope, node_name), value in analysis.values.items():
+        path, graph = analysis.graphs[scope]
         node = next((n for n in graph.nodes if n.name == node_name and n.op == "call_module"), None)
         if node is not None and f"{path}.{node.target}.".lstrip(".").startswith(f"{name}."):
-            units += [dims.unit_of[f.ids].ravel() for label in labelled_leaves(value) for f in label.fields]
+            units += [analysis.unit_of[f.ids].ravel() for label in labelled_leaves(value) for f in label.fields]
     held = np.unique(np.concatenate(units)) if units else np.zeros(0, np.int64)
-    return [g for g in dims.groups if ((held >= g.start) & (held < g.start + g.units)).any()]
+    return [g for g in analysis.groups if ((held >= g.start) & (held < g.start + g.units)).any()]

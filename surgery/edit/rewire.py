@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from surgery.axes.groups import Analysis
+from surgery.axes.analysis import Analysis
 from surgery.axes.labels import Field, Ids, Labelled
 from surgery.axes.ledger import Silent
 from surgery.axes.ops import Op
@@ -31,14 +31,14 @@ from surgery.graph.table import NodeEdit, Rule, rule_for
 from surgery.graph.tracing import TracedModule
 
 
-def rewire(old: nn.Module, new: nn.Module, dims: Analysis, layouts: Layouts) -> None:
+def rewire(old: nn.Module, new: nn.Module, analysis: Analysis, layouts: Layouts) -> None:
     """Adapt every graph of ``new``, a copy of ``old`` whose tensors have been gathered already."""
-    for scope, (path, graph) in dims.findings.graphs.items():
+    for scope, (path, graph) in analysis.graphs.items():
         source, target = old.get_submodule(path), new.get_submodule(path)
         assert isinstance(source, TracedModule)
         assert isinstance(target, TracedModule)
         copy = target.graphs[source.graphs.index(graph)]
-        _Rewiring(source, target, copy, scope, path, dims, layouts).run(graph)
+        _Rewiring(source, target, copy, scope, path, analysis, layouts).run(graph)
         target.recompile()
 
 
@@ -51,7 +51,7 @@ class _Rewiring:
     copy: fx.Graph
     scope: str
     path: str
-    dims: Analysis
+    analysis: Analysis
     layouts: Layouts
 
     def run(self, graph: fx.Graph) -> None:
@@ -59,7 +59,7 @@ class _Rewiring:
         self.old_of = dict(zip(self.copy.nodes, graph.nodes, strict=True))
         self.edited_layers = {
             name.rpartition(".")[0]
-            for (name, _), units in self.dims.axis_units.items()
+            for (name, _), units in self.analysis.axis_units.items()
             if self.layouts.of(units) is not None
         }
         self.stale: set[fx.Node] = set()  # nodes that cannot be as asked; what reads them selects from before them
@@ -89,7 +89,7 @@ class _Rewiring:
         self.copy.lint()
 
     def record(self, node: fx.Node) -> Any:
-        return self.dims.findings.nodes[self.scope, node.name]
+        return self.analysis.values[self.scope, node.name]
 
     def concerned(self, node: fx.Node, out: Any) -> bool:
         if any(self.changes(leaf) for leaf in _labelled((out, [self.record(n) for n in node.all_input_nodes]))):
@@ -105,7 +105,7 @@ class _Rewiring:
     # ---- labels before and after
 
     def layout(self, field: Field) -> Layout | None:
-        return self.layouts.of(self.dims.unit_of[field.ids])
+        return self.layouts.of(self.analysis.unit_of[field.ids])
 
     def changes(self, value: Labelled) -> bool:
         return any(self.layout(f) is not None for f in value.fields)
@@ -133,44 +133,88 @@ class _Rewiring:
                 old = _positions(f, bases)
                 ids = old if layout is None else old.ravel()[layout.old].reshape(layout.units.shape)
             else:
-                ids = self.layouts.renumbered(self.dims.unit_of[f.ids]) if layout is None else layout.units
+                ids = self.layouts.renumbered(self.analysis.unit_of[f.ids]) if layout is None else layout.units
             fields.append(Field(f.dims, ids))
         return Labelled(torch.empty(self.shape(value), device="meta"), tuple(fields), value.constant)
 
     # ---- numbers
 
     def pin(self, node: fx.Node, out: Any) -> None:
-        """A size that is read from a changed axis stays the number that it was: what the network computes with it
-        does not change. Where it shapes a tensor, the op that it shapes is given the new size."""
-        values = [self.record(a) for a in node.all_input_nodes]
-        value = next((v for v in _labelled(values) if self.shape(v) != v.shape), None)
-        if value is None or isinstance(out, (torch.dtype, torch.device)):
+        """Let a size that is read from a changed axis be what it was before the edit: what the network computes with
+        it does not change. Where it shapes a tensor, the op that it shapes is given the new size.
+
+        An axis of channels alone has the size that it was traced with. One that holds the batch as well (batch x
+        heads) has another at each batch size, so the old size is computed from the new one.
+        """
+        read = ((a, v) for a in node.all_input_nodes for v in _labelled(self.record(a)))
+        source, value = next(((a, v) for a, v in read if self.shape(v) != v.shape), (None, None))
+        if source is None or value is None or isinstance(out, (torch.dtype, torch.device)):
             return
         new, changed = self.new[node.name], {d for d, n in enumerate(self.shape(value)) if n != value.shape[d]}
         if isinstance(out, tuple):
             for user in list(new.users):
                 if user.target is operator.getitem and isinstance(user.args[1], int):
-                    if user.args[1] % len(out) in changed:
-                        _replace_by_number(user, out[user.args[1]])
+                    if (d := user.args[1] % len(out)) in changed:
+                        self.restore(user, source, value, d)
                 else:
                     with self.copy.inserting_before(user):
-                        sizes = tuple(
-                            out[d] if d in changed else self.copy.call_function(operator.getitem, (new, d))
-                            for d in range(len(out))
-                        )
+                        sizes = tuple(self.copy.call_function(operator.getitem, (new, d)) for d in range(len(out)))
                         user.replace_input_with(new, self.copy.call_function(torch.Size, (sizes,)))
+                    for d in changed:
+                        self.restore(sizes[d], source, value, d)
         elif isinstance(out, int) and node.target == "size":
-            if int(node.args[1] if len(node.args) > 1 else node.kwargs["dim"]) % value.ndim in changed:  # type: ignore[arg-type]
-                _replace_by_number(new, out)
+            d = int(node.args[1] if len(node.args) > 1 else node.kwargs["dim"]) % value.ndim  # type: ignore[arg-type]
+            if d in changed:
+                self.restore(new, source, value, d)
         elif isinstance(out, int) and node.target in ("numel", "nelement", torch.numel):
-            was, now = math.prod(value.shape), math.prod(self.shape(value))
-            users = list(new.users)
-            with self.copy.inserting_after(new):
-                scaled = self.copy.call_function(operator.mul, (new, was))
-            with self.copy.inserting_after(scaled):
-                result = self.copy.call_function(operator.floordiv, (scaled, now))
-            for user in users:
-                user.replace_input_with(new, result)
+            self.scale(new, math.prod(value.shape), math.prod(self.shape(value)))
+
+    def restore(self, size: fx.Node, source: fx.Node, value: Labelled, dim: int) -> None:
+        """Let ``size``, of ``dim`` of ``source``, be the old size."""
+        if self.holds_channels_alone(source, dim):
+            _replace_by_number(size, value.shape[dim])
+        else:
+            self.scale(size, value.shape[dim], self.shape(value)[dim])
+
+    def scale(self, size: fx.Node, was: int, now: int) -> None:
+        """Let what reads ``size`` read ``size * was / now``."""
+        users, divisor = list(size.users), math.gcd(was, now)
+        with self.copy.inserting_after(size):
+            scaled = self.copy.call_function(operator.mul, (size, was // divisor))
+        with self.copy.inserting_after(scaled):
+            result = self.copy.call_function(operator.floordiv, (scaled, now // divisor))
+        for user in users:
+            user.replace_input_with(size, result)
+
+    def holds_channels_alone(self, node: fx.Node, dim: int) -> bool:
+        """Whether the axis is known to be as long at any batch size: a layer's weights give it its size."""
+        if not node.op.startswith("call"):
+            return node.op == "get_attr"
+        value = self.record(node)
+        if self.rule(node).movement or not isinstance(value, Labelled):
+            return False
+        held = value.at(dim)
+        if held is not None and self.is_written(node, self.analysis.unit_of[held.ids]):
+            return True
+        return any(
+            isinstance(read, Labelled) and read.shape == value.shape and self.holds_channels_alone(n, dim)
+            for n in node.all_input_nodes
+            for read in (self.record(n),)
+        )
+
+    def is_written(self, node: fx.Node, units: Ids) -> bool:
+        """Whether a weight that the node reads has an axis of these units."""
+        if node.op == "call_module":
+            path, leaf = str(node.target), self.source.get_submodule(str(node.target))
+            names = [f"{path}.{name}" for name, _ in leaf.named_parameters(recurse=False)]
+        else:
+            names = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+        axes = [self.analysis.axis_units.get((f"{self.path}.{n}" if self.path else n, 0)) for n in names]
+        return any(axis is not None and np.array_equal(axis, units) for axis in axes)
+
+    def rule(self, node: fx.Node) -> Rule:
+        leaf = self.source.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return rule_for(node, leaf)
 
     # ---- following the edit
 
@@ -218,7 +262,7 @@ class _Rewiring:
         """For each dim of the value how often each of its channels is there after the edit, where equally often."""
         found = {}
         for f in value.fields:
-            counts = np.unique(self.layouts.copies[self.dims.unit_of[f.ids]])
+            counts = np.unique(self.layouts.copies[self.analysis.unit_of[f.ids]])
             counts = counts[counts > 0]
             if len(f.dims) == 1 and len(counts) == 1:
                 found[f.dims[0]] = int(counts[0])
@@ -351,8 +395,7 @@ class _Rewiring:
         self.old_of[selected] = node
 
     def is_movement(self, node: fx.Node) -> bool:
-        leaf = self.source.get_submodule(str(node.target)) if node.op == "call_module" else None
-        return node.op.startswith("call") and rule_for(node, leaf).movement
+        return node.op.startswith("call") and self.rule(node).movement
 
     def positions(self, held: Field, asked: Field, places: Ids) -> Ids:
         """For each position asked for, the position in the new layout of the axis that holds it."""
@@ -381,10 +424,9 @@ class _Rewiring:
         for node in reversed(self.copy.nodes):
             if node.users or node.op not in ("call_function", "call_method", "get_attr", "call_module"):
                 continue
-            old = self.dims.findings.nodes.get((self.scope, node.name))
+            old = self.analysis.values.get((self.scope, node.name))
             number = old is not None and not any(True for _ in _labelled(old))
-            leaf = self.source.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if node.op == "get_attr" or number or rule_for(node, leaf).movement:
+            if node.op == "get_attr" or number or self.rule(node).movement:
                 self.copy.erase_node(node)
 
 

@@ -38,7 +38,8 @@ def find_selection(
     anything else than select.
     """
     numbers = torch.arange(start.value.numel()).reshape(start.shape)
-    for result, dim, then in _replayed(module, record, chain, numbers, asked.dims[0]):
+    for whole, at, rest in _replayed(module, record, chain, numbers, asked.dims[0]):
+        result, dim, then = _without_new_dims(whole, at, rest, numbers.ndim)
         along = result[tuple(slice(None) if d == dim else 0 for d in range(result.ndim))]
         for held in start.fields:
             if len(held.dims) > 1:
@@ -73,6 +74,19 @@ def _replayed(
     if parts is not None:
         index, rest, axis = parts
         yield args[0][index], axis, rest
+
+
+def _without_new_dims(
+    result: torch.Tensor, dim: int, then: tuple[Any, ...] | None, rank: int
+) -> tuple[torch.Tensor, int, tuple[Any, ...] | None]:
+    """The result, the dim that is meant and the last index, with as many dims of size 1 left to that index as the
+    result has more than ``rank``: the innermost ones, for the batch leads."""
+    ones = [d for d, size in enumerate(result.shape) if size == 1 and d != dim]
+    new = ones[len(ones) - (result.ndim - rank) :] if rank < result.ndim <= rank + len(ones) and then is None else []
+    if not new:
+        return result, dim, then
+    index = tuple(None if d in new else slice(None) for d in range(result.ndim))
+    return result.squeeze(new), dim - sum(d < dim for d in new), index
 
 
 def first_input(node: fx.Node) -> Any:

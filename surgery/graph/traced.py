@@ -9,7 +9,7 @@ can be traced, the model stays the module that it is, with traced modules in it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,11 +41,13 @@ class TraceInfo:
     """Positional inputs, with a `TensorSpec` for each tensor."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     steps: tuple[Any, ...] = ()
-    """The edits made since `trace`, in order (`surgery.edit.recipe` gives them their types)."""
+    """The edits made since `trace`, in order (instances of `surgery.Step`)."""
     untraced: str = ""
     """Why the model could not be traced whole; empty where it was."""
     modes: tuple[bool, ...] = (False,)
     """Where it was not: for which modes (``training``) it runs on the inputs."""
+    seal: Mapping[tuple[str, str], str] | None = None
+    """The structure of the module after the last step (`surgery.graph.structure`)."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TraceInfo:
         return self

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import TraceError, UsageError
 from surgery.graph.islands import trace_islands
+from surgery.graph.structure import seal
 from surgery.graph.traced import TensorSpec as TensorSpec
 from surgery.graph.traced import TracedModule as TracedModule
 from surgery.graph.traced import TraceInfo as TraceInfo
@@ -65,6 +66,7 @@ def trace(
         traced, modes = trace_islands(copy.deepcopy(model), args, kwargs, error)
     spec_args, spec_kwargs = pytree.tree_map(lambda v: _spec(v, bool(untraced)), (args, kwargs))
     set_info(traced, TraceInfo(source, spec_args, spec_kwargs, untraced=untraced, modes=modes))
+    seal(traced)
     return traced
 
 

@@ -1,7 +1,8 @@
 """Saving and loading: a recipe as text and the weights as plain tensors.
 
 A directory holds ``recipe.json`` (where the architecture comes from, the inputs it was traced with, what was done to
-it) and ``weights.safetensors``. Nothing in it is code, and nothing of it is executed.
+it) and ``weights.safetensors``. Nothing in it is code, and nothing of it is executed. What no step of the recipe did
+cannot be rebuilt, so a module that was changed in another way is not saved.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from surgery.edit.apply import apply
 from surgery.edit.recipe import Recipe, recipe
 from surgery.errors import SurgeryError, UsageError
 from surgery.folders import refuse_folder, staged_folder
+from surgery.graph.structure import changes_since_seal, hooks
 from surgery.graph.tracing import TensorSpec, info, inputs_like, trace, with_info
 
 RECIPE, WEIGHTS = "recipe.json", "weights.safetensors"
@@ -35,20 +37,35 @@ def save(module: nn.Module, directory: str | os.PathLike[str], *, force: bool = 
         directory: created with its parents; must not exist, or be empty.
         force: replace a saved model that is there; no other folder is ever replaced.
 
+    Returns:
+        the directory.
+
     Raises:
-        UsageError: the module was not traced, or the directory has something in it.
+        UsageError: the module was not traced, what it computes was changed other than by steps (a hook, a
+            parametrization, an edit of its graph, another layer), or the directory has something in it.
+
+    Example:
+        >>> surgery.save(slim, "student")
     """
     known = info(module)
+    changed = changes_since_seal(module)
+    if changed:
+        more = f" (and {len(changed) - 1} more such changes)" if len(changed) > 1 else ""
+        raise UsageError(
+            f"the module was changed in a way that is not in its recipe and would be lost: {changed[0]}{more}. "
+            "Undo it, make it before surgery.trace, or make it a surgery.Step"
+        )
     target = Path(directory)
     force = force or (target.is_dir() and not any(target.iterdir()))
     refuse_folder(target, marker=RECIPE, force=force)
     modes = [n for n, m in module.named_modules() if m.training != module.training]
     content = {
-        **json.loads(recipe(module).to_json()),
+        **recipe(module).to_dict(),
         "inputs": {"args": _encode(known.args), "kwargs": _encode(known.kwargs)},
         "training": module.training,
         "modes_other_than_training": modes,
         "frozen": [n for n, p in module.named_parameters() if not p.requires_grad],
+        "hooks": hooks(module),
         "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
     }
     with staged_folder(target, marker=RECIPE, force=force) as folder:
@@ -67,11 +84,14 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, t
 
     Raises:
         UsageError: no saved model there, or an architecture that cannot be rebuilt without ``model``.
-        SurgeryError: weights that do not fit the rebuilt architecture; names them.
+        SurgeryError: weights that do not fit the rebuilt architecture, or forward hooks that it lacks; names them.
+
+    Example:
+        >>> student = surgery.load("student")
     """
     source = Path(directory)
     content = _read_recipe(source)
-    steps = Recipe.from_json(json.dumps(content))
+    steps = Recipe.from_dict(content)
     with torch.random.fork_rng():
         if model is None:
             if steps.source is None:
@@ -82,6 +102,11 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, t
         traced = trace(model, args, kwargs=kwargs, source=steps.source)
         with_info(traced, args=specs[0], kwargs=specs[1])
         module = apply(traced, steps)
+    if "hooks" in content and hooks(module) != content["hooks"]:
+        raise SurgeryError(
+            f"{source}: the saved model has the forward hooks {content['hooks']}, the rebuilt one {hooks(module)}: "
+            "pass model= with the same hooks"
+        )
     load_weights(module, source / WEIGHTS)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name not in content["frozen"])

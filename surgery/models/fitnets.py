@@ -1,4 +1,4 @@
-"""The networks of FitNets (Romero et al., ICLR 2015), as data and as modules: convolutions and layers of maxout units.
+"""The networks of FitNets (Romero et al., ICLR 2015) as data: convolutions and layers of maxout units.
 
 Layers are numbered as in the paper: ``layer1`` and so on are the convolutions, the next is the maxout layer, where
 there is one, and ``classifier`` the last. The output of ``layer6`` is behind its pooling, as the paper's hints are.
@@ -7,14 +7,9 @@ there is one, and ``classifier`` the last. The output of ``layer6`` is behind it
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from torch import nn
-
-from surgery.errors import UsageError
-from surgery.layers.maxout import Maxout
 from surgery.models.entries import Entry
 
 
@@ -95,71 +90,6 @@ FITNETS: Mapping[str, Entry] = {name: _entry(name, net) for name, net in NETWORK
 """The networks as rows of the catalogue."""
 
 
-def build_fitnet(name: str, num_classes: int = 10, pieces: int = 2, init_range: float | None = None) -> nn.Sequential:
-    """A network of the paper, by its name in `FITNETS`. It gives class scores; softmax is the loss's.
-
-    Args:
-        num_classes: width of the last layer.
-        pieces: of the maxout layer behind the convolutions; of the MNIST networks, which have none, of the last one
-            (teacher) or two (student) convolutions. With 2 the paper's parameter and multiplication counts come out;
-            its text and the authors' files have 5, and 4 on MNIST.
-        init_range: initial weights are uniform between this number and its negative, and biases 0, as in the paper
-            (0.005 on CIFAR and SVHN); by default they are those of `torch.nn`.
-
-    Raises:
-        UsageError: fewer than 1 piece, or a range that is not positive.
-    """
-    net, maxout = NETWORKS[name], Maxout(pieces)
-    if init_range is not None and not init_range > 0:
-        raise UsageError(f"init_range must be above 0, not {init_range}")
-    channels, size = net.input_size[0], net.input_size[-1]
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    convs = net.convs if net.units else _with_last_pieces(net.convs, pieces)
-    for number, conv in enumerate(convs, 1):
-        layers[f"layer{number}"] = _convolution(channels, conv)
-        channels, size = conv.channels, _sizes_behind(size, conv)[1]
-    layers["flatten"] = nn.Flatten()
-    features = channels * size * size
-    if net.units:
-        parts = OrderedDict(linear=nn.Linear(features, net.units * pieces), maxout=maxout)
-        layers[f"layer{len(convs) + 1}"] = nn.Sequential(parts)
-        features = net.units
-    layers["classifier"] = nn.Linear(features, num_classes)
-    model = nn.Sequential(layers)
-    if init_range is not None:
-        for parameter in model.parameters():
-            bounds = (-init_range, init_range) if parameter.ndim > 1 else (0.0, 0.0)
-            nn.init.uniform_(parameter, *bounds)
-    return model
-
-
-def _with_last_pieces(convs: tuple[Conv, ...], pieces: int) -> tuple[Conv, ...]:
-    """Those as narrow as the last have ``pieces``."""
-    narrow = convs[-1].channels
-    return tuple(replace(conv, pieces=pieces) if conv.channels == narrow else conv for conv in convs)
-
-
-def _convolution(channels: int, conv: Conv) -> nn.Sequential:
-    layers: OrderedDict[str, nn.Module] = OrderedDict(
-        conv=nn.Conv2d(channels, conv.channels * conv.pieces, conv.kernel, padding=conv.padding),
-        maxout=Maxout(conv.pieces),
-    )
-    if conv.pool is not None:
-        layers["pool"] = nn.MaxPool2d(*conv.pool, ceil_mode=True)
-    return nn.Sequential(layers)
-
-
-def _sizes_behind(size: int, conv: Conv) -> tuple[int, int]:
-    """Height and width behind a convolution, and behind its pooling, which also takes windows that reach over the edge
-    (ceil mode)."""
-    size += 2 * conv.padding - conv.kernel + 1
-    if conv.pool is None:
-        return size, size
-    window, stride = conv.pool
-    windows = math.ceil((size - window) / stride) + 1
-    return size, windows - ((windows - 1) * stride >= size)
-
-
 def fitnet_cost(name: str) -> tuple[int, int]:
     """Parameters, biases included, and multiplications of one sample of a network with 10 classes, from its data."""
     net = NETWORKS[name]
@@ -167,7 +97,7 @@ def fitnet_cost(name: str) -> tuple[int, int]:
     weights = biases = multiplications = 0
     for conv in net.convs:
         own = channels * conv.kernel**2 * conv.channels * conv.pieces
-        positions, size = _sizes_behind(size, conv)
+        positions, size = sizes_behind(size, conv)
         channels = conv.channels
         weights += own
         biases += conv.channels * conv.pieces
@@ -177,3 +107,14 @@ def fitnet_cost(name: str) -> tuple[int, int]:
     weights_of_linear = sum(ins * outs for ins, outs in linear)
     biases += sum(outs for _, outs in linear)
     return weights + weights_of_linear + biases, multiplications + weights_of_linear
+
+
+def sizes_behind(size: int, conv: Conv) -> tuple[int, int]:
+    """Height and width behind a convolution, and behind its pooling, which also takes windows that reach over the edge
+    (ceil mode)."""
+    size += 2 * conv.padding - conv.kernel + 1
+    if conv.pool is None:
+        return size, size
+    window, stride = conv.pool
+    windows = math.ceil((size - window) / stride) + 1
+    return size, windows - ((windows - 1) * stride >= size)

@@ -11,13 +11,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from surgery.errors import UsageError, unknown_name
+from surgery.errors import UsageError, WeightsWarning, unknown_name
 from surgery.models.entries import FROZEN_NORM, Entry
 from surgery.models.sources import Source, published
-
-
-class WeightsWarning(UserWarning):
-    """Published weights were taken over only in part."""
 
 
 def build(source: Source, entry: Entry, name: str, call: Callable[[Source, Mapping[str, Any]], nn.Module]) -> nn.Module:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-from torchvision.models import get_model_weights
-
 from surgery.errors import UsageError, unknown_name
 from surgery.models.entries import CATALOGUE, Entry, Value, text
 from surgery.models.fitnets import FITNETS
@@ -87,6 +85,8 @@ def parse(source: str, **keywords: Value | None) -> Source:
 
 def published(name: str) -> Any:
     """torchvision's enumeration of the weights that model ``name`` can take; of the float form's, if quantizable."""
+    from torchvision.models import get_model_weights  # a source can be read without it
+
     return get_model_weights(name.removeprefix("quantized_"))
 
 

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from surgery.axes.groups import Analysis, analyse
+from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.labels import Field, Ids, Labelled
-from surgery.edit.apply import apply, reindex
+from surgery.edit.apply import apply
 from surgery.edit.layout import Layouts
-from surgery.edit.recipe import Reindex
+from surgery.edit.reindex import Reindex, reindex
 from surgery.errors import EditError, UsageError, VerificationError
 from surgery.graph.table import UNKNOWN, Rule, rule_for
 from surgery.graph.tracing import TracedModule, trace
@@ -112,7 +112,7 @@ class _Claims:
         }  # fmt: skip
         if any(factored.values()):
             self.net = _traced(sample, variant, factored)
-        self.dims: Analysis = analyse(self.net)
+        self.analysis: Analysis = analyse(self.net)
         self.state = sample.state()
         self.inputs = self.labelled_inputs()
         self.labels = [self.units(value.fields) for value in self.results()]
@@ -134,14 +134,14 @@ class _Claims:
         return rule_for(self.node, leaf)
 
     def record(self, node: fx.Node) -> Any:
-        return analyse(self.net).findings.nodes[":", node.name]
+        return analyse(self.net).values[":", node.name]
 
     def results(self) -> list[Labelled]:
         found = pytree.tree_leaves(self.record(self.node))
         return [leaf for leaf in found if isinstance(leaf, Labelled)]
 
     def units(self, fields: Iterable[Field]) -> list[_Axes]:
-        return [_Axes(f.dims, self.dims.unit_of[f.ids]) for f in fields]
+        return [_Axes(f.dims, self.analysis.unit_of[f.ids]) for f in fields]
 
     def labelled_inputs(self) -> dict[str, list[_Axes]]:
         """For each tensor that the op reads the labelled axes."""
@@ -152,33 +152,31 @@ class _Claims:
             for ref, value in zip(refs, pytree.tree_leaves(given), strict=True)
             if isinstance(ref, Ref)
         }
-        for axis in self.dims.findings.axes.values():
-            if axis.name.startswith("op."):
-                own = found.setdefault(axis.name.removeprefix("op."), [])
-                own.append(_Axes((axis.axis,), self.dims.unit_of[axis.ids]))
+        for (name, axis), units in self.analysis.axis_units.items():
+            if name.startswith("op."):
+                found.setdefault(name.removeprefix("op."), []).append(_Axes((axis,), units))
         return found
 
     def anywhere(self) -> NDArray[np.bool_]:
         """Units of which every number of the output may depend: what the op contracts, or normalises over."""
-        result = np.zeros(self.dims.count, dtype=bool)
-        for units, _ in (*self.dims.mixed, *self.dims.single):
+        result = np.zeros(self.analysis.count, dtype=bool)
+        for units, _ in (*self.analysis.mixed, *self.analysis.single):
             result[units] = True
-        for axis in self.dims.findings.axes.values():
-            if "consumer" in axis.roles and not axis.name.startswith("readers."):
-                result[self.dims.unit_of[axis.ids]] = True
+        for (name, axis), units in self.analysis.axis_units.items():
+            if "consumer" in self.analysis.roles[name, axis] and not name.startswith("readers."):
+                result[units] = True
         return result
 
     def result(self) -> RuleCheck:
         free: set[Axis] = set()
         frozen: dict[Axis, str] = {}
-        reasons = [(self.dims.unit_of[ids], why) for ids, why in self.dims.findings.frozen]
         for path, axes in self.inputs.items():
             for axis in axes:
                 for dim in axis.dims:
-                    if not self.dims.frozen[axis.units].any():
+                    if not self.analysis.frozen[axis.units].any():
                         free.add((path, dim))
                         continue
-                    why = dict.fromkeys(why for units, why in reasons if np.isin(units, axis.units).any())
+                    why = dict.fromkeys(why for units, why in self.analysis.reasons if np.isin(units, axis.units).any())
                     frozen[path, dim] = "; ".join(why) or "not all of its positions can be told apart"
         return RuleCheck(frozenset(free), frozen)
 
@@ -191,7 +189,7 @@ class _Claims:
             for axis in axes:
                 for place in np.ndindex(axis.units.shape):
                     unit = int(axis.units[place])
-                    if self.dims.frozen[unit] or anywhere[unit]:
+                    if self.analysis.frozen[unit] or anywhere[unit]:
                         continue
                     after = self.sample.run({**self.state, path: self.changed(path, axis.dims, place)})
                     for k, (a, b) in enumerate(zip(self.before, after, strict=True)):
@@ -214,7 +212,7 @@ class _Claims:
                         state[path] = torch.full(shape, -1.0).double() if own is None else own.spread(shape).double()
                 got = self.sample.run(state)[k]
                 claimed = axis.spread(got.shape)
-                wrong = (got != claimed) & ~torch.from_numpy(self.dims.frozen)[claimed]
+                wrong = (got != claimed) & ~torch.from_numpy(self.analysis.frozen)[claimed]
                 if wrong.any():
                     self.fail(
                         f"its result {self.where(k, wrong)} does not hold the channel that the rule labels it with"
@@ -223,8 +221,8 @@ class _Claims:
     def equivariance(self) -> None:
         """Permute the channels of everything that the op reads."""
         for seed in range(3):
-            groups = [g for g in self.dims.groups if g.editable]
-            layouts = Layouts(self.dims, {g: g.permutation(seed) for g in groups}, {})
+            groups = [g for g in self.analysis.groups if g.editable]
+            layouts = Layouts(self.analysis, {g: g.permutation(seed) for g in groups}, {})
             state = {path: _permuted(value, self.inputs.get(path, []), layouts) for path, value in self.state.items()}
             try:
                 after = self.sample.run(state)
@@ -241,7 +239,7 @@ class _Claims:
 
     def edits(self) -> None:
         """Edit the network around the op: all groups at once and, where that is refused, each on its own."""
-        names = [g.name for g in self.dims.groups if g.editable]
+        names = [g.name for g in self.analysis.groups if g.editable]
         if not self.edit(names, strict=False) and self.variant.joined is None:
             for name in names:
                 self.edit([name], strict=True)
@@ -250,7 +248,7 @@ class _Claims:
         """Permute, double and halve some groups; whether nothing was refused."""
         expected = _outputs(self.net)
         step = _restricted(slim_plan(self.net, 0.5), names)
-        reference = None if self.dims.mixed else _outputs(self.switched_off(step))
+        reference = None if self.analysis.mixed else _outputs(self.switched_off(step))
         wide = self.edited("widened with surgery.widen", lambda: _widened(self.net, names), expected, strict)
         slim = self.edited("slimmed with surgery.slim", lambda: apply(self.net, step), reference, strict)
         edited = [wide, slim]
@@ -264,22 +262,21 @@ class _Claims:
 
     def switched_off(self, step: Reindex) -> nn.Module:
         """The network whose layers do not read the channels that a step drops."""
-        kept = np.ones(self.dims.count, dtype=bool)
+        kept = np.ones(self.analysis.count, dtype=bool)
         for name, index in step.indices.items():
-            group = self.dims.find(name)
+            group = self.analysis.find(name)
             kept[group.start : group.start + group.units] = np.isin(np.arange(group.units), index)
         net = copy.deepcopy(self.net)
         tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
-        single = np.zeros(self.dims.count, dtype=bool)
-        for units, _ in self.dims.single:
+        single = np.zeros(self.analysis.count, dtype=bool)
+        for units, _ in self.analysis.single:
             single[units] = True
-        for axis in self.dims.findings.axes.values():
-            units = self.dims.unit_of[axis.ids]
-            off = ~kept[units] & (("consumer" in axis.roles) | single[units])
-            where = tuple(torch.from_numpy(off) if d == axis.axis else slice(None) for d in range(axis.axis + 1))
+        for (name, axis), units in self.analysis.axis_units.items():
+            off = ~kept[units] & (("consumer" in self.analysis.roles[name, axis]) | single[units])
+            where = tuple(torch.from_numpy(off) if d == axis else slice(None) for d in range(axis + 1))
             with torch.no_grad():
                 if off.any():
-                    tensors[axis.name][where] = 0
+                    tensors[name][where] = 0
         return net
 
     # ---- numbers

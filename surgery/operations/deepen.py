@@ -11,17 +11,17 @@ from typing import Any
 
 from torch import fx, nn
 
-from surgery.axes.groups import Analysis, analyse
+from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.labels import Labelled
 from surgery.edit.apply import apply
 from surgery.edit.blocks import IDEMPOTENT, Flow, find_block
-from surgery.edit.insert_block import copied_blocks, zero_names
-from surgery.edit.insert_dense import dense_edit
-from surgery.edit.insert_identity import weight_before
+from surgery.edit.insert_block import InsertBlock, copied_blocks, zero_names
+from surgery.edit.insert_dense import InsertDense, dense_edit
+from surgery.edit.insert_identity import InsertIdentity, weight_before
 from surgery.edit.moments import calibrate, identity_eps
 from surgery.edit.names import find_places
-from surgery.edit.recipe import InsertBlock, InsertDense, InsertIdentity, Step
 from surgery.edit.sites import Site, activation_of, is_called, local_name, output_sites
+from surgery.edit.step import Step
 from surgery.errors import EditError, UsageError, unknown_name, whole_number
 from surgery.graph.tracing import info
 from surgery.layers.maxout import Maxout
@@ -81,8 +81,7 @@ def deepen(
     steps = deepen_plan(module, places, form=form, kernel=kernel, seed=seed)
     result = apply(module, steps)
     if calibration is not None:
-        layers = [s for s in steps if isinstance(s, InsertIdentity) and s.form == "layer" and s.norm]
-        calibrate(result, [f"{s.name}.norm" for s in layers], calibration)
+        calibrate(result, [norm for step in steps for new in step.inserted() for norm in new.norms], calibration)
     return result
 
 
@@ -104,14 +103,14 @@ def deepen_plan(
     for size in () if sizes is None else sizes if isinstance(sizes, tuple) else (sizes,):
         if isinstance(size, bool) or not isinstance(size, Integral) or size < 1 or size % 2 == 0:
             raise UsageError(f"the kernel of an identity must be odd in each direction, not {kernel}")
-    dims = analyse(module)
+    analysis = analyse(module)
     taken = {name for name, _ in module.named_modules()}
     steps: list[Step] = []
     for name, count in find_places(module, places.items() if isinstance(places, Mapping) else [(places, 1)]).items():
         count = whole_number(f"the number of layers behind {name!r}", count, 1)
         site = next(iter(output_sites(module, name)))
-        dense = _dense(module, site, name, form) if kernel is None else None
-        like = dense if dense is not None else _block(module, dims, site, name, form) if kernel is None else None
+        dense = _dense(module, analysis, site, name, form) if kernel is None else None
+        like = dense if dense is not None else _block(module, analysis, site, name, form) if kernel is None else None
         for _ in range(count):
             inside = _numbered(f"{name}.layer", 0, taken) if dense is not None and not like else None
             new = inside or _new_name(module, site, name, like, taken)
@@ -120,19 +119,19 @@ def deepen_plan(
                 steps.append(InsertDense(name, new, dense))
                 dense = new
             elif like is None:
-                steps.append(_step(module, dims, site, name, new, form, sizes, seed))
+                steps.append(_step(module, analysis, site, name, new, form, sizes, seed))
             else:
-                steps.append(_copy(module, dims, name, like, new))
+                steps.append(_copy(module, analysis, name, like, new))
     return tuple(steps)
 
 
-def _dense(module: nn.Module, site: Site, name: str, form: str | None) -> str | None:
+def _dense(module: nn.Module, analysis: Analysis, site: Site, name: str, form: str | None) -> str | None:
     """The container that is the last layer of a dense block at the end of ``name``, or an empty name for one that no
     container is; None where there is no dense block, or by default where it cannot have a further layer."""
     if form not in (None, "block") or is_called(site, name):
         return None
     try:
-        edit = dense_edit(module, name)
+        edit = dense_edit(module, analysis, name)
     except EditError:
         if form is None:
             return None
@@ -140,16 +139,16 @@ def _dense(module: nn.Module, site: Site, name: str, form: str | None) -> str | 
     return None if edit is None else edit.like
 
 
-def _block(module: nn.Module, dims: Analysis, site: Site, name: str, form: str | None) -> str | None:
+def _block(module: nn.Module, analysis: Analysis, site: Site, name: str, form: str | None) -> str | None:
     """What to copy behind ``name``: the name of a container, or an empty one for a block that has none."""
     if form not in (None, "block") or (form is None and is_called(site, name)):
         return None
     like = ""
     if not is_called(site, name):
-        found = find_block(Flow(dims, site), site.node, local_name(name, site.path))
+        found = find_block(Flow(analysis, site), site.node, local_name(name, site.path))
         like = f"{site.path}.{found[0]}".lstrip(".") if found is not None and found[0] else ""
     try:
-        copied_blocks(module, dims, name, like)
+        copied_blocks(module, analysis, name, like)
     except EditError:
         if form is None:
             return None
@@ -157,8 +156,8 @@ def _block(module: nn.Module, dims: Analysis, site: Site, name: str, form: str |
     return like
 
 
-def _copy(module: nn.Module, dims: Analysis, after: str, like: str, name: str) -> InsertBlock:
-    zeros = {zero_names(site, block, like, name) for site, _, block in copied_blocks(module, dims, after, like)}
+def _copy(module: nn.Module, analysis: Analysis, after: str, like: str, name: str) -> InsertBlock:
+    zeros = {zero_names(site, block, like, name) for site, _, block in copied_blocks(module, analysis, after, like)}
     if len(zeros) > 1:
         raise EditError(f"{like or after!r} ends in other layers in training than in evaluation")
     return InsertBlock(after, name, like, zeros.pop())
@@ -166,7 +165,7 @@ def _copy(module: nn.Module, dims: Analysis, after: str, like: str, name: str) -
 
 def _step(
     module: nn.Module,
-    dims: Analysis,
+    analysis: Analysis,
     site: Site,
     after: str,
     name: str,
@@ -174,12 +173,12 @@ def _step(
     kernel: int | tuple[int, ...] | None,
     seed: int,
 ) -> InsertIdentity:
-    flow = Flow(dims, site)
+    flow = Flow(analysis, site)
     value = flow.value(site.node)
     where = f"the output of {after!r}"
     if not isinstance(value, Labelled):
         raise EditError(f"{where} is not one tensor")
-    spatial, channels = _kind(dims, value, where)
+    spatial, channels = _kind(analysis, value, where)
     own = activation_of(site.owner, site.node)
     nearest, pieces = _nearest_activation(site)
     again = own if own in IDEMPOTENT else "ReLU" if not own and flow.range(site.node)[0] >= 0 else ""
@@ -203,7 +202,7 @@ def _step(
     )
 
 
-def _kind(dims: Analysis, value: Labelled, where: str) -> tuple[int, int]:
+def _kind(analysis: Analysis, value: Labelled, where: str) -> tuple[int, int]:
     """Number of spatial dims (0: the channels are last, for a linear layer) and of channels.
 
     Of two axes that hold something, as in (batch, tokens, channels), it is the one that can be edited.
@@ -216,7 +215,7 @@ def _kind(dims: Analysis, value: Labelled, where: str) -> tuple[int, int]:
         places.append((last, (0, value.shape[-1])))
     if not places:
         raise EditError(f"{where} has no channel axis to put a layer behind")
-    return min(places, key=lambda place: bool(dims.frozen[dims.unit_of[place[0].ids]].all()))[1]
+    return min(places, key=lambda place: bool(analysis.frozen[analysis.unit_of[place[0].ids]].all()))[1]
 
 
 def _kernel(

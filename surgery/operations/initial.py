@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from surgery import models as catalogue
-from surgery.edit.recipe import Step
+from surgery.edit.step import Step
 from surgery.errors import UsageError
 from surgery.graph.tracing import info
 
@@ -34,8 +34,8 @@ def initial_values(
 ) -> dict[str, Tensor]:
     """New values for some parameters of a traced module, as their initialisers draw them.
 
-    They come from ``fresh``, else from the architecture that the module's source names, built anew. A copied block
-    (`InsertBlock`, `InsertDense`) takes those of the block that it copies, in another order. What is in neither is
+    They come from ``fresh``, else from the architecture that the module's source names, built anew. A container that
+    a step inserted as a copy takes those of what it copies, in another order. What is in neither is
     drawn by its layer's class (``reset_parameters``).
 
     Returns:
@@ -157,10 +157,9 @@ def _resampled(value: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _counterpart(name: str, built: dict[str, Tensor], steps: Sequence[Step]) -> str:
     """The name in the source of the parameter that ``name`` is a copy of, through any number of copies."""
-    for step in reversed(steps):
-        place, like = getattr(step, "name", None), getattr(step, "like", "")
-        if name not in built and like and name.startswith(f"{place}."):
-            name = like + name.removeprefix(str(place))
+    for new in (new for step in reversed(steps) for new in step.inserted()):
+        if name not in built and new.like and name.startswith(f"{new.name}."):
+            name = new.like + name.removeprefix(new.name)
     return name
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surgery.axes.groups import Analysis, DimensionGroup
+from surgery.axes.analysis import Analysis
+from surgery.axes.groups import DimensionGroup
 from surgery.errors import UsageError, unknown_name
 from surgery.graph.traced import named_tensors
 from surgery.selectors import Where, each_selector, matches
@@ -68,7 +69,7 @@ IMPORTANCE = ("prefix", "magnitude")
 Scores = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def unit_scores(module: nn.Module, dims: Analysis, importance: str) -> dict[DimensionGroup, Scores]:
+def unit_scores(module: nn.Module, analysis: Analysis, importance: str) -> dict[DimensionGroup, Scores]:
     """A score for each unit of each group, the larger the more it is worth keeping; of equal ones the first is kept.
 
     ``"prefix"`` scores all alike. ``"magnitude"`` is DepGraph's group importance with the L2 norm (Fang et al., CVPR
@@ -79,17 +80,17 @@ def unit_scores(module: nn.Module, dims: Analysis, importance: str) -> dict[Dime
     """
     if importance not in IMPORTANCE:
         raise unknown_name("importance", importance, IMPORTANCE)
-    scores = {group: np.zeros(group.units) for group in dims.groups}
+    scores = {group: np.zeros(group.units) for group in analysis.groups}
     if importance == "prefix":
         return scores
     parameters = dict(module.named_parameters())
-    for group in dims.groups:
+    for group in analysis.groups:
         for member in group.members:
             if member.name not in parameters:
                 continue
             weight = parameters[member.name].detach().double().square().movedim(member.axis, 0)
             along = weight.reshape(len(weight), -1).sum(1).cpu().numpy()
-            units = dims.axis_units[member.name, member.axis] - group.start
+            units = analysis.axis_units[member.name, member.axis] - group.start
             held = (units >= 0) & (units < group.units)
             found = np.bincount(units[held], weights=along[held], minlength=group.units)
             if found.mean() > 0:

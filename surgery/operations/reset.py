@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from surgery.axes.groups import analyse
+from surgery.axes.analysis import analyse
+from surgery.edit.switch_off import kept_units
 from surgery.errors import UsageError, unknown_name, whole_number
 from surgery.graph.tracing import info
 from surgery.operations.initial import Fresh, drawing, initial_values
 from surgery.operations.masks import by_first_name, tensors_of
-from surgery.operations.switch_off import kept_units
 from surgery.selectors import Where
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -166,9 +166,9 @@ def _gone(masks: Sequence[Tensor]) -> Tensor | None:
 
 def _unwritten(module: nn.Module, path: str, layer: nn.Module, kept: Mapping[str, Tensor]) -> Tensor | None:
     """For each channel of a layer without parameters, whether the masks keep nothing of what it is given."""
-    dims = analyse(module)
+    analysis = analyse(module)
     for name, buffer in layer.named_buffers(recurse=False):
-        units = dims.axis_units.get((f"{path}.{name}", 0))
+        units = analysis.axis_units.get((f"{path}.{name}", 0))
         if units is not None:
-            return ~torch.from_numpy(kept_units(module, dims, kept)[units]).to(buffer.device)
+            return ~torch.from_numpy(kept_units(module, analysis, kept)[units]).to(buffer.device)
     return None

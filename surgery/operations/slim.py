@@ -7,7 +7,6 @@ is a network of its own; with WELS it keeps weights at random, wherever they are
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from numbers import Real
@@ -17,14 +16,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from surgery.axes.groups import Analysis, DimensionGroup, analyse
+from surgery.axes.analysis import Analysis, analyse
+from surgery.axes.groups import DimensionGroup
 from surgery.edit.apply import apply
 from surgery.edit.names import resolve
-from surgery.edit.recipe import Reindex
+from surgery.edit.reindex import Reindex
+from surgery.edit.switch_off import SwitchOff, mask_text
 from surgery.errors import UsageError, unknown_name, whole_number
 from surgery.graph.tracing import info
 from surgery.operations.masks import Scores, by_first_name, largest, unit_scores
-from surgery.operations.switch_off import kept_units, normalise_over, sum_over
 
 Rate = float | Mapping[Any, float]
 """One split rate, or one for each selector (`surgery.selectors`)."""
@@ -76,8 +76,8 @@ def split_masks(
     """
     seed = whole_number("seed", seed, 0)
     if kind == "kels":
-        dims = analyse(module)
-        return _kels_masks(module, dims, fit_units(dims, module, rate, round_to, importance))
+        analysis = analyse(module)
+        return _kels_masks(module, analysis, fit_units(analysis, module, rate, round_to, importance))
     if kind == "wels":
         info(module)
         if isinstance(rate, Mapping):
@@ -92,36 +92,37 @@ def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
     """The dense module with its reset-hypothesis switched off: a copy whose masked entries are zero.
 
     A LayerNorm or GroupNorm of the copy computes its statistics over those channels of which the masks keep anything,
-    and what is added up over channels (a product of two activations) is added up over those.
+    and what is added up over channels (a product of two activations) is added up over those. The recipe of the copy
+    has a step for it (`surgery.SwitchOff`), so that it can be saved.
+
+    Args:
+        module: a traced module.
+        masks: for parameters, by name, a bool tensor of their shape (True: kept).
+
+    Returns:
+        a new module.
 
     Raises:
         UsageError: a mask for no parameter, of another shape, or not of bools; or two for one tied parameter.
+        EditError: a norm whose statistics cannot leave channels out, or already do.
+
+    Example:
+        >>> surgery.masked(traced, surgery.split_masks(traced, 0.5))
     """
     info(module)
-    parameters = dict(module.named_parameters())
-    memo: dict[int, Any] = {}
-    for name, mask in by_first_name(module, masks).items():
-        parameter = parameters[name]
-        kept = parameter.detach().masked_fill(~mask, 0)
-        memo[id(parameter)] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
-    result = copy.deepcopy(module, memo)
-    dims = analyse(module)
-    keep = kept_units(module, dims, masks)
-    normalise_over(result, dims, keep)
-    sum_over(result, dims, keep)
-    return result
+    return apply(module, SwitchOff({name: mask_text(mask) for name, mask in by_first_name(module, masks).items()}))
 
 
 def fit_units(
-    dims: Analysis, module: nn.Module, rate: Rate, round_to: int = 1, importance: str = "prefix"
+    analysis: Analysis, module: nn.Module, rate: Rate, round_to: int = 1, importance: str = "prefix"
 ) -> dict[DimensionGroup, np.ndarray[Any, np.dtype[np.bool_]]]:
     """For each unit of each group that a rate is for, whether `slim` keeps it."""
     whole_number("round_to", round_to, 1)
     if isinstance(rate, Mapping):
-        rates = resolve(dims, module, {name: _valid_rate(r) for name, r in rate.items()})
+        rates = resolve(analysis, module, {name: _valid_rate(r) for name, r in rate.items()})
     else:
-        rates = dict.fromkeys((g for g in dims.groups if g.editable), _valid_rate(rate))
-    scores = unit_scores(module, dims, importance)
+        rates = dict.fromkeys((g for g in analysis.groups if g.editable), _valid_rate(rate))
+    scores = unit_scores(module, analysis, importance)
     return {group: _best(group, r, round_to, scores[group]) for group, r in rates.items()}
 
 
@@ -163,9 +164,9 @@ def _shared_out(total: int, sizes: list[int]) -> list[int]:
 
 
 def _kels_masks(
-    module: nn.Module, dims: Analysis, kept: Mapping[DimensionGroup, np.ndarray[Any, np.dtype[np.bool_]]]
+    module: nn.Module, analysis: Analysis, kept: Mapping[DimensionGroup, np.ndarray[Any, np.dtype[np.bool_]]]
 ) -> dict[str, torch.Tensor]:
-    keep = np.ones(dims.count, dtype=bool)
+    keep = np.ones(analysis.count, dtype=bool)
     for group, flags in kept.items():
         keep[group.start : group.start + group.units] = flags
     masks = {}
@@ -173,7 +174,7 @@ def _kels_masks(
     for name, parameter in module.named_parameters(remove_duplicate=False):
         mask = torch.ones(parameter.shape, dtype=torch.bool)
         for axis in range(parameter.ndim):
-            units = dims.axis_units.get((names[id(parameter)], axis))
+            units = analysis.axis_units.get((names[id(parameter)], axis))
             if units is not None:
                 shape = [-1 if a == axis else 1 for a in range(parameter.ndim)]
                 mask &= torch.from_numpy(keep[units]).view(shape)

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from surgery.axes.groups import Analysis, DimensionGroup, analyse
+from surgery.axes.analysis import Analysis, analyse
+from surgery.axes.groups import DimensionGroup
 from surgery.edit.apply import apply
+from surgery.edit.copies import Noise
 from surgery.edit.means import normalised_streams
 from surgery.edit.names import resolve
-from surgery.edit.recipe import MEAN, Noise, Reindex
+from surgery.edit.reindex import Reindex
+from surgery.edit.step import MEAN
 from surgery.errors import EditError, UsageError, whole_number
 
 Width = float | int
@@ -107,17 +110,17 @@ def _plan(
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """The index of each group that grows, and why others do not."""
     round_to = whole_number("round_to", round_to, 1)
-    dims = analyse(module)
+    analysis = analyse(module)
     named = isinstance(width, Mapping)
     if isinstance(width, Mapping):
-        wishes = resolve(dims, module, width)
+        wishes = resolve(analysis, module, width)
     else:
-        wishes = dict.fromkeys((g for g in dims.groups if g.editable), _number(_WIDTH, width))
+        wishes = dict.fromkeys((g for g in analysis.groups if g.editable), _number(_WIDTH, width))
     indices: dict[str, tuple[int, ...]] = {}
     left: dict[str, str] = {}
     for group, wish in wishes.items():
         try:
-            index = _index(module, dims, group, _units(group, wish, round_to), mapping, seed)
+            index = _index(module, analysis, group, _units(group, wish, round_to), mapping, seed)
         except EditError as error:
             if named:
                 raise
@@ -126,21 +129,21 @@ def _plan(
         if len(index) > group.units:
             indices[group.name] = tuple(index)
     if not named:
-        _drop_uneven(dims, indices, left)
+        _drop_uneven(analysis, indices, left)
     return indices, left
 
 
-def _drop_uneven(dims: Analysis, indices: dict[str, tuple[int, ...]], left: dict[str, str]) -> None:
+def _drop_uneven(analysis: Analysis, indices: dict[str, tuple[int, ...]], left: dict[str, str]) -> None:
     """Leave alone the groups that one layer normalises over and that would not all grow by the same factor."""
-    factor = np.ones(dims.count)
-    owner = {g.name: g for g in dims.groups}
+    factor = np.ones(analysis.count)
+    owner = {g.name: g for g in analysis.groups}
     for name, index in indices.items():
         group = owner[name]
         factor[group.start : group.start + group.units] = len(index) / group.units
     uneven = True
     while uneven:
         uneven = False
-        for units, what in dims.mixed:
+        for units, what in analysis.mixed:
             if len(np.unique(factor[units])) > 1:
                 for name in list(indices):
                     group = owner[name]
@@ -181,7 +184,9 @@ def _units(group: DimensionGroup, wish: Width, round_to: int) -> int:
     return math.ceil(units / step) * step if units > group.units else units
 
 
-def _index(module: nn.Module, dims: Analysis, group: DimensionGroup, units: int, mapping: str, seed: int) -> list[int]:
+def _index(
+    module: nn.Module, analysis: Analysis, group: DimensionGroup, units: int, mapping: str, seed: int
+) -> list[int]:
     """The old units in order, then for each class its share of new copies; behind whole copies of what is normalised
     over, its mean."""
     extra = units - group.units
@@ -197,7 +202,7 @@ def _index(module: nn.Module, dims: Analysis, group: DimensionGroup, units: int,
             if len(free) < group.units:
                 raise EditError("a part of it must stay as it is")
             if rest:
-                normalised_streams(module, dims, group)
+                normalised_streams(module, analysis, group)
         except EditError as error:
             more = f" and {len(group.mixed) - 2} more" if len(group.mixed) > 3 else ""
             norms = ", ".join(group.mixed[: 2 if more else 3]) + more

@@ -16,7 +16,7 @@ from torch import nn
 from surgery.axes.labels import Field, Fields, Labelled
 from surgery.axes.ops import Op
 from surgery.graph.table import oprule, unknown
-from surgery.layers.norms import scaled_normalize
+from surgery.layers.norms import KeptGroupNorm, KeptLayerNorm, group_norm_over, layer_norm_over, scaled_normalize
 from surgery.rules import rewrites
 from surgery.rules.weights import _WEIGHT_AND_BIAS, _per_channel
 
@@ -102,6 +102,11 @@ def _group_norm(op: Op, x: Labelled, groups: int, *vectors: Labelled | None) -> 
     return (*rest, f)
 
 
+@oprule(KeptLayerNorm, KeptGroupNorm, layer_norm_over, group_norm_over)
+def _norm_over_part(op: Op, *args: Any, **named: Any) -> Any:
+    return unknown(op, *args, why="leaves channels that are switched off out of its statistics", **named)
+
+
 @oprule(F.normalize, scaled_normalize, rewrite=rewrites.normalize)
 def _normalize(
     op: Op, input: Labelled, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None, *, scale: float = 1.0
@@ -126,7 +131,7 @@ def _instance_norm_module(op: Op, input: Labelled) -> Fields:
     dim = input.ndim - 1 - int(op.module._get_no_batch_dim() - 1)
     if dim != 1:
         return unknown(op, input, why="has no batch")  # type: ignore[no-any-return]
-    return _batch_norm_module(op, input)  # type: ignore[no-any-return]
+    return _batch_norm_module(op, input)
 
 
 @oprule(F.batch_norm, zeros=_WEIGHT_AND_BIAS)

@@ -221,8 +221,3 @@ def _embedding_bag(
     if op.module.max_norm is not None:
         return unknown(op, input, why=_RESCALES)  # type: ignore[no-any-return]
     return _looked_up(op, weight, input, offsets, per_sample_weights)
-
-
-@oprule(nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
-def _recurrent(op: Op, *args: Any, **named: Any) -> Any:
-    return unknown(op, *args, why="is a recurrent layer, which is left alone", **named)

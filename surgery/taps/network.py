@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from surgery.axes.groups import analyse
+from surgery.axes.analysis import analyse
 from surgery.axes.labels import Labelled
 from surgery.edit.blocks import Flow
 from surgery.edit.sites import Site, output_sites
@@ -113,14 +113,14 @@ class TappedNetwork:
             )
         self.module, self.what, self.mode = module, what, mode
         self.like = module if like is None else like
-        self.dims = analyse(module)
+        self.analysis = analyse(module)
         wanted = {"evaluation": module.graphs[:1], "training": module.graphs[-1:]}.get(mode, module.graphs)
         self.flows = [self._flow(graph) for graph in wanted]
         other = info(self.like)
         self._is_like = (known.args, known.kwargs) == (other.args, other.kwargs)
 
     def _flow(self, graph: fx.Graph) -> Flow:
-        return Flow(self.dims, Site(self.module, "", graph, graph.output_node()))
+        return Flow(self.analysis, Site(self.module, "", graph, graph.output_node()))
 
     # ---- values
 
@@ -242,15 +242,14 @@ class TappedNetwork:
         for axis in sorted({1, len(shape) - 1}) if 2 <= len(shape) <= 5 else ():
             field = value.at(axis)
             if field is not None and field.dims == (axis,):
-                units = self.dims.unit_of[field.ids]
-                axes.append((bool(self.dims.frozen[units].all()), not np.isin(units, self._read).any(), axis))
+                units = self.analysis.unit_of[field.ids]
+                axes.append((bool(self.analysis.frozen[units].all()), not np.isin(units, self._read).any(), axis))
         return axes
 
     @cached_property
     def _read(self) -> Any:
         """Units that layers read."""
-        findings = self.dims.findings.axes
-        read = [u for at, u in self.dims.axis_units.items() if "consumer" in findings[at].roles]
+        read = [u for at, u in self.analysis.axis_units.items() if "consumer" in self.analysis.roles[at]]
         return np.concatenate([*read, np.zeros(0, np.int64)])
 
     def nonlinearity(self, value: Tap) -> nn.Module | None:

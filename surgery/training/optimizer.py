@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from surgery.edit.origins import Origin, origins
-from surgery.edit.recipe import MEAN, Reindex, recipe
+from surgery.edit.origins import origins
+from surgery.edit.recipe import recipe
+from surgery.edit.step import MEAN, Origin
 from surgery.errors import UsageError, unknown_name
 
 NEW = ("copied", "zero")
@@ -52,7 +53,8 @@ def transfer_optimizer(optimizer: Optimizer, before: nn.Module, after: nn.Module
     known = origins(before, after)
     names = _names(optimizer, before)
     target = dict(after.named_parameters(remove_duplicate=False))
-    held = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    moved = {origin.name: (name, origin) for name, origin in known.items() if origin is not None}
+    held = [[moved[names[p]][0] for p in group["params"]] for group in optimizer.param_groups]
     joined = _joined(held, before, after, known)
     result = _same_class(
         optimizer,
@@ -62,9 +64,7 @@ def transfer_optimizer(optimizer: Optimizer, before: nn.Module, after: nn.Module
         ],
     )
     for parameter, state in optimizer.state.items():
-        name = names[parameter]
-        origin = known[name]
-        assert origin is not None
+        name, origin = moved[names[parameter]]
         result.state[target[name]] = {
             key: _carried(value, f"the state {key!r} of {name}", parameter, target[name], origin, new)
             for key, value in state.items()
@@ -88,7 +88,8 @@ def _joined(
     held: Sequence[Sequence[str]], before: nn.Module, after: nn.Module, known: Mapping[str, Origin | None]
 ) -> list[list[str]]:
     """For each parameter group the parameters of inserted layers that join it."""
-    place = {s.name: s.after for s in recipe(after).steps[len(recipe(before).steps) :] if not isinstance(s, Reindex)}
+    steps = recipe(after).steps[len(recipe(before).steps) :]
+    place = {new.name: new.after for step in steps for new in step.inserted()}
     dims = {name: parameter.ndim for name, parameter in after.named_parameters(remove_duplicate=False)}
     group_of = {name: number for number, names in enumerate(held) for name in names}
     result: list[list[str]] = [[] for _ in held]

@@ -1,7 +1,5 @@
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -102,11 +100,3 @@ def test_ours_and_a_plain_export_are_compared():
     text = plain_export.markdown({**RUN, "measured": [record]})
     assert "`python exports.py`; 2026-01-31, a CPU, torch 2, ONNX Runtime 1. " in text
     assert "| squeezenet1_1 | 1 |" in text
-
-
-@pytest.mark.parametrize("script", ["exports", "exports.plain"])
-def test_the_scripts_say_how_they_are_used(script):
-    root = Path(exports.__file__).parents[2]
-    command = [sys.executable, "-m", f"benchmarks.{script}", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
-    assert f"python -m benchmarks.{script}" in done.stdout

@@ -109,9 +109,3 @@ def test_what_the_machine_was_too_noisy_for_is_measured_again_on_request(tmp_pat
     assert [(one["model"], one.get("run")) for one in found["measured"]] == [("b", None), ("a", 1)]
     assert len(found["runs"]) == 2
     assert out.with_suffix(".md").read_text().count("load ") == 2
-
-
-def test_settings_of_another_run_are_not_mixed(tmp_path):
-    (tmp_path / "there.json").write_text('{"settings": {"threads": 1}}')
-    with pytest.raises(SystemExit, match="made with other settings"):
-        inference.opened(tmp_path / "there.json", {"threads": 2})

@@ -262,7 +262,7 @@ TRADEOFF = ["tradeoff", SMALL, "--dataset", "digits", "--out", "made"]
         ),
         (["slim", "resnet19", "--rate", "0.5", *OUT], "unknown model 'resnet19'; did you mean 'resnet18',"),
         (["inspect", "runs/nothing"], "there is no saved model at runs/nothing\n"),
-        (["inspect", "cli_factory:tiny"], "'cli_factory:tiny' would import and run code: pass trust=True (--trust)"),
+        (["inspect", "cli_factory:tiny"], "'cli_factory:tiny' would import and run code: pass --trust"),
         (["inspect", "resnet18?colour=red"], "model 'resnet18' cannot be built with colour=red: "),
         (
             ["inspect", SMALL, *PIXELS, "--group", "features.3.squeez"],
@@ -316,7 +316,7 @@ TRADEOFF = ["tradeoff", SMALL, "--dataset", "digits", "--out", "made"]
         ),
         (
             ["export", "mymodel.py", "--out", "a.onnx"],
-            "mymodel.py names a Python file: a model of your own is given as package.module:factory, with --trust, "
+            "mymodel.py names a Python file: pass a model of your own as package.module:factory, with --trust, "
             "here as mymodel:NAME for the function or class that makes it\n",
         ),
         (["slim", "./cli_factory.py:tiny", "--rate", "0.5", *OUT], "./cli_factory.py:tiny names a Python file: "),

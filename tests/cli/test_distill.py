@@ -194,7 +194,7 @@ def test_force_replaces_an_earlier_result_but_no_other_folder(run, empty_folder)
     shutil.rmtree("made")
     assert run(*ONCE, "--out", "made")[0] == 0
     code, _, err = run(*ONCE, "--out", "made")
-    assert (code, err) == (2, "error: made exists: choose another folder, or replace it with force=True (--force)\n")
+    assert (code, err) == (2, "error: made exists: choose another folder, or replace it with --force\n")
     assert run(*ONCE, "--out", "made", "--epochs", "1", "--force")[0] == 0
     assert json.loads(Path("made/distill.json").read_text())["settings"]["epochs"] == 1
 

@@ -306,4 +306,4 @@ def test_force_replaces_an_earlier_result_but_no_other_folder(run):
     Path("made", "thesis.txt").unlink()
     assert run(*ONCE, "--out", "made", "--force")[0] == 0
     code, _, err = run(*ONCE, "--out", "made")
-    assert (code, err) == (2, "error: made exists: choose another folder, or replace it with force=True (--force)\n")
+    assert (code, err) == (2, "error: made exists: choose another folder, or replace it with --force\n")

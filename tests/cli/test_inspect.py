@@ -13,7 +13,6 @@ from torch import nn
 import surgery
 from surgery.counting.cost import cost, weight_macs
 from surgery.counting.group_cost import group_costs
-from surgery.deploy.draw import draw
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -109,7 +108,9 @@ def test_macs_by_weight_add_up_to_the_cost_and_products_of_activations_have_no_n
 
 def drawn(traced, **words):
     groups, macs = surgery.dimension_groups(traced), weight_macs(traced)
-    return draw(traced, groups, group_costs(traced, groups, macs), macs, title=words.pop("title", "a net"), **words)
+    return surgery.draw_groups(
+        traced, groups, group_costs(traced, groups, macs), macs, title=words.pop("title", "a net"), **words
+    )
 
 
 def test_a_drawing_has_a_box_for_each_layer_in_the_order_of_the_forward_pass(net):

@@ -74,13 +74,14 @@ def test_layers_come_and_go(resnet):
 
 def test_the_text_says_what_differs_and_what_it_costs(resnet):
     text = str(surgery.changes(resnet, surgery.widen(resnet, {"layer1.0.conv1": 96})))
-    summary, header, *rows = text.splitlines()
+    summary, step, header, *rows = text.splitlines()
     assert summary.startswith("layers: 3 changed, 0 added, 0 removed; parameters 11.18 M -> 11.22 M, MACs an input ")
+    assert step == "Reindex: layer1.0.conv1 to 96"
     assert header.split() == ["layer", "class", "in", "out", "shape"]
     assert rows[0].split() == ["layer1.0.conv1", "Conv2d", "64", "64", "->", "96", "64x64x3x3", "->", "96x64x3x3"]
     assert rows[1].split() == ["layer1.0.bn1", "BatchNorm2d", "64", "->", "96"]
     deep = surgery.deepen(resnet, {"layer3": 1})
-    assert str(surgery.changes(resnet, deep)).splitlines()[2].endswith("256x256x3x3 added")
+    assert str(surgery.changes(resnet, deep)).splitlines()[3].endswith("256x256x3x3 added")
     assert str(surgery.changes(deep, resnet)).splitlines()[2].endswith("256x256x3x3 removed")
 
 
@@ -202,7 +203,7 @@ def test_any_other_difference_is_a_failure_and_nothing_is_written(run, monkeypat
 
 def test_what_is_no_number_is_a_failure_with_noise_too(run, monkeypatch):
     nothing = surgery.Verification(float("nan"), float("nan"), 1e-10, "float64", 1)
-    monkeypatch.setattr("surgery.cli.operate.verify", lambda *_, **__: nothing)
+    monkeypatch.setattr("surgery.verify", lambda *_, **__: nothing)
     code, out, err, there = run("widen", *MODEL, "--width", "1.5", "--break-symmetry", "noise", "--out", "wide")
     assert (code, out, there) == (1, "", [])
     assert err.startswith("error: outputs differ by nan")

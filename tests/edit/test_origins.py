@@ -11,7 +11,7 @@ from torch import nn
 
 import surgery
 from surgery.edit.origins import origins
-from surgery.edit.recipe import MEAN
+from surgery.edit.step import MEAN
 from tests.conftest import build_family
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.edit.recipe import InsertIdentity, Recipe
+from surgery import InsertIdentity, Recipe
 from surgery.errors import UsageError
 from surgery.layers.maxout import Maxout
 from tests.conftest import randomised

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torchvision.models import get_model, list_models, squeezenet1_1
 
 from surgery import models as catalogue
-from surgery.errors import UsageError
+from surgery.errors import UsageError, WeightsWarning
 
 
 def test_the_catalogue_lists_every_builder_of_torchvision_and_nothing_else():
@@ -407,7 +407,7 @@ def test_weights_are_loaded_whole_where_the_architecture_is_theirs(published):
 
 
 def test_weights_are_copied_where_they_fit_and_the_others_are_named(published):
-    with pytest.warns(catalogue.WeightsWarning, match=r"stay, in: classifier.1.weight, classifier.1.bias$"):
+    with pytest.warns(WeightsWarning, match=r"stay, in: classifier.1.weight, classifier.1.bias$"):
         model = catalogue.build("squeezenet1_1", weights="DEFAULT", num_classes=10)
     state = model.state_dict()
     assert state["classifier.1.weight"].shape[0] == 10
@@ -429,7 +429,7 @@ def test_the_published_form_of_a_detection_model_is_rebuilt_from_its_source(tmp_
     with torch.no_grad():
         ours, theirs = (m.eval().backbone.body(image)["3"] for m in (rebuilt, model))
     assert torch.equal(ours, theirs)
-    with pytest.warns(catalogue.WeightsWarning, match="stay, in: roi_heads.box_predictor.cls_score.weight, "):
+    with pytest.warns(WeightsWarning, match="stay, in: roi_heads.box_predictor.cls_score.weight, "):
         other = catalogue.build("fasterrcnn_resnet50_fpn", weights="DEFAULT", num_classes=5)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     assert not flags["backbone.body.conv1.weight"]

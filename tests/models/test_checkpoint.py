@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,3 +139,73 @@ def test_what_cannot_be_loaded_says_why(operated, tmp_path):
     (saved / "weights.safetensors").write_bytes(b"rubbish")
     with pytest.raises(surgery.UsageError, match=r"weights\.safetensors cannot be read"):
         surgery.load(saved)
+
+
+class Stored(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.body = Body()
+        self.dense = Dense()
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x):
+        return self.head(self.dense(self.body(self.stem(x))).mean((2, 3)))
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.n, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return x + self.b(torch.relu(self.n(self.a(x))))
+
+
+class Dense(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer0, self.layer1 = nn.Conv2d(4, 3, 3, padding=1), nn.Conv2d(7, 3, 3, padding=1)
+
+    def forward(self, x):
+        y = torch.cat([x, torch.relu(self.layer0(x))], 1)
+        return torch.cat([y, torch.relu(self.layer1(y))], 1)
+
+
+STORED = Path(__file__).parent / "stored" / "schema1"
+"""Saved by the version before steps carried themselves out: widened unevenly and with noise, deepened in every form,
+slimmed; in float64."""
+
+
+def test_a_model_of_schema_1_is_loaded_and_computes_what_it_did(tmp_path):
+    assert json.loads((STORED / "recipe.json").read_text())["schema"] == 1
+    loaded = surgery.load(STORED, model=Stored())
+    x = torch.linspace(-1, 1, 2 * 3 * 6 * 6, dtype=torch.float64).reshape(2, 3, 6, 6)
+    expected = torch.tensor(
+        [
+            [-0.4821511884603764, -0.23622495082407838, 0.4485049469078562],
+            [-0.35405186945149286, -0.3362483736194654, 0.48158068466302417],
+        ],
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(loaded(x).detach(), expected, rtol=1e-12, atol=0)
+    kinds = [type(step).__name__ for step in surgery.recipe(loaded).steps]
+    assert kinds == ["Reindex", "Reindex", "InsertIdentity", "InsertBlock", "InsertDense", "InsertIdentity", "Reindex"]
+    surgery.save(loaded, tmp_path / "now")
+    assert json.loads((tmp_path / "now" / "recipe.json").read_text())["schema"] == 2
+    assert torch.equal(surgery.load(tmp_path / "now", model=Stored())(x), loaded(x))
+
+
+def test_what_schema_1_left_out_or_ignored_is_migrated(tmp_path):
+    saved = shutil.copytree(STORED, tmp_path / "old")
+    content = json.loads((saved / "recipe.json").read_text())
+    steps = surgery.recipe(surgery.load(STORED, model=Stored())).steps
+    for step in content["steps"]:
+        step["unknown"] = 1
+        if step["step"] == "InsertIdentity":
+            assert (step.pop("pieces"), step.pop("eps")) == (1, 2.0**-17)
+    (saved / "recipe.json").write_text(json.dumps(content))
+    assert surgery.recipe(surgery.load(saved, model=Stored())).steps == steps
+    (saved / "recipe.json").write_text(json.dumps({**content, "schema": 2}))
+    with pytest.raises(surgery.UsageError, match="step Reindex has no field 'unknown'"):
+        surgery.load(saved, model=Stored())

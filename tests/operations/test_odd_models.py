@@ -952,7 +952,6 @@ def mha(self, x):
     p=linear(8, 8),
     a=lambda: nn.LSTM(8, 6, batch_first=True),
     d=linear(6, 5),
-    frozen=("a is a recurrent layer, which is left alone",),
 )
 def lstm(self, x):
     return self.d(self.a(self.p(x))[0][:, -1])

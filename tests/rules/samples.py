@@ -309,9 +309,9 @@ sample(nn.EmbeddingBag(7, 4), ints(7, 2, 3), free="weight:1")
 sample(nn.EmbeddingBag(7, 4, mode="sum"), ints(7, 2, 3), per_sample_weights=t(2, 3), free="weight:1")
 sample(nn.EmbeddingBag(7, 4, mode="max"), ints(7, 5), torch.tensor([0, 2]), free="weight:1")
 for layer in (nn.RNN, nn.LSTM, nn.GRU):
-    sample(layer(4, 3), t(5, 2, 4))
+    sample(layer(4, 3), t(5, 2, 4), free="0:1,2 weight_ih_l0:0")
 for layer in (nn.RNNCell, nn.LSTMCell, nn.GRUCell):
-    sample(layer(4, 3), t(2, 4))
+    sample(layer(4, 3), t(2, 4), free="0:0,1 weight_ih:0")
 sample(nn.LocalResponseNorm(3), t(2, 4, 5), free="0:0,2")
 sample(F.local_response_norm, t(2, 4, 5, 3), size=3, free="0:0,2,3")
 

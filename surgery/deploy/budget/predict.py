@@ -14,7 +14,8 @@ import numpy as np
 from scipy.optimize import nnls
 from torch import nn
 
-from surgery.axes.groups import DimensionGroup, analyse
+from surgery.axes.analysis import analyse
+from surgery.axes.groups import DimensionGroup
 from surgery.counting.cost import weight_macs
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -27,7 +28,7 @@ class Layers:
     """The parameters of a traced module, and what share of each is left when groups keep a share of their units."""
 
     def __init__(self, module: nn.Module, groups: Sequence[DimensionGroup]) -> None:
-        dims = analyse(module)
+        analysis = analyse(module)
         parameters = dict(module.named_parameters())
         macs = weight_macs(module)
         self.groups = list(groups)
@@ -45,7 +46,7 @@ class Layers:
         for name in names:
             self._starts.append(len(rows))
             for axis in range(max(parameters[name].ndim, 1)):
-                rows.append(self._shares(dims.axis_units.get((name, axis))))
+                rows.append(self._shares(analysis.axis_units.get((name, axis))))
         self._rows = np.array(rows)
         self._writes = np.array([self._rows[start] for start in self._starts])
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from surgery.axes.groups import DimensionGroup, analyse
+from surgery.axes.analysis import analyse
+from surgery.axes.groups import DimensionGroup
 from surgery.deploy.budget.predict import Array, Layers
 from surgery.operations.masks import unit_scores
 from surgery.operations.slim import fit_units, slim
@@ -32,7 +33,7 @@ class Widths:
         round_to: int,
         importance: str,
     ) -> None:
-        self._module, self._parts, self._dims = module, found, analyse(module)
+        self._module, self._parts, self._analysis = module, found, analyse(module)
         self.round_to, self.importance = round_to, importance
         self.groups = [group for groups in found.values() for group in groups]
         self.layers = Layers(module, self.groups)
@@ -43,7 +44,7 @@ class Widths:
     def prepare(self, damage: Mapping[str, Mapping[float, float]]) -> None:
         """Take ``round_to`` as settled, and the damage at a few rates; in between it is interpolated."""
         masks = [
-            fit_units(self._dims, self._module, {group.name: rate for group in self.groups}, self.round_to)
+            fit_units(self._analysis, self._module, {group.name: rate for group in self.groups}, self.round_to)
             for rate in self.levels
         ]
         self._shares = np.array([self.kept(mask) for mask in masks])  # (levels, groups)
@@ -66,11 +67,11 @@ class Widths:
 
     def weights_lost(self, rates: Sequence[float]) -> dict[str, dict[float, float]]:
         """Of each part, by rate, the share of its weights' squares that goes."""
-        scores = unit_scores(self._module, self._dims, "magnitude")
+        scores = unit_scores(self._module, self._analysis, "magnitude")
         lost: dict[str, dict[float, float]] = {name: {} for name in self._parts}
         for rate in rates:
             wanted = {group.name: rate for group in self.groups}
-            masks = fit_units(self._dims, self._module, wanted, importance=self.importance)
+            masks = fit_units(self._analysis, self._module, wanted, importance=self.importance)
             for name, groups in self._parts.items():
                 shares = [scores[g][~masks[g]].sum() / max(scores[g].sum(), 1e-30) for g in groups]
                 lost[name][rate] = float(np.mean(shares))

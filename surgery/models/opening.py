@@ -1,0 +1,112 @@
+"""From text to a traced module: a name of the catalogue, a saved folder or a factory of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from surgery.errors import UsageError
+from surgery.graph import tracing
+from surgery.models.building import build
+from surgery.models.checkpoint import RECIPE, load
+from surgery.models.entries import CATALOGUE
+from surgery.models.examples import example_inputs, inputs_of_shape
+from surgery.models.fitnets import FITNETS
+from surgery.models.sources import canonical
+
+
+def open_model(
+    source: str,
+    *,
+    input_shape: Sequence[int] | None = None,
+    inputs: Any = None,
+    weights: str | None = None,
+    seed: int | None = None,
+    trust: bool = False,
+) -> nn.Module:
+    """Open a model by its name or folder, as the command line does.
+
+    Args:
+        source: a name of the catalogue with builder keywords, a folder that `surgery.save` wrote, or
+            ``package.module:factory``.
+        input_shape: of the example input, (N, channels, height, width) or (N, channels, frames, height, width); by
+            default 2 samples of the model's own size. A saved model has its own.
+        inputs: example inputs, as `surgery.trace` takes them, instead of random ones.
+        weights: the name of published weights, or ``"DEFAULT"``.
+        seed: of the initial weights.
+        trust: allow ``package.module:factory`` to be imported and called.
+
+    Returns:
+        a traced module in evaluation mode.
+
+    Raises:
+        UsageError: no such model or folder, an input it does not take, or a factory without ``trust``.
+
+    Example:
+        >>> traced = surgery.open_model("resnet18?num_classes=10", input_shape=(2, 3, 32, 32))
+    """
+    if is_saved(source):
+        if input_shape is not None:
+            raise UsageError(f"{source} has an input shape of its own: input_shape (--input-shape) is for new models")
+        return load(source, trust=trust).eval()
+    module = build(source, weights=weights, trust=trust, seed=seed).eval()
+    architecture = canonical(source, weights=weights)
+    if inputs is None and input_shape is not None:
+        inputs = inputs_of_shape(architecture, input_shape)
+    elif inputs is None:
+        inputs = example_inputs(architecture)
+    return tracing.trace(module, inputs, source=architecture)
+
+
+def open_pair(
+    first: str,
+    second: str,
+    *,
+    input_shape: Sequence[int] | None = None,
+    weights: str | None = None,
+    seed: int | None = None,
+    trust: bool = False,
+) -> tuple[nn.Module, nn.Module]:
+    """Open two models for the same inputs: those of the saved one, or else those of the first.
+
+    Args, returns and raises: as `open_model` does for each.
+    """
+    if is_saved(second) and not is_saved(first):
+        opened = open_pair(second, first, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
+        return opened[1], opened[0]
+    one = open_model(first, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
+    if is_saved(second):
+        return one, open_model(second, trust=trust)
+    inputs, _ = tracing.example_inputs(one)
+    return one, open_model(second, inputs=inputs, weights=weights, seed=seed, trust=trust)
+
+
+def is_saved(source: str) -> bool:
+    """Tell whether ``source`` is a folder that `surgery.save` wrote.
+
+    Returns:
+        False for a name of the catalogue and for ``package.module:factory``.
+
+    Raises:
+        UsageError: a path that is no saved model; says what to pass instead.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / RECIPE).is_file():
+            raise UsageError(f"{source} is not a saved model: it has no {RECIPE}")
+        return True
+    if source.endswith(".py") or (".py:" in source and Path(source.rpartition(":")[0]).is_file()):
+        raise UsageError(
+            f"{source} names a Python file: pass a model of your own as package.module:factory, with trust=True "
+            f"(--trust), here as {path.name.partition('.py')[0]}:NAME for the function or class that makes it"
+        )
+    if path.is_file() and source not in {**CATALOGUE, **FITNETS}:
+        raise UsageError(
+            f"{source} is a file, and a saved model is a folder; only bench takes files, and these end in .onnx"
+        )
+    if len(path.parts) > 1 or source.endswith(("/", "\\")):
+        raise UsageError(f"there is no saved model at {source}")
+    return False
