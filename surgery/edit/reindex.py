@@ -71,8 +71,8 @@ def reindex(
 
     Args:
         module: a traced module.
-        indices: for each group, named by any layer that produces it, the old unit for each new one. Dropping, copying
-            and moving units are all indices: ``[0, 1]`` keeps two, ``[0, 1, 1]`` copies the second.
+        indices: for the groups that layers write (`surgery.selectors` says which), the old unit for each new one.
+            Dropping, copying and moving units are all indices: ``[0, 1]`` keeps two, ``[0, 1, 1]`` copies the second.
         shares: for a group with copies, the factor with which consumers weigh each new unit, 0 for a mean; by default
             even.
 
@@ -180,7 +180,7 @@ def _check(group: DimensionGroup, index: Sequence[int], shares: Sequence[float] 
     kept = places[group.frozen[places]]
     if not np.array_equal(kept, frozen):
         what = "cannot be edited" if not group.editable else f"must keep units {_some(frozen)} as they are"
-        raise EditError(f"{where} {what}: {group.reason}")
+        raise EditError(f"group {group.name!r} {what}: {group.reason}")
     if copies.max() > 1:
         if group.single:
             raise EditError(f"{where} cannot hold copies: {'; '.join(group.single)}")
