@@ -111,6 +111,12 @@ class Findings:
     calls: list[Called] = field(default_factory=list)
     """Layers that Python outside the graphs calls, as far as their attributes follow an edit."""
 
+    def close(self) -> None:
+        """Make the arrays read-only that are handed on."""
+        fields = (f.ids for value in labelled_leaves(list(self.nodes.values())) for f in value.fields)
+        for ids in (*fields, *(ids for _, ids in self.sums), *(norm.ids for norm in self.norms)):
+            ids.flags.writeable = False
+
 
 class Ledger:
     """Where rules are heard: what they say goes into the findings."""
