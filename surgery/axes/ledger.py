@@ -73,7 +73,13 @@ class Called:
     """Stands for the call, in no graph that is run."""
     rewrite: Callable[[NodeEdit], None]
     args: tuple[Any, ...]
-    out: Any
+    outs: tuple[Labelled, ...]
+    """The tensors that it gives."""
+
+    @property
+    def labels(self) -> tuple[Labelled, ...]:
+        """The tensors that it takes and gives."""
+        return *labelled_leaves(self.args), *self.outs
 
 
 @dataclass

@@ -180,7 +180,7 @@ class _Recording(TorchFunctionMode):
         if rule.movement:
             self.check(op, rule, given, out)
         elif rule.rewrite is not None:
-            self.run.findings.calls.append(Called(path, node, rule.rewrite, given[0], out))
+            self.run.findings.calls.append(Called(path, node, rule.rewrite, given[0], tuple(labelled_leaves(out))))
         return out
 
     # ---- functions and methods
