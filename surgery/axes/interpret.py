@@ -1,8 +1,8 @@
-"""Runs the op rules over a traced module and collects what they say.
+"""Run the op rules over a traced module and collect what they say.
 
-The graph is interpreted on meta tensors, so that shapes are known and nothing is computed, and beside each tensor its
-`Field`s are carried along. A rule ties channel ids together, freezes them, or marks the role of a parameter's axis;
-this module only keeps the findings. `surgery.axes.groups` turns them into dimension groups.
+The graph runs on meta tensors, so shapes are known and nothing is computed. Each tensor carries its `Field`s. A rule ties
+channel ids together, freezes them, or marks the role of a parameter's axis. This module only keeps these findings;
+`surgery.axes.analysis` makes units and dimension groups of them.
 """
 
 from __future__ import annotations

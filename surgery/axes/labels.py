@@ -103,7 +103,7 @@ def reshaped(
 
 
 def sliced(fields: Fields, index: tuple[Any, ...], rank: int) -> tuple[Fields, list[Field]]:
-    """Fields after basic indexing with ints, slices, None and Ellipsis; and those of which one position is picked."""
+    """Fields after basic indexing with ints, slices, None and Ellipsis; and those where it picks one position."""
     index = full_index(index, rank)
     result: list[Field] = []
     picked: list[Field] = []

@@ -59,8 +59,11 @@ class Numbering:
 
 
 def number_units(findings: Findings, settled: Settled) -> Numbering:
-    """Number the connected components of the ids so that each group is a range, and say of the units what the rules
-    said of the ids."""
+    """Number the connected components of the ids so that each group is a range.
+
+    Returns:
+        the units, with what the rules said about their ids.
+    """
     roles = {key: _roles(axis, key in findings.values) for key, axis in findings.axes.items()}
     order, ranges, first = _number(settled.component, findings.axes, roles)
     unit_of = _read_only(order[settled.component])

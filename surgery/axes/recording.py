@@ -1,7 +1,7 @@
-"""Channels across Python that is not traced: one real run, in which each call of torch is looked up in the rule table.
+"""Follow channels across Python that is not traced: one real run, in which each call of torch is looked up in the table.
 
-The traced parts and the layers that Python calls are interpreted as ever; between them labels are carried beside the
-real tensors. Python's own constants cannot follow an edit, so an op that would need one to freezes what it works on.
+The traced parts and the layers that Python calls are interpreted; between them, the real tensors are labelled. Python's
+own constants cannot follow an edit, so an op that would need another constant freezes what it works on.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class _Terse(Interpreter):
 
 
 class _Recording(TorchFunctionMode):
-    """Labels beside the tensors of a real run."""
+    """Labels the tensors of a real run."""
 
     def __init__(self, run: Interpreter, module: nn.Module, twin: nn.Module) -> None:
         super().__init__()
