@@ -1,7 +1,7 @@
 """Run the op rules over a traced module and collect what they say.
 
-The graph runs on meta tensors, so shapes are known and nothing is computed. Each tensor carries its `Field`s. A rule ties
-channel ids together, freezes them, or marks the role of a parameter's axis. This module only keeps these findings;
+The graph runs on meta tensors, so shapes are known and nothing is computed. Each tensor carries its `Field`s. A rule
+ties channel ids together, freezes them, or marks the role of a parameter's axis. This module only keeps these findings;
 `surgery.axes.analysis` makes units and dimension groups of them.
 """
 

@@ -1,4 +1,4 @@
-"""Follow channels across Python that is not traced: one real run, in which each call of torch is looked up in the table.
+"""Follow channels across Python that is not traced: one real run that looks up each call of torch in the table.
 
 The traced parts and the layers that Python calls are interpreted; between them, the real tensors are labelled. Python's
 own constants cannot follow an edit, so an op that would need another constant freezes what it works on.
