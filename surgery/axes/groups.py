@@ -208,7 +208,7 @@ def _role(roles: frozenset[str]) -> str:
 
 
 def _by_group(said: Named, group_of: Ids, count: int) -> list[dict[str, None]]:
-    """For each group what was said of any unit of it, each once."""
+    """For each group, the names or reasons that concern any of its units, without repetition."""
     result: list[dict[str, None]] = [{} for _ in range(count)]
     for units, what in said:
         for k in np.unique(group_of[units]):

@@ -66,8 +66,7 @@ def test_state_in_python_is_kept_or_refused(cls):
     model = make(cls)
     try:
         traced = surgery.trace(model, x())
-    except surgery.TraceError as error:
-        assert "\n" not in str(error)
+    except surgery.TraceError:
         return
     model = copy.deepcopy(model)
     for batch in (2, 3, 1):

@@ -264,14 +264,14 @@ def _probed(
 ) -> tuple[Latency, float, int]:
     """A prediction of latency, fitted to the model with each stage slimmed alone and all of them together; what the
     dense model takes, the less of ``before`` and what it took now; and the multiple that widths are best rounded to."""
-    stages = parts(module, "stage")
+    stages, analysis = parts(module, "stage"), analyse(module)
     probes: dict[str, nn.Module | Runner] = {"dense": dense}
     kept: dict[str, Array] = {"dense": np.ones(len(space.groups))}
 
     def add(name: str, rates: Mapping[str, float] | float, multiple: int) -> None:
         options: dict[str, Any] = {"round_to": multiple, "importance": space.importance}
         probes[name] = slim(module, rates, **options)
-        kept[name] = space.kept(fit_units(analyse(module), module, rates, multiple))
+        kept[name] = space.kept(fit_units(analysis, module, rates, multiple))
 
     for name, groups in stages.items():
         add(f"stage {name}", {g.name: 0.5 for g in groups}, space.round_to)
