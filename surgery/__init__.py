@@ -1,6 +1,7 @@
 """Model surgery on torch.fx graphs: widen, deepen, slim, export and measure, exactly."""
 
-from surgery.axes.groups import DimensionGroup, Member, dimension_groups
+from surgery.axes.analysis import dimension_groups
+from surgery.axes.groups import DimensionGroup, Member
 from surgery.counting.changes import Changes, changes
 from surgery.counting.cost import cost
 from surgery.deploy.budget.budget import Budgeted, slim_to_budget

@@ -201,13 +201,3 @@ def _drop_constant_dims(full: Ids, dims: tuple[int, ...], source: Field) -> Fiel
         varying = [int(np.argmax(full.shape))] if source.ids.size == full.size else [0]
     index = tuple(slice(None) if k in varying else 0 for k in range(full.ndim))
     return Field(tuple(dims[k] for k in varying), np.ascontiguousarray(full[index]), source.key)
-
-
-def mutable(tree: Any) -> Any:
-    """The tree with lists and dicts of its own, as generated code would pass them: some functions write to them."""
-    if isinstance(tree, (list, tuple)) and not isinstance(tree, torch.Size):
-        parts = [mutable(part) for part in tree]
-        if hasattr(tree, "n_sequence_fields"):  # what torch.max and its kin return
-            return type(tree)(parts)
-        return parts if isinstance(tree, list) else type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    return {k: mutable(v) for k, v in tree.items()} if isinstance(tree, dict) else tree

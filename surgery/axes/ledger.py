@@ -44,6 +44,10 @@ class Grid:
 
 
 ParamKey = tuple[str, int]
+"""Qualified name of a parameter or buffer, and an axis of it."""
+
+Row = tuple[Ids, Ids, Ids, str]
+"""Rows that must stay rows: the last id of each, the first of the one behind it, its own first; and for which op."""
 
 
 NodeKey = tuple[str, str]
@@ -93,8 +97,7 @@ class Findings:
     """Axes that factor one, of which only one may change (`surgery.axes.grids`)."""
     cuts: list[Ids] = field(default_factory=list)
     """Parts of axes that an op takes out."""
-    rows: list[tuple[Ids, Ids, Ids, str]] = field(default_factory=list)
-    """Rows that must stay rows: the last of each, the first of the one behind it, and its own first."""
+    rows: list[Row] = field(default_factory=list)
     values: set[ParamKey] = field(default_factory=set)
     """Parameter axes that are used other than in a role."""
     axes: dict[ParamKey, ParamAxis] = field(default_factory=dict)
@@ -107,6 +110,12 @@ class Findings:
     """For each scope the path of its module and the graph."""
     calls: list[Called] = field(default_factory=list)
     """Layers that Python outside the graphs calls, as far as their attributes follow an edit."""
+
+    def close(self) -> None:
+        """Make the arrays read-only that are handed on."""
+        fields = (f.ids for value in labelled_leaves(list(self.nodes.values())) for f in value.fields)
+        for ids in (*fields, *(ids for _, ids in self.sums), *(norm.ids for norm in self.norms)):
+            ids.flags.writeable = False
 
 
 class Ledger:

@@ -87,9 +87,10 @@ class Op:
         dims, shape = tuple(d - first for d in f.dims), self.shape[first : last + 1]
         self.run.findings.norms.append(Norm(self.path, (self.key[1], self.key[2]), shape, dims, f.ids))
 
-    def alike(self, fields: Fields) -> Any:
-        """The same fields for each output."""
-        return pytree.tree_map(lambda _: fields, self.out)
+    def alike(self, fields: Fields) -> Fields:
+        """The same fields for each output; a tree of them where the op has several."""
+        found: Fields = pytree.tree_map(lambda _: fields, self.out)
+        return found
 
     def tie(self, a: Field | None, b: Field | None) -> None:
         """Position for position, ``a`` and ``b`` hold the same channel."""
@@ -219,17 +220,13 @@ class Op:
                 result.append(self.across(f, touched & set(f.dims)) if touched & set(f.dims) else f)
         return tuple(result)
 
-    def unknown(self, operands: Any, why: str) -> Any:
-        """Freeze every axis of ``operands``."""
+    def unknown(self, *operands: Any, why: str = "has no rule") -> Fields:
+        """Freeze every axis of ``operands``: the op, or what it is called with, is not understood."""
         for leaf in pytree.tree_leaves(operands):
             if isinstance(leaf, Labelled):
                 for f in leaf.fields:
                     self.freeze(f, f"{self.name} {why}")
-        return self.unlabelled()
-
-    def unlabelled(self) -> Any:
-        """No fields for any output."""
-        return pytree.tree_map(lambda _: (), self.out)
+        return self.alike(())
 
     def lose(self, fields: list[Field], reason: str) -> None:
         for f in fields:

@@ -11,7 +11,8 @@ import torch
 import typer
 
 from surgery import models as catalogue
-from surgery.axes.groups import DimensionGroup, dimension_groups
+from surgery.axes.analysis import dimension_groups
+from surgery.axes.groups import DimensionGroup
 from surgery.cli.options import (
     EXACT,
     AsJson,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
 
+from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.groups import DimensionGroup
+from surgery.axes.labels import Ids
 from surgery.counting.cost import weight_macs
 
 
@@ -37,24 +38,26 @@ def group_costs(
     ``macs`` is what `surgery.counting.cost.weight_macs` found, where that is known already.
     """
     macs = weight_macs(module) if macs is None else macs
-    parameters = dict(module.named_parameters())
-    return {group.name: _cost(group, parameters, macs) for group in groups}
+    analysis, parameters = analyse(module), dict(module.named_parameters())
+    return {group.name: _cost(analysis, group, parameters, macs) for group in groups}
 
 
-def _cost(group: DimensionGroup, parameters: Mapping[str, nn.Parameter], macs: Mapping[str, int]) -> GroupCost:
+def _cost(
+    analysis: Analysis, group: DimensionGroup, parameters: Mapping[str, nn.Parameter], macs: Mapping[str, int]
+) -> GroupCost:
     left: dict[str, float] = {}
     """For each parameter, the share that lies at none of the group's channels."""
     for member in group.members:
         if member.name in parameters:
-            left[member.name] = left.get(member.name, 1.0) * (1 - _share(group, member.name, member.axis))
+            left[member.name] = left.get(member.name, 1.0) * (
+                1 - _share(group, analysis.axis_units[member.name, member.axis])
+            )
     params = sum(round(parameters[name].numel() * (1 - rest)) for name, rest in left.items())
     carried = sum(round(macs.get(name, 0) * (1 - rest)) for name, rest in left.items())
     return GroupCost(params, carried)
 
 
-def _share(group: DimensionGroup, name: str, axis: int) -> float:
-    """The share of a parameter's positions along an axis that hold units of the group."""
-    units = group.owner.axis_units[name, axis]
-    return (
-        float(np.mean((units >= group.start) & (units < group.start + group.units))) if math.prod(units.shape) else 0.0
-    )
+def _share(group: DimensionGroup, units: Ids) -> float:
+    """The share of an axis's positions that hold units of the group."""
+    own = (units >= group.start) & (units < group.start + group.units)
+    return float(np.mean(own)) if units.size else 0.0

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from surgery.axes.groups import Analysis
+from surgery.axes.analysis import Analysis
 from surgery.axes.labels import Labelled
 from surgery.axes.ledger import labelled_leaves
 from surgery.edit.sites import Site, activation_of, is_inside
@@ -59,9 +59,9 @@ class Flow:
 
     def __init__(self, analysis: Analysis, site: Site) -> None:
         self.analysis, self.owner, self.path, self.graph = analysis, site.owner, site.path, site.graph
-        graphs = analysis.findings.graphs
+        graphs = analysis.graphs
         self.scope = next(s for s, (path, graph) in graphs.items() if path == site.path and graph is site.graph)
-        self.values = analysis.findings.nodes
+        self.values = analysis.values
         self.order = {node: k for k, node in enumerate(site.graph.nodes)}
 
     def value(self, node: fx.Node) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from surgery.axes.groups import Analysis, analyse
+from surgery.axes.analysis import Analysis, analyse
 from surgery.edit.blocks import Block, Flow, Zero, block_of
 from surgery.edit.sites import Site, activation_of, is_called, local_name, output_sites
 from surgery.edit.step import Inserted, Step

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from surgery.axes.groups import Analysis, DimensionGroup, analyse
+from surgery.axes.analysis import Analysis, analyse
+from surgery.axes.groups import DimensionGroup
 from surgery.axes.labels import Ids, Labelled, runs
 from surgery.edit.blocks import Flow
 from surgery.edit.insert_block import renamed

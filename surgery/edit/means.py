@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from surgery.axes.groups import Analysis, DimensionGroup
+from surgery.axes.analysis import Analysis
+from surgery.axes.groups import DimensionGroup
+from surgery.axes.labels import Ids
 from surgery.axes.ledger import Norm, labelled_leaves
 from surgery.edit.sites import in_copy
 from surgery.edit.step import MEAN
@@ -45,12 +47,12 @@ def normalised_streams(module: nn.Module, analysis: Analysis, group: DimensionGr
         ):
             raise EditError(f"{member} does not hold each channel of the stream once")
     walk = _Walk(module, analysis, group)
-    paths = {path for path, _ in analysis.findings.graphs.values()}
-    for scope, (path, _) in analysis.findings.graphs.items():
+    paths = {path for path, _ in analysis.graphs.values()}
+    for scope, (path, _) in analysis.graphs.items():
         if not any(path != other and f"{path}.".startswith(f"{other}." if other else "") for other in paths):
             walk.graph(scope, [])
-    norms = [n for n in analysis.findings.norms if walk.holds(n.ids)]
-    if len(norms) < sum(walk.holds(ids) for ids, _ in analysis.findings.mixed):
+    norms = [n for n in analysis.norms if walk.holds(n.ids)]
+    if len(norms) < sum(walk.covers(units) for units, _ in analysis.mixed):
         raise EditError("something that is no LayerNorm mixes its channels")
     for norm in norms:
         if norm.key not in walk.norms:
@@ -67,7 +69,9 @@ class _Walk:
         self.linear: dict[tuple[str, str], bool] = {}
 
     def holds(self, ids: Any) -> bool:
-        units = self.analysis.unit_of[ids]
+        return self.covers(self.analysis.unit_of[ids])
+
+    def covers(self, units: Ids) -> bool:
         return bool(((units >= self.group.start) & (units < self.group.start + self.group.units)).any())
 
     def carries(self, value: Any) -> bool:
@@ -75,7 +79,7 @@ class _Walk:
 
     def graph(self, scope: str, given: Sequence[bool]) -> bool:
         """Walk one graph, whose positional inputs are linear as ``given``; whether its output is."""
-        path, graph = self.analysis.findings.graphs[scope]
+        path, graph = self.analysis.graphs[scope]
         owner = self.module.get_submodule(path)
         assert isinstance(owner, TracedModule)
         inputs = iter(given)
@@ -83,7 +87,7 @@ class _Walk:
             if node.op == "output":
                 return all(self.linear.get((scope, n.name), True) for n in node.all_input_nodes)
             linear = next(inputs, False) if node.op == "placeholder" else None
-            if not self.carries(self.analysis.findings.nodes.get((scope, node.name))):
+            if not self.carries(self.analysis.values.get((scope, node.name))):
                 continue
             if linear is None:
                 leaf = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -98,10 +102,10 @@ class _Walk:
         if isinstance(leaf, TracedModule):
             states = [not isinstance(a, fx.Node) or self.linear.get((scope, a.name), True) for a in node.args]
             inside = f"{path}.{node.target}".lstrip(".")
-            scopes = [s for s, (within, _) in self.analysis.findings.graphs.items() if within == inside]
+            scopes = [s for s, (within, _) in self.analysis.graphs.items() if within == inside]
             results = [self.graph(s, states) for s in scopes]
             return all(results)
-        read = [n for n in node.all_input_nodes if self.carries(self.analysis.findings.nodes[scope, n.name])]
+        read = [n for n in node.all_input_nodes if self.carries(self.analysis.values[scope, n.name])]
         kept = all(self.linear.get((scope, n.name), False) for n in read)
         target: Any = node.target
         if leaf is None and target is F.layer_norm:
@@ -130,14 +134,14 @@ class _Walk:
             names = {f"{path}.{n.target}".lstrip(".") for n in node.all_input_nodes if n.op == "get_attr"}
         return {
             role
-            for (name, _), axis in self.analysis.findings.axes.items()
-            if name in names and self.holds(axis.ids)
-            for role in axis.roles - {"consumer"}
+            for (name, axis), units in self.analysis.axis_units.items()
+            if name in names and self.covers(units)
+            for role in self.analysis.roles[name, axis] - {"consumer"}
         }
 
     def spans(self, scope: str, node: fx.Node) -> bool:
         """Whether the node normalises over one axis, which holds every unit of the group once."""
-        norms = [n for n in self.analysis.findings.norms if n.key == (scope, node.name)]
+        norms = [n for n in self.analysis.norms if n.key == (scope, node.name)]
         wanted = np.arange(self.group.start, self.group.start + self.group.units)
         if any(len(norm.shape) > 1 for norm in norms):
             return False  # over positions too
@@ -165,7 +169,7 @@ class Expansion:
         """Names of the norm's parameters."""
         if norm.path:
             return f"{norm.path}.weight", f"{norm.path}.bias"
-        path, graph = self.analysis.findings.graphs[norm.key[0]]
+        path, graph = self.analysis.graphs[norm.key[0]]
         node = next(n for n in graph.nodes if n.name == norm.key[1])
         given = inspect.signature(F.layer_norm).bind(*node.args, **node.kwargs).arguments
         weight, bias = (

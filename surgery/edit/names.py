@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from surgery.axes.groups import Analysis, DimensionGroup
+from surgery.axes.analysis import Analysis
+from surgery.axes.groups import DimensionGroup
 from surgery.errors import EditError, UsageError, unknown_name
 
 T = TypeVar("T")

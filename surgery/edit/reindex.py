@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from surgery.axes.groups import Analysis, DimensionGroup, analyse
+from surgery.axes.analysis import Analysis, analyse
+from surgery.axes.groups import DimensionGroup
 from surgery.axes.labels import Labelled
 from surgery.axes.ledger import labelled_leaves
 from surgery.edit.apply import apply
@@ -130,7 +131,7 @@ def gather(module: nn.Module, analysis: Analysis, step: Reindex) -> nn.Module:
 
 def _follow_outside(module: nn.Module, analysis: Analysis, layouts: Layouts) -> None:
     """Let the attributes of the layers that Python outside the graphs calls follow their new tensors."""
-    for call in {call.path: call for call in analysis.findings.calls}.values():
+    for call in {call.path: call for call in analysis.calls}.values():
         labels = list(labelled_leaves((call.args, call.out)))
         if all(layouts.of(analysis.unit_of[f.ids]) is None for label in labels for f in label.fields):
             continue
@@ -223,7 +224,7 @@ def _gathered(
     """A `deepcopy` memo that maps each changed tensor to its new version."""
     memo: dict[int, Any] = {}
     for name, tensor, axes in changed_tensors(module, analysis, layouts):
-        roles = {axis: analysis.findings.axes[name, axis].roles for axis in axes}
+        roles = {axis: analysis.roles[name, axis] for axis in axes}
         read = [axis for axis in axes if "consumer" in roles[axis]]
         draw = {} if noise is None else draws(noise, name, tensor, roles)
         memo[id(tensor)] = _like(tensor, _gather(name, tensor.detach(), axes, read, layouts, expansion, draw))

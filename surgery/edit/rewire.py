@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from surgery.axes.groups import Analysis
+from surgery.axes.analysis import Analysis
 from surgery.axes.labels import Field, Ids, Labelled
 from surgery.axes.ledger import Silent
 from surgery.axes.ops import Op
@@ -33,7 +33,7 @@ from surgery.graph.tracing import TracedModule
 
 def rewire(old: nn.Module, new: nn.Module, analysis: Analysis, layouts: Layouts) -> None:
     """Adapt every graph of ``new``, a copy of ``old`` whose tensors have been gathered already."""
-    for scope, (path, graph) in analysis.findings.graphs.items():
+    for scope, (path, graph) in analysis.graphs.items():
         source, target = old.get_submodule(path), new.get_submodule(path)
         assert isinstance(source, TracedModule)
         assert isinstance(target, TracedModule)
@@ -89,7 +89,7 @@ class _Rewiring:
         self.copy.lint()
 
     def record(self, node: fx.Node) -> Any:
-        return self.analysis.findings.nodes[self.scope, node.name]
+        return self.analysis.values[self.scope, node.name]
 
     def concerned(self, node: fx.Node, out: Any) -> bool:
         if any(self.changes(leaf) for leaf in _labelled((out, [self.record(n) for n in node.all_input_nodes]))):
@@ -381,7 +381,7 @@ class _Rewiring:
         for node in reversed(self.copy.nodes):
             if node.users or node.op not in ("call_function", "call_method", "get_attr", "call_module"):
                 continue
-            old = self.analysis.findings.nodes.get((self.scope, node.name))
+            old = self.analysis.values.get((self.scope, node.name))
             number = old is not None and not any(True for _ in _labelled(old))
             leaf = self.source.get_submodule(str(node.target)) if node.op == "call_module" else None
             if node.op == "get_attr" or number or rule_for(node, leaf).movement:

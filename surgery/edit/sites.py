@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from surgery.axes.groups import Analysis
+from surgery.axes.analysis import Analysis
 from surgery.errors import EditError, unknown_name
 from surgery.graph.traced import TracedModule, traced_parts
 from surgery.layers.maxout import Maxout
@@ -126,9 +126,9 @@ def _is_norm(owner: TracedModule, node: fx.Node) -> bool:
 def in_copy(module: nn.Module, analysis: Analysis, scope: str, name: str) -> tuple[TracedModule, fx.Node]:
     """The node of that name in that scope's graph in ``module``, a copy of what ``analysis`` was made from, and the
     module that owns the graph."""
-    if scope not in analysis.findings.graphs:
+    if scope not in analysis.graphs:
         raise EditError(f"{name} is called by Python outside the traced parts: channels cannot be left out of it")
-    owner = module.get_submodule(analysis.findings.graphs[scope][0])
+    owner = module.get_submodule(analysis.graphs[scope][0])
     assert isinstance(owner, TracedModule)
     graph = owner.graphs[-1] if scope.endswith(":train") else owner.graph
     return owner, next(node for node in graph.nodes if node.name == name)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from surgery.axes.groups import Analysis, analyse
+from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.labels import Labelled
 from surgery.axes.ledger import Norm
 from surgery.edit.sites import in_copy
@@ -166,7 +166,7 @@ def normalise_over(module: nn.Module, analysis: Analysis, keep: NDArray[np.bool_
     """Let every normalisation over channels in ``module``, a copy of what ``analysis`` was made from, leave out the
     units that are not kept."""
     by_op: defaultdict[tuple[str, tuple[str, str]], list[Norm]] = defaultdict(list)
-    for norm in analysis.findings.norms:
+    for norm in analysis.norms:
         if not keep[analysis.unit_of[norm.ids]].all():
             by_op[norm.path, norm.key].append(norm)
     for (path, (scope, name)), norms in by_op.items():
@@ -196,13 +196,13 @@ def normalise_over(module: nn.Module, analysis: Analysis, keep: NDArray[np.bool_
 
 def sum_over(module: nn.Module, analysis: Analysis, keep: NDArray[np.bool_]) -> None:
     """Let what is added up over channels, a product of two activations or a length, leave out those not kept."""
-    for (scope, name), ids in analysis.findings.sums:
+    for (scope, name), ids in analysis.sums:
         units = analysis.unit_of[ids]
         if keep[units].all():
             continue
         owner, node = in_copy(module, analysis, scope, name)
         for source in node.all_input_nodes:
-            value = analysis.findings.nodes.get((scope, source.name))
+            value = analysis.values.get((scope, source.name))
             if not isinstance(value, Labelled):
                 continue
             for f in value.fields:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import fx, nn
 
@@ -43,6 +45,37 @@ LINEAR = {
 _FUNCTIONS: dict[Any, Rule] = {}
 _METHODS: dict[str, Rule] = {}
 _MODULES: dict[type[nn.Module], Rule] = {}
+_STATE = {"version": 0, "loaded": 0}
+
+Relate = TypeVar("Relate", bound=Callable[..., Any])
+
+
+def version() -> int:
+    """A number that grows with every change of the table: what an analysis depends on besides its module."""
+    _load()
+    return _STATE["version"]
+
+
+@contextmanager
+def restore_rules() -> Iterator[None]:
+    """Undo on exit what is registered inside the ``with`` block."""
+    _load()
+    tables: tuple[dict[Any, Rule], ...] = (_FUNCTIONS, _METHODS, _MODULES)
+    before = [dict(table) for table in tables]
+    try:
+        yield
+    finally:
+        for table, rows in zip(tables, before, strict=True):
+            table.clear()
+            table.update(rows)
+        _STATE["version"] += 1
+
+
+def _load() -> None:
+    """Import the rows that the package has, once. They register themselves here."""
+    if not _STATE["loaded"]:
+        _STATE["loaded"] = 1
+        importlib.import_module("surgery.rules")
 
 
 def oprule(
@@ -52,7 +85,7 @@ def oprule(
     linear: str = "",
     zeros: tuple[str, ...] = (),
     within: bool = False,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+) -> Callable[[Relate], Relate]:
     """Register the decorated function as the rule of ``targets``: functions, method names and module classes.
 
     A layer whose class has a rule is called as a whole by traced models, and so is a Python function that has one,
@@ -62,7 +95,9 @@ def oprule(
     if linear and linear not in LINEAR:
         raise UsageError(f"unknown word {linear!r} for how an op is linear: one of {', '.join(map(repr, LINEAR))}")
 
-    def register(relate: Callable[..., Any]) -> Callable[..., Any]:
+    def register(relate: Relate) -> Relate:
+        _load()  # first, so that a row of the user's replaces one of the package's
+        _STATE["version"] += 1
         rule = Rule(relate, rewrite, movement, linear, zeros, within)
         for target in targets:
             if isinstance(target, str):
@@ -76,8 +111,15 @@ def oprule(
     return register
 
 
+def ruled_functions() -> list[Any]:
+    """The functions that have a rule."""
+    _load()
+    return list(_FUNCTIONS)
+
+
 def rule_for(node: fx.Node, leaf: nn.Module | None) -> Rule:
     """The rule of a node; `UNKNOWN` where there is none."""
+    _load()
     if leaf is not None:
         return _module_rule(leaf) or UNKNOWN
     table: dict[Any, Rule] = _METHODS if node.op == "call_method" else _FUNCTIONS
@@ -89,6 +131,7 @@ def rule_for(node: fx.Node, leaf: nn.Module | None) -> Rule:
 
 def has_module_rule(module: nn.Module) -> bool:
     """Whether a layer's class, or the class whose ``forward`` it inherits, has a rule."""
+    _load()
     return _module_rule(module) is not None
 
 
@@ -107,7 +150,7 @@ _COMPUTES = ("forward", "_conv_forward")
 
 def unknown(op: Any, *args: Any, why: str = "has no rule", **kwargs: Any) -> Any:
     """The rule of an op that nothing is known of: every axis that reaches it is frozen."""
-    return op.unknown((args, kwargs), why)
+    return op.unknown(*args, *kwargs.values(), why=why)
 
 
 UNKNOWN = Rule(unknown)

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import TraceError
 from surgery.graph.guards import Values, expect, user_line
-from surgery.graph.table import _FUNCTIONS, has_module_rule
+from surgery.graph.table import has_module_rule, ruled_functions
 
 _KEYS, _VALUES, _ITEMS = (
     type(view) for view in (dict[Any, Any]().keys(), dict[Any, Any]().values(), dict[Any, Any]().items())
@@ -256,7 +256,7 @@ def symbolic_factories(tracer: Tracer) -> Iterator[None]:
 def symbolic_functions(root: nn.Module, tracer: Tracer) -> Iterator[None]:
     """While tracing, calling a Python function that has a rule is a node of the graph, wherever a module of its package
     or of a layer's knows it by name. torch's own functions need no help."""
-    functions = {f for f in _FUNCTIONS if isinstance(f, FunctionType) and not f.__module__.startswith("torch.")}
+    functions = {f for f in ruled_functions() if isinstance(f, FunctionType) and not f.__module__.startswith("torch.")}
     packages = {f.__module__.partition(".")[0] for f in functions} - {"surgery"}
     packages |= {type(m).__module__.partition(".")[0] for m in root.modules()} - {"torch"}
     places = [

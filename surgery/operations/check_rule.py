@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from surgery.axes.groups import Analysis, analyse
+from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.labels import Field, Ids, Labelled
 from surgery.edit.apply import apply
 from surgery.edit.layout import Layouts
@@ -134,7 +134,7 @@ class _Claims:
         return rule_for(self.node, leaf)
 
     def record(self, node: fx.Node) -> Any:
-        return analyse(self.net).findings.nodes[":", node.name]
+        return analyse(self.net).values[":", node.name]
 
     def results(self) -> list[Labelled]:
         found = pytree.tree_leaves(self.record(self.node))
@@ -152,10 +152,9 @@ class _Claims:
             for ref, value in zip(refs, pytree.tree_leaves(given), strict=True)
             if isinstance(ref, Ref)
         }
-        for axis in self.analysis.findings.axes.values():
-            if axis.name.startswith("op."):
-                own = found.setdefault(axis.name.removeprefix("op."), [])
-                own.append(_Axes((axis.axis,), self.analysis.unit_of[axis.ids]))
+        for (name, axis), units in self.analysis.axis_units.items():
+            if name.startswith("op."):
+                found.setdefault(name.removeprefix("op."), []).append(_Axes((axis,), units))
         return found
 
     def anywhere(self) -> NDArray[np.bool_]:
@@ -163,22 +162,21 @@ class _Claims:
         result = np.zeros(self.analysis.count, dtype=bool)
         for units, _ in (*self.analysis.mixed, *self.analysis.single):
             result[units] = True
-        for axis in self.analysis.findings.axes.values():
-            if "consumer" in axis.roles and not axis.name.startswith("readers."):
-                result[self.analysis.unit_of[axis.ids]] = True
+        for (name, axis), units in self.analysis.axis_units.items():
+            if "consumer" in self.analysis.roles[name, axis] and not name.startswith("readers."):
+                result[units] = True
         return result
 
     def result(self) -> RuleCheck:
         free: set[Axis] = set()
         frozen: dict[Axis, str] = {}
-        reasons = [(self.analysis.unit_of[ids], why) for ids, why in self.analysis.findings.frozen]
         for path, axes in self.inputs.items():
             for axis in axes:
                 for dim in axis.dims:
                     if not self.analysis.frozen[axis.units].any():
                         free.add((path, dim))
                         continue
-                    why = dict.fromkeys(why for units, why in reasons if np.isin(units, axis.units).any())
+                    why = dict.fromkeys(why for units, why in self.analysis.reasons if np.isin(units, axis.units).any())
                     frozen[path, dim] = "; ".join(why) or "not all of its positions can be told apart"
         return RuleCheck(frozenset(free), frozen)
 
@@ -273,13 +271,12 @@ class _Claims:
         single = np.zeros(self.analysis.count, dtype=bool)
         for units, _ in self.analysis.single:
             single[units] = True
-        for axis in self.analysis.findings.axes.values():
-            units = self.analysis.unit_of[axis.ids]
-            off = ~kept[units] & (("consumer" in axis.roles) | single[units])
-            where = tuple(torch.from_numpy(off) if d == axis.axis else slice(None) for d in range(axis.axis + 1))
+        for (name, axis), units in self.analysis.axis_units.items():
+            off = ~kept[units] & (("consumer" in self.analysis.roles[name, axis]) | single[units])
+            where = tuple(torch.from_numpy(off) if d == axis else slice(None) for d in range(axis + 1))
             with torch.no_grad():
                 if off.any():
-                    tensors[axis.name][where] = 0
+                    tensors[name][where] = 0
         return net
 
     # ---- numbers

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from surgery.axes.groups import Analysis, analyse
+from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.labels import Labelled
 from surgery.edit.apply import apply
 from surgery.edit.blocks import IDEMPOTENT, Flow, find_block

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from surgery.axes.groups import analyse
+from surgery.axes.analysis import analyse
 from surgery.edit.switch_off import kept_units
 from surgery.errors import UsageError, unknown_name, whole_number
 from surgery.graph.tracing import info

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from surgery.axes.groups import Analysis, DimensionGroup, analyse
+from surgery.axes.analysis import Analysis, analyse
+from surgery.axes.groups import DimensionGroup
 from surgery.edit.apply import apply
 from surgery.edit.names import resolve
 from surgery.edit.reindex import Reindex

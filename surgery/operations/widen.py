@@ -10,7 +10,8 @@ from numbers import Integral, Real
 import numpy as np
 from torch import nn
 
-from surgery.axes.groups import Analysis, DimensionGroup, analyse
+from surgery.axes.analysis import Analysis, analyse
+from surgery.axes.groups import DimensionGroup
 from surgery.edit.apply import apply
 from surgery.edit.copies import Noise
 from surgery.edit.means import normalised_streams

@@ -17,7 +17,7 @@ from torchvision.models.video import swin_transformer as swin_transformer_3d
 
 from surgery.axes.labels import Field, Fields, Labelled, moved, sliced
 from surgery.axes.ops import Op
-from surgery.graph.table import oprule, unknown
+from surgery.graph.table import oprule
 from surgery.layers import attention as heads
 from surgery.rules import rewrites
 from surgery.rules.contraction import contracted
@@ -86,7 +86,7 @@ def _multihead_attention(
 ) -> Any:
     layer = op.module
     if layer.bias_k is not None or layer.add_zero_attn or (attn_mask is not None and attn_mask.ndim == 3):
-        return unknown(op, query, key, value, attn_mask, why="has no rule for these arguments")
+        return op.unknown(query, key, value, attn_mask, why="has no rule for these arguments")
     for mask in (key_padding_mask, attn_mask):
         op.lose([] if mask is None else list(mask.fields), f"{op.name} is masked by it")
     count, size = layer.num_heads, layer.head_dim
@@ -180,7 +180,7 @@ def _shifted_window_attention(
 ) -> Fields:
     size = qkv_weight.shape[0] // 3 // num_heads if head_dim is None else head_dim
     if any(isinstance(value, Labelled) for value in rest):
-        return unknown(op, input, why="has no rule for these arguments")  # type: ignore[no-any-return]
+        return op.unknown(input, why="has no rule for these arguments")
     others = op.keep(input, range(input.ndim - 1))
     inner = _whole_heads(op, _project(op, input, qkv_weight, _bias(qkv_bias)), num_heads, size)
     for table, dim in ((relative_position_bias, 1), (logit_scale, 0)):

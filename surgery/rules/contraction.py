@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from surgery.axes.labels import Field, Fields, Labelled, moved
 from surgery.axes.ops import Op
-from surgery.graph.table import oprule, unknown
+from surgery.graph.table import oprule
 
 
 def contracted(op: Op, operands: Sequence[Labelled], letters: Sequence[str], out: str) -> Fields:
@@ -98,7 +98,7 @@ def _einsum(op: Op, equation: str, *operands: Any) -> Fields:
     terms, arrow, out = equation.replace(" ", "").partition("->")
     letters = terms.split(",")
     if "." in equation or any(len(set(sub)) < len(sub) for sub in letters):
-        return unknown(op, *operands, why="has no rule for this equation")  # type: ignore[no-any-return]
+        return op.unknown(*operands, why="has no rule for this equation")
     if not arrow:
         out = "".join(sorted(c for c in set(terms) - {","} if terms.count(c) == 1))
     return contracted(op, operands, letters, out)
@@ -135,7 +135,7 @@ def _attention(
 ) -> Fields:  # fmt: skip
     """Queries and keys are contracted over their last axis. Its size sets the scale, so it stays as it is."""
     if enable_gqa:
-        return unknown(op, query, key, value, attn_mask, why="groups queries")  # type: ignore[no-any-return]
+        return op.unknown(query, key, value, attn_mask, why="groups queries")
     batch = string.ascii_lowercase[: query.ndim - 2]
     for x in (query, key):
         f = x.at(-1)

@@ -18,7 +18,7 @@ from torch import nn
 
 from surgery.axes.labels import Field, Fields, Labelled, Pairing, moved, permuted, reshaped, sliced
 from surgery.axes.ops import Op
-from surgery.graph.table import oprule, unknown
+from surgery.graph.table import oprule
 from surgery.layers.maxout import Maxout
 from surgery.rules import rewrites
 
@@ -47,7 +47,7 @@ def _flatten(op: Op, input: Labelled, start_dim: int = 0, end_dim: int = -1) -> 
 
 @oprule(nn.Flatten, movement=True)
 def _flatten_module(op: Op, input: Labelled) -> Fields:
-    return _flatten(op, input, op.module.start_dim, op.module.end_dim)  # type: ignore[no-any-return]
+    return _flatten(op, input, op.module.start_dim, op.module.end_dim)
 
 
 @oprule(torch.unsqueeze, "unsqueeze", movement=True)
@@ -106,7 +106,7 @@ def _movedim(op: Op, input: Labelled, source: Any, destination: Any) -> Fields:
 @oprule(torch.reshape, "reshape", "view", rewrite=rewrites.reshape, movement=True)
 def _view(op: Op, input: Labelled, *shape: Any, **named: Any) -> Fields:
     if shape and isinstance(shape[0], torch.dtype):
-        return unknown(op, input)  # type: ignore[no-any-return]
+        return op.unknown(input)
     return _reshape(op, input)
 
 
@@ -138,10 +138,10 @@ def _attribute(op: Op, input: Any, name: str, *default: Any) -> Any:
     """An attribute of a tensor that is a tensor, or of a named tuple; numbers such as ``shape`` hold no channels."""
     if not isinstance(input, Labelled):
         found = getattr(input, name)
-        return found.fields if isinstance(found, Labelled) else unknown(op, input)
+        return found.fields if isinstance(found, Labelled) else op.unknown(input)
     if name in ("mT", "T", "H"):
         return permuted(input.fields, tuple(reversed(range(input.ndim)))) if name != "mT" else _t(op, input)
-    return input.fields if name == "data" else unknown(op, input, why=f"reads .{name} of it")
+    return input.fields if name == "data" else op.unknown(input, why=f"reads .{name} of it")
 
 
 @oprule(torch.cat, torch.concat, torch.concatenate, movement=True)
@@ -224,7 +224,7 @@ def _getitem(op: Op, input: Labelled, index: Any) -> Fields:
     if any(isinstance(i, Labelled) for i in index):
         return _picked(op, input, index)
     if any(not (i is None or i is Ellipsis or isinstance(i, (int, slice))) for i in index):
-        return unknown(op, input)  # type: ignore[no-any-return]
+        return op.unknown(input)
     fields, picked = sliced(input.fields, index, input.ndim)
     for f in input.fields:  # the number of a position stays, so no channel may move to or from it
         if any(np.isin(g.ids, f.ids).any() for g in picked):
@@ -236,18 +236,18 @@ def _getitem(op: Op, input: Labelled, index: Any) -> Fields:
 
 @oprule(torch.select, "select", movement=True)
 def _select(op: Op, input: Labelled, dim: int, index: int) -> Fields:
-    return _getitem(op, input, (*[slice(None)] * (dim % input.ndim), index))  # type: ignore[no-any-return]
+    return _getitem(op, input, (*[slice(None)] * (dim % input.ndim), index))
 
 
 def _picked(op: Op, input: Labelled, index: tuple[Any, ...]) -> Fields:
     """Rows of a table, at positions that a tensor holds."""
     at = [k for k, i in enumerate(index) if isinstance(i, Labelled)]
     if len(at) > 1 or any(i != slice(None) for k, i in enumerate(index) if k not in at):
-        return unknown(op, input, *index)  # type: ignore[no-any-return]
+        return op.unknown(input, *index)
     positions = index[at[0]]
     op.lose(list(positions.fields), f"{op.name} reads positions from it")
     if positions.value.dtype == torch.bool:
-        return unknown(op, input)  # type: ignore[no-any-return]
+        return op.unknown(input)
     shift = positions.ndim - 1
     rest = op.keep(input, at, f"{op.name} picks positions of it")
     return tuple(moved(f, tuple(d + (d > at[0]) * shift for d in f.dims)) for f in rest)
@@ -275,7 +275,7 @@ def _flip(op: Op, input: Labelled, *order: Any, dims: Any = None) -> Fields:
 @oprule(torch.roll, "roll", movement=True)
 def _roll(op: Op, input: Labelled, shifts: Any, dims: Any = None) -> Fields:
     if dims is None:
-        return unknown(op, input)  # type: ignore[no-any-return]
+        return op.unknown(input)
     pairs = [(shifts, dims)] if isinstance(dims, int) else list(zip(shifts, dims, strict=True))
     by = {d % input.ndim: s for s, d in pairs}
     return tuple(
@@ -296,7 +296,7 @@ def _repeat(op: Op, input: Labelled, *sizes: Any, repeats: Any = None) -> Fields
 @oprule(torch.repeat_interleave, "repeat_interleave", movement=True)
 def _repeat_interleave(op: Op, input: Labelled, repeats: Any, dim: int | None = None, **named: Any) -> Fields:
     if dim is None or not isinstance(repeats, int):
-        return unknown(op, input)  # type: ignore[no-any-return]
+        return op.unknown(input)
     return tuple(
         Field(f.dims, np.repeat(f.ids, repeats, f.dims.index(dim % input.ndim)), f.key)
         if dim % input.ndim in f.dims
@@ -372,7 +372,7 @@ def _pixel_unshuffle(op: Op, input: Labelled, downscale_factor: int | None = Non
 def _unfold(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:
     """Each channel becomes its patches' positions, one behind the other."""
     if input.ndim != 4:
-        return unknown(op, input)  # type: ignore[no-any-return]
+        return op.unknown(input)
     f, rest = op.axis(input, 1)
     op.keep(input, [2, 3])
     rest = tuple(g for g in rest if max(g.dims) < 1)

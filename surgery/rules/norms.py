@@ -131,7 +131,7 @@ def _instance_norm_module(op: Op, input: Labelled) -> Fields:
     dim = input.ndim - 1 - int(op.module._get_no_batch_dim() - 1)
     if dim != 1:
         return unknown(op, input, why="has no batch")  # type: ignore[no-any-return]
-    return _batch_norm_module(op, input)  # type: ignore[no-any-return]
+    return _batch_norm_module(op, input)
 
 
 @oprule(F.batch_norm, zeros=_WEIGHT_AND_BIAS)

@@ -11,7 +11,7 @@ from torch import nn
 
 from surgery.axes.labels import Field, Fields, Labelled
 from surgery.axes.ops import Op
-from surgery.graph.table import oprule, unknown
+from surgery.graph.table import oprule
 from surgery.rules import rewrites
 
 
@@ -202,7 +202,7 @@ def _embedding_function(
     op: Op, input: Labelled, weight: Labelled, padding_idx: Any = None, max_norm: Any = None, *rest: Any, **named: Any
 ) -> Fields:
     if max_norm is not None:
-        return unknown(op, input, weight, why=_RESCALES)  # type: ignore[no-any-return]
+        return op.unknown(input, weight, why=_RESCALES)
     return _looked_up(op, weight, input)
 
 
@@ -219,10 +219,10 @@ def _embedding_bag(
     weight = op.param("weight")
     assert weight is not None
     if op.module.max_norm is not None:
-        return unknown(op, input, why=_RESCALES)  # type: ignore[no-any-return]
+        return op.unknown(input, why=_RESCALES)
     return _looked_up(op, weight, input, offsets, per_sample_weights)
 
 
 @oprule(nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 def _recurrent(op: Op, *args: Any, **named: Any) -> Any:
-    return unknown(op, *args, why="is a recurrent layer, which is left alone", **named)
+    return op.unknown(*args, why="is a recurrent layer, which is left alone", **named)

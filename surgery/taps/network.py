@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from surgery.axes.groups import analyse
+from surgery.axes.analysis import analyse
 from surgery.axes.labels import Labelled
 from surgery.edit.blocks import Flow
 from surgery.edit.sites import Site, output_sites
@@ -245,8 +245,7 @@ class TappedNetwork:
     @cached_property
     def _read(self) -> Any:
         """Units that layers read."""
-        findings = self.analysis.findings.axes
-        read = [u for at, u in self.analysis.axis_units.items() if "consumer" in findings[at].roles]
+        read = [u for at, u in self.analysis.axis_units.items() if "consumer" in self.analysis.roles[at]]
         return np.concatenate([*read, np.zeros(0, np.int64)])
 
     def nonlinearity(self, value: Tap) -> nn.Module | None:

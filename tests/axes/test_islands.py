@@ -121,7 +121,7 @@ def test_copies_are_their_own_and_do_not_carry_the_analysis():
     _, traced = prepared(Linked(), X)
     surgery.dimension_groups(traced)
     twin = copy.deepcopy(traced)
-    assert twin.__dict__["_dimensions"] is None
+    assert twin.__dict__["_analysis"] is None
     assert info(twin) == info(traced)
     assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in traced.parameters()}
     assert [g.name for g in surgery.dimension_groups(twin)] == list(groups_of(traced))

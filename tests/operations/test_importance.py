@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.axes.groups import analyse
+from surgery.axes.analysis import analyse
 from surgery.errors import UsageError
 from surgery.operations.masks import unit_scores
 

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import surgery
-from surgery.axes import ops
-from surgery.rules import rewrites
+from surgery.graph.table import NodeEdit, restore_rules
 from tests.conftest import randomised
 
 EXACT = 1e-10
@@ -361,30 +360,28 @@ class LayersWithRules(nn.Module):
 @pytest.fixture
 def own_rules():
     """Rules for the two layers above, taken back after the test."""
-    before = dict(ops._MODULES)
+    with restore_rules():
 
-    @surgery.oprule(RootMeanSquare)
-    def root_mean_square(op, x):
-        op.mixes(op.per_position(x, 2, op.param("gain").at(0)), 2, 2)
-        return x.fields
+        @surgery.oprule(RootMeanSquare)
+        def root_mean_square(op, x):
+            op.mixes(op.per_position(x, 2, op.param("gain").at(0)), 2, 2)
+            return x.fields
 
-    def follow(site: rewrites.Site) -> None:
-        site.module.outputs = site.module.write.shape[1]
+        def follow(site: NodeEdit) -> None:
+            site.module.outputs = site.module.write.shape[1]
 
-    @surgery.oprule(Reading, rewrite=follow)
-    def reading(op, x):
-        query, write = op.param("query"), op.param("write")
-        channels, _ = op.axis(x, 2)
-        for weight in (query, write):
-            op.consumes(weight.at(0))
-            op.tie(channels, weight.at(0))
-        op.produces(write.at(1))
-        op.keep(x, [0, 1])
-        return (type(write.at(1))((1,), write.at(1).ids),)
+        @surgery.oprule(Reading, rewrite=follow)
+        def reading(op, x):
+            query, write = op.param("query"), op.param("write")
+            channels, _ = op.axis(x, 2)
+            for weight in (query, write):
+                op.consumes(weight.at(0))
+                op.tie(channels, weight.at(0))
+            op.produces(write.at(1))
+            op.keep(x, [0, 1])
+            return (type(write.at(1))((1,), write.at(1).ids),)
 
-    yield
-    ops._MODULES.clear()
-    ops._MODULES.update(before)
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------------------------

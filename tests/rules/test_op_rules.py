@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.axes import ops
+from surgery.graph import table
+from surgery.graph.table import NodeEdit
 from surgery.operations import rule_samples as probe
 from surgery.operations.check_rule import _checked
-from surgery.rules import rewrites
 from tests.rules.samples import NO_SAMPLE, SAMPLES, Sample
 
 EVERYTHING = int(os.environ.get("SURGERY_EXAMPLES", "0")) >= 1000
@@ -47,13 +47,13 @@ def first_of_its_rule(sample: Sample) -> bool:
 
 
 def rule_of(sample: Sample) -> Any:
-    tables: tuple[dict[Any, ops.Rule], ...] = (ops._FUNCTIONS, ops._METHODS, ops._MODULES)
-    return next((table[sample.target].relate for table in tables if sample.target in table), None)
+    tables: tuple[dict[Any, table.Rule], ...] = (table._FUNCTIONS, table._METHODS, table._MODULES)
+    return next((rows[sample.target].relate for rows in tables if sample.target in rows), None)
 
 
 def test_every_rule_has_a_sample():
     sampled = [s.target for s in SAMPLES]
-    rows = [*ops._FUNCTIONS, *ops._METHODS, *ops._MODULES]
+    rows = [*table._FUNCTIONS, *table._METHODS, *table._MODULES]
     assert [row for row in rows if row not in sampled and row not in NO_SAMPLE] == []
 
 
@@ -140,12 +140,8 @@ def test_an_attribute_that_turns_axes_is_followed_outside_graphs_too():
 @pytest.fixture
 def rule():
     """`surgery.oprule`, undone after the test."""
-    tables = (ops._FUNCTIONS, ops._METHODS, ops._MODULES)
-    before = [dict(table) for table in tables]
-    yield surgery.oprule
-    for table, rows in zip(tables, before, strict=True):
-        table.clear()
-        table.update(rows)
+    with table.restore_rules():
+        yield surgery.oprule
 
 
 def x(*shape: int) -> torch.Tensor:
@@ -286,7 +282,7 @@ def dense(op, x):
     return (*rest, type(kernel.at(1))((x.ndim - 1,), kernel.at(1).ids))
 
 
-def resized(site: rewrites.Site) -> None:
+def resized(site: NodeEdit) -> None:
     site.module.outputs = site.module.kernel.shape[1]
 
 

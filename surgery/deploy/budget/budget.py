@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from surgery.axes.groups import DimensionGroup, analyse
+from surgery.axes.analysis import analyse
+from surgery.axes.groups import DimensionGroup
 from surgery.counting.cost import cost
 from surgery.deploy.budget.parts import Clock, Timer, judged, parts, slimmed_alone
 from surgery.deploy.budget.predict import Array, Latency, Layers, Linear

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import Subset
 
-from surgery.axes.groups import DimensionGroup, dimension_groups
+from surgery.axes.analysis import dimension_groups
+from surgery.axes.groups import DimensionGroup
 from surgery.deploy.measure.benchmark import Ratio, compare
 from surgery.deploy.measure.environment import usable_cores
 from surgery.deploy.measure.jobs import Job, Runner

@@ -14,7 +14,8 @@ import numpy as np
 from scipy.optimize import nnls
 from torch import nn
 
-from surgery.axes.groups import DimensionGroup, analyse
+from surgery.axes.analysis import analyse
+from surgery.axes.groups import DimensionGroup
 from surgery.counting.cost import weight_macs
 
 Array = np.ndarray[Any, np.dtype[np.float64]]

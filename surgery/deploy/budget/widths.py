@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from surgery.axes.groups import DimensionGroup, analyse
+from surgery.axes.analysis import analyse
+from surgery.axes.groups import DimensionGroup
 from surgery.deploy.budget.predict import Array, Layers
 from surgery.operations.masks import unit_scores
 from surgery.operations.slim import fit_units, slim
