@@ -74,8 +74,8 @@ def copied_blocks(module: nn.Module, analysis: Analysis, after: str, like: str) 
     """In each graph that computes the output of ``after``: the value that a copy is put behind, and the block that it
     is a copy of.
 
-    ``like`` is a container, all of which is the block. Without it, it is the smallest block at the end of a container,
-    or the smallest one that a layer is in.
+    ``like`` is a container that is the block as a whole. Without it, the block is the smallest one at the end of a
+    container, or around a layer.
 
     Raises:
         EditError: there is none.

@@ -35,7 +35,7 @@ from surgery.rules import rewrites
 
 
 def normalised_streams(module: nn.Module, analysis: Analysis, group: DimensionGroup) -> list[Norm]:
-    """The LayerNorms over ``group``, all of which an average expansion keeps exact.
+    """Find the LayerNorms over ``group``, and check that an average expansion keeps each of them exact.
 
     Raises:
         EditError: it would not; says which op stands in the way.

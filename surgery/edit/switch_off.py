@@ -37,7 +37,7 @@ from surgery.layers.norms import _CLASSES, group_norm_over, layer_norm_over
 
 @dataclass(frozen=True)
 class SwitchOff(Step):
-    """Set entries of parameters to 0, and leave channels of which nothing is kept out of statistics and sums.
+    """Set entries of parameters to 0, and leave channels that are gone entirely out of statistics and sums.
 
     Attributes:
         keep: for parameters, by their first name, the entries that are kept, as text (`mask_text`).

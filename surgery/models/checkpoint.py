@@ -69,7 +69,7 @@ def save(module: nn.Module, directory: str | os.PathLike[str], *, force: bool = 
         "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
     }
     with staged_folder(target, marker=RECIPE, force=force) as folder:
-        save_file(_tensors(module), folder / WEIGHTS)
+        save_file({n: t.detach().cpu().contiguous().clone() for n, t in _tensors(module).items()}, folder / WEIGHTS)
         (folder / RECIPE).write_text(json.dumps(content, indent=1) + "\n")
     return target
 
@@ -131,14 +131,10 @@ def _read_recipe(directory: Path) -> dict[str, Any]:
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict, each shared tensor once, under its first name."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            result[name] = tensor.detach().cpu().contiguous().clone()
-    return result
+    """The state dict and the buffers outside it, each shared tensor once, under its first name."""
+    held = {**module.state_dict(keep_vars=True), **dict(module.named_buffers())}
+    first = {id(tensor): name for name, tensor in reversed(held.items())}
+    return {name: tensor for name, tensor in held.items() if first[id(tensor)] == name}
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -148,19 +144,16 @@ def load_weights(module: nn.Module, path: Path) -> None:
         UsageError: the file cannot be read.
         SurgeryError: weights that do not fit; names them.
     """
-    wanted = {}
-    seen: set[int] = set()
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            wanted[name] = tensor
+    wanted, known = _tensors(module), module.state_dict()
     try:
         with safe_open(path, framework="pt") as stored:
             names = set(stored.keys())
-            if names != set(wanted):
-                missing, extra = sorted(set(wanted) - names), sorted(names - set(wanted))
+            missing, extra = sorted(set(wanted) & set(known) - names), sorted(names - set(wanted))
+            if missing or extra:
                 raise SurgeryError(f"{path} does not fit its recipe: missing {missing[:4]}, unexpected {extra[:4]}")
             for name, tensor in wanted.items():
+                if name not in names:  # a buffer outside the state dict, which older versions did not save
+                    continue
                 value = stored.get_tensor(name)
                 if value.shape != tensor.shape:
                     raise SurgeryError(f"{path}: {name} is {tuple(value.shape)}, the model has {tuple(tensor.shape)}")
