@@ -1,6 +1,11 @@
-"""Division by a length over channels, for networks in which channels have copies."""
+"""Norms of edited networks: division by a length to which copies add, and statistics over a part of the channels."""
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,22 +55,26 @@ def group_norm_over(
     return result if bias is None else result + bias.view(entries)
 
 
-class KeptLayerNorm(nn.LayerNorm):
-    """A LayerNorm over the positions that its buffer ``keep`` names."""
-
-    keep: Tensor
-
-    def forward(self, input: Tensor) -> Tensor:
-        return layer_norm_over(input, self.keep, self.weight, self.bias, self.eps)
-
-
-class KeptGroupNorm(nn.GroupNorm):
-    """A GroupNorm over the channels that its buffer ``keep`` names."""
-
-    keep: Tensor
-
-    def forward(self, input: Tensor) -> Tensor:
-        return group_norm_over(input, self.keep, self.num_groups, self.weight, self.bias, self.eps)
+def rms_norm_over(input: Tensor, keep: Tensor, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """`F.rms_norm` over the positions where ``keep``, bool of the normalised shape, is true; 0 elsewhere."""
+    factor = keep.to(input.dtype)
+    square = (input.square() * factor).sum(tuple(range(-keep.dim(), 0)), keepdim=True) / factor.sum()
+    result = input * torch.rsqrt(square + (torch.finfo(input.dtype).eps if eps is None else eps)) * factor
+    return result if weight is None else result * weight
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: KeptLayerNorm, nn.GroupNorm: KeptGroupNorm}
+def restrict_norm(layer: nn.Module, keep: Tensor, over: Callable[..., Tensor]) -> None:
+    """Let a norm compute its statistics with ``over``, for the channels that ``keep`` names: see `Rule.over`."""
+    layer.register_buffer("keep", keep, persistent=False)
+    kept: Any = _restricted(type(layer), over)  # type: ignore[arg-type]  # Module.__hash__ has other types
+    layer.__class__ = kept
+
+
+@cache
+def _restricted(cls: type[nn.Module], over: Callable[..., Tensor]) -> Any:
+    names = list(inspect.signature(over).parameters)[2:]
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return over(input, self.keep, **{name: getattr(self, name) for name in names})
+
+    return type(f"Kept{cls.__name__}", (cls,), {"forward": forward, "__module__": __name__})

@@ -10,11 +10,9 @@ import inspect
 import operator
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
@@ -23,8 +21,9 @@ from surgery.axes.labels import Labelled
 from surgery.axes.ledger import Norm
 from surgery.edit.sites import in_copy
 from surgery.errors import EditError
+from surgery.graph.table import rule_for, rule_of_class
 from surgery.graph.tracing import TracedModule
-from surgery.layers.norms import _CLASSES, group_norm_over, layer_norm_over
+from surgery.layers.norms import restrict_norm
 
 
 def kept_units(module: nn.Module, dims: Analysis, masks: Mapping[str, Tensor]) -> NDArray[np.bool_]:
@@ -54,24 +53,21 @@ def normalise_over(module: nn.Module, dims: Analysis, keep: NDArray[np.bool_]) -
         entries = _entries(dims, keep, norms)
         if path:
             layer = module.get_submodule(path)
-            own = next((own for cls, own in _CLASSES.items() if isinstance(layer, cls)), None)
-            if own is None:
+            over = rule_of_class(layer).over
+            if over is None:
                 raise EditError(f"{path}: channels cannot be left out of the statistics of a {type(layer).__name__}")
-            device = next((p.device for p in module.parameters()), None)
-            layer.register_buffer("keep", entries.to(device), persistent=False)
-            layer.__class__ = own
+            restrict_norm(layer, entries.to(next((p.device for p in module.parameters()), None)), over)
             continue
         owner, node = in_copy(module, dims, scope, name)
-        if node.target not in (F.layer_norm, F.group_norm, torch.group_norm):
+        rule = rule_for(node, None)
+        if rule.over is None:
             raise EditError(f"{name}: channels cannot be left out of its statistics")
-        layer_norm = node.target is F.layer_norm
-        original: Any = F.layer_norm if layer_norm else F.group_norm
-        given = dict(inspect.signature(original).bind(*node.args, **node.kwargs).arguments)
-        given.pop("normalized_shape", None)
+        names = list(inspect.signature(rule.over).parameters)[2:]
+        given = rule.arguments(node)
         with node.graph.inserting_before(node):
             mask = _constant(module, owner, node.graph, entries)
-        node.target = layer_norm_over if layer_norm else group_norm_over
-        node.args, node.kwargs = (given.pop("input"), mask), given
+        node.target = rule.over
+        node.args, node.kwargs = (next(iter(given.values())), mask), {k: v for k, v in given.items() if k in names}
         owner.recompile()
 
 
