@@ -1,6 +1,8 @@
 """Model surgery on torch.fx graphs: widen, deepen, slim, export and measure, exactly."""
 
 from surgery.axes.groups import DimensionGroup, Member, dimension_groups
+from surgery.axes.labels import Field, Labelled
+from surgery.axes.ops import Op
 from surgery.counting.changes import Changes, changes
 from surgery.counting.cost import cost
 from surgery.deploy.budget.budget import Budgeted, slim_to_budget
@@ -12,7 +14,7 @@ from surgery.edit.apply import apply, reindex
 from surgery.edit.origins import Origin, origins
 from surgery.edit.recipe import InsertBlock, InsertDense, InsertIdentity, Noise, Recipe, Reindex, recipe
 from surgery.errors import EditError, ExportError, SurgeryError, TraceError, UsageError, VerificationError
-from surgery.graph.table import oprule
+from surgery.graph.table import NodeEdit, oprule, restore_rules
 from surgery.graph.tracing import example_inputs, trace
 from surgery.models.checkpoint import load, save
 from surgery.operations.check_rule import RuleCheck, check_rule
@@ -48,6 +50,7 @@ __all__ = [
     "EditError",
     "Evolution",
     "ExportError",
+    "Field",
     "Growth",
     "Hint",
     "HintPair",
@@ -55,10 +58,13 @@ __all__ = [
     "InsertBlock",
     "InsertDense",
     "InsertIdentity",
+    "Labelled",
     "Lottery",
     "Member",
+    "NodeEdit",
     "Noise",
     "Objective",
+    "Op",
     "Origin",
     "Recipe",
     "Reindex",
@@ -97,6 +103,7 @@ __all__ = [
     "recipe",
     "reindex",
     "reset_hypothesis",
+    "restore_rules",
     "rewind",
     "save",
     "sensitivity",

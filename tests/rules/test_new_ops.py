@@ -1,4 +1,4 @@
-"""An activation, a norm and a concatenation of one's own each cost one row of the table, and a sample to check it by."""
+"""An activation, a norm and a concatenation of one's own cost one row of the table each, and a sample to check it."""
 
 from __future__ import annotations
 
