@@ -162,7 +162,7 @@ def unfollowed(op: Op, rule: Rule, given: Any, out: Any) -> Iterator[Field]:
     for size in pytree.tree_leaves(given):
         if isinstance(size, WatchedSize) and not any(size is a for a in accepted):
             size.used(op.name)
-    if rule.concatenates:
+    if rule.kind == "concatenation":
         for f in inputs:
             op.cut(f)
         return

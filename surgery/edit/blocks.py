@@ -184,7 +184,7 @@ class Flow:
                 return []
             ways = [(skip, self.zeros_of(branch)) for skip, branch in (operands, operands[::-1])]
             return [(skip, zeros) for skip, zeros in ways if zeros is not None]
-        if rule.movement or rule.activation == "idempotent":
+        if rule.movement or rule.kind == "idempotent":
             read = self.tensors(node)
             return [(read[0], frozenset())] if len(read) == 1 else []
         return []

@@ -138,7 +138,7 @@ def _last_layer(site: Site, flow: Flow) -> Layer | None:
 def _joined(owner: TracedModule, node: fx.Node) -> tuple[list[fx.Node], int]:
     """The parts of a concatenation, none for any other op, and its dim."""
     rule = op_of(owner, node)
-    if not rule.concatenates:
+    if rule.kind != "concatenation":
         return [], 0
     named = rule.arguments(node)
     parts, dim = next(iter(named.values())), named.get("dim", named.get("axis", 0))

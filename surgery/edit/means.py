@@ -99,7 +99,7 @@ class _Walk:
         read = [n for n in node.all_input_nodes if self.carries(self.dims.findings.nodes[scope, n.name])]
         kept = all(self.linear.get((scope, n.name), False) for n in read)
         rule = rule_for(node, leaf)
-        if rule.norm == "layer":
+        if rule.kind == "layer norm":
             first, weight = node.all_input_nodes[0], rule.arguments(node).get("weight") if leaf is None else leaf.weight
             if self.linear.get((scope, first.name), False) and self.spans(scope, node) and weight is not None:
                 self.norms.add((scope, node.name))

@@ -44,7 +44,7 @@ def _moments(owner: TracedModule, node: fx.Node, known: dict[fx.Node, Moments | 
 def _computed(owner: TracedModule, node: fx.Node, known: dict[fx.Node, Moments | None]) -> Moments | None:
     leaf: Any = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
     rule = op_of(owner, node)
-    if leaf is not None and rule.norm == "batch":
+    if leaf is not None and rule.kind == "batch norm":
         if leaf.weight is None:
             return torch.zeros(leaf.num_features).double(), torch.ones(leaf.num_features).double()
         return leaf.bias.detach().double(), leaf.weight.detach().double().square()
@@ -56,7 +56,7 @@ def _computed(owner: TracedModule, node: fx.Node, known: dict[fx.Node, Moments |
     given = [moments for moments in found if moments is not None]
     if not given or len(given) < len(found):
         return None
-    if rule.activation == "idempotent" and isinstance(rule.within, tuple) and rule.within[0] == 0:
+    if rule.kind == "idempotent" and isinstance(rule.within, tuple) and rule.within[0] == 0:
         return _rectified(*given[0], rule.within[1])
     if rule.linear == "sum" and len(given) == 2:
         first_factor, second_factor = (_factor(node, k) for k in range(2))
@@ -64,7 +64,7 @@ def _computed(owner: TracedModule, node: fx.Node, known: dict[fx.Node, Moments |
             first_factor * given[0][0] + second_factor * given[1][0],
             first_factor**2 * given[0][1] + second_factor**2 * given[1][1],
         )
-    if rule.concatenates and 1 in (node.kwargs.get("dim"), *node.args[1:2]):
+    if rule.kind == "concatenation" and 1 in (node.kwargs.get("dim"), *node.args[1:2]):
         return torch.cat([m for m, _ in given]), torch.cat([v for _, v in given])
     return given[0] if not rule.activation and (rule.within is True or rule.linear == "first") else None
 

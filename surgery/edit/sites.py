@@ -95,7 +95,7 @@ def _behind(owner: TracedModule, node: fx.Node) -> fx.Node:
         if len(node.users) == 1:
             user = next(iter(node.users))
             rule = op_of(owner, user)
-            if rule.norm == "batch" if what == "norm" else rule.activation:
+            if rule.kind == "batch norm" if what == "norm" else rule.activation:
                 node = user
     return node
 

@@ -33,8 +33,6 @@ class Rule:
     """Adapts the node's constants, or the layer's attributes, to an edit."""
     movement: bool = False
     """The op only moves data: its output can be had from its input by selecting positions."""
-    concatenates: bool = False
-    """A movement that joins the tensors in its first argument along the argument ``dim`` (or ``axis``)."""
     linear: str = ""
     """How the op is linear, beyond only moving data: one of the keys of `LINEAR`, or empty."""
     zeros: tuple[str, ...] = ()
@@ -42,19 +40,27 @@ class Rule:
     it does last. An affine op needs an input that is 0 as well."""
     within: bool | tuple[float, float] = False
     """Bounds of the output's numbers. True: the least and the greatest of the input and 0, as in pooling."""
-    activation: str = ""
-    """What kind of activation the op is: one of the keys of `ACTIVATION`, or empty."""
-    norm: str = ""
-    """What kind of normalisation the op is: one of the keys of `NORM`, or empty."""
+    kind: str = ""
+    """What the op is besides: one of the keys of `KINDS`, or empty."""
     over: Callable[..., Any] | None = None
     """A norm whose statistics leave channels out: called with the input, a bool mask of the channels to keep (of the
     shape of the norm's weight) and, by name, the layer's attributes or the function's arguments that it asks for."""
     in_place: tuple[Any, ...] = ()
     """Further spellings, which change their first argument. (So do all with the argument or attribute ``inplace``.)"""
+    tensors: tuple[str, ...] = ()
+    """Names of the layer's parameters and buffers, besides ``weight`` and ``bias``."""
     python: str | Callable[[Mapping[str, Any]], bool] = ""
     """Whether the op follows an edit where Python calls it outside a graph, so that its arguments stay as they are:
     ``"always"``, ``"never"``, ``"sizes"`` (if each size that changes is -1 or was read from such an axis), or a
     function of the arguments by name. By default an op follows always, and one with a rewrite never."""
+
+    @property
+    def activation(self) -> bool:
+        return self.kind in ("activation", "gate", "idempotent")
+
+    @property
+    def norm(self) -> bool:
+        return self.kind.endswith("norm")
 
     @property
     def layer(self) -> type[nn.Module] | None:
@@ -97,23 +103,20 @@ LINEAR = {
 }
 """The words that say how an op is linear."""
 
-ACTIVATION = {
-    "plain": "applied position by position: GELU",
-    "gate": "the same, and mostly a factor for something else: Sigmoid",
-    "idempotent": "the same, and changes nothing when it is applied again; it takes no settings: ReLU",
+KINDS = {
+    "activation": "applied position by position, behind layers: GELU",
+    "gate": "an activation that is mostly a factor for something else: Sigmoid",
+    "idempotent": "an activation without settings that changes nothing when it is applied again: ReLU",
+    "concatenation": "a movement that joins the tensors in its first argument along ``dim`` (or ``axis``): cat",
+    "batch norm": "of each channel over batch and positions, with running statistics: BatchNorm2d",
+    "instance norm": "of each channel over positions: InstanceNorm2d",
+    "layer norm": "by mean and variance over the last axes: LayerNorm",
+    "group norm": "by mean and variance over groups of channels: GroupNorm",
+    "rms norm": "by the mean square over the last axes: RMSNorm",
+    "fixed norm": "a factor and a term for each channel that no batch changes: FrozenBatchNorm2d",
+    "norm": "any other normalisation",
 }
-"""The words that say what kind of activation an op is."""
-
-NORM = {
-    "batch": "each channel over batch and positions, with running statistics: BatchNorm2d",
-    "instance": "each channel over positions: InstanceNorm2d",
-    "layer": "mean and variance over the last axes: LayerNorm",
-    "group": "mean and variance over groups of channels: GroupNorm",
-    "rms": "mean square over the last axes: RMSNorm",
-    "fixed": "a factor and a term that no batch changes: FrozenBatchNorm2d",
-    "other": "anything else",
-}
-"""The words that say what kind of normalisation an op is."""
+"""The words that say what an op is."""
 
 
 _FUNCTIONS: dict[Any, Rule] = {}
@@ -156,14 +159,13 @@ def oprule(
     *targets: Any,
     rewrite: Callable[[NodeEdit], None] | None = None,
     movement: bool = False,
-    concatenates: bool = False,
     linear: str = "",
     zeros: tuple[str, ...] = (),
     within: bool | tuple[float, float] = False,
-    activation: str = "",
-    norm: str = "",
+    kind: str = "",
     over: Callable[..., Any] | None = None,
     in_place: tuple[Any, ...] = (),
+    tensors: tuple[str, ...] = (),
     python: str | Callable[[Mapping[str, Any]], bool] = "",
 ) -> Callable[[Relate], Relate]:
     """Register the decorated function as the rule of ``targets``: functions, method names and module classes.
@@ -173,7 +175,7 @@ def oprule(
 
     Example::
 
-        @surgery.oprule(my_package.Swoosh, my_package.swoosh, activation="plain")
+        @surgery.oprule(my_package.Swoosh, my_package.swoosh, kind="activation")
         def _swoosh(op, x, slope=1.0):
             return op.elementwise(x)
 
@@ -181,11 +183,7 @@ def oprule(
         UsageError: an unknown word.
     """
 
-    for what, word, known in (
-        ("how an op is linear", linear, LINEAR),
-        ("what kind of activation an op is", activation, ACTIVATION),
-        ("what kind of norm an op is", norm, NORM),
-    ):
+    for what, word, known in (("how an op is linear", linear, LINEAR), ("the kind of an op", kind, KINDS)):
         if word and word not in known:
             raise UsageError(f"unknown word {word!r} for {what}: one of {', '.join(map(repr, known))}")
 
@@ -193,10 +191,8 @@ def oprule(
         _load()  # first, so that a row of the user's replaces one of the package's
         _STATE["version"] += 1
         spellings = (*targets, *in_place)
-        rule = Rule(
-            relate, spellings, rewrite, movement or concatenates, concatenates, linear, zeros, within, activation,
-            norm, over, in_place, python,
-        )  # fmt: skip
+        moves = movement or kind == "concatenation"
+        rule = Rule(relate, spellings, rewrite, moves, linear, zeros, within, kind, over, in_place, tensors, python)
         for target in spellings:
             if isinstance(target, str):
                 _METHODS[target] = rule
@@ -249,6 +245,12 @@ def activation_named(name: str) -> Rule:
     if name not in found:
         raise unknown_name("activation", name, found)
     return found[name]
+
+
+def layer_tensors() -> frozenset[str]:
+    """The names that layers have for their parameters and buffers."""
+    _load()
+    return frozenset({"weight", "bias"}.union(*(rule.tensors for rule in _MODULES.values())))
 
 
 def has_module_rule(module: nn.Module) -> bool:

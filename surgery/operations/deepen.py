@@ -200,7 +200,7 @@ def _step(
     rule = op_of(site.owner, site.node)
     own = rule.name if rule.activation else ""
     nearest, pieces = _nearest_activation(site)
-    again = own if rule.activation == "idempotent" else "ReLU" if not own and flow.range(site.node)[0] >= 0 else ""
+    again = own if rule.kind == "idempotent" else "ReLU" if not own and flow.range(site.node)[0] >= 0 else ""
     if nearest == "Maxout" and own in ("", "Maxout"):
         again = nearest
     if form == "layer" and own and not again:
@@ -258,7 +258,7 @@ def _normalised(site: Site, after: str) -> bool:
     local = local_name(after, site.path)
     named = site.owner.get_submodule(local)
     if any(True for _ in named.children()):
-        return any(rule_of_class(m).norm == "batch" for m in named.modules())
+        return any(rule_of_class(m).kind == "batch norm" for m in named.modules())
     seen: fx.Node | None = site.node
     for _ in range(3):  # activation, normalisation, layer
         if seen is None:
@@ -266,7 +266,7 @@ def _normalised(site: Site, after: str) -> bool:
         rule = op_of(site.owner, seen)
         if seen.op == "call_module" and seen.target == local and not rule.activation:
             return False
-        if rule.norm == "batch":
+        if rule.kind == "batch norm":
             return True
         seen = next((a for a in seen.args if isinstance(a, fx.Node)), None)
     return False
@@ -278,7 +278,7 @@ def _nearest_activation(site: Site) -> tuple[str, int]:
     for node in site.graph.nodes:
         rule = op_of(site.owner, node)
         layer = site.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if rule.activation not in ("", "gate") and (isinstance(layer, Maxout) or has_defaults(rule)):
+        if rule.activation and rule.kind != "gate" and (isinstance(layer, Maxout) or has_defaults(rule)):
             found = rule.name
             pieces = layer.pieces if isinstance(layer, Maxout) else 1
         if node is site.node:

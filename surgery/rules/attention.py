@@ -75,6 +75,7 @@ def _resize_attention(edit: NodeEdit) -> None:
     rewrite=_resize_attention,
     linear="writes",
     zeros=("out_proj.weight", "out_proj.bias"),
+    tensors=("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
 )
 def _multihead_attention(
     op: Op,

@@ -166,7 +166,7 @@ def _attribute(op: Op, input: Any, name: str, *default: Any) -> Any:
     return input.fields if name == "data" else op.unknown(input, why=f"reads .{name} of it")
 
 
-@oprule(torch.cat, torch.concat, torch.concatenate, concatenates=True)
+@oprule(torch.cat, torch.concat, torch.concatenate, kind="concatenation")
 def _cat(op: Op, tensors: Any, dim: int = 0, axis: int | None = None) -> Fields:
     return op.concatenates(tensors, dim if axis is None else axis)
 
@@ -393,7 +393,7 @@ def _unfold(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:
     return rest if f is None else (*rest, Field((1,), np.repeat(f.ids, op.shape[1] // f.ids.size), f.key))
 
 
-@oprule(Maxout, within=True, activation="plain")
+@oprule(Maxout, within=True, kind="activation")
 def _maxout(op: Op, input: Labelled) -> Fields:
     """The pieces of a unit go together."""
     f, rest = op.axis(input, op.module.dim)

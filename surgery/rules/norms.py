@@ -35,8 +35,8 @@ def _resize_layer_norm(edit: NodeEdit) -> None:
         edit.set_argument("normalized_shape", edit.resized(shape, first))
 
 
-@oprule(nn.LayerNorm, F.layer_norm, torch.layer_norm, rewrite=_resize_layer_norm, zeros=WEIGHT_AND_BIAS, norm="layer",
-        over=layer_norm_over)  # fmt: skip
+@oprule(nn.LayerNorm, F.layer_norm, torch.layer_norm, rewrite=_resize_layer_norm, zeros=WEIGHT_AND_BIAS,
+        kind="layer norm", over=layer_norm_over)  # fmt: skip
 def _layer_norm(
     op: Op,
     input: Labelled,
@@ -50,7 +50,7 @@ def _layer_norm(
     return _last_axes(op, input, rank, op.param("weight", weight, dims=rank), op.param("bias", bias, dims=rank))
 
 
-@oprule(nn.RMSNorm, F.rms_norm, torch.rms_norm, rewrite=_resize_layer_norm, zeros=("weight",), norm="rms",
+@oprule(nn.RMSNorm, F.rms_norm, torch.rms_norm, rewrite=_resize_layer_norm, zeros=("weight",), kind="rms norm",
         over=rms_norm_over)  # fmt: skip
 def _rms_norm(
     op: Op, input: Labelled, normalized_shape: Any = (), weight: Labelled | None = None, eps: float | None = None
@@ -101,8 +101,8 @@ def _resize_group_norm(edit: NodeEdit) -> None:
         edit.module.num_channels = edit.shapes[0][1]
 
 
-@oprule(nn.GroupNorm, F.group_norm, torch.group_norm, rewrite=_resize_group_norm, zeros=WEIGHT_AND_BIAS, norm="group",
-        over=group_norm_over)  # fmt: skip
+@oprule(nn.GroupNorm, F.group_norm, torch.group_norm, rewrite=_resize_group_norm, zeros=WEIGHT_AND_BIAS,
+        kind="group norm", over=group_norm_over)  # fmt: skip
 def _group_norm(
     op: Op,
     input: Labelled,
@@ -157,13 +157,16 @@ def _normalize(
 # Each channel on its own
 
 
+_STATISTICS = ("running_mean", "running_var")
+
+
 def _resize_batch_norm(edit: NodeEdit) -> None:
     if edit.module is not None:
         edit.module.num_features = edit.shapes[0][1]
 
 
 @oprule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, F.batch_norm, rewrite=_resize_batch_norm,
-        zeros=WEIGHT_AND_BIAS, norm="batch", python="always")  # fmt: skip
+        zeros=WEIGHT_AND_BIAS, kind="batch norm", tensors=_STATISTICS, python="always")  # fmt: skip
 def _batch_norm(
     op: Op,
     input: Labelled,
@@ -180,13 +183,13 @@ def _batch_norm(
 
 
 @oprule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, rewrite=_resize_batch_norm, zeros=WEIGHT_AND_BIAS,
-        norm="instance")  # fmt: skip
+        kind="instance norm", tensors=_STATISTICS)  # fmt: skip
 def _instance_norm(op: Op, input: Labelled) -> Fields:
     dim = input.ndim - 1 - int(op.module._get_no_batch_dim() - 1)
     return _batch_norm(op, input) if dim == 1 else op.unknown(input, why="has no batch")
 
 
-@oprule(FrozenBatchNorm2d, linear="affine", zeros=("bias", "running_mean"), norm="fixed")
+@oprule(FrozenBatchNorm2d, linear="affine", zeros=("bias", "running_mean"), kind="fixed norm", tensors=_STATISTICS)
 def _frozen_batch_norm(op: Op, x: Labelled) -> Fields:
     """A factor and a term for each channel, made of statistics that no mode changes."""
     for name in ("weight", "bias", "running_mean", "running_var"):

@@ -55,17 +55,17 @@ def own_rows():
     """One row for each op."""
     with restore_rules():
 
-        @surgery.oprule(clip, activation="idempotent", within=(0.0, 1.0))
-        @surgery.oprule(Bump, activation="plain")
+        @surgery.oprule(clip, kind="idempotent", within=(0.0, 1.0))
+        @surgery.oprule(Bump, kind="activation")
         def _activation(op, x, *settings):
             return op.elementwise(x)
 
-        @surgery.oprule(MeanNorm, norm="other", zeros=("gain",), over=mean_norm_over)
+        @surgery.oprule(MeanNorm, kind="norm", zeros=("gain",), over=mean_norm_over)
         def _mean_norm(op, x):
             op.mixes(op.per_position(x, x.ndim - 1, op.param("gain").at(0)), x.ndim - 1, x.ndim - 1)
             return x.fields
 
-        @surgery.oprule(join, concatenates=True)
+        @surgery.oprule(join, kind="concatenation")
         def _join(op, parts, dim):
             return op.concatenates(parts, dim)
 

@@ -75,18 +75,15 @@ def test_bounds_are_kept_by_what_is_bounded():
             y = target(x.clone())
             assert ((least <= y) & (y <= greatest)).all(), target
             checked += 1
-        if rule.activation == "idempotent":
+        if rule.kind == "idempotent":
             once = target(x.clone())
             assert torch.equal(target(once.clone()), once), target
     assert checked > 8
 
 
 def test_unknown_words_are_refused_with_those_there_are():
-    with pytest.raises(surgery.UsageError, match="unknown word 'sometimes' for what kind of activation an op is: one "
-                       "of 'plain', 'gate', 'idempotent'"):  # fmt: skip
-        surgery.oprule(torch.special.expit, activation="sometimes")
-    with pytest.raises(surgery.UsageError, match="unknown word 'bach' for what kind of norm an op is"):
-        surgery.oprule(torch.special.expit, norm="bach")
+    with pytest.raises(surgery.UsageError, match="unknown word 'bach norm' for the kind of an op: one of 'act"):
+        surgery.oprule(torch.special.expit, kind="bach norm")
 
 
 RMS_NORMS = {
