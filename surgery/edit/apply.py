@@ -125,7 +125,6 @@ def _follow_outside(module: nn.Module, dims: Analysis, layouts: Layouts) -> None
                 shapes=tuple(_shape(out, dims, layouts) for out in labelled_leaves(call.out)),
                 changed=frozenset(),
                 inputs=tuple(_shape(v, dims, layouts) if isinstance(v, Labelled) else None for v in call.args),
-                before=tuple(v.shape if isinstance(v, Labelled) else None for v in call.args),
                 computed={},
                 copies={},
                 tensors={},

@@ -299,8 +299,6 @@ class NodeEdit:
     """Dims of the outputs whose channels changed."""
     inputs: tuple[tuple[int, ...] | None, ...]
     """New shapes of the positional arguments that are tensors."""
-    before: tuple[tuple[int, ...] | None, ...]
-    """Their old shapes."""
     computed: Mapping[fx.Node, tuple[int, ...]]
     """Values of the arguments that are shapes computed in the graph."""
     copies: Mapping[int, int]
