@@ -148,11 +148,8 @@ class Flow:
             if any(tensor is not None and id(tensor) not in settable for tensor in tensors.values()):
                 return None  # computed from others, or never learned
             return frozenset(Zero(str(node.target), name) for name, tensor in tensors.items() if tensor is not None)
-        try:
-            given = inspect.signature(rule.relate).bind(None, *node.args, **node.kwargs).arguments
-        except TypeError:
-            return None
-        arguments = [given.get(name, given.get("named", {}).get(name)) for name in rule.zeros]
+        given = rule.arguments(node)
+        arguments = [given.get(name) for name in rule.zeros]
         if arguments[0] is None:
             return None
         return _all(self.zeros_of(a) if isinstance(a, fx.Node) else None for a in arguments if a is not None)

@@ -184,9 +184,7 @@ class Expansion:
                 layer.eps *= eta * eta
                 continue
             owner, node = in_copy(module, self.dims, *norm.key)
-            eps = eta * eta * rule_for(node, None).arguments(node).get("eps", 1e-5)
-            if len(node.args) > 4:
-                node.args = (*node.args[:4], eps, *node.args[5:])
-            else:
-                node.kwargs = {**node.kwargs, "eps": eps}
+            given = rule_for(node, None).arguments(node)
+            given["eps"] = eta * eta * given.get("eps", 1e-5)
+            node.args, node.kwargs = (given.pop("input"),), given
             owner.recompile()
