@@ -12,6 +12,8 @@ from surgery.version import __version__ as __version__
 _HOMES = {
     "axes.analysis": "dimension_groups",
     "axes.groups": "DimensionGroup Member",
+    "axes.labels": "Field Labelled",
+    "axes.ops": "Op",
     "counting.changes": "Changes changes",
     "counting.cost": "Cost cost weight_macs",
     "counting.group_cost": "GroupCost group_costs",
@@ -32,6 +34,7 @@ _HOMES = {
     "edit.step": "AxisOrigin Inserted Origin Step",
     "edit.switch_off": "SwitchOff",
     "errors": "EditError ExportError SurgeryError TraceError UsageError VerificationError WeightsWarning",
+    "graph.table": "NodeEdit oprule restore_rules",
     "graph.tracing": "example_inputs trace",
     "models.checkpoint": "load save",
     "models.detectors": "comparable",
@@ -42,7 +45,6 @@ _HOMES = {
     "operations.tickets": "hold_masked magnitude_masks rewind",
     "operations.verify": "Verification verify",
     "operations.widen": "unwidened widen",
-    "rules": "oprule",
     "selectors": "select",
     "taps.hints": "HintPair attach_hint",
     "taps.stages": "Stage stages",
@@ -72,6 +74,9 @@ if TYPE_CHECKING:
     from surgery.axes.analysis import dimension_groups as dimension_groups
     from surgery.axes.groups import DimensionGroup as DimensionGroup
     from surgery.axes.groups import Member as Member
+    from surgery.axes.labels import Field as Field
+    from surgery.axes.labels import Labelled as Labelled
+    from surgery.axes.ops import Op as Op
     from surgery.counting.changes import Changes as Changes
     from surgery.counting.changes import changes as changes
     from surgery.counting.cost import Cost as Cost
@@ -111,6 +116,9 @@ if TYPE_CHECKING:
     from surgery.errors import UsageError as UsageError
     from surgery.errors import VerificationError as VerificationError
     from surgery.errors import WeightsWarning as WeightsWarning
+    from surgery.graph.table import NodeEdit as NodeEdit
+    from surgery.graph.table import oprule as oprule
+    from surgery.graph.table import restore_rules as restore_rules
     from surgery.graph.tracing import example_inputs as example_inputs
     from surgery.graph.tracing import trace as trace
     from surgery.models.checkpoint import load as load
@@ -130,7 +138,6 @@ if TYPE_CHECKING:
     from surgery.operations.verify import verify as verify
     from surgery.operations.widen import unwidened as unwidened
     from surgery.operations.widen import widen as widen
-    from surgery.rules import oprule as oprule
     from surgery.selectors import select as select
     from surgery.taps.hints import HintPair as HintPair
     from surgery.taps.hints import attach_hint as attach_hint

@@ -29,7 +29,6 @@ def follow_untraced_calls(module: nn.Module, analysis: Analysis, layouts: Layout
                 shapes=tuple(_shape(out, analysis, layouts) for out in call.outs),
                 changed=frozenset(),
                 inputs=tuple(_shape(v, analysis, layouts) if isinstance(v, Labelled) else None for v in call.args),
-                before=tuple(v.shape if isinstance(v, Labelled) else None for v in call.args),
                 computed={},
                 copies={},
                 tensors={},

@@ -9,22 +9,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from surgery.axes.analysis import analyse
 from surgery.edit.switch_off import kept_units
 from surgery.errors import UsageError, unknown_name, whole_number
+from surgery.graph.table import rule_of_class
 from surgery.graph.tracing import info
 from surgery.operations.initial import Fresh, drawing, initial_values
 from surgery.operations.masks import by_first_name, tensors_of
 from surgery.selectors import Where
-
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def reset_hypothesis(
@@ -106,7 +103,7 @@ def reset_hypothesis(
 
 def _kinds(module: nn.Module) -> dict[str, str]:
     """Whether a parameter, by its first name, is one of the weights, biases or norms."""
-    norms = {id(p) for layer in module.modules() if isinstance(layer, _NORMS) for p in layer.parameters(recurse=False)}
+    norms = {id(p) for layer in module.modules() if rule_of_class(layer).norm for p in layer.parameters(recurse=False)}
     return {
         name: "norms" if id(p) in norms else "weights" if p.ndim > 1 else "biases"
         for name, p in module.named_parameters()
@@ -120,8 +117,14 @@ def _uniform(module: nn.Module, names: list[str], seed: int) -> dict[str, Tensor
         return {
             name: nn.init.kaiming_uniform_(torch.empty(layer.weight.shape), a=math.sqrt(5))
             for path, name in layers.items()
-            if isinstance(layer := module.get_submodule(path), (_ConvNd, nn.Linear))
+            if _is_matrix(layer := cast(Any, module.get_submodule(path)))
         }
+
+
+def _is_matrix(layer: nn.Module) -> bool:
+    """Whether a layer contracts its input with its weight: a convolution or linear layer."""
+    rule = rule_of_class(layer)
+    return rule.linear == "writes" and "weight" in rule.zeros
 
 
 def _refuse_unknown(names: list[str], unknown: str) -> None:
