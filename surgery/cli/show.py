@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 import surgery
 from surgery.cli.options import EXACT, AsJson, Model, Opening, complete_model, refuse_if_taken, with_groups
 from surgery.cli.output import emit, table
+from surgery.cli.tables import Table
 from surgery.errors import UsageError, unknown_name
 from surgery.units import counted, mebibytes, quantity
 
@@ -22,7 +24,7 @@ def register(app: typer.Typer) -> None:
 
 
 def models(
-    pattern: Annotated[str, typer.Argument(metavar="[PATTERN]", help="A glob over names, such as 'vgg*'.")] = "*",
+    pattern: Annotated[str, typer.Argument(metavar="PATTERN", help="A glob over names, such as 'vgg*'.")] = "*",
     family: Annotated[
         str | None, typer.Option(metavar="FAMILY", help="Only one family, or a glob over families: 'swin*'.")
     ] = None,
@@ -30,14 +32,27 @@ def models(
 ) -> None:
     """List the models known by name, with their inputs and their published figures."""
     known = surgery.models.list_models(pattern, family)
-    rows = [one.to_dict() for one in known]
-    cells = [
-        [r["name"], r["family"], r["input"], quantity(r["params"]), quantity(1e9 * r["gmacs"]), r["score"], r["notes"]]
-        for r in rows
-    ]
-    header = ["name", "family", "input", "parameters", "MACs", "published", "notes"]
-    listing = table(counted(len(rows), "model"), header, cells, text=["family", "notes"], left=["input"])
-    emit({"models": rows}, as_json, listing)
+    notes: dict[str, list[str]] = {}
+    for one in known:
+        if one.entry.notes:
+            notes.setdefault(one.entry.notes, []).append(one.entry.name)
+    said = "\n".join(f"{text}: {', '.join(names)}" for text, names in notes.items())
+    emit({"models": [one.to_dict() for one in known]}, as_json, *_listing(known), note=said)
+
+
+def _listing(known: Sequence[surgery.models.KnownModel]) -> Iterator[Table]:
+    """Yield a table for each kind of input, in which the models of a family stand below its name."""
+    for kind in dict.fromkeys(one.entry.kind for one in known):
+        rows: list[list[str]] = []
+        family = ""
+        for one in (one for one in known if one.entry.kind == kind):
+            if one.entry.family != family:
+                family = one.entry.family
+                rows.append([f"{family}:", "", "", "", ""])
+            size = "x".join(map(str, one.entry.input_size[1:]))
+            rows.append([one.entry.name, size, quantity(one.params), quantity(1e9 * one.gmacs), one.score])
+        title = f"{counted(sum(one.entry.kind == kind for one in known), 'model')}, input: {kind}"
+        yield table(title, ["name", "size", "params", "MACs", "published"], rows)
 
 
 def inspect(
