@@ -6,6 +6,7 @@ import pytest
 from torchvision.models import get_model_weights
 
 import surgery
+from surgery.errors import unknown_name
 
 
 def test_stored_figures_are_those_that_torchvision_publishes():
@@ -20,3 +21,9 @@ def test_models_are_listed_by_name_and_family():
     assert [(known.entry.name, known.score) for known in listed] == [("swin_s", "83.2% top-1")]
     with pytest.raises(surgery.UsageError, match="unknown family 'resnets'; did you mean 'ResNet'"):
         surgery.models.list_models(family="resnets")
+
+
+def test_an_unknown_name_is_told_all_known_ones_where_they_are_few():
+    assert str(unknown_name("importance", "l1", ("prefix", "magnitude"))) == (
+        "unknown importance 'l1': one of 'magnitude', 'prefix'"
+    )
