@@ -68,10 +68,10 @@ def inspect(
     force: Annotated[bool, typer.Option("--force", help="Replace the SVG file if it exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a model costs, which of its axes must change together, and what each such group carries.
+    """Show a model's cost, its dimension groups, and the cost that each group carries.
 
-    A group carries the parameters, and their MACs, that lie at its channels along any axis. A weight lies between two
-    groups and counts for both.
+    The axes of a group must change together. A group carries the parameters at its channels, along any axis, and their
+    MACs. A weight lies between two groups and counts for both.
     """
     if svg is not None:
         refuse_if_taken(svg, force)
@@ -132,7 +132,7 @@ def _group(group: surgery.DimensionGroup, carried: surgery.GroupCost) -> dict[st
 
 
 def _briefly(reason: str) -> str:
-    """Of clauses that say the same of several layers, the first ``LAYER says so``, and how many more there are."""
+    """Shorten a reason: of clauses that say the same of several layers, keep the first and count the others."""
     clauses = reason.split("; ")
     kinds: dict[str, str] = {}
     for clause in clauses:
@@ -152,7 +152,7 @@ def _write(file: Path, text: str) -> None:
 
 
 def _find(groups: list[surgery.DimensionGroup], layer: str) -> surgery.DimensionGroup:
-    """The group named after ``layer``, or else the one it produces for."""
+    """Find the group named after ``layer``, or else the one that it produces for."""
     named = {m.layer: g for g in groups for m in g.members if m.role == "producer"} | {g.name: g for g in groups}
     if layer not in named:
         raise unknown_name("group", layer, named)
@@ -173,7 +173,7 @@ def _show_members(group: surgery.DimensionGroup, carried: surgery.GroupCost, as_
 
 
 def _show_path(groups: list[surgery.DimensionGroup], a: str, b: str, as_json: bool) -> None:
-    """The ops between two members of one group; a `UsageError` where no group has both."""
+    """Print the ops between two members of one group; raise `UsageError` where no group has both."""
     holds = {name: [g for g in groups if name in _names(g)] for name in (a, b)}
     for name, found in holds.items():
         if not found:
