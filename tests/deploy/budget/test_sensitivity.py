@@ -155,7 +155,7 @@ def test_the_files_say_what_the_result_says(result, tmp_path):
     ("options", "message"),
     [
         ({"rate": 0.0}, "split rate must be in (0, 1], not 0.0"),
-        ({"by": "layer"}, "unknown kind of part 'layer' (2 are known)"),
+        ({"by": "layer"}, "unknown kind of part 'layer': one of 'group', 'stage'"),
         ({"importance": "size"}, "unknown importance 'size'"),
         ({"limit": 0}, "limit is 0: it must be at least 1"),
     ],

@@ -84,7 +84,7 @@ def test_rates_for_the_whole_model_come_first_from_1_downwards():
         ("widen=inf", "candidate 'widen=inf' is not of the form RATE"),
         ("slim:2=0.5;2=0.25", "candidate 'slim:2=0.5;2=0.25' is not of the form RATE"),
         ("widen:1.5", "candidate 'widen:1.5' is not of the form RATE"),
-        ("widen=1.5+thin=0.5", "unknown operation 'thin' (3 are known)"),
+        ("widen=1.5+thin=0.5", "unknown operation 'thin': one of 'deepen', 'slim', 'widen'"),
         ("slimm:2=0.5", "unknown operation 'slimm'; did you mean 'slim'?"),
         ("deepen=2", "candidate 'deepen=2' does not say where to deepen, as in deepen:layer3=1"),
         ("2=1.5", "split rate 1.5 is outside (0, 1]"),
