@@ -30,8 +30,8 @@ _TOLERANCE = {torch.float64: 1e-8, torch.complex128: 1e-8, torch.float32: 1e-3, 
 def check_agreement(traced: nn.Module, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Run ``traced`` and ``model``, copies of both, on the example inputs and compare what they return.
 
-    Evaluation is compared always, training where the graph depends on the mode. Small models are compared in training,
-    in gradients and at a second batch size too, where the model itself runs like that. Guards may refuse that batch
+    Evaluation is compared always, training where the graph depends on the mode. Small models are compared in both, in
+    gradients and at a second batch size too, where the model itself runs like that. Guards may refuse that batch
     size. Models on the meta device cannot be run and are not checked.
 
     Raises:
@@ -81,7 +81,7 @@ class _Seen:
 def _plan(traced: nn.Module, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[_Run]:
     numbers = sum(t.numel() for _, t in tensors_in((args, kwargs)))
     cheap = _weights(traced) * numbers <= _CHEAP
-    runs = [_Run("in evaluation", args, kwargs)]
+    runs = [_Run("in evaluation", args, kwargs, gradients=cheap)]
     if cheap or _depends_on_mode(traced):
         runs.append(_Run("in training", args, kwargs, training=True, gradients=cheap))
     if cheap:

@@ -38,7 +38,7 @@ class Arguments:
         for place, (name, parameter) in enumerate(self.signature.parameters.items()):
             value = values[_STARS.get(parameter.kind, "") + name]
             if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-                args += value
+                args.extend(value)
             elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 kwargs.update({key: value[key] for key in value.keys()})  # noqa: SIM118 (of a proxy)
             elif name not in self.passed:

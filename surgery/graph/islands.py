@@ -21,7 +21,7 @@ from surgery.graph.arguments import Arguments, bound_arguments
 from surgery.graph.guards import Values
 from surgery.graph.table import has_module_rule
 from surgery.graph.traced import TracedModule
-from surgery.graph.whole_graph import traced_copy
+from surgery.graph.whole_graph import state_of, traced_copy
 
 
 def trace_islands(
@@ -136,15 +136,15 @@ def _replace(root: nn.Module, path: str, calls: dict[str, _Calls]) -> None:
 
 def _traced(module: nn.Module, calls: list[Arguments]) -> TracedModule | None:
     """The module as a graph that does for every one of the calls; None where there is none."""
-    before = {m: {k: copy.copy(v) if isinstance(v, (dict, list, set)) else v for k, v in m.__dict__.items()}
-              for m in module.modules()}  # fmt: skip
+    before = {m: (type(m), state_of(m)) for m in module.modules()}
     try:
         traced = traced_copy(module, calls[0], inside=True)
         if all(_admits(traced, graph, given) for graph in traced.graphs for given in calls):
             return traced
     except (TraceError, UsageError):
         pass
-    for m, attributes in before.items():
+    for m, (cls, attributes) in before.items():
+        m.__class__ = cls
         m.__dict__.clear()
         m.__dict__.update(attributes)
     return None

@@ -121,6 +121,17 @@ class TracedModule(fx.GraphModule):
         graphs = copy.deepcopy((self.graph, self.train_graph))  # without a way back to this module
         return _unpickle, (self.shell, tree, *graphs, dict(self.meta), self._attributes())
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """For `torch.jit.script`, which cannot compile this class: the graph of the current mode alone."""
+        graph = self.graph if self.train_graph is None or not self.training else self.train_graph
+        for node in graph.nodes:
+            if getattr(node.target, "__module__", "").startswith("surgery."):
+                raise UsageError(
+                    f"torch.jit.script cannot compile {node.name}, a part of the model's Python: "
+                    "use torch.jit.trace or torch.export"
+                )
+        return fx.GraphModule(self, copy.deepcopy(graph))
+
     def _attributes(self) -> dict[str, Any]:
         """What is kept of the plain attributes of the module that was traced."""
         names = self.__dict__.get("_attribute_names", ())
@@ -130,11 +141,16 @@ class TracedModule(fx.GraphModule):
 def shelled(traced: TracedModule, module: nn.Module) -> TracedModule:
     """``traced``, as an instance of the class of ``module`` too, with its methods and attributes.
 
-    Python around a traced module may call more than its ``forward`` (``head.compute_loss``).
+    Callers may use more of a model than its ``forward`` (``model.predict``, ``model.names``). Where its class cannot be
+    inherited from like that, ``traced`` stays as it is.
     """
-    result = _made(type(module), traced, traced.graph, traced.train_graph)
-    known = nn.Module().__dict__
-    names = tuple(name for name in module.__dict__ if name not in known)
+    cls = module.shell if isinstance(module, TracedModule) else type(module)
+    try:
+        result = _made(cls, traced, traced.graph, traced.train_graph)
+    except Exception:  # a metaclass, ``__init_subclass__`` or ``__setattr__`` of the model's
+        copy_hooks(module, traced)
+        return traced
+    names = tuple(n for n in module.__dict__ if n not in traced.__dict__ and not hasattr(TracedModule, n))
     result.__dict__.update({name: module.__dict__[name] for name in names}, _attribute_names=names)
     copy_hooks(module, result)
     return result
@@ -186,7 +202,7 @@ def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def copy_hooks(source: nn.Module, target: nn.Module) -> None:
     for name, value in source.__dict__.items():
-        if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs"):
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_full_backward_hook")):
             target.__dict__[name] = copy.copy(value)
 
 

@@ -155,7 +155,7 @@ class GuardingTracer(fx.Tracer):
 
 
 class ModeBranchError(Exception):
-    """Python control flow read the training flag of the submodule at ``path``."""
+    """The submodule at ``path`` is to be traced on its own: its Python branches on its training flag, say."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
@@ -211,6 +211,8 @@ class Tracer(GuardingTracer):
         if self.values.busy:
             return forward(*args, **kwargs)
         self.stack.append(self.path_of_module(m))
+        if (m._backward_hooks or m._backward_pre_hooks) and not self.is_leaf_module(m, self.stack[-1]):
+            raise ModeBranchError(self.stack[-1])  # they fire where a module is called
         result = super().call_module(m, forward, args, kwargs)
         self.stack.pop()
         return result
@@ -223,6 +225,7 @@ class Tracer(GuardingTracer):
             args, kwargs = self.given.call(proxies)
             return root.forward(*args, **kwargs)
 
+        call.__annotations__.clear()  # else those of the graph
         return call, [self.root]
 
     def _placeholder(self, name: str, value: Any) -> Any:

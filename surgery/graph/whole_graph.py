@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from surgery.errors import TraceError
 from surgery.graph.arguments import Arguments, bound_arguments
+from surgery.graph.containers import HOOKS, turn_into_container
 from surgery.graph.gradients import symbolic_gradients, unmark_plain
 from surgery.graph.guards import Values
-from surgery.graph.traced import TracedModule, copy_hooks, shelled
+from surgery.graph.traced import TracedModule, shelled
 from surgery.graph.tracer import ModeBranchError, Tracer, symbolic_factories, symbolic_functions, symbolic_modes
 
 _VIEWS_OF_DICTS = ("items", "keys", "values")
@@ -41,10 +46,7 @@ def traced_copy(root: nn.Module, given: Arguments, *, inside: bool = False) -> T
         if g is not None:
             g.owning_module = None
     traced = TracedModule(tree, graph, train_graph)
-    if inside:
-        return shelled(traced, root)
-    copy_hooks(root, traced)
-    return traced
+    return shelled(traced, root)
 
 
 def _register_plain_tensors(root: nn.Module, graph: fx.Graph | None) -> None:
@@ -64,6 +66,7 @@ def _trace_mode(root: nn.Module, given: Arguments, modal: set[str], *, training:
     tracer = Tracer(modal, training, root, given)
     try:
         with (
+            _state_kept(root),
             symbolic_modes(root, tracer),
             symbolic_factories(tracer),
             symbolic_functions(root, tracer),
@@ -83,6 +86,32 @@ def _trace_mode(root: nn.Module, given: Arguments, modal: set[str], *, training:
     return tracer, graph
 
 
+@contextmanager
+def _state_kept(root: nn.Module) -> Iterator[None]:
+    """What the model's Python stores in its modules while it is traced is forgotten.
+
+    Raises:
+        TraceError: it stores a result in a buffer, which the graph would not do.
+    """
+    before = {m: state_of(m) for m in root.modules()}
+    try:
+        yield
+        for path, m in root.named_modules():
+            for name, value in m._buffers.items():
+                if isinstance(value, fx.Proxy):
+                    raise TraceError(f"it assigns {f'{path}.{name}' if path else name!r}, a buffer")
+    finally:
+        for m, state in before.items():
+            constants = {k: v for k, v in m.__dict__.items() if k not in state and isinstance(v, torch.Tensor)}  # fx's
+            m.__dict__.clear()
+            m.__dict__.update(state, **constants)
+
+
+def state_of(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module, to set them again: containers among them are copied."""
+    return {k: copy.copy(v) if isinstance(v, (dict, list, set)) else v for k, v in module.__dict__.items()}
+
+
 @dataclass(frozen=True)
 class _Kept:
     """What to keep of a traced model's module tree."""
@@ -94,7 +123,7 @@ class _Kept:
     values: Values
     """What is known of the graph's values."""
     inside: bool
-    """Whether containers keep their class and what they do besides ``forward``."""
+    """Whether containers can still be called."""
     done: dict[int, nn.Module]
     """Results by the id of the original: what is shared stays shared."""
 
@@ -111,18 +140,19 @@ def _leaves(root: nn.Module, *graphs: fx.Graph | None) -> dict[int, fx.Node]:
 
 
 def _module_tree(module: nn.Module, path: str, kept: _Kept) -> nn.Module:
-    """The private copy as containers and leaves.
-
-    A container of the model's own class would carry a ``forward`` that the graph has replaced, so it becomes a plain
-    `nn.Module`; those of `torch.nn` stay, for they can be indexed.
-    """
+    """The private copy as containers and leaves."""
     if id(module) in kept.done:
         return kept.done[id(module)]
     if id(module) in kept.leaves:
         tree = traced_copy(module, kept.arguments(module), inside=kept.inside) if id(module) in kept.modal else module
+    elif path:
+        tree = module
+        own = type(module).forward.__module__.startswith("torch.nn.")
+        turn_into_container(tree, keep_forward=kept.inside or own)
+        for name in () if kept.inside else HOOKS:  # which are in the graph
+            tree.__dict__[name] = type(tree.__dict__[name])()
     else:
-        own = kept.inside or type(module).__module__.startswith("torch.nn.")
-        tree = module if own else nn.Module()
+        tree = nn.Module()
         for part in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
             tree.__dict__[part] = module.__dict__[part]
         tree.training = module.training

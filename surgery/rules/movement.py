@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.ao.quantization import DeQuantStub, QuantStub
 
 from surgery.axes.labels import Field, Fields, Labelled, moved, permuted, sliced
 from surgery.axes.ops import Op
@@ -22,7 +23,7 @@ from surgery.graph.table import NodeEdit, oprule
 from surgery.layers.maxout import Maxout
 
 
-@oprule("contiguous", "clone", "detach", torch.clone, torch.detach, nn.Identity, movement=True)
+@oprule("contiguous", "clone", "detach", torch.clone, torch.detach, nn.Identity, QuantStub, DeQuantStub, movement=True)
 def _identity(op: Op, input: Labelled, **named: Any) -> Fields:
     return input.fields
 

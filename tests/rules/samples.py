@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.ao.quantization import DeQuantStub, QuantStub
 from torchvision.models import swin_transformer
 from torchvision.models.video import mvit
 from torchvision.models.video import swin_transformer as swin_transformer_3d
@@ -414,7 +415,7 @@ sample(Maxout(3, dim=-1), t(2, 3, 6), free="0:0,1,2")
 # ---------------------------------------------------------------------------------------------------------------------
 # Ops that only move data
 
-for op in ("contiguous", "clone", "detach", torch.clone, torch.detach, nn.Identity()):
+for op in ("contiguous", "clone", "detach", torch.clone, torch.detach, nn.Identity(), QuantStub(), DeQuantStub()):
     sample(op, t(2, 3, 4), free="0:0,1,2")
 for op in (torch.flatten, "flatten"):
     sample(op, t(2, 3, 4), 1, free="0:0,1")
