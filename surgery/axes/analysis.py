@@ -117,7 +117,8 @@ def analyse(module: nn.Module) -> Analysis:
     known: Remembered | None = module.__dict__.get("_analysis")
     if known is not None and known.state == state:
         return known.analysis
-    args, kwargs = example_inputs(module)
+    # A batch of one cannot be told from other axes of size 1, nor a batch times heads from the heads.
+    args, kwargs = example_inputs(module, batch_size=2 if info(module).batched else None)
     findings = collect_findings(module, args, kwargs, info(module).modes)
     findings.close()
     settled = settle(findings)
