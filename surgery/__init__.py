@@ -2,12 +2,16 @@
 
 from surgery.axes.groups import DimensionGroup, Member, dimension_groups
 from surgery.counting.changes import Changes, changes
-from surgery.counting.cost import cost
+from surgery.counting.cost import Cost, cost
 from surgery.deploy.budget.budget import Budgeted, slim_to_budget
-from surgery.deploy.budget.sensitivity import Sensitivity, sensitivity
+from surgery.deploy.budget.sensitivity import Sensitivity, sensitivity, write_sensitivity
+from surgery.deploy.classifiers import classifier, data_for
+from surgery.deploy.curve.points import DataSummary, Point, Tradeoff
 from surgery.deploy.curve.tradeoff import tradeoff
-from surgery.deploy.measure.benchmark import benchmark, compare, sweep
-from surgery.deploy.onnx.export import export_onnx
+from surgery.deploy.generations import draw_generations
+from surgery.deploy.measure.benchmark import BenchmarkResult, Comparison, Ratio, benchmark, compare, sweep
+from surgery.deploy.measure.environment import environment
+from surgery.deploy.onnx.export import Export, export_onnx
 from surgery.edit.apply import apply, reindex
 from surgery.edit.origins import Origin, origins
 from surgery.edit.recipe import InsertBlock, InsertDense, InsertIdentity, Noise, Recipe, Reindex, recipe
@@ -22,17 +26,28 @@ from surgery.operations.slim import masked, slim, split_masks
 from surgery.operations.tickets import hold_masked, magnitude_masks, rewind
 from surgery.operations.verify import Verification, verify
 from surgery.operations.widen import unwidened, widen
+from surgery.settings import (
+    BudgetSettings,
+    DistillSettings,
+    EvolveSettings,
+    LotterySettings,
+    TimingSettings,
+    TradeoffSettings,
+    TrainSettings,
+)
 from surgery.taps.hints import HintPair, attach_hint
-from surgery.training.data.data import load_data
+from surgery.training.data.cache import cache_bytes
+from surgery.training.data.data import Data, load_data
 from surgery.training.distilling.distill import Distillation, distill
 from surgery.training.distilling.objectives import DKD, KD, RKD, AttentionTransfer, Hint, Objective, ReviewKD
 from surgery.training.distilling.observed import observe
+from surgery.training.engine import Engine
 from surgery.training.evaluation import evaluate
-from surgery.training.evolve import Evolution, evolve
+from surgery.training.evolve import Evolution, Generation, evolve
 from surgery.training.growth import Growth
-from surgery.training.history import History
+from surgery.training.history import History, Score
 from surgery.training.loop import train
-from surgery.training.lottery import Lottery, lottery
+from surgery.training.lottery import Lottery, Ticket, lottery
 from surgery.training.optimizer import transfer_optimizer
 from surgery.version import __version__
 
@@ -41,13 +56,24 @@ __all__ = [
     "KD",
     "RKD",
     "AttentionTransfer",
+    "BenchmarkResult",
+    "BudgetSettings",
     "Budgeted",
     "Changes",
+    "Comparison",
+    "Cost",
+    "Data",
+    "DataSummary",
     "DimensionGroup",
+    "DistillSettings",
     "Distillation",
     "EditError",
+    "Engine",
     "Evolution",
+    "EvolveSettings",
+    "Export",
     "ExportError",
+    "Generation",
     "Growth",
     "Hint",
     "HintPair",
@@ -56,17 +82,26 @@ __all__ = [
     "InsertDense",
     "InsertIdentity",
     "Lottery",
+    "LotterySettings",
     "Member",
     "Noise",
     "Objective",
     "Origin",
+    "Point",
+    "Ratio",
     "Recipe",
     "Reindex",
     "ReviewKD",
     "RuleCheck",
+    "Score",
     "Sensitivity",
     "SurgeryError",
+    "Ticket",
+    "TimingSettings",
     "TraceError",
+    "Tradeoff",
+    "TradeoffSettings",
+    "TrainSettings",
     "UsageError",
     "Verification",
     "VerificationError",
@@ -74,13 +109,18 @@ __all__ = [
     "apply",
     "attach_hint",
     "benchmark",
+    "cache_bytes",
     "changes",
     "check_rule",
+    "classifier",
     "compare",
     "cost",
+    "data_for",
     "deepen",
     "dimension_groups",
     "distill",
+    "draw_generations",
+    "environment",
     "evaluate",
     "evolve",
     "example_inputs",
@@ -111,4 +151,5 @@ __all__ = [
     "unwidened",
     "verify",
     "widen",
+    "write_sensitivity",
 ]

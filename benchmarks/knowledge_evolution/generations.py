@@ -22,9 +22,9 @@ from torch.utils.data import Subset, TensorDataset
 import surgery
 from surgery import models as catalogue
 from surgery.training.data.data import Data, Images
-from surgery.training.engine import mixed_seed
 from surgery.training.evolve import evolve, recalibrated
 from surgery.training.history import Score
+from surgery.training.modes import mixed_seed
 
 ARMS = ("evolution", "long")
 """Generations; as many epochs at once, nothing drawn anew."""

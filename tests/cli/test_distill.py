@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from surgery.cli.lessons import LOSSES, objectives
 
 import surgery
 from surgery.cli import teach
-from surgery.cli.lessons import LOSSES, objectives
 from surgery.cli.output import Bars
 from surgery.errors import UsageError
 from surgery.training.distilling.objectives import DKD, KD, RKD, AttentionTransfer, Hint, ReviewKD

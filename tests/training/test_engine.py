@@ -14,9 +14,10 @@ from torch import nn
 
 import surgery
 from surgery.training.data.data import load_data
-from surgery.training.engine import Engine, is_main_process, mixed_seed
+from surgery.training.engine import Engine, is_main_process
 from surgery.training.evaluation import evaluate
 from surgery.training.loop import train
+from surgery.training.modes import mixed_seed
 
 SCRIPT = """
 import json, sys

@@ -16,8 +16,9 @@ from surgery.edit.recipe import Recipe
 from surgery.training.data.data import load_data
 from surgery.training.descent import SCHEDULES
 from surgery.training.evaluation import evaluate
-from surgery.training.growth import Growth, stages
+from surgery.training.growth import Growth
 from surgery.training.loop import train
+from surgery.training.phases import plan_phases
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +202,8 @@ def test_data_grow_too_and_the_schedule_is_over_all_steps_to_come(digits):
 
 def test_a_larger_fraction_holds_a_smaller_one_and_every_class_has_its_share(digits):
     def chosen(fraction, seed=0):
-        (stage,) = stages(digits, 1, {0: Growth(images=fraction)}, seed)
-        return set(stage.images.indices)
+        (phase,) = plan_phases(digits, 1, {0: Growth(images=fraction)}, seed)
+        return set(phase.images.indices)
 
     labels = [int(digits.train[k][1]) for k in range(len(digits.train))]
     small, large, tiny = chosen(0.25), chosen(0.7), chosen(1e-6)
@@ -234,8 +235,8 @@ def test_labels_are_found_where_the_data_set_keeps_them(digits):
             return images[k], int(labels[k])
 
     for whole in (Listed(), Read(), TensorDataset(images, labels), Subset(Listed(), range(40))):
-        (stage,) = stages(replace(digits, train=whole), 1, {0: Growth(images=0.5)}, 0)
-        assert torch.bincount(labels[stage.images.indices]).tolist() == [5] * 4
+        (phase,) = plan_phases(replace(digits, train=whole), 1, {0: Growth(images=0.5)}, 0)
+        assert torch.bincount(labels[phase.images.indices]).tolist() == [5] * 4
 
 
 def test_another_data_set_can_take_the_place_of_the_first(digits):

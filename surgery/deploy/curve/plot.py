@@ -124,9 +124,9 @@ def _flipped(box: BboxBase, height: float) -> Box:
 
 
 def _frame(axes: Axes, result: Tradeoff) -> None:
-    settings, data = result.settings, result.data
+    data, threads = result.data, counted(result.points[0].latency.threads, "thread")
     said = (
-        f"ONNX Runtime, CPU, {counted(settings.threads, 'thread')}, one {data.image_size} x {data.image_size} image at "
+        f"ONNX Runtime, CPU, {threads}, one {data.image_size} x {data.image_size} image at "
         f"a time; {data.test_images} test images"
     )
     warned = textwrap.wrap(f"The machine was {result.too_noisy}.", 120) if result.too_noisy else []

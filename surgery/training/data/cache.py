@@ -25,7 +25,7 @@ from surgery.graph.traced import named_tensors
 from surgery.progress import Progress
 from surgery.training.data.data import Derived, Images, count
 from surgery.training.data.fingerprint import images_digest, is_deterministic, module_digest
-from surgery.training.evaluation import in_mode
+from surgery.training.modes import in_mode
 from surgery.units import mebibytes
 
 MARKER = "teacher-outputs.json"

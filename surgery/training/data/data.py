@@ -365,12 +365,12 @@ def _augmented(data: Data, name: str) -> Data:
     return data if transform is None else replace(data, train=_Augmented(data.train, transform), augment=name)
 
 
-def _labels(images: Images) -> NDArray[np.int64]:
+def labels_of(images: Images) -> NDArray[np.int64]:
     """The label of each image, without reading the images where the data set has its labels in a list."""
     if isinstance(images, Subset):
-        return _labels(images.dataset)[np.asarray(images.indices, dtype=np.int64)]
+        return labels_of(images.dataset)[np.asarray(images.indices, dtype=np.int64)]
     if isinstance(images, Derived):
-        return _labels(images.images)
+        return labels_of(images.images)
     if isinstance(images, TensorDataset):
         return np.asarray(images.tensors[1], dtype=np.int64)
     for name in ("targets", "labels", "_labels", "y"):  # torchvision's
