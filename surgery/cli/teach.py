@@ -61,7 +61,7 @@ class TeacherOptions:
     teacher_lr: float | None = option(None, "Peak learning rate of the teacher. [default: usual with the optimizer]")
 
 
-@takes_fields("label_weight")
+@takes_fields("label_weight", "test_each_epoch")
 def distill(
     context: typer.Context,
     student: Annotated[str, typer.Argument(metavar="STUDENT", help="The model that learns; named like any MODEL.")],

@@ -31,6 +31,7 @@ from surgery.training.run import Batch, LossFn, Run, steps_of_epoch
 
 
 @accepts(TrainSettings)
+@plain_modes()
 def train(
     model: nn.Module,
     data: Data,
@@ -85,7 +86,6 @@ def train(
     return train_in_place(copy.deepcopy(model), data, settings, **options, progress=progress, task=task)
 
 
-@plain_modes()
 def train_in_place(
     model: nn.Module,
     data: Data,
