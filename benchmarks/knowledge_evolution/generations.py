@@ -150,6 +150,7 @@ def _at_once(settings: Settings, task: Task, data: Data, network: nn.Module) -> 
         network, data, epochs=settings.generations * task.epochs, lr=task.lr, batch_size=settings.batch_size,
         seed=mixed_seed(task.seed, 0), **PAPER,
     )  # fmt: skip
+    network = history.module
     slim = surgery.slim(network, settings.split_rate)
     return {
         "dense": [_correct(network, data)],
