@@ -15,9 +15,9 @@ from surgery.cli.fields import DataOptions, RunOptions, settings_of, takes_field
 from surgery.cli.options import Model, is_saved, one_or_per_layer, parse_device
 from surgery.cli.output import emit, table
 from surgery.cli.runs import one_after_the_other, under_way
-from surgery.errors import UsageError, unknown_name, whole_number
+from surgery.errors import UsageError, unknown_name
 from surgery.folders import refuse_folder, staged_folder
-from surgery.settings import EvolveSettings, option
+from surgery.settings import EvolveSettings, Settings, option
 from surgery.units import counted, mebibytes, quantity
 
 if TYPE_CHECKING:
@@ -40,13 +40,13 @@ def register(app: typer.Typer) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvolveOptions:
+class EvolveOptions(Settings):
     """What evolves, and what it is compared with."""
 
     split_rate: list[str] | None = option(
         None, "Share of each layer that is kept: one, or one a layer. [default: 0.5]", metavar="RATE|LAYER=RATE"
     )
-    generations: int = option(5, "How many.")
+    generations: int = option(5, "How many.", least=1)
     lottery: float | None = option(
         None,
         "Also train a lottery ticket, pruned so far in as many trainings, for comparison.",
@@ -74,7 +74,7 @@ def evolve(
     evolve.json, and a picture. An interrupted run resumes when the same command is given again. Runs in several
     processes as well: accelerate launch -m surgery evolve ...
     """
-    generations = whole_number("generations", options.generations, 1)
+    generations = options.generations
     rate = one_or_per_layer("--split-rate", options.split_rate or ["0.5"], float, float)
     for name in options.keep or ():
         if name not in _KEPT:

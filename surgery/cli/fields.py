@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from surgery.settings import DistillSettings, option
+from surgery.settings import DistillSettings, Settings, option
 
 REQUIRED: Any = MISSING
 
@@ -24,7 +24,7 @@ _WITHOUT_EFFECT = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
+class DataOptions(Settings):
     """The data set that a verb reads."""
 
     dataset: str = option(REQUIRED, "mnist5k, digits, torchvision:NAME or imagefolder:DIR.", metavar="DATA")
@@ -34,7 +34,7 @@ class DataOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(Settings):
     """Where a run that trains computes, and what it writes."""
 
     out: Path = option(REQUIRED, "The folder to write.", metavar="DIR")

@@ -11,9 +11,9 @@ import surgery
 from surgery.cli.fields import DataOptions, RunOptions, takes_fields
 from surgery.cli.options import Model, is_saved
 from surgery.cli.output import Bars, emit, table
-from surgery.errors import UsageError, whole_number
+from surgery.errors import UsageError
 from surgery.folders import refuse_folder, staged_folder
-from surgery.settings import TimingSettings, option
+from surgery.settings import Settings, TimingSettings, option
 
 if TYPE_CHECKING:
     from surgery import Sensitivity
@@ -30,14 +30,14 @@ def register(app: typer.Typer) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SensitivityOptions:
+class SensitivityOptions(Settings):
     """What is slimmed, and of which model."""
 
     split_rate: float = option(0.5, "Split rate in (0, 1] of the part that is slimmed.", name="--split-rate/--rate")
     by: str = option("group", "What is slimmed alone: group or stage.")
     importance: str = option("prefix", "Which channels are kept, as in slim.")
     round_to: int = option(1, "Round widths up to a multiple of this.")
-    epochs: int = option(0, "Train the model first, so many epochs; 0: take it as is.")
+    epochs: int = option(0, "Train the model first, so many epochs; 0: take it as is.", least=0)
     weights: str = option("none", "torchvision's weights: none, DEFAULT or one by name.", metavar="NAME")
 
 
@@ -50,7 +50,7 @@ def sensitivity(
     Writes sensitivity.png, sensitivity.csv and sensitivity.json.
     """
     refuse_folder(run.out, marker=MARKER, force=run.force)
-    saved, epochs = is_saved(model), whole_number("epochs", options.epochs, 0)
+    saved, epochs = is_saved(model), options.epochs
     if not saved and not epochs:
         parsed = surgery.models.parse(model, weights=options.weights)
         if parsed.entry is not None and parsed.weights is None:

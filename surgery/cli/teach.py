@@ -17,9 +17,9 @@ from surgery.cli.losses import LossOptions, objectives
 from surgery.cli.options import is_saved, parse_device
 from surgery.cli.output import emit, table
 from surgery.cli.runs import one_after_the_other, under_way
-from surgery.errors import UsageError, whole_number
+from surgery.errors import UsageError
 from surgery.folders import refuse_folder, staged_folder
-from surgery.settings import DistillSettings, TrainSettings, option
+from surgery.settings import DistillSettings, Settings, TrainSettings, option
 from surgery.units import mebibytes, quantity
 
 if TYPE_CHECKING:
@@ -52,12 +52,12 @@ class LayerOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherOptions:
+class TeacherOptions(Settings):
     """How the networks are built, and the teacher is trained."""
 
     weights: str = option("none", "torchvision's weights: none, DEFAULT or one by name.", metavar="NAME")
     teacher_weights: str = option("none", "The same for the teacher.", metavar="NAME")
-    teacher_epochs: int = option(0, "Train the teacher first; 0: take it as it is.")
+    teacher_epochs: int = option(0, "Train the teacher first; 0: take it as it is.", least=0)
     teacher_lr: float | None = option(None, "Peak learning rate of the teacher. [default: usual with the optimizer]")
 
 
@@ -135,8 +135,8 @@ def distill(
 
 def _teacher_settings(teaching: TeacherOptions, settings: DistillSettings) -> TrainSettings | None:
     """How the teacher is trained, if it is."""
-    epochs = whole_number("teacher_epochs", teaching.teacher_epochs, 0)
-    return settings.training(epochs=epochs, lr=teaching.teacher_lr) if epochs else None
+    epochs, lr = teaching.teacher_epochs, teaching.teacher_lr
+    return settings.training(epochs=epochs, lr=lr) if epochs else None
 
 
 def _open(

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
-from surgery.cli import teach
 from surgery.cli.losses import LOSSES, LossOptions, objectives
 from surgery.cli.output import Bars
 from surgery.errors import UsageError
@@ -268,11 +267,13 @@ def test_every_loss_teaches(run, name):
 def test_every_option_reaches_the_distillation(run, monkeypatch):
     asked = {}
 
-    def take(student, teacher, data, **settings):
-        asked.update(settings, augment=data.augment, image_size=data.image_size, images=data.counts[0])
+    def take(student, teacher, data, settings, **options):
+        asked.update(
+            settings.to_dict(), **options, augment=data.augment, image_size=data.image_size, images=data.counts[0]
+        )
         raise UsageError("enough")
 
-    monkeypatch.setattr(teach, "run_distill", take)
+    monkeypatch.setattr(surgery, "distill", take)
     options = (
         "--guided 0 --guided 3 --hint 3 --hint 0 --regressor fc --hint-epochs 7 --epochs 9 --joint --loss rkd "
         "--weight labels=0.3 --label-smoothing 0.1 --optimizer sgd --lr 0.2 --hint-lr 0.3 --schedule constant "
@@ -286,7 +287,7 @@ def test_every_option_reaches_the_distillation(run, monkeypatch):
         "label_smoothing": 0.1, "optimizer": "sgd", "lr": 0.2, "hint_lr": 0.3, "schedule": "constant",
         "batch_size": 50, "cache": "none", "precision": "bf16", "workers": 1, "checkpoint_every": 11, "seed": 3,
         "test_each_epoch": True, "checkpoint": Path("made.unfinished"), "augment": "flip", "image_size": 8,
-        "images": 300, "channels_last": True,
+        "images": 300, "channels_last": True, "momentum": 0.9, "weight_decay": None,
     }  # fmt: skip
     assert {name: value for name, value in asked.items() if name != "progress"} == expected
 

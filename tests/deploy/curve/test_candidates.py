@@ -11,7 +11,7 @@ from surgery.deploy.curve.candidates import of_rate, parse, plan_candidates
 from surgery.deploy.curve.teaching import Lesson
 from surgery.errors import UsageError
 from surgery.operations.widen import widen
-from surgery.settings import TrainSettings
+from surgery.settings import TradeoffSettings, TrainSettings
 from surgery.training.data.data import load_data
 
 
@@ -197,5 +197,5 @@ def test_evolving_anything_but_a_split_rate_is_refused(dense, text, round_to, me
 
 
 def test_an_unknown_way_to_teach_is_refused():
-    with pytest.raises(UsageError, match="unknown way to teach 'hint'; did you mean 'hints'"):
-        Lesson("hint", None)
+    with pytest.raises(UsageError, match="unknown teach 'hint'; did you mean 'hints'"):
+        TradeoffSettings(teach="hint")

@@ -17,7 +17,7 @@ from surgery.training.data.data import load_data
 from surgery.training.distilling import distill as distilling
 from surgery.training.distilling.objectives import DKD, KD, RKD, Hint
 from surgery.training.evaluation import evaluate
-from surgery.training.loop import train
+from surgery.training.loop import train, train_in_place
 from tests.training.test_engine import run
 from tests.training.test_resume import assert_same, killed_after
 
@@ -50,7 +50,7 @@ def thin() -> nn.Module:
 @pytest.fixture(scope="module")
 def teacher(digits):
     model = traced(wide)
-    train(model, load_data("digits"), epochs=3, lr=0.05)
+    model = train(model, load_data("digits"), epochs=3, lr=0.05).module
     assert evaluate(model, digits.test).accuracy > 0.9
     return model
 
@@ -126,7 +126,7 @@ def test_objectives_are_learned_beside_labels(digits, teacher, objectives):
 def test_without_objectives_it_is_plain_training(digits, teacher):
     student = traced(thin)
     found = distill(student, teacher, digits, hint_epochs=0, epochs=2, objectives=(), label_smoothing=0.1)
-    train(student, digits, epochs=2, optimizer="adamw", label_smoothing=0.1)
+    student = train(student, digits, epochs=2, optimizer="adamw", label_smoothing=0.1).module
     assert_same(found.module, student)
 
 
@@ -221,9 +221,9 @@ def test_channels_may_be_innermost_in_memory_while_learning(digits, teacher, mon
     def watched(network, *args, **settings):
         weight = network.get_parameter("0.weight")
         innermost.append(weight.is_contiguous(memory_format=torch.channels_last))
-        return train(network, *args, **settings)
+        return train_in_place(network, *args, **settings)
 
-    monkeypatch.setattr(distilling, "train", watched)
+    monkeypatch.setattr(distilling, "train_in_place", watched)
     settings = {**SMALL, "optimizer": "sgd", "lr": 1e-4, "objectives": (KD(), Hint(guided="4", hint="3", weight=0.1))}
     plain, last = (distill(student, teacher, digits, channels_last=flag, **settings) for flag in (False, True))
     for stage in ("hints", "history"):
