@@ -268,9 +268,8 @@ def test_every_option_reaches_the_distillation(run, monkeypatch):
     asked = {}
 
     def take(student, teacher, data, settings, **options):
-        asked.update(
-            settings.to_dict(), **options, augment=data.augment, image_size=data.image_size, images=data.counts[0]
-        )
+        asked.update(settings.to_dict(), **options, augment=data.augment)
+        asked.update(image_size=data.image_size, images=data.counts[0])
         raise UsageError("enough")
 
     monkeypatch.setattr(surgery, "distill", take)
