@@ -154,7 +154,7 @@ def _steps(first: int, last: int | None, total: int, *, grows: bool) -> tuple[in
 
 
 def classification_loss(label_smoothing: float = 0.0) -> LossFn:
-    """Cross-entropy; auxiliary classifiers, which some models return beside their logits in training, count as well.
+    """Cross-entropy; auxiliary classifiers, which some models return with their logits in training, count as well.
 
     Their weights are those of the papers: 0.3 each for two (GoogLeNet), 0.4 for one (Inception v3).
     """

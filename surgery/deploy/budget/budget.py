@@ -159,7 +159,7 @@ def slim_to_budget(
         if kind == "latency_ms":
             dense = stack.enter_context(clock.ready(module))
             predict, before, space.round_to = _probed(module, dense, space, clock, before, round_to, tell)
-            measure = partial(_beside, dense, before=before, limit=limit, clock=clock)
+            measure = partial(_latency_of, dense, before=before, limit=limit, clock=clock)
         else:
             predict, measure = _counting(space.layers, module, kind), partial(_counted, kind=kind)
         damage = _damage(module, found, data, space, tell)
@@ -229,7 +229,7 @@ def _taken(module: nn.Module, kind: str, clock: Clock) -> float:
     return clock.times({"": module})[""].ms if kind == "latency_ms" else _counted(module, kind)
 
 
-def _beside(dense: nn.Module | Runner, module: nn.Module, *, before: float, limit: float, clock: Clock) -> float:
+def _latency_of(dense: nn.Module | Runner, module: nn.Module, *, before: float, limit: float, clock: Clock) -> float:
     """The latency of a module next to the dense model's, which is ``before``; the larger of two where it keeps to the
     limit."""
     with clock.ready(module) as slimmed:

@@ -77,7 +77,7 @@ def _point(axes: Axes, point: Point, limit: float, *, on_front: bool) -> None:
 
 
 def _names(figure: Figure, axes: Axes, result: Tradeoff) -> None:
-    """Each point's name beside it. The figure is laid out first, for places are found in its pixels."""
+    """Each point's name next to it. The figure is laid out first, for places are found in its pixels."""
     points = [*result.front, *(p for p in result.points if p not in result.front)]
     labels = [
         axes.annotate(

@@ -128,7 +128,7 @@ class Tradeoff:
 
     @property
     def name(self) -> str:
-        """The model's name without what its source says beside it."""
+        """The model's name without what its source says besides it."""
         return short(self.source)
 
     @property

@@ -290,7 +290,7 @@ def _objective(observed: Observed | None, label_weight: float, label_smoothing: 
 
 
 def _outputs(teacher: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
-    """The teacher's for a batch: cached beside its images, or computed now."""
+    """The teacher's for a batch: cached next to its images, or computed now."""
     images, _, *cached = batch
     if cached:
         return tuple(cached)
