@@ -81,7 +81,7 @@ class Clock:
         for chunk in chunks:
             compared = compare(
                 {first: baseline, **dict(chunk)},
-                self.settings.timing(memory=False),
+                settings=self.settings.timing(memory=False),
                 check=self.check and not found,
                 progress=lambda _, ready, total, before=done: tell("time", before + ready, steps),
             )

@@ -115,7 +115,7 @@ def tradeoff(
         with run.task("measure"):
             files = {c.candidate.folder: c.folder / ONNX_FILE for c in measured}
             timing = TimingSettings(threads=settings.threads, min_seconds=_MEASURED_SECONDS, seed=settings.seed)
-            comparison = compare(files, timing)
+            comparison = compare(files, settings=timing)
         result = Tradeoff(
             source=info(dense).source or type(source).__name__,
             data=DataSummary.of(data),

@@ -206,9 +206,7 @@ def test_a_model_that_is_timed_again_is_exported_once(monkeypatch):
 
     monkeypatch.setattr("surgery.deploy.measure.onnx_runtimes.export_onnx", export)
     brief = {"min_seconds": 0, "warmup": 0.01, "min_runs": 5}
-    monkeypatch.setattr(
-        "surgery.deploy.budget.clock.compare", lambda models, *s, **o: compare(models, *s, **{**o, **brief})
-    )
+    monkeypatch.setattr("surgery.deploy.budget.clock.compare", lambda models, **o: compare(models, **{**o, **brief}))
     wide, thin = (surgery.trace(nn.Linear(4, n).eval(), torch.zeros(2, 4)) for n in (64, 2))
     clock = Clock(surgery.TimingSettings(threads=1))
     with clock.ready(wide) as kept:
@@ -220,7 +218,7 @@ def test_a_model_that_is_timed_again_is_exported_once(monkeypatch):
 def test_setting_models_up_counts_for_progress(monkeypatch):
     brief = {"min_seconds": 0, "warmup": 0.01, "memory": False, "min_runs": 5}
     monkeypatch.setattr(
-        "surgery.deploy.budget.clock.compare", lambda files, *s, **given: compare(files, *s, **{**given, **brief})
+        "surgery.deploy.budget.clock.compare", lambda files, **given: compare(files, **{**given, **brief})
     )
     small = surgery.trace(nn.Linear(4, 2).eval(), torch.zeros(2, 4))
     told = []

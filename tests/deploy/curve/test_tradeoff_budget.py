@@ -32,7 +32,7 @@ def measured_in_passing():
     """How models are timed is not what is tested here."""
     brief = {"min_seconds": 0, "warmup": 0.01, "memory": False, "min_runs": 5}
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("curve.tradeoff", "budget.parts"):
+        for module in ("curve.tradeoff", "budget.clock"):
             patch.setattr(
                 f"surgery.deploy.{module}.compare", lambda files, **given: compare(files, **{**given, **brief})
             )

@@ -140,7 +140,7 @@ def test_what_is_reused_must_be_a_run(tmp_path):
     ("text", "message"),
     [
         ("{", "trained.json cannot be read (Expecting"),
-        (json.dumps({"key": "a"}), "trained.json is not complete: remove its folder to train that model anew"),
+        (json.dumps({"key": "a"}), "trained.json is not complete: remove its folder to train that model again"),
     ],
 )
 def test_a_record_that_is_broken_is_refused_with_what_to_do(tmp_path, text, message):
