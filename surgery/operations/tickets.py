@@ -120,7 +120,8 @@ def hold_masked(module: nn.Module, masks: Mapping[str, Tensor]) -> Callable[...,
     """A function that sets the masked weights of ``module`` to 0, in place.
 
     Called after each step of an optimiser it keeps a ticket to its mask, whatever momentum and weight decay do. It
-    takes any arguments and so can be registered: ``optimizer.register_step_post_hook(hold_masked(ticket, masks))``. It
+    takes any arguments and so can be registered: ``optimizer.register_step_post_hook(hold_masked(ticket, masks))``.
+    Called with a module, as ``after_step`` of `surgery.train` is, it holds that copy of ``module`` instead. It
     holds the masks in the weights' dtype.
 
     Raises:
@@ -128,10 +129,12 @@ def hold_masked(module: nn.Module, masks: Mapping[str, Tensor]) -> Callable[...,
     """
     parameters = dict(module.named_parameters())
     pruned = {name: mask for name, mask in by_first_name(module, masks).items() if not bool(mask.all())}
-    weights: list[Tensor] = [parameters[name] for name in pruned]
     factors: list[Tensor] = [mask.to(parameters[name].dtype) for name, mask in pruned.items()]
 
-    def hold(*_: Any) -> None:
+    def hold(*called: Any) -> None:
+        copied = bool(called) and isinstance(called[0], nn.Module) and called[0] is not module
+        held = dict(called[0].named_parameters()) if copied else parameters
+        weights: list[Tensor] = [held[name] for name in pruned]
         if weights:
             with torch.no_grad():
                 torch._foreach_mul_(weights, factors)
