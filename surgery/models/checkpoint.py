@@ -18,13 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from surgery import models as catalogue
 from surgery.edit.apply import apply
 from surgery.edit.recipe import Recipe, recipe
 from surgery.errors import SurgeryError, UsageError
 from surgery.folders import refuse_folder, staged_folder
 from surgery.graph.structure import changes_since_seal, hooks
 from surgery.graph.tracing import TensorSpec, info, inputs_like, trace, with_info
+from surgery.models.building import build
 
 RECIPE, WEIGHTS = "recipe.json", "weights.safetensors"
 
@@ -96,7 +96,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, t
         if model is None:
             if steps.source is None:
                 raise UsageError(f"{source} does not say where its architecture comes from: pass model=")
-            model = catalogue.build(steps.source, trust=trust)
+            model = build(steps.source, trust=trust)
         specs = _decode(content["inputs"]["args"]), _decode(content["inputs"]["kwargs"])
         args, kwargs = inputs_like(specs, model)
         traced = trace(model, args, kwargs=kwargs, source=steps.source)
