@@ -12,15 +12,21 @@ from surgery.version import __version__ as __version__
 _HOMES = {
     "axes.analysis": "dimension_groups",
     "axes.groups": "DimensionGroup Member",
+    "axes.labels": "Field Labelled",
+    "axes.ops": "Op",
     "counting.changes": "Changes changes",
     "counting.cost": "Cost cost weight_macs",
     "counting.group_cost": "GroupCost group_costs",
     "deploy.budget.budget": "Budgeted slim_to_budget",
-    "deploy.budget.sensitivity": "Sensitivity sensitivity",
+    "deploy.budget.sensitivity": "Sensitivity sensitivity write_sensitivity",
+    "deploy.classifiers": "classifier data_for",
+    "deploy.curve.points": "DataSummary Point Tradeoff",
     "deploy.curve.tradeoff": "tradeoff",
     "deploy.draw": "draw_groups",
-    "deploy.measure.benchmark": "benchmark compare sweep",
-    "deploy.onnx.export": "export_onnx",
+    "deploy.generations": "draw_generations",
+    "deploy.measure.benchmark": "benchmark BenchmarkResult compare Comparison Ratio sweep",
+    "deploy.measure.environment": "environment",
+    "deploy.onnx.export": "Export export_onnx",
     "edit.apply": "apply",
     "edit.copies": "Noise",
     "edit.insert_block": "InsertBlock",
@@ -32,6 +38,7 @@ _HOMES = {
     "edit.step": "AxisOrigin Inserted Origin Step",
     "edit.switch_off": "SwitchOff",
     "errors": "EditError ExportError SurgeryError TraceError UsageError VerificationError WeightsWarning",
+    "graph.table": "NodeEdit oprule restore_rules",
     "graph.tracing": "example_inputs trace",
     "models.checkpoint": "load save",
     "models.detectors": "comparable",
@@ -42,25 +49,28 @@ _HOMES = {
     "operations.tickets": "hold_masked magnitude_masks rewind",
     "operations.verify": "Verification verify",
     "operations.widen": "unwidened widen",
-    "rules": "oprule",
     "selectors": "select",
+    "settings": "BudgetSettings DistillSettings EvolveSettings "
+    "LotterySettings TimingSettings TradeoffSettings TrainSettings",
     "taps.hints": "HintPair attach_hint",
     "taps.stages": "Stage stages",
-    "training.data.data": "load_data",
+    "training.data.cache": "cache_bytes",
+    "training.data.data": "Data load_data",
     "training.distilling.distill": "Distillation distill",
     "training.distilling.objectives": "DKD KD RKD AttentionTransfer Hint Objective ReviewKD",
     "training.distilling.observed": "observe",
+    "training.engine": "Engine",
     "training.evaluation": "evaluate",
-    "training.evolve": "Evolution evolve",
+    "training.evolve": "Evolution evolve Generation",
     "training.growth": "Growth",
-    "training.history": "History",
+    "training.history": "History Score",
     "training.loop": "train",
-    "training.lottery": "Lottery lottery",
+    "training.lottery": "Lottery lottery Ticket",
     "training.optimizer": "transfer_optimizer",
 }
 """The module in which each public name lives. `TYPE_CHECKING` below says the same to type checkers and editors."""
 
-_MODULES = ("errors", "folders", "models", "progress", "units")
+_MODULES = ("errors", "folders", "models", "progress", "settings", "units")
 """Modules that are public as a whole, as in ``surgery.models.list_models()``."""
 
 if TYPE_CHECKING:
@@ -68,10 +78,14 @@ if TYPE_CHECKING:
     from surgery import folders as folders
     from surgery import models as models
     from surgery import progress as progress
+    from surgery import settings as settings
     from surgery import units as units
     from surgery.axes.analysis import dimension_groups as dimension_groups
     from surgery.axes.groups import DimensionGroup as DimensionGroup
     from surgery.axes.groups import Member as Member
+    from surgery.axes.labels import Field as Field
+    from surgery.axes.labels import Labelled as Labelled
+    from surgery.axes.ops import Op as Op
     from surgery.counting.changes import Changes as Changes
     from surgery.counting.changes import changes as changes
     from surgery.counting.cost import Cost as Cost
@@ -83,11 +97,23 @@ if TYPE_CHECKING:
     from surgery.deploy.budget.budget import slim_to_budget as slim_to_budget
     from surgery.deploy.budget.sensitivity import Sensitivity as Sensitivity
     from surgery.deploy.budget.sensitivity import sensitivity as sensitivity
+    from surgery.deploy.budget.sensitivity import write_sensitivity as write_sensitivity
+    from surgery.deploy.classifiers import classifier as classifier
+    from surgery.deploy.classifiers import data_for as data_for
+    from surgery.deploy.curve.points import DataSummary as DataSummary
+    from surgery.deploy.curve.points import Point as Point
+    from surgery.deploy.curve.points import Tradeoff as Tradeoff
     from surgery.deploy.curve.tradeoff import tradeoff as tradeoff
     from surgery.deploy.draw import draw_groups as draw_groups
+    from surgery.deploy.generations import draw_generations as draw_generations
+    from surgery.deploy.measure.benchmark import BenchmarkResult as BenchmarkResult
+    from surgery.deploy.measure.benchmark import Comparison as Comparison
+    from surgery.deploy.measure.benchmark import Ratio as Ratio
     from surgery.deploy.measure.benchmark import benchmark as benchmark
     from surgery.deploy.measure.benchmark import compare as compare
     from surgery.deploy.measure.benchmark import sweep as sweep
+    from surgery.deploy.measure.environment import environment as environment
+    from surgery.deploy.onnx.export import Export as Export
     from surgery.deploy.onnx.export import export_onnx as export_onnx
     from surgery.edit.apply import apply as apply
     from surgery.edit.copies import Noise as Noise
@@ -111,6 +137,9 @@ if TYPE_CHECKING:
     from surgery.errors import UsageError as UsageError
     from surgery.errors import VerificationError as VerificationError
     from surgery.errors import WeightsWarning as WeightsWarning
+    from surgery.graph.table import NodeEdit as NodeEdit
+    from surgery.graph.table import oprule as oprule
+    from surgery.graph.table import restore_rules as restore_rules
     from surgery.graph.tracing import example_inputs as example_inputs
     from surgery.graph.tracing import trace as trace
     from surgery.models.checkpoint import load as load
@@ -130,12 +159,20 @@ if TYPE_CHECKING:
     from surgery.operations.verify import verify as verify
     from surgery.operations.widen import unwidened as unwidened
     from surgery.operations.widen import widen as widen
-    from surgery.rules import oprule as oprule
     from surgery.selectors import select as select
+    from surgery.settings import BudgetSettings as BudgetSettings
+    from surgery.settings import DistillSettings as DistillSettings
+    from surgery.settings import EvolveSettings as EvolveSettings
+    from surgery.settings import LotterySettings as LotterySettings
+    from surgery.settings import TimingSettings as TimingSettings
+    from surgery.settings import TradeoffSettings as TradeoffSettings
+    from surgery.settings import TrainSettings as TrainSettings
     from surgery.taps.hints import HintPair as HintPair
     from surgery.taps.hints import attach_hint as attach_hint
     from surgery.taps.stages import Stage as Stage
     from surgery.taps.stages import stages as stages
+    from surgery.training.data.cache import cache_bytes as cache_bytes
+    from surgery.training.data.data import Data as Data
     from surgery.training.data.data import load_data as load_data
     from surgery.training.distilling.distill import Distillation as Distillation
     from surgery.training.distilling.distill import distill as distill
@@ -147,13 +184,17 @@ if TYPE_CHECKING:
     from surgery.training.distilling.objectives import Objective as Objective
     from surgery.training.distilling.objectives import ReviewKD as ReviewKD
     from surgery.training.distilling.observed import observe as observe
+    from surgery.training.engine import Engine as Engine
     from surgery.training.evaluation import evaluate as evaluate
     from surgery.training.evolve import Evolution as Evolution
+    from surgery.training.evolve import Generation as Generation
     from surgery.training.evolve import evolve as evolve
     from surgery.training.growth import Growth as Growth
     from surgery.training.history import History as History
+    from surgery.training.history import Score as Score
     from surgery.training.loop import train as train
     from surgery.training.lottery import Lottery as Lottery
+    from surgery.training.lottery import Ticket as Ticket
     from surgery.training.lottery import lottery as lottery
     from surgery.training.optimizer import transfer_optimizer as transfer_optimizer
 else:  # a type checker that saw this would take any name for one of the package

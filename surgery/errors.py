@@ -36,16 +36,17 @@ class WeightsWarning(UserWarning):
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
-    """A `UsageError` for ``name``, which is no known ``kind``, listing the closest known names."""
+    """Make a `UsageError` for a ``kind`` that does not exist, which lists the closest names, or all if they are few."""
     options = sorted(set(known))
     text = name if isinstance(name, str) else ""
     close = difflib.get_close_matches(text, options, n=4, cutoff=0.5) or [o for o in options if text and text in o][:4]
-    hint = f"; did you mean {', '.join(map(repr, close))}?" if close else f" ({len(options)} are known)"
+    all_of_them = f": one of {', '.join(map(repr, options))}" if len(options) <= 8 else f" ({len(options)} are known)"
+    hint = f"; did you mean {', '.join(map(repr, close))}?" if close else all_of_them
     return UsageError(f"unknown {kind} {name!r}{hint}")
 
 
 def whole_number(what: str, value: object, least: int) -> int:
-    """``value`` as an int; a `UsageError` that says ``what`` it is, where it is no whole number or below ``least``."""
+    """Return ``value`` as an int; raise `UsageError` unless it is a whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise UsageError(f"{what} must be a whole number of at least {least}, not {value!r}")
     return int(value)

@@ -1,28 +1,33 @@
-"""What the tests share: models whose norms are random, so that no channel can be mistaken for another."""
+"""Fixtures of all tests, and what holds for each of them."""
 
 from __future__ import annotations
 
 import gc
+import socket
 import sys
 import textwrap
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torchvision import models
-from torchvision.models import convnext, swin_transformer, video
-from torchvision.models.video import mvit
-from torchvision.ops import StochasticDepth
 
-import surgery
-from surgery import models as catalogue
 from surgery.cli import main
+from surgery.training.data.data import Data
+from tests.helpers import load_digits
+from tests.sweeps import is_slow
+from tests.zoo import FAMILIES, Family, build_family
+
+ROOT = Path(__file__).parents[1]
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in filter(is_slow, items):
+        item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -31,113 +36,38 @@ def pytest_runtest_setup() -> None:
     torch.manual_seed(0)
 
 
-FAMILIES: dict[str, int | None] = {
-    "alexnet": 64,
-    "vgg11_bn": 32,
-    "resnet18": 64,
-    "resnext50_32x4d": 64,
-    "squeezenet1_1": 64,
-    "densenet121": 64,
-    "googlenet": 96,
-    "inception_v3": 299,
-    "mobilenet_v2": 64,
-    "mobilenet_v3_small": 64,
-    "mnasnet0_5": 64,
-    "efficientnet_b0": 64,
-    "regnet_y_400mf": 64,
-    "shufflenet_v2_x0_5": 64,
-    "quantized_mobilenet_v2": 64,
-    "deeplabv3_mobilenet_v3_large": 64,
-    "lraspp_mobilenet_v3_large": 64,
-    "vision transformer": None,
-    "swin": None,
-    "swin v2": None,
-    "swin 3d": None,
-    "mvit v1": None,
-    "mvit v2": None,
-    "maxvit": None,
-    "convnext": None,
-    "r3d": None,
-    "r(2+1)d": None,
-}
-"""One small model a family, and the image size it is tested at; those without are made small in `SMALL`.
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """Only this machine can be reached."""
+    connect = socket.socket.connect
 
-Detection and RAFT have tests of their own: `test_islands.py`, `test_control_flow.py`."""
+    def local(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"tests use no network, and {address} is not on this machine")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", local)
+        yield
 
 
-def _swin(block: Any, merging: Any) -> nn.Module:
-    return models.SwinTransformer(
-        [4, 4], 12, [2, 2], [2, 4], [3, 3], num_classes=10, block=block, downsample_layer=merging
-    )
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """The folder of the repository holds the same files afterwards, but for those of Python's tools."""
+    before = set(_files())
+    yield
+    assert sorted(set(_files()) - before) == []
 
 
-def _mvit(new: bool) -> nn.Module:
-    """The parts of version 2, or of version 1."""
-    options = {"residual_pool": new, "residual_with_cls_embed": not new, "rel_pos_embed": new, "proj_after_attn": new}
-    stages = [(2, 12, 12, []), (2, 12, 24, [1, 2, 2]), (4, 24, 24, [1, 1, 1])]
-    blocks = [
-        mvit.MSBlockConfig(heads, wide, out, [3, 3, 3] if stride else [], [3, 3, 3], stride, [1, 2, 2])
-        for heads, wide, out, stride in stages
-    ]
-    return models.video.MViT((32, 32), 4, blocks, num_classes=10, stochastic_depth_prob=0.1, **options)
+def _files() -> Iterator[Path]:
+    for folder in (ROOT, ROOT / "tests", ROOT / "docs", ROOT / "benchmarks" / "results"):
+        yield from (path for path in folder.iterdir() if not path.name.startswith((".", "__pycache__")))
 
 
-def _video_resnet(conv: Any, stem: Any) -> nn.Module:
-    return video.resnet.VideoResNet(video.resnet.BasicBlock, [conv] * 4, [1, 1, 1, 1], stem, num_classes=10)
-
-
-SMALL: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]]]] = {
-    "vision transformer": (lambda: models.VisionTransformer(32, 8, 2, 3, 24, 48, num_classes=10), [(2, 3, 32, 32)]),
-    "swin": (lambda: _swin(swin_transformer.SwinTransformerBlock, swin_transformer.PatchMerging), [(2, 3, 40, 32)]),
-    "swin v2": (
-        lambda: _swin(swin_transformer.SwinTransformerBlockV2, swin_transformer.PatchMergingV2),
-        [(2, 3, 40, 32)],
-    ),
-    "swin 3d": (
-        lambda: models.video.SwinTransformer3d([2, 4, 4], 12, [2, 2], [2, 4], [2, 3, 3], num_classes=10),
-        [(2, 3, 5, 40, 32)],
-    ),
-    "mvit v1": (lambda: _mvit(new=False), [(2, 3, 4, 32, 32)]),
-    "mvit v2": (lambda: _mvit(new=True), [(2, 3, 4, 32, 32)]),
-    "maxvit": (lambda: models.MaxVit((56, 56), 8, 7, [8, 16], [1, 1], 4, 0.1, num_classes=10), [(2, 3, 56, 56)]),
-    "convnext": (
-        lambda: models.ConvNeXt(
-            [convnext.CNBlockConfig(8, 12, 2), convnext.CNBlockConfig(12, None, 2)], 0.1, num_classes=10
-        ),
-        [(2, 3, 40, 40)],
-    ),
-    "r3d": (lambda: _video_resnet(video.resnet.Conv3DSimple, video.resnet.BasicStem), [(2, 3, 4, 32, 32)]),
-    "r(2+1)d": (lambda: _video_resnet(video.resnet.Conv2Plus1D, video.resnet.R2Plus1dStem), [(2, 3, 4, 32, 32)]),
-}
-"""How to make a small model of the same parts, and the shapes of its inputs."""
-
-
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every norm random affine parameters and statistics, and values to whatever starts at a constant."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if norm:
-            for tensor, low in ((module.weight, 0.5), (module.bias, -0.5), (module.running_mean, -0.5)):
-                if tensor is not None:
-                    tensor.data.copy_(torch.rand(tensor.shape, generator=generator) + low)
-            if module.running_var is not None:
-                module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
-        for name, parameter in () if norm else module.named_parameters(recurse=False):
-            if parameter.numel() > 1 and (parameter == parameter.flatten()[0]).all():
-                low = 0.5 if name == "weight" and parameter.ndim == 1 else -0.5
-                parameter.data.copy_(torch.rand(parameter.shape, generator=generator) + low)
-    return model
-
-
-@dataclass(frozen=True)
-class Family:
-    """A model of a family in float64 and evaluation mode, with random norms; the same, traced; and its inputs."""
-
-    name: str
-    model: nn.Module
-    traced: nn.Module
-    x: Any
+@pytest.fixture(scope="module")
+def digits(request: pytest.FixtureRequest) -> Data:
+    """The digits of scikit-learn; as many as the module's ``DIGITS`` says, where it has one."""
+    return load_digits(getattr(request.module, "DIGITS", None))
 
 
 @pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in FAMILIES])
@@ -145,19 +75,6 @@ def family(request: pytest.FixtureRequest) -> Iterator[Family]:
     """Each family in turn: all tests of one before the next, so that one model is held at a time."""
     yield build_family(request.param)
     gc.collect()
-
-
-def build_family(name: str) -> Family:
-    with warnings.catch_warnings(), torch.random.fork_rng():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        size = FAMILIES[name]
-        make, shapes = SMALL[name] if size is None else (lambda: catalogue.build(name, seed=0), [(2, 3, size, size)])
-        model = randomised(make()).double().eval()
-    generator = torch.Generator().manual_seed(1)
-    inputs = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    x = inputs if len(inputs) > 1 else inputs[0]
-    return Family(name, model, surgery.trace(model, x, source=f"torchvision:{name}"), x)
 
 
 @pytest.fixture
@@ -185,17 +102,3 @@ def module_in_folder(tmp_path, monkeypatch):
         return tmp_path
 
     return write
-
-
-def traced_of(make: Callable[[], nn.Module], *shape: int) -> tuple[nn.Module, torch.Tensor]:
-    """The model in float64, with random norms and nothing that is random in training."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = randomised(make()).double().eval()
-        x = torch.randn(shape, dtype=torch.float64)
-    for module in model.modules():
-        if isinstance(module, (nn.Dropout, StochasticDepth)):
-            module.p = 0.0
-        elif isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
-    return surgery.trace(model, x), x

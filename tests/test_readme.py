@@ -1,4 +1,4 @@
-"""The README's Python runs as printed, and its shell commands exist."""
+"""The Python of the README and of the architecture page runs as printed, and the README's shell commands exist."""
 
 from __future__ import annotations
 
@@ -6,14 +6,36 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from surgery.cli import main
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_the_example_of_the_architecture_page_runs_and_prints_what_it_says(capsys):
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    for block in blocks("python", (ROOT / "docs" / "architecture.md").read_text()):
+        exec(compile(block, "architecture.md", "exec"), names)
+    stem, recipe = capsys.readouterr().out.splitlines()
+    assert stem.startswith("stem 8 ['stem.weight[0]', 'stem.bias[0]', 'norm.weight[0]', ")
+    assert stem.endswith("'down.weight[1]', 'up.weight[0]', 'up.bias[0]', 'head.weight[1]']")
+    assert '"steps": [{"step": "Reindex", "indices": {"stem": ["0:8", 2, 1, 1, 1]}}]' in recipe
+
+
+def test_the_files_that_the_pages_for_developers_name_are_there():
+    named = set(re.findall(r"`((?:surgery|tests|benchmarks|docs)/[\w/.]+)`", (ROOT / "CONTRIBUTING.md").read_text()))
+    for row in (ROOT / "docs" / "architecture.md").read_text().splitlines():
+        if found := re.match(r"\| `(\w+)/` \|.*\| ([^|]*) \|$", row):
+            named |= {f"surgery/{found[1]}/{file}" for file in re.findall(r"`([\w/]+\.py)`", found[2])}
+    assert len(named) > 20
+    assert {path for path in named if not (ROOT / path).exists()} == set()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -19,20 +19,21 @@ def net() -> nn.Module:
     return surgery.trace(torchvision.models.resnet18(num_classes=10).eval(), torch.randn(SHAPE))
 
 
-class Recurrent(nn.Module):
+class Paired(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.act = nn.Linear(8, 12), nn.ReLU()
         self.second = nn.Linear(12, 8)
-        self.lstm, self.fc = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 4)
+        self.pair, self.fc = nn.Bilinear(8, 8, 8), nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.lstm(self.second(self.act(self.first(x))))[0])  # type: ignore[no-any-return]
+        x = self.second(self.act(self.first(x)))
+        return self.fc(self.pair(x, x))  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
-def recurrent() -> nn.Module:
-    return surgery.trace(Recurrent(), torch.randn(2, 3, 8))
+def paired() -> nn.Module:
+    return surgery.trace(Paired(), torch.randn(2, 8))
 
 
 @pytest.mark.parametrize(
@@ -109,21 +110,21 @@ def test_selectors_of_one_rank_that_disagree_are_refused(net: nn.Module) -> None
 
     with pytest.raises(surgery.UsageError, match=r"asks for .* of group .*: name .* as well to decide"):
         surgery.slim(net, {convs: 0.5, nn.Conv2d: 0.25})
-    with pytest.raises(surgery.UsageError, match=r"'layer4.0.conv1' asks for 0.5 of group .*, 'layer4"):
+    with pytest.raises(surgery.UsageError, match=r"asks for 0.25 of group 'layer4.0.conv1', 'layer4.0.conv1' for 0.5"):
         surgery.slim(net, {("conv1", "layer4.0.conv1"): 0.5, "layer4.0.conv1.weight": 0.25})
 
 
-@pytest.mark.parametrize("where", ["lstm", nn.LSTM, "lst*"])
-def test_what_cannot_be_edited_is_refused_with_its_reason(recurrent: nn.Module, where: Any) -> None:
-    with pytest.raises(surgery.EditError, match="lstm is a recurrent layer, which is left alone"):
-        surgery.slim(recurrent, {where: 0.5})
-    with pytest.raises(surgery.EditError, match="lstm is a recurrent layer, which is left alone"):
-        surgery.widen(recurrent, {where: 2.0})
+@pytest.mark.parametrize("where", ["pair", nn.Bilinear, "pai*"])
+def test_what_cannot_be_edited_is_refused_with_its_reason(paired: nn.Module, where: Any) -> None:
+    with pytest.raises(surgery.EditError, match="pair has no rule"):
+        surgery.slim(paired, {where: 0.5})
+    with pytest.raises(surgery.EditError, match="pair has no rule"):
+        surgery.widen(paired, {where: 2.0})
 
 
-def test_a_layer_without_channels_names_the_one_that_writes_them(recurrent: nn.Module) -> None:
+def test_a_layer_without_channels_names_the_one_that_writes_them(paired: nn.Module) -> None:
     with pytest.raises(surgery.EditError, match=r"'act' cannot be edited: it has no channels of its own; .* 'first'"):
-        surgery.slim(recurrent, {"act": 0.5})
+        surgery.slim(paired, {"act": 0.5})
 
 
 def test_reindex_takes_selectors(net: nn.Module) -> None:
@@ -168,3 +169,17 @@ def test_hints_take_selectors(net: nn.Module) -> None:
     pair = surgery.attach_hint(net, net, guided="layer[12]", hint=["layer2", "layer2"])
     assert pair.names == (("layer1", "layer2"), ("layer2", "layer2"))
     assert surgery.attach_hint(net, net, guided={"layer2*": nn.Linear}).names == (("layer2", "fc"),)
+
+
+@pytest.mark.parametrize("whole", ["layer3", "layer3*", ["layer3.0", "layer3.1"], lambda name, _: name == "layer3"])
+def test_reset_hypothesis_keeps_a_container_whole(net: nn.Module, whole: Any) -> None:
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None:
+            layer.running_mean.fill_(0.5)
+    reset = surgery.reset_hypothesis(net, surgery.split_masks(net, 0.5), whole=whole).state_dict()
+    same = {name for name, tensor in net.state_dict().items() if torch.equal(tensor, reset[name])}
+    assert {name for name in reset if name.startswith("layer3.")} <= same
+    assert not {name for name in same if name.startswith("layer2.") and "conv" in name}
+    assert "layer2.0.bn1.running_mean" not in same
+    with pytest.raises(surgery.UsageError, match="unknown layer or parameter 'layr3'"):
+        surgery.reset_hypothesis(net, {}, whole="layr3")

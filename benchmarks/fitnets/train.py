@@ -172,7 +172,7 @@ def teach(settings: TrainSettings, seed: int, validation: bool) -> tuple[dict[st
         **{"net": settings.teacher, "method": "teacher", "lr": settings.teacher_lr},
         **{"seed": seed, "validation": validation},
     }
-    return _record(key, teacher, history, None, started), save(teacher.state_dict())
+    return _record(key, teacher, history, None, started), save(history.module.state_dict())
 
 
 def learn(settings: TrainSettings, task: Task, weights: bytes) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from torch.utils.data import Subset, TensorDataset
 import surgery
 from surgery import models as catalogue
 from surgery.training.data.data import Data, Images
-from surgery.training.engine import mixed_seed
 from surgery.training.evolve import evolve, recalibrated
 from surgery.training.history import Score
+from surgery.training.modes import mixed_seed
 
 ARMS = ("evolution", "long")
 """Generations; as many epochs at once, nothing drawn anew."""
@@ -150,6 +150,7 @@ def _at_once(settings: Settings, task: Task, data: Data, network: nn.Module) -> 
         network, data, epochs=settings.generations * task.epochs, lr=task.lr, batch_size=settings.batch_size,
         seed=mixed_seed(task.seed, 0), **PAPER,
     )  # fmt: skip
+    network = history.module
     slim = surgery.slim(network, settings.split_rate)
     return {
         "dense": [_correct(network, data)],

@@ -19,7 +19,7 @@ import surgery
 from surgery import models as catalogue
 from surgery.deploy.measure.benchmark import ratio_of_medians
 from surgery.training.data.data import Data, Normalisation
-from surgery.training.evolve import evolve
+from surgery.training.evolve import PAPER, evolve
 from surgery.training.history import Score
 
 WAYS = ("torch", "train", "evolve")
@@ -99,7 +99,7 @@ def plain(model: nn.Module, data: Data, settings: StepSettings) -> list[float]:
 def trained(traced: nn.Module, data: Data, settings: StepSettings) -> list[float]:
     stamps = []
     surgery.train(
-        copy.deepcopy(traced), data, epochs=1, lr=settings.lr, batch_size=settings.batch_size, label_smoothing=0.1,
+        traced, data, epochs=1, lr=settings.lr, batch_size=settings.batch_size, label_smoothing=0.1,
         weight_decay=1e-4, schedule="warmup-cosine", progress=lambda *_: stamps.append(time.perf_counter()),
     )  # fmt: skip
     return _between(stamps)
@@ -113,8 +113,8 @@ def evolved(traced: nn.Module, data: Data, settings: StepSettings) -> list[float
             stamps.append(time.perf_counter())
 
     evolve(
-        traced, data, settings.split_rate, 2, epochs=1, lr=settings.lr, batch_size=settings.batch_size, progress=told,
-        score=lambda network: Score(0, 1),
+        traced, data, settings.split_rate, 2, PAPER, epochs=1, lr=settings.lr, batch_size=settings.batch_size,
+        progress=told, score=lambda network: Score(0, 1),
     )  # fmt: skip
     return _between(stamps)
 

@@ -152,6 +152,7 @@ def run(
         loss_fn=augmented(classification_loss()),
         test_each_epoch=True,
     )
+    net.load_state_dict(history.module.state_dict())
     scores = [first.accuracy, *(epoch.score.accuracy for epoch in history.epochs if epoch.score)]
     cost = surgery.cost(net)
     print(

@@ -18,8 +18,8 @@ from torch import fx, nn
 
 from surgery.axes.factored import settle
 from surgery.axes.groups import DimensionGroup, list_groups
-from surgery.axes.labels import Ids, close
-from surgery.axes.ledger import Called, Findings, NodeKey, Norm, ParamKey, labelled_leaves
+from surgery.axes.labels import Ids
+from surgery.axes.ledger import Called, NodeKey, Norm, ParamKey
 from surgery.axes.numbering import Named, number_units
 from surgery.axes.recording import collect_findings
 from surgery.axes.state import State, read_state
@@ -115,31 +115,15 @@ def analyse(module: nn.Module) -> Analysis:
     """
     state = read_state(module)
     known: Remembered | None = module.__dict__.get("_analysis")
-    if known is None or known.state != state:
-        args, kwargs = example_inputs(module)
-        known = Remembered(state, make_analysis(collect_findings(module, args, kwargs, info(module).modes)))
-        module.__dict__["_analysis"] = known
-    return known.analysis
-
-
-@dataclass(frozen=True, eq=False)
-class Remembered:
-    """An analysis and the state that it belongs to. A copy of the module does not take it along."""
-
-    state: State
-    analysis: Analysis
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
-
-def make_analysis(findings: Findings) -> Analysis:
-    """Number the units, list the groups, and close what the rules said."""
-    numbering = number_units(findings, settle(findings))
-    for value in labelled_leaves(list(findings.nodes.values())):
-        for f in value.fields:
-            close(f.ids)
-    return Analysis(
+    if known is not None and known.state == state:
+        return known.analysis
+    # A batch of one cannot be told from other axes of size 1, nor a batch times heads from the heads.
+    args, kwargs = example_inputs(module, batch_size=2 if info(module).batched else None)
+    findings = collect_findings(module, args, kwargs, info(module).modes)
+    findings.close()
+    settled = settle(findings)
+    numbering = number_units(findings, settled)
+    found = Analysis(
         groups=list_groups(findings, numbering),
         count=len(numbering.frozen),
         unit_of=numbering.unit_of,
@@ -151,8 +135,21 @@ def make_analysis(findings: Findings) -> Analysis:
         mixed=numbering.mixed,
         single=numbering.single,
         norms=tuple(findings.norms),
-        sums=tuple((key, close(ids)) for key, ids in findings.sums),
-        values=MappingProxyType(dict(findings.nodes)),
-        graphs=MappingProxyType(dict(findings.graphs)),
+        sums=tuple(findings.sums),
+        values=MappingProxyType(findings.nodes),
+        graphs=MappingProxyType(findings.graphs),
         calls=tuple(findings.calls),
     )
+    module.__dict__["_analysis"] = Remembered(state, found)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Remembered:
+    """An analysis and the state that it belongs to. A copy of the module does not take it along."""
+
+    state: State
+    analysis: Analysis
+
+    def __reduce__(self) -> Any:
+        return type(None), ()

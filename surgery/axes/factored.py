@@ -34,8 +34,8 @@ class Settled:
 def settle(findings: Findings) -> Settled:
     """Decide for every grid which of its axes may change. ``findings`` are not changed.
 
-    A grid of which one axis is free is decided by that axis; this ties more ids, which may decide others. Where no more
-    are decided so, the rows of the remaining grids are tied: their last axis may change.
+    A grid with one free axis is decided: that axis may change. This ties more ids, which may decide other grids. When
+    it decides no more, the rows of the remaining grids are tied, so that their last axis may change.
     """
     ties, frozen, rows = list(findings.ties), list(findings.frozen), list(findings.rows)
     component = find_components(ties, findings.count)
@@ -74,7 +74,7 @@ def _free_axes(component: Ids) -> list[int]:
 
 
 def _rows(grid: Grid, axis: int | None) -> list[Row]:
-    """The rows of a grid of which ``axis`` may change, if there are several."""
+    """The rows of a grid whose ``axis`` may change, if there are several."""
     before = math.prod(grid.ids.shape[:axis]) if axis else 1
     if before <= 1:
         return []

@@ -15,6 +15,7 @@ from surgery.axes.labels import Ids
 from surgery.axes.ledger import Findings, ParamKey
 from surgery.axes.numbering import Named, Numbering
 from surgery.errors import UsageError, unknown_name
+from surgery.graph.table import layer_tensors
 
 Edge = tuple[Any, Any, str]
 """Two axes of parameters or activations, and the op that ties them."""
@@ -39,17 +40,10 @@ class Member:
     @property
     def layer(self) -> str:
         """Qualified name of the layer; of the parameter itself where it stands alone in its container."""
-        return self.name.rpartition(".")[0] if self.name.rpartition(".")[2] in _LAYER_TENSORS else self.name
+        return self.name.rpartition(".")[0] if self.name.rpartition(".")[2] in layer_tensors() else self.name
 
     def __str__(self) -> str:
         return f"{self.name}[{self.axis}]"
-
-
-_LAYER_TENSORS = {
-    *("weight", "bias", "running_mean", "running_var"),
-    *("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
-}
-"""Names of tensors that belong to a layer of torch.nn; another stands alone in its container."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +202,7 @@ def _role(roles: frozenset[str]) -> str:
 
 
 def _by_group(said: Named, group_of: Ids, count: int) -> list[dict[str, None]]:
-    """For each group what was said of any unit of it, each once."""
+    """For each group, the names or reasons that concern any of its units, without repetition."""
     result: list[dict[str, None]] = [{} for _ in range(count)]
     for units, what in said:
         for k in np.unique(group_of[units]):

@@ -1,8 +1,8 @@
-"""Runs the op rules over a traced module and collects what they say.
+"""Run the op rules over a traced module and collect what they say.
 
-The graph is interpreted on meta tensors, so that shapes are known and nothing is computed, and beside each tensor its
-`Field`s are carried along. A rule ties channel ids together, freezes them, or marks the role of a parameter's axis;
-this module only keeps the findings. `surgery.axes.groups` turns them into dimension groups.
+The graph runs on meta tensors, so shapes are known and nothing is computed. Each tensor carries its `Field`s. A rule
+ties channel ids together, freezes them, or marks the role of a parameter's axis. This module only keeps these findings;
+`surgery.axes.analysis` makes units and dimension groups of them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from surgery.axes.labels import Field, Fields, Labelled, mutable
+from surgery.axes.labels import Field, Fields, Labelled
 from surgery.axes.ledger import Findings, Ledger, ParamAxis, labelled_leaves
 from surgery.axes.ops import Op
 from surgery.errors import TraceError, UsageError
 from surgery.graph.meta import Twins
 from surgery.graph.outputs import Rebuild
-from surgery.graph.table import has_module_rule, rule_for, unknown
+from surgery.graph.table import Rule, has_module_rule, rule_for, unknown
 from surgery.graph.traced import TracedModule
 
 
@@ -62,13 +62,15 @@ class Interpreter(Ledger):
         kwargs: dict[str, Any],
         top: bool = False,
     ) -> Any:
-        """Interpreter one graph; the result is its output with `Labelled` leaves."""
+        """Interpret one graph; the result is its output with `Labelled` leaves."""
         scope = f"{path}:{variant}"
         self.findings.graphs[scope] = (path, graph)
         env: dict[fx.Node, Any] = {}
         inputs = iter(args)
         output: Any = None
         for node in graph.nodes:
+            callee = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+            rule = rule_for(node, callee)
             if node.op == "placeholder":
                 env[node] = self._bind(node, inputs, kwargs)
                 kwargs = {k: v for k, v in kwargs.items() if k != node.target}
@@ -79,13 +81,20 @@ class Interpreter(Ledger):
                         for f in leaf.fields:
                             self.freeze(f.ids, "network output")
                 continue
+            elif node.op == "get_attr":
+                env[node] = self._attribute(module, path, str(node.target))
             else:
-                env[node] = self._step(module, path, scope, node, env)
+                place = f"{path}.{node.target}".lstrip(".") if callee is not None else ""
+                given = _mutable(fx.map_arg((node.args, node.kwargs), env.__getitem__))
+                if isinstance(callee, TracedModule):
+                    env[node] = self.part(callee, place, node.name, *given)
+                else:
+                    env[node] = self._step(scope, node, callee, place, rule, *given)
             for value in labelled_leaves(env[node]):
                 self.views.setdefault(_storage(value), []).append((node, value))
             key = (scope, node.name)
             if key in self.findings.nodes:  # a traced submodule that is called twice
-                self._called_again(module, scope, node, self.findings.nodes[key], env)
+                self._called_again(scope, node, callee, rule, env)
             else:
                 self.findings.nodes[key] = env[node]
         return output
@@ -102,22 +111,16 @@ class Interpreter(Ledger):
             raise TraceError(f"no example input for {name!r}")
         return value
 
-    def _step(self, module: nn.Module, path: str, scope: str, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        args, kwargs = mutable(fx.map_arg((node.args, node.kwargs), env.__getitem__))
-        if node.op == "get_attr":
-            return self._attribute(module, path, str(node.target))
-        leaf: nn.Module | None = None
+    def _step(
+        self, scope: str, node: fx.Node, leaf: nn.Module | None, path: str, rule: Rule, args: Any, kwargs: Any
+    ) -> Any:
+        """What a node gives that calls a function, a method, or the layer ``leaf`` at ``path``."""
         target: Any = node.target
-        if node.op == "call_module":
-            leaf = module.get_submodule(target)
-            target = f"{path}.{target}" if path else target
-            if isinstance(leaf, TracedModule):
-                return self.part(leaf, target, node.name, args, kwargs)
-        elif target is operator.getitem and not isinstance(args[0], Labelled):
+        if target is operator.getitem and not isinstance(args[0], Labelled):
             return args[0][args[1]]
-        elif target is getattr and not isinstance(args[0], Labelled):
+        if target is getattr and not isinstance(args[0], Labelled):
             return getattr(*args)
-        elif isinstance(target, Rebuild) or (isinstance(target, type) and issubclass(target, (tuple, list, dict))):
+        if isinstance(target, Rebuild) or (isinstance(target, type) and issubclass(target, (tuple, list, dict))):
             return target(*args, **kwargs)
         raw_args, raw_kwargs = pytree.tree_map(_value, (args, kwargs))
         tensors = list(labelled_leaves((args, kwargs)))
@@ -125,7 +128,7 @@ class Interpreter(Ledger):
         try:
             raw = self.twins.run(node, leaf, raw_args, raw_kwargs)
         except NotImplementedError as error:
-            raise TraceError(f"{node.name}: the shape of its result depends on the data ({target})") from error
+            raise TraceError(f"{node.name}: the shape of its result depends on the data ({path or target})") from error
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             given = " and ".join(str(t.shape) for t in tensors)
             what = str(error).strip().partition("\n")[0]
@@ -133,15 +136,15 @@ class Interpreter(Ledger):
         out = pytree.tree_map(lambda v: Labelled(v) if isinstance(v, torch.Tensor) else v, raw)
         if not any(True for _ in labelled_leaves(out)):
             return out
-        op = Op(self, node, leaf, target if leaf is not None else "", (scope, node.name), out)
-        result = self.related(op, rule_for(node, leaf).relate, args, kwargs, out)
+        op = Op(self, node, leaf, path, (scope, node.name), out)
+        result = self.related(op, rule, args, kwargs, out)
         for a, version in zip(tensors, versions, strict=True):
             if a.value._version != version:
                 self._changed_in_place(node, a)
         return result
 
     def part(self, part: TracedModule, path: str, name: str, args: Any, kwargs: Any) -> Any:
-        """Interpreter a traced module that something else calls; what its graphs give is tied."""
+        """Interpret a traced module that something else calls; what its graphs give is tied."""
         results = [
             self.graph(part, path, "train" if training else "", graph, args, kwargs)
             for training, graph in enumerate(part.graphs)
@@ -154,11 +157,10 @@ class Interpreter(Ledger):
                     self.freeze(f.ids, f"{path} has hooks")
         return results[0]
 
-    def related(self, op: Op, relate: Any, args: Any, kwargs: Any, out: Any) -> Any:
+    def related(self, op: Op, rule: Rule, args: Any, kwargs: Any, out: Any) -> Any:
         """``out`` with the fields that a rule gives it."""
-        fields = self._relate(op, relate, args, kwargs)
-        moves = isinstance(out, Labelled) and rule_for(op.node, op.module).movement
-        turned = self._whole_axes(fields) if moves else ()
+        fields = self._relate(op, rule.relate, args, kwargs)
+        turned = self._whole_axes(fields) if rule.movement and isinstance(out, Labelled) else ()
         for a in labelled_leaves((args, kwargs)):
             for f in a.fields:
                 kept = f.key is None or any(g.key == f.key for g in turned)
@@ -208,9 +210,11 @@ class Interpreter(Ledger):
         parts = [self.with_fields(op, o, f) for o, f in zip(out, fields, strict=True)]
         return type(out)(*parts) if hasattr(out, "_fields") else type(out)(parts)
 
-    def _called_again(self, module: nn.Module, scope: str, node: fx.Node, first: Any, env: dict[fx.Node, Any]) -> None:
+    def _called_again(
+        self, scope: str, node: fx.Node, leaf: nn.Module | None, rule: Rule, env: dict[fx.Node, Any]
+    ) -> None:
         """What has to follow an edit can do so in one way only, for all calls."""
-        leaf = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        first = self.findings.nodes[scope, node.name]
         if not any(True for _ in labelled_leaves(first)):
             if first != env[node]:
                 for n in node.all_input_nodes:
@@ -221,7 +225,6 @@ class Interpreter(Ledger):
                             if len(a.shape) != len(b.shape) or any(a.shape[d] != b.shape[d] for d in f.dims):
                                 self.freeze(f.ids, f"{node.name} is called with different shapes")
             return
-        rule = rule_for(node, leaf)
         if rule.rewrite is not None or rule.movement or isinstance(leaf, TracedModule):
             self._tie_calls(first, env[node], node.name)
 
@@ -285,3 +288,13 @@ def _same_fields(a: Labelled, b: Labelled) -> bool:
 
 def _value(v: Any) -> Any:
     return v.value if isinstance(v, Labelled) else v
+
+
+def _mutable(tree: Any) -> Any:
+    """The tree with lists and dicts of its own, as generated code would pass them: some functions write to them."""
+    if isinstance(tree, (list, tuple)) and not isinstance(tree, torch.Size):
+        parts = [_mutable(part) for part in tree]
+        if hasattr(tree, "n_sequence_fields"):  # what torch.max and its kin return
+            return type(tree)(parts)
+        return parts if isinstance(tree, list) else type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    return {k: _mutable(v) for k, v in tree.items()} if isinstance(tree, dict) else tree

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 Ids = NDArray[np.int64]
 Shape = tuple[int, ...]
 Pairing = tuple[Shape, Shape]
-T = TypeVar("T", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +53,6 @@ class Labelled:
         """The field that includes ``dim``."""
         dim %= max(self.ndim, 1)
         return next((f for f in self.fields if dim in f.dims), None)
-
-
-def close(array: NDArray[T]) -> NDArray[T]:
-    """The array itself, read-only from here on."""
-    array.flags.writeable = False
-    return array
 
 
 def moved(field: Field, dims: tuple[int, ...], ids: Ids | None = None) -> Field:
@@ -110,7 +103,7 @@ def reshaped(
 
 
 def sliced(fields: Fields, index: tuple[Any, ...], rank: int) -> tuple[Fields, list[Field]]:
-    """Fields after basic indexing with ints, slices, None and Ellipsis; and those of which one position is picked."""
+    """Fields after basic indexing with ints, slices, None and Ellipsis; and those where it picks one position."""
     index = full_index(index, rank)
     result: list[Field] = []
     picked: list[Field] = []
@@ -208,13 +201,3 @@ def _drop_constant_dims(full: Ids, dims: tuple[int, ...], source: Field) -> Fiel
         varying = [int(np.argmax(full.shape))] if source.ids.size == full.size else [0]
     index = tuple(slice(None) if k in varying else 0 for k in range(full.ndim))
     return Field(tuple(dims[k] for k in varying), np.ascontiguousarray(full[index]), source.key)
-
-
-def mutable(tree: Any) -> Any:
-    """The tree with lists and dicts of its own, as generated code would pass them: some functions write to them."""
-    if isinstance(tree, (list, tuple)) and not isinstance(tree, torch.Size):
-        parts = [mutable(part) for part in tree]
-        if hasattr(tree, "n_sequence_fields"):  # what torch.max and its kin return
-            return type(tree)(parts)
-        return parts if isinstance(tree, list) else type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    return {k: mutable(v) for k, v in tree.items()} if isinstance(tree, dict) else tree

@@ -1,4 +1,4 @@
-"""What the rules said of a module: ties, freezes, roles, norms, factored axes."""
+"""The findings about a module: what the rules say about ties, frozen ids, roles, norms and factored axes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Norm:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Axes of which only one may change."""
+    """Several axes. Only one of them may change."""
 
     ids: Ids
     """Their positions' ids, in the shape of the axes."""
@@ -73,7 +73,13 @@ class Called:
     """Stands for the call, in no graph that is run."""
     rewrite: Callable[[NodeEdit], None]
     args: tuple[Any, ...]
-    out: Any
+    outs: tuple[Labelled, ...]
+    """The tensors that it gives."""
+
+    @property
+    def labels(self) -> tuple[Labelled, ...]:
+        """The tensors that it takes and gives."""
+        return *labelled_leaves(self.args), *self.outs
 
 
 @dataclass
@@ -94,7 +100,7 @@ class Findings:
     contracted: list[Ids] = field(default_factory=list)
     """Axes that two activations are contracted over: they are read, though no layer contracts over them."""
     grids: list[Grid] = field(default_factory=list)
-    """Axes that factor one, of which only one may change (`surgery.axes.grids`)."""
+    """Axes that factor one (`surgery.axes.factored`)."""
     cuts: list[Ids] = field(default_factory=list)
     """Parts of axes that an op takes out."""
     rows: list[Row] = field(default_factory=list)
@@ -111,9 +117,15 @@ class Findings:
     calls: list[Called] = field(default_factory=list)
     """Layers that Python outside the graphs calls, as far as their attributes follow an edit."""
 
+    def close(self) -> None:
+        """Make the arrays read-only that are handed on."""
+        fields = (f.ids for value in labelled_leaves(list(self.nodes.values())) for f in value.fields)
+        for ids in (*fields, *(ids for _, ids in self.sums), *(norm.ids for norm in self.norms)):
+            ids.flags.writeable = False
+
 
 class Ledger:
-    """Where rules are heard: what they say goes into the findings."""
+    """Receives what rules say and writes it into the findings."""
 
     whole = places = False
     pairing: Pairing | None = None
@@ -153,7 +165,7 @@ def labelled_leaves(tree: Any) -> Iterable[Labelled]:
 
 
 class Silent(Ledger):
-    """Stands in for a run where only a rule's output is wanted: what the rule says besides is not heard."""
+    """Takes the place of a run where only a rule's output is wanted: it drops what the rule says."""
 
     whole = True
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +15,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from surgery.axes.factored import Settled
-from surgery.axes.labels import Ids, close
+from surgery.axes.labels import Ids
 from surgery.axes.ledger import Findings, ParamAxis, ParamKey
 
+T = TypeVar("T", bound=np.generic)
 Named = tuple[tuple[Ids, str], ...]
 """Units, and the name of an op or a reason."""
 
@@ -57,13 +59,16 @@ class Numbering:
 
 
 def number_units(findings: Findings, settled: Settled) -> Numbering:
-    """Number the connected components of the ids so that each group is a range, and say of the units what the rules
-    said of the ids."""
+    """Number the connected components of the ids so that each group is a range.
+
+    Returns:
+        the units, with what the rules said about their ids.
+    """
     roles = {key: _roles(axis, key in findings.values) for key, axis in findings.axes.items()}
     order, ranges, first = _number(settled.component, findings.axes, roles)
-    unit_of = close(order[settled.component])
+    unit_of = _read_only(order[settled.component])
     count = int(order.max(initial=-1)) + 1
-    axis_units = {key: close(unit_of[axis.ids]) for key, axis in findings.axes.items()}
+    axis_units = {key: _read_only(unit_of[axis.ids]) for key, axis in findings.axes.items()}
     rows = [(unit_of[last], unit_of[behind], unit_of[own], why) for last, behind, own, why in settled.rows]
     reasons = [
         *_by_unit(unit_of, settled.frozen),
@@ -88,11 +93,11 @@ def number_units(findings: Findings, settled: Settled) -> Numbering:
         first=tuple(first),
         axis_units=MappingProxyType(axis_units),
         roles=MappingProxyType(roles),
-        frozen=close(frozen),
-        unread=close(~read & ~_flags(count, [units for units, _ in reasons])),
-        access=close(access),
-        writers=close(_signature([u for key, u in axis_units.items() if "producer" in roles[key]], frozen)),
-        fence=close(fence),
+        frozen=_read_only(frozen),
+        unread=_read_only(~read & ~_flags(count, [units for units, _ in reasons])),
+        access=_read_only(access),
+        writers=_read_only(_signature([u for key, u in axis_units.items() if "producer" in roles[key]], frozen)),
+        fence=_read_only(fence),
         reasons=_closed(reasons),
         mixed=_closed(_by_unit(unit_of, findings.mixed)),
         single=_closed([*_by_unit(unit_of, findings.single), *_used_twice(findings, axis_units, roles)]),
@@ -214,4 +219,9 @@ def _used_twice(
 
 
 def _closed(said: Iterable[tuple[Ids, str]]) -> Named:
-    return tuple((close(units), what) for units, what in said)
+    return tuple((_read_only(units), what) for units, what in said)
+
+
+def _read_only(array: NDArray[T]) -> NDArray[T]:
+    array.flags.writeable = False
+    return array

@@ -1,4 +1,4 @@
-"""The rule table's machinery: how a rule is registered and found, and the words a rule has to say how axes relate.
+"""The words that a rule has to say how the axes of an op relate.
 
 A rule is a function that takes the op and the op's own arguments, and returns the `Field`s of its output. On the way it
 may tie channels together (`Op.tie`), freeze them (`Op.freeze`), or say what becomes of a parameter's axis
@@ -8,6 +8,7 @@ may tie channels together (`Op.tie`), freeze them (`Op.freeze`), or say what bec
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from surgery.axes.labels import Field, Fields, Labelled, moved
+from surgery.axes.labels import Field, Fields, Labelled, Pairing, moved, reshaped
 from surgery.axes.ledger import Grid, Norm
 
 if TYPE_CHECKING:
@@ -24,12 +25,22 @@ if TYPE_CHECKING:
 
 
 class Op:
-    """One op in a graph, as a rule sees it: its output's shape, and the words to say how its axes relate."""
+    """One op in a graph, as a rule sees it: its output's shape, and the words to say how its axes relate.
+
+    A rule is called with the op and the op's arguments, in which each tensor is a `Labelled`: a shape, and a `Field` of
+    channels along each axis that holds any. It returns the fields of the output, or a list of them for several.
+
+    Attributes:
+        module: the layer that is called; None for a function or method.
+        node: the node of the graph.
+        out: the output's tree, with a `Labelled` for each tensor.
+        name: of the op, for messages.
+    """
 
     def __init__(
-        self, run: Ledger, node: fx.Node, module: nn.Module | None, path: str, key: tuple[str, str], out: Any
+        self, ledger: Ledger, node: fx.Node, module: nn.Module | None, path: str, key: tuple[str, str], out: Any
     ) -> None:
-        self.run = run
+        self._ledger = ledger
         self.node = node
         self.module: Any = module
         self.path = path
@@ -44,18 +55,32 @@ class Op:
         first: Labelled = next(leaf for leaf in pytree.tree_leaves(self.out) if isinstance(leaf, Labelled))
         return first.shape
 
-    def param(self, name: str, dims: int = 2) -> Labelled | None:
-        """A parameter or buffer of the layer, its first ``dims`` axes labelled (those after two are kernels)."""
+    @property
+    def trial(self) -> bool:
+        """Whether only the output's labels are wanted: an op that moves data is tried on others."""
+        return self._ledger.whole
+
+    def setting(self, name: str, given: Any = None) -> Any:
+        """The layer's attribute of that name; for a function ``given``, its argument."""
+        return given if self.module is None else getattr(self.module, name)
+
+    def param(self, name: str, given: Labelled | None = None, *, dims: int = 2) -> Labelled | None:
+        """The layer's parameter or buffer, its first ``dims`` axes labelled (those after two are kernels); for a
+        function ``given``, its argument."""
+        if self.module is None:
+            return given
+        path, _, own = name.rpartition(".")
+        owner = self.module.get_submodule(path)
         value: torch.Tensor | None
-        if parametrize.is_parametrized(self.module, name):  # to compute it may change what it is computed from
-            value = copy.deepcopy(self.module.parametrizations[name]).eval()()
+        if parametrize.is_parametrized(owner, own):  # to compute it may change what it is computed from
+            value = copy.deepcopy(owner.parametrizations[own]).eval()()
         else:
-            value = getattr(self.module, name, None)
-        return None if value is None else self.run.tensor(value, range(min(value.ndim, dims)))
+            value = getattr(owner, own, None)
+        return None if value is None else self._ledger.tensor(value, range(min(value.ndim, dims)))
 
     def cut(self, f: Field) -> None:
         """``f`` is a part of an axis: its channels are not moved into or out of it."""
-        self.run.findings.cuts.append(f.ids.ravel())
+        self._ledger.findings.cuts.append(f.ids.ravel())
 
     def axis(self, x: Labelled, dim: int) -> tuple[Field | None, Fields]:
         """The channels along ``dim``, and the fields along other dims. Where ``dim`` is one factor of a field, the
@@ -69,7 +94,7 @@ class Op:
     def across(self, f: Field, dims: Any) -> Field:
         """``f`` without some of its dims, along which its channels are chosen alike."""
         first = f.ids[tuple(slice(0, 1) if d in dims else slice(None) for d in f.dims)]
-        self.run.tie_ids(first, f.ids)
+        self._ledger.tie_ids(first, f.ids)
         inner = max((k for k, d in enumerate(f.dims) if d not in dims), default=0)
         ids = f.ids[(slice(None),) * (inner + 1) + (0,) * (f.ids.ndim - 1 - inner)]  # a channel may fill the rest
         if set(f.dims[:inner]) & set(dims):
@@ -81,14 +106,14 @@ class Op:
         """The rows of ``ids``, which lie behind one another, stay rows: no channel is moved from one to the next."""
         if len(ids) > 1:
             what = f"{self.name} reads parts of it that cannot be told apart"
-            self.run.findings.rows.append((ids[:-1, -1], ids[1:, 0], ids[:-1, 0], what))
+            self._ledger.findings.rows.append((ids[:-1, -1], ids[1:, 0], ids[:-1, 0], what))
 
     def mixes(self, f: Field, first: int, last: int) -> None:
         """Statistics are computed over ``f``, by a norm with an entry for each position of dims ``first`` to
         ``last``."""
-        self.run.findings.mixed.append((f.ids.ravel(), self.name))
+        self._ledger.findings.mixed.append((f.ids.ravel(), self.name))
         dims, shape = tuple(d - first for d in f.dims), self.shape[first : last + 1]
-        self.run.findings.norms.append(Norm(self.path, (self.key[1], self.key[2]), shape, dims, f.ids))
+        self._ledger.findings.norms.append(Norm(self.path, (self.key[1], self.key[2]), shape, dims, f.ids))
 
     def alike(self, fields: Fields) -> Fields:
         """The same fields for each output; a tree of them where the op has several."""
@@ -103,34 +128,44 @@ class Op:
             for f in (a, b):
                 self.freeze(f, f"{self.name} relates it to an axis of another size")
         else:
-            self.run.tie(a, b, self.name)
+            self._ledger.tie(a, b, self.name)
+
+    def units(self, ids: Any) -> None:
+        """All positions of a unit are chosen as one. ``ids`` is (units, positions), or (parts, units, positions) where
+        several parts are chosen alike."""
+        self._ledger.tie_ids(ids[..., :1] if ids.ndim == 2 else ids[:1, :, :1], ids)
+        self.rows(ids.reshape(len(ids), -1))
 
     def together(self, ids: Any) -> None:
         """Along the first axis of ``ids``, channels are chosen together: row by row the same units."""
-        self.run.tie_ids(ids[:1], ids)
+        self._ledger.tie_ids(ids[:1], ids)
         self.rows(ids)
 
     def freeze(self, f: Field | None, reason: str) -> None:
+        """``f`` must stay as it is."""
         if f is not None:
-            self.run.freeze(f.ids, reason)
+            self._ledger.freeze(f.ids, reason)
 
     def produces(self, f: Field | None) -> None:
+        """The channels of a parameter's axis are written: copies of a channel are copies of the entries."""
         self._role(f, "producer")
 
     def consumes(self, f: Field | None) -> None:
+        """The op contracts over a parameter's axis: copies of a channel share out the entries."""
         self._role(f, "consumer")
 
     def per_channel(self, f: Field | None) -> None:
+        """A parameter's axis has an entry for each channel of an activation: copies have the same."""
         self._role(f, "per-channel")
 
     def _role(self, f: Field | None, role: str) -> None:
         if f is None:
             return
         if f.key is not None and f.key[0] == "param":
-            self.run.findings.axes[f.key[1], f.key[2]].roles.add(role)
+            self._ledger.findings.axes[f.key[1], f.key[2]].roles.add(role)
             self.claimed.add((f.key[1], f.key[2]))
         elif role == "consumer":
-            self.run.findings.single.append((f.ids.ravel(), f"{self.name} contracts a computed weight"))
+            self._ledger.findings.single.append((f.ids.ravel(), f"{self.name} contracts a computed weight"))
 
     def elementwise(self, *operands: Any) -> Fields:
         """Output fields of an op that works position by position, with broadcasting."""
@@ -163,7 +198,7 @@ class Op:
     def grid(self, f: Field, *partners: tuple[int, Field]) -> None:
         """Only one of the dims of ``f`` may change. ``partners`` are axes of other tensors that run along a dim."""
         along = tuple((f.dims.index(dim), g.ids) for dim, g in partners)
-        self.run.findings.grids.append(Grid(f.ids, self.name, along))
+        self._ledger.findings.grids.append(Grid(f.ids, self.name, along))
 
     def per_position(self, x: Labelled, dim: int, *vectors: Field | None) -> Field | None:
         """The field along ``dim``, for which ``vectors`` have an entry for each position."""
@@ -176,17 +211,68 @@ class Op:
                 self.grid(f, (dim % x.ndim, vector))
         return f
 
+    def fresh(self, dim: int) -> Field:
+        """Channels along an axis of the output that nothing is tied to yet."""
+        return Field((dim,), self._ledger.fresh(self.shape[dim]))
+
+    def reshapes(self, x: Labelled, pairing: Pairing | None = None) -> Fields:
+        """``x`` in the output's shape, positions in their order. ``pairing`` are two shapes, of the input and of the
+        output, that say which sizes belong together where some are equal."""
+        run = self._ledger
+        pairing = pairing or run.pairing
+        fields, lost = reshaped(x.fields, x.shape, self.shape, pairing=pairing, whole=run.whole, places=run.places)
+        self.lose(lost, f"{self.name} merges it with another axis")
+        return fields
+
+    def concatenates(self, tensors: Sequence[Labelled], dim: int) -> Fields:
+        """The tensors one after the other along ``dim``; along other axes their channels are chosen alike."""
+        rank = len(self.shape)
+        dim %= rank
+        parts = [t.at(dim) for t in tensors]
+        whole = len({None if f is None else f.dims for f in parts}) == 1 and parts[0] is not None
+        fields: list[Field] = []
+        along: list[Field] = []
+        others: list[Labelled] = []
+        for t, part in zip(tensors, parts, strict=True):
+            f, rest = (part, tuple(g for g in t.fields if g is not part)) if whole else self.axis(t, dim)
+            if f is None:
+                f = Field((dim,), self._ledger.fresh(t.shape[dim]))
+                self.freeze(f, f"{self.name} takes it from an axis that holds no channels")
+            along.append(f)
+            others.append(Labelled(t.value, rest))
+            for g in rest:
+                self.meet(fields, g)
+        fields = [self.beside(f, others, rank) for f in fields]
+        if any(part is not None for part in parts):
+            for f in along:
+                self._ledger.edge(f.key, self.key, self.name)
+            dims = along[0].dims
+            fields.append(Field(dims, np.concatenate([f.ids for f in along], axis=dims.index(dim))))
+            if len(dims) > 1:
+                self.grid(fields[-1])
+        return tuple(fields)
+
     def contracts(self, f: Field) -> None:
         """Two activations are contracted over ``f``."""
-        self.run.findings.contracted.append(f.ids.ravel())
+        self._ledger.findings.contracted.append(f.ids.ravel())
         self.sums(f, "contracts over it")
 
     def sums(self, f: Field, how: str) -> None:
         """Something is added up over ``f``, to which copies would add and whatever is switched off must not."""
-        self.run.findings.single.append((f.ids.ravel(), f"{self.name} {how}"))
-        self.run.findings.sums.append(((self.key[1], self.key[2]), f.ids.ravel()))
+        self.once(f, how)
+        self._ledger.findings.sums.append(((self.key[1], self.key[2]), f.ids.ravel()))
+
+    def once(self, f: Field, how: str) -> None:
+        """``f`` cannot have copies: they would count twice."""
+        self._ledger.findings.single.append((f.ids.ravel(), f"{self.name} {how}"))
+
+    def measures(self, f: Field) -> None:
+        """A length is taken over ``f``: copies add to it, in equal numbers by a known factor."""
+        self._ledger.findings.sums.append(((self.key[1], self.key[2]), f.ids.ravel()))
+        self._ledger.findings.mixed.append((f.ids.ravel(), self.name))
 
     def meet(self, result: list[Field], f: Field) -> None:
+        """Add ``f`` to the output's fields, tied to those that lie along the same dims."""
         for k, g in enumerate(result):
             common = set(f.dims) & set(g.dims)
             if not common:
@@ -202,7 +288,7 @@ class Op:
                 self.grid(fine, (coarse.dims[0], coarse))
                 result[k] = fine
             elif set(coarse.dims) <= set(fine.dims):
-                self.run.tie_ids(_spread(coarse, fine), fine.ids)
+                self._ledger.tie_ids(_spread(coarse, fine), fine.ids)
                 result[k] = fine
             else:  # as heads x queries and heads x keys: what they have in common is chosen as a whole
                 f, g = (self.across(h, set(h.dims) - common) for h in (f, g))
@@ -231,7 +317,8 @@ class Op:
                     self.freeze(f, f"{self.name} {why}")
         return self.alike(())
 
-    def lose(self, fields: list[Field], reason: str) -> None:
+    def lose(self, fields: Iterable[Field], reason: str) -> None:
+        """The output does not hold these fields: they must stay as they are."""
         for f in fields:
             self.freeze(f, reason)
 

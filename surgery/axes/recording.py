@@ -1,7 +1,7 @@
-"""Channels across Python that is not traced: one real run, in which each call of torch is looked up in the rule table.
+"""Follow channels across Python that is not traced: one real run that looks up each call of torch in the table.
 
-The traced parts and the layers that Python calls are interpreted as ever; between them labels are carried beside the
-real tensors. Python's own constants cannot follow an edit, so an op that would need one to freezes what it works on.
+The traced parts and the layers that Python calls are interpreted; between them, the real tensors are labelled. Python's
+own constants cannot follow an edit, so an op that would need another constant freezes what it works on.
 """
 
 from __future__ import annotations
@@ -46,8 +46,13 @@ def collect_findings(
     Raises:
         TraceError: it does not run on these inputs.
     """
-    if isinstance(module, TracedModule):
-        return propagate(module, args, kwargs)
+    if not isinstance(module, TracedModule):
+        return _record(module, args, kwargs, modes)
+    return propagate(module, args, kwargs)
+
+
+def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], modes: tuple[bool, ...]) -> Findings:
+    """What the rules say of a module with Python between its traced parts."""
     findings = Findings()
     run = _Terse(module, findings)
     twin = copy.deepcopy(module)  # a run may change buffers and caches
@@ -83,7 +88,7 @@ class _Terse(Interpreter):
 
 
 class _Recording(TorchFunctionMode):
-    """Labels beside the tensors of a real run."""
+    """Labels the tensors of a real run."""
 
     def __init__(self, run: Interpreter, module: nn.Module, twin: nn.Module) -> None:
         super().__init__()
@@ -171,11 +176,11 @@ class _Recording(TorchFunctionMode):
         out = pytree.tree_map_only(torch.Tensor, lambda t: Labelled(t.detach().to("meta")), result)
         node = self.scratch.call_module("layer")
         op = Op(self.run, node, module, path, (_SCOPE, f"{path}_{node.name}"), out)
-        out = self.run.related(op, rule.relate, given[0], given[1], out)
+        out = self.run.related(op, rule, given[0], given[1], out)
         if rule.movement:
             self.check(op, rule, given, out)
         elif rule.rewrite is not None:
-            self.run.findings.calls.append(Called(path, node, rule.rewrite, given[0], out))
+            self.run.findings.calls.append(Called(path, node, rule.rewrite, given[0], tuple(labelled_leaves(out))))
         return out
 
     # ---- functions and methods
@@ -235,10 +240,10 @@ class _Recording(TorchFunctionMode):
         if picked is not None:
             return self.run.with_fields(op, out, picked)
         try:
-            out = self.run.related(op, rule.relate, plain[0], plain[1], out)
+            out = self.run.related(op, rule, plain[0], plain[1], out)
         except (TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError):
             # Python may call an op in ways that no graph has it in.
-            return self.run.related(op, UNKNOWN.relate, plain[0], plain[1], out)
+            return self.run.related(op, UNKNOWN, plain[0], plain[1], out)
         self.check(op, rule, given, out)
         return out
 

@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 from surgery.axes.labels import Field, Ids, Labelled
 from surgery.axes.ops import Op
 from surgery.graph.table import Rule
-from surgery.rules import rewrites
 
 
 class WatchedSize(int):
@@ -155,20 +154,15 @@ def unfollowed(op: Op, rule: Rule, given: Any, out: Any) -> Iterator[Field]:
     results = [v for v in pytree.tree_leaves(out) if isinstance(v, Labelled)]
     inputs = [f for label in labels for f in label.fields]
     accepted: list[WatchedSize] = []
-    if rule.rewrite is rewrites.reshape:
+    follows = rule.python or ("always" if rule.rewrite is None else "never")
+    if follows == "sizes":
         yield from _constant_sizes(args, kwargs, results[0], accepted)
-    elif rule.rewrite in (rewrites.conv_function, rewrites.conv_transpose_function):
-        if (args[6] if len(args) > 6 else kwargs.get("groups", 1)) != 1:
-            yield from inputs
-    elif rule.rewrite is rewrites.squeeze:
-        if len(args) < 2 and "dim" not in kwargs:
-            yield from inputs
-    elif rule.rewrite not in (None, rewrites.pieces, rewrites.narrow):
+    elif follows == "never" or (callable(follows) and not follows(rule.bound(args, kwargs))):
         yield from inputs
     for size in pytree.tree_leaves(given):
         if isinstance(size, WatchedSize) and not any(size is a for a in accepted):
             size.used(op.name)
-    if op.node.target in (torch.cat, torch.concat, torch.concatenate):
+    if rule.kind == "concatenation":
         for f in inputs:
             op.cut(f)
         return

@@ -4,38 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surgery.cli.options import AsJson, InputShape, Seed, Threads, Trust, Weights, open_model
+import surgery
+from surgery.cli.fields import takes_fields
+from surgery.cli.options import AsJson, InputShape, Trust, Weights, open_model
 from surgery.cli.output import emit, table
-from surgery.deploy.measure.benchmark import BenchmarkResult, Comparison, Ratio, sweep
-from surgery.deploy.measure.ratios import fewest_sessions
-from surgery.deploy.measure.runners import RUNTIMES
 from surgery.errors import UsageError
+from surgery.settings import TimingSettings
 from surgery.units import counted, mebibytes, quantity
 
+if TYPE_CHECKING:
+    from surgery import BenchmarkResult, Comparison, Ratio
 
+
+@takes_fields("batch_size", "warmup", "confidence", "memory")
 def bench(
     candidates: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="Models, as elsewhere, or ONNX files; at least one.")
     ],
-    runtime: Annotated[str, typer.Option(help=f"{', '.join(RUNTIMES)}.")] = "onnxruntime",
+    settings: TimingSettings,
     batch_size: Annotated[str, typer.Option(metavar="N,...", help="Samples of one query; several: 1,8,32.")] = "1",
-    threads: Threads = None,
-    min_runs: Annotated[int, typer.Option(help="Queries of each model, at the least.")] = 100,
-    min_seconds: Annotated[float, typer.Option(help="Seconds spent on each model, at the least.")] = 1.0,
-    sessions: Annotated[
-        int,
-        typer.Option(
-            help=f"How often each model is set up afresh: 1, or to compare over them {fewest_sessions(0.95)} or more."
-        ),
-    ] = 10,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     input_shape: InputShape = None,
     weights: Weights = "none",
-    seed: Seed = 0,
     trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
@@ -47,20 +40,10 @@ def bench(
         raise UsageError("a model is given more than once")
     sizes = _sizes(batch_size)
     opened: Mapping[str, Any] = {
-        name: _file(name) or open_model(name, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
+        name: _file(name) or open_model(name, input_shape=input_shape, weights=weights, seed=settings.seed, trust=trust)
         for name in candidates
     }
-    measured = sweep(
-        opened,
-        sizes,
-        runtime=runtime,
-        threads=threads,
-        min_runs=min_runs,
-        min_seconds=min_seconds,
-        sessions=sessions,
-        device=device,
-        seed=seed,
-    )
+    measured = surgery.sweep(opened, sizes, settings=settings)
     plain = {size: compared.to_dict() for size, compared in measured.items()}
     emit(
         plain[sizes[0]] if len(sizes) == 1 else {"batch_sizes": plain},

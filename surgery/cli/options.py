@@ -129,7 +129,7 @@ def is_saved(source: str) -> bool:
 
 
 def parse_device(name: str) -> torch.device:
-    """``"auto"``, ``"cpu"`` or ``"cuda"`` as a device that there is."""
+    """Parse ``"auto"``, ``"cpu"`` or ``"cuda"`` to a device that exists."""
     if name not in ("auto", "cpu", "cuda"):
         raise unknown_name("device", name, ("auto", "cpu", "cuda"))
     import torch
@@ -141,7 +141,7 @@ def parse_device(name: str) -> torch.device:
 
 
 def parse_shape(text: str) -> list[int]:
-    """``"2,3,64,64"`` as numbers."""
+    """Parse a shape, ``"2,3,64,64"``."""
     try:
         shape = [int(part) for part in text.replace("x", ",").split(",")]
     except ValueError:
@@ -154,7 +154,7 @@ def parse_shape(text: str) -> list[int]:
 def one_or_per_layer(
     option: str, items: Sequence[str], whole: Callable[[str], T], part: Callable[[str], T]
 ) -> T | dict[str, T]:
-    """``["0.5"]`` as one value for the whole model, ``["layer3=0.5", "fc=0.25"]`` as one for each name."""
+    """Parse ``["0.5"]`` to one value for the whole model, ``["layer3=0.5", "fc=0.25"]`` to one for each name."""
     if len(items) > 1 or "=" in items[0]:
         return per_layer(option, items, part)
     try:
@@ -164,7 +164,7 @@ def one_or_per_layer(
 
 
 def per_layer(option: str, items: Sequence[str], part: Callable[[str], T]) -> dict[str, T]:
-    """``["layer3=2", "fc=1"]`` as a value for each name."""
+    """Parse ``["layer3=2", "fc=1"]`` to a value for each name."""
     values = {}
     for item in items:
         name, _, text = item.rpartition("=")
@@ -181,7 +181,7 @@ def per_layer(option: str, items: Sequence[str], part: Callable[[str], T]) -> di
 
 
 def int_or_float(text: str) -> int | float:
-    """A whole number as int, any other number as float."""
+    """Parse a whole number to an int, any other number to a float."""
     try:
         return int(text)
     except ValueError:
@@ -189,7 +189,7 @@ def int_or_float(text: str) -> int | float:
 
 
 def kernel_size(text: str | None) -> int | list[int] | None:
-    """``"3"`` as one size for every direction, ``"1,7"`` as one for each."""
+    """Parse ``"3"`` to one size for every direction, ``"1,7"`` to one for each."""
     try:
         sizes = None if text is None else [int(part) for part in text.replace("x", ",").split(",")]
     except ValueError:
@@ -198,7 +198,7 @@ def kernel_size(text: str | None) -> int | list[int] | None:
 
 
 def numbers(option: str, text: str) -> list[float]:
-    """``"1.0,0.5"`` as a list of numbers."""
+    """Parse a list of numbers, ``"1.0,0.5"``."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
@@ -206,6 +206,6 @@ def numbers(option: str, text: str) -> list[float]:
 
 
 def refuse_if_taken(path: Path, force: bool) -> None:
-    """Raise `UsageError` for a file that exists, unless ``force``; before any work is done for it."""
+    """Raise `UsageError` for a file that exists, unless ``force``. Called before any work is done."""
     if path.exists() and not force:
         raise UsageError(f"{path} exists: choose another file, or replace it with --force")

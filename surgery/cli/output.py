@@ -1,4 +1,4 @@
-"""What verbs print: tables for people, JSON for programs, bars for the patient."""
+"""Output of verbs: tables for people, JSON for programs, progress bars for long runs."""
 
 from __future__ import annotations
 
@@ -37,22 +37,26 @@ def table(
     text: Iterable[str] = (),
     left: Iterable[str] = (),
 ) -> Table:
-    """A table of names, in its first column, and figures; ``text`` has the columns of prose, which may be folded, and
-    ``left`` those that are set left like names."""
+    """Make a table whose first column has names and the others figures.
+
+    Args:
+        text: columns of prose, which may be folded.
+        left: columns set left, like names.
+    """
     cells = tuple(tuple(str(cell) for cell in row) for row in rows)
     return Table(title, tuple(header), cells, frozenset(text), frozenset(left))
 
 
 class Bars:
-    """A `surgery.progress.Progress` that draws: one bar for the whole run, one for the stage it is in.
+    """A `surgery.progress.Progress` that draws one bar for the whole run and one for its current stage.
 
-    Nothing is drawn before there is progress, so that a run that is refused leaves its one line alone. Where stderr is
-    no terminal, there is a line for each stage, and one more whenever `QUIET` seconds have passed without any.
+    Drawing starts with the first progress, so a run that is refused prints one line only. If stderr is not a terminal,
+    each stage prints a line, and another whenever `QUIET` seconds have passed without one.
     """
 
     QUIET = 30.0
     FIGURES = 40
-    """Columns of a terminal that are left to a short bar and the figures beside it: names are shortened for them."""
+    """Columns of a terminal reserved for a short bar and its figures: names are shortened to leave them free."""
 
     def __init__(self) -> None:
         self._console = Console(file=sys.stderr)  # this one, whatever an exporter makes of sys.stderr meanwhile
@@ -97,17 +101,17 @@ class Bars:
         self._tasks[task] = self._progress.add_task(f"{label:<{min(28, room)}}", total=None)
 
     def _say(self, line: str) -> None:
-        """A line, where nothing is drawn."""
+        """Print a line, unless bars are drawn."""
         if not self._console.is_terminal:
             self._console.print(Text(line), soft_wrap=True)
             self._said = monotonic()
 
 
 class Whole:
-    """A `surgery.progress.Progress` that passes on what it is told, and how far all is (``"all"``).
+    """A `surgery.progress.Progress` that passes each report on and adds the progress of the whole run (``"all"``).
 
-    ``shares`` has the tasks in the order in which they come, each with the part of the time that it is likely to take;
-    only proportions matter, and a task may be left out.
+    ``shares`` lists the tasks in order, each with the time it is likely to take; only proportions matter, and a run may
+    skip a task.
     """
 
     def __init__(self, shares: Mapping[str, float], progress: Told) -> None:

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from surgery import models as catalogue
-from surgery.cli.options import (
-    AsJson,
-    DataRoot,
-    Dataset,
-    Force,
-    ImageSize,
-    Limit,
-    Model,
-    Seed,
-    Trust,
-    Weights,
-    is_saved,
-)
+import surgery
+from surgery.cli.fields import DataOptions, RunOptions, takes_fields
+from surgery.cli.options import Model, is_saved
 from surgery.cli.output import Bars, emit, table
-from surgery.deploy.budget.sensitivity import Sensitivity, write_sensitivity
-from surgery.deploy.budget.sensitivity import sensitivity as run_sensitivity
-from surgery.deploy.classifiers import classifier, data_for
-from surgery.errors import UsageError, whole_number
+from surgery.errors import UsageError
 from surgery.folders import refuse_folder, staged_folder
-from surgery.models.checkpoint import load
-from surgery.operations.masks import IMPORTANCE
-from surgery.training.loop import train
+from surgery.settings import Settings, TimingSettings, option
+
+if TYPE_CHECKING:
+    from surgery import Sensitivity
 
 MARKER = "sensitivity.json"
 """The file by which a folder is known as a result of ``sensitivity``."""
@@ -42,65 +29,50 @@ def register(app: typer.Typer) -> None:
     )(sensitivity)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SensitivityOptions(Settings):
+    """What is slimmed, and of which model."""
+
+    split_rate: float = option(0.5, "Split rate in (0, 1] of the part that is slimmed.", name="--split-rate/--rate")
+    by: str = option("group", "What is slimmed alone: group or stage.")
+    importance: str = option("prefix", "Which channels are kept, as in slim.")
+    round_to: int = option(1, "Round widths up to a multiple of this.")
+    epochs: int = option(0, "Train the model first, so many epochs; 0: take it as is.", least=0)
+    weights: str = option("none", "torchvision's weights: none, DEFAULT or one by name.", metavar="NAME")
+
+
+@takes_fields("augment", "batch_size", "device", "memory", "confidence")
 def sensitivity(
-    model: Model,
-    dataset: Dataset,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
-    rate: Annotated[float, typer.Option(help="Split rate in (0, 1] of the part that is slimmed.")] = 0.5,
-    by: Annotated[str, typer.Option(help="What is slimmed alone: group or stage.")] = "group",
-    importance: Annotated[str, typer.Option(help=f"Which channels are kept: {', '.join(IMPORTANCE)}.")] = "prefix",
-    round_to: Annotated[int, typer.Option(help="Round widths up to a multiple of this.")] = 1,
-    epochs: Annotated[int, typer.Option(help="Train the model first, so many epochs; 0: take it as is.")] = 0,
-    runtime: Annotated[str, typer.Option(help="What models are timed in: onnxruntime or torch.")] = "onnxruntime",
-    threads: Annotated[int | None, typer.Option(help="Threads of one query. [default: all usable cores]")] = None,
-    min_seconds: Annotated[float, typer.Option(help="Seconds spent on timing each model, at the least.")] = 1.0,
-    image_size: ImageSize = None,
-    data_root: DataRoot = None,
-    limit: Limit = None,
-    weights: Weights = "none",
-    seed: Seed = 0,
-    trust: Trust = False,
-    force: Force = False,
-    as_json: AsJson = False,
+    model: Model, data: DataOptions, options: SensitivityOptions, settings: TimingSettings, run: RunOptions
 ) -> None:
     """Slim each part of a trained model alone: how much accuracy that loses, and how much time it saves.
 
     Writes sensitivity.png, sensitivity.csv and sensitivity.json.
     """
-    refuse_folder(out, marker=MARKER, force=force)
-    if image_size is not None:
-        whole_number("--image-size", image_size, 1)
-    saved = is_saved(model)
+    refuse_folder(run.out, marker=MARKER, force=run.force)
+    saved, epochs = is_saved(model), options.epochs
     if not saved and not epochs:
-        parsed = catalogue.parse(model, weights=weights)
+        parsed = surgery.models.parse(model, weights=options.weights)
         if parsed.entry is not None and parsed.weights is None:
             raise UsageError(
-                f"the model {model!r} has random weights, of which none is worth more than another: train it first "
+                f"the model {model!r} has random weights, none of which is worth more than another: train it first "
                 "(--epochs 5), take published weights (--weights DEFAULT), or pass a saved folder"
             )
-    source = load(model, trust=trust) if saved else model
-    data = data_for({"the model": source}, dataset, data_root=data_root, image_size=image_size, limit=limit)
-    module = classifier(source, data, weights=weights, trust=trust, seed=seed)
+    source = surgery.load(model, trust=run.trust) if saved else model
+    images = surgery.data_for({"the model": source}, **vars(data))
+    module = surgery.classifier(source, images, weights=options.weights, trust=run.trust, seed=settings.seed)
+    slimming: dict[str, Any] = {name: getattr(options, name) for name in ("by", "importance", "round_to")}
     with Bars() as bars:
         if epochs:
-            train(module, data, epochs=epochs, seed=seed, progress=bars)
-        result = run_sensitivity(
-            module,
-            data,
-            rate=rate,
-            by=by,
-            importance=importance,
-            round_to=round_to,
-            runtime=runtime,
-            threads=threads,
-            min_seconds=min_seconds,
-            seed=seed,
-            progress=bars,
+            module = surgery.train(module, images, epochs=epochs, seed=settings.seed, progress=bars).module
+        result = surgery.sensitivity(
+            module, images, rate=options.split_rate, **slimming, settings=settings, progress=bars
         )
-    with staged_folder(out, marker=MARKER, force=force) as folder:
-        write_sensitivity(result, folder)
-    written = f"written to {out}: sensitivity.png, sensitivity.csv and sensitivity.json"
-    emit({**result.to_dict(), "out": str(out)}, as_json, _table(result), note="\n".join([*result.doubts, written]))
+    with staged_folder(run.out, marker=MARKER, force=run.force) as folder:
+        surgery.write_sensitivity(result, folder)
+    written = f"written to {run.out}: sensitivity.png, sensitivity.csv and sensitivity.json"
+    content = {**result.to_dict(), "out": str(run.out)}
+    emit(content, run.as_json, _table(result), note="\n".join([*result.doubts, written]))
 
 
 def _table(result: Sensitivity) -> Any:

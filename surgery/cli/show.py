@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 import surgery
 from surgery.cli.options import EXACT, AsJson, Model, Opening, complete_model, refuse_if_taken, with_groups
 from surgery.cli.output import emit, table
+from surgery.cli.tables import Table
 from surgery.errors import UsageError, unknown_name
 from surgery.units import counted, mebibytes, quantity
 
@@ -22,7 +24,7 @@ def register(app: typer.Typer) -> None:
 
 
 def models(
-    pattern: Annotated[str, typer.Argument(metavar="[PATTERN]", help="A glob over names, such as 'vgg*'.")] = "*",
+    pattern: Annotated[str, typer.Argument(metavar="PATTERN", help="A glob over names, such as 'vgg*'.")] = "*",
     family: Annotated[
         str | None, typer.Option(metavar="FAMILY", help="Only one family, or a glob over families: 'swin*'.")
     ] = None,
@@ -30,14 +32,27 @@ def models(
 ) -> None:
     """List the models known by name, with their inputs and their published figures."""
     known = surgery.models.list_models(pattern, family)
-    rows = [one.to_dict() for one in known]
-    cells = [
-        [r["name"], r["family"], r["input"], quantity(r["params"]), quantity(1e9 * r["gmacs"]), r["score"], r["notes"]]
-        for r in rows
-    ]
-    header = ["name", "family", "input", "parameters", "MACs", "published", "notes"]
-    listing = table(counted(len(rows), "model"), header, cells, text=["family", "notes"], left=["input"])
-    emit({"models": rows}, as_json, listing)
+    notes: dict[str, list[str]] = {}
+    for one in known:
+        if one.entry.notes:
+            notes.setdefault(one.entry.notes, []).append(one.entry.name)
+    said = "\n".join(f"{text}: {', '.join(names)}" for text, names in notes.items())
+    emit({"models": [one.to_dict() for one in known]}, as_json, *_listing(known), note=said)
+
+
+def _listing(known: Sequence[surgery.models.KnownModel]) -> Iterator[Table]:
+    """Yield a table for each kind of input, in which the models of a family stand below its name."""
+    for kind in dict.fromkeys(one.entry.kind for one in known):
+        rows: list[list[str]] = []
+        family = ""
+        for one in (one for one in known if one.entry.kind == kind):
+            if one.entry.family != family:
+                family = one.entry.family
+                rows.append([f"{family}:", "", "", "", ""])
+            size = "x".join(map(str, one.entry.input_size[1:]))
+            rows.append([one.entry.name, size, quantity(one.params), quantity(1e9 * one.gmacs), one.score])
+        title = f"{counted(sum(one.entry.kind == kind for one in known), 'model')}, input: {kind}"
+        yield table(title, ["name", "size", "params", "MACs", "published"], rows)
 
 
 def inspect(
@@ -53,10 +68,10 @@ def inspect(
     force: Annotated[bool, typer.Option("--force", help="Replace the SVG file if it exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a model costs, which of its axes must change together, and what each such group carries.
+    """Show a model's cost, its dimension groups, and the cost that each group carries.
 
-    A group carries the parameters, and their MACs, that lie at its channels along any axis. A weight lies between two
-    groups and counts for both.
+    The axes of a group must change together. A group carries the parameters at its channels, along any axis, and their
+    MACs. A weight lies between two groups and counts for both.
     """
     if svg is not None:
         refuse_if_taken(svg, force)
@@ -117,7 +132,7 @@ def _group(group: surgery.DimensionGroup, carried: surgery.GroupCost) -> dict[st
 
 
 def _briefly(reason: str) -> str:
-    """Of clauses that say the same of several layers, the first ``LAYER says so``, and how many more there are."""
+    """Shorten a reason: of clauses that say the same of several layers, keep the first and count the others."""
     clauses = reason.split("; ")
     kinds: dict[str, str] = {}
     for clause in clauses:
@@ -137,7 +152,7 @@ def _write(file: Path, text: str) -> None:
 
 
 def _find(groups: list[surgery.DimensionGroup], layer: str) -> surgery.DimensionGroup:
-    """The group named after ``layer``, or else the one it produces for."""
+    """Find the group named after ``layer``, or else the one that it produces for."""
     named = {m.layer: g for g in groups for m in g.members if m.role == "producer"} | {g.name: g for g in groups}
     if layer not in named:
         raise unknown_name("group", layer, named)
@@ -158,7 +173,7 @@ def _show_members(group: surgery.DimensionGroup, carried: surgery.GroupCost, as_
 
 
 def _show_path(groups: list[surgery.DimensionGroup], a: str, b: str, as_json: bool) -> None:
-    """The ops between two members of one group; a `UsageError` where no group has both."""
+    """Print the ops between two members of one group; raise `UsageError` where no group has both."""
     holds = {name: [g for g in groups if name in _names(g)] for name in (a, b)}
     for name, found in holds.items():
         if not found:

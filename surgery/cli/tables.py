@@ -1,4 +1,4 @@
-"""Tables that fit a terminal: prose folds, and no figure is ever wrapped or cut."""
+"""Tables that fit a terminal: prose folds, and figures are never wrapped or cut."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ a table of more rows than can stand side by side."""
 
 @dataclass(frozen=True)
 class Table:
-    """Cells, and what the columns hold: names in the first, prose in those of ``text``, figures in the others.
+    """Cells in columns: names in the first, prose in those of ``text``, figures in the others.
 
-    Names, prose and what the columns of ``left`` hold are set left, figures right.
+    Names, prose and the columns of ``left`` are set left, figures right.
     """
 
     title: str
@@ -34,8 +34,8 @@ class Table:
     def print(self, console: Console) -> None:
         """Print the title, and the rest in the first form that fits.
 
-        Forms are a line for each row; the same with the words of headers below each other; turned, a column for each
-        row; not turned, with names folded, too; turned, in as many blocks as need be.
+        The forms are: a line for each row; the same with the words of headers below each other; turned, with a column
+        for each row; not turned, with names folded as well; turned, in as many blocks as needed.
         """
         if self.title:
             console.print(Text(self.title, style="bold"), soft_wrap=True)
@@ -79,7 +79,7 @@ class Table:
 
     @property
     def _folds(self) -> list[int | None]:
-        """Of each column to how many characters it may be folded, if at all."""
+        """The number of characters to which each column may be folded; None where it may not."""
         return [_WORD if title in self.text else None for title in self.header]
 
 
@@ -89,7 +89,7 @@ def _grid(
     left: Sequence[bool],
     fold: Callable[[int, int], int | None],
 ) -> Grid:
-    """Columns that rich may make narrower down to where ``fold`` of a row and column says, and no further."""
+    """Make a grid whose cells may be folded to the width that ``fold`` gives for their row and column, no further."""
     grid = Grid(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
     for column, name in enumerate(header):
         narrow = [_narrowest(row[column], fold(at, column)) for at, row in enumerate(rows)]
@@ -107,5 +107,5 @@ def _narrowest(cell: str, fold: int | None) -> int:
 
 
 def _least(grid: Grid) -> int:
-    """How many columns of a terminal a table needs: rich itself asks for the longest word."""
+    """Return the columns of a terminal that a table needs; rich itself asks for the longest word."""
     return sum(column.min_width or 0 for column in grid.columns) + _GAP * (len(grid.columns) - 1)

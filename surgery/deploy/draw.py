@@ -1,7 +1,7 @@
 """A drawing of a model's dimension groups: layers from top to bottom, and one line for each group.
 
 A box is a layer, that is, a parameter of two or more axes; its colour is that of the group it writes. The line of a
-group runs beside the boxes past all that read it and write it, as a track through its stations: a dot where a layer
+group runs next to the boxes past all that read it and write it, as a track through its stations: a dot where a layer
 writes the channels, a ring where it reads them. Grey and hatched is what cannot be edited. Each box and each line tells
 its figures where the pointer rests on it. The picture is one SVG file that needs nothing else.
 """
@@ -279,7 +279,7 @@ class _Picture:
         return f'<g class="group"><title>{escape(self._told(track.group))}</title>{"".join(marks)}</g>'
 
     def _labels(self) -> dict[int, tuple[str, int]]:
-        """For each track by its id, the text beside it and the row it stands in: the first that is free."""
+        """For each track by its id, the text next to it and the row it stands in: the first that is free."""
         taken: set[int] = set()
         labels = {}
         for track in sorted(self.tracks, key=lambda t: (t.first, t.group.name not in {r.layer for r in self.rows})):

@@ -18,8 +18,8 @@ DENSE, SLIM, LONG, TICKET, FAINT = "#0b6e99", "#d08c2f", "#555555", "#7a5ca8", "
 """Colours of networks, the same in every picture of generations."""
 
 
-def draw(found: Evolution, tickets: Lottery | None, path: Path, *, title: str) -> None:
-    """Draw what `surgery.evolve` found, and what a lottery ticket has beside it, to a PNG at ``path``.
+def draw_generations(found: Evolution, tickets: Lottery | None, path: Path, *, title: str) -> None:
+    """Draw what `surgery.evolve` found, with the score of a lottery ticket, to a PNG at ``path``.
 
     No window is opened and no global state of matplotlib is used.
     """

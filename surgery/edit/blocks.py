@@ -22,15 +22,9 @@ from torch import fx, nn
 from surgery.axes.analysis import Analysis
 from surgery.axes.labels import Labelled
 from surgery.axes.ledger import labelled_leaves
-from surgery.edit.sites import Site, activation_of, is_inside
+from surgery.edit.sites import Site, is_inside
 from surgery.graph.table import Rule, rule_for
 from surgery.graph.traced import TracedModule
-
-IDEMPOTENT = frozenset({"ReLU", "ReLU6"})
-"""Activations with phi(phi(x)) = phi(x), behind which an identity layer and the same activation change nothing."""
-
-_RANGES = {"ReLU": (0.0, math.inf), "ReLU6": (0.0, 6.0), "Sigmoid": (0.0, 1.0), "Hardsigmoid": (0.0, 1.0)}
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
 
 @dataclass(frozen=True)
@@ -92,8 +86,8 @@ class Flow:
             inner = [flow._ranges(end, {}) for flow, _, end in self._called(node)]
             if inner:
                 known[node] = min(r[0] for r in inner), max(r[1] for r in inner)
-            elif rule is not None and (found := _RANGES.get(activation_of(self.owner, node))):
-                known[node] = found
+            elif rule is not None and isinstance(rule.within, tuple):
+                known[node] = rule.within
             elif rule is not None and (rule.movement or rule.within):
                 given = [self._ranges(n, known) for n in self.tensors(node)]
                 known[node] = min(0.0, *(g[0] for g in given)), max(0.0, *(g[1] for g in given))
@@ -154,11 +148,8 @@ class Flow:
             if any(tensor is not None and id(tensor) not in settable for tensor in tensors.values()):
                 return None  # computed from others, or never learned
             return frozenset(Zero(str(node.target), name) for name, tensor in tensors.items() if tensor is not None)
-        try:
-            given = inspect.signature(rule.relate).bind(None, *node.args, **node.kwargs).arguments
-        except TypeError:
-            return None
-        arguments = [given.get(name, given.get("named", {}).get(name)) for name in rule.zeros]
+        given = rule.arguments(node)
+        arguments = [given.get(name) for name in rule.zeros]
         if arguments[0] is None:
             return None
         return _all(self.zeros_of(a) if isinstance(a, fx.Node) else None for a in arguments if a is not None)
@@ -190,7 +181,7 @@ class Flow:
                 return []
             ways = [(skip, self.zeros_of(branch)) for skip, branch in (operands, operands[::-1])]
             return [(skip, zeros) for skip, zeros in ways if zeros is not None]
-        if rule.movement or activation_of(self.owner, node) in IDEMPOTENT:
+        if rule.movement or rule.kind == "idempotent":
             read = self.tensors(node)
             return [(read[0], frozenset())] if len(read) == 1 else []
         return []
@@ -323,7 +314,8 @@ class Flow:
             return bool(getattr(leaf, "inplace", False))
         if node.op == "call_method":
             return str(node.target).endswith("_") and not str(node.target).endswith("__")
-        if node.target in _IN_PLACE or getattr(node.target, "__name__", "").endswith("_"):
+        rule = self.rule(node)
+        if (rule is not None and node.target in rule.in_place) or getattr(node.target, "__name__", "").endswith("_"):
             return True
         try:
             assert callable(node.target)

@@ -109,7 +109,7 @@ def _last_of_each(old: torch.Tensor, size: int) -> torch.Tensor:
 
 def _to_ulps(values: torch.Tensor, whole: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``values`` rounded to multiples of the ulp that ``whole`` has as a number of type ``dtype``."""
-    # A sum that is no smaller than whole is such a multiple, and so is what it is larger by.
+    # A sum that is at least as large as whole is such a multiple, and so is the difference between the two.
     beyond = torch.copysign(whole, values)
     return (values + beyond).to(dtype).to(values.dtype) - beyond
 

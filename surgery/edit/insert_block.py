@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from surgery.axes.analysis import Analysis, analyse
 from surgery.edit.blocks import Block, Flow, Zero, block_of
-from surgery.edit.sites import Site, activation_of, is_called, local_name, output_sites
+from surgery.edit.sites import Site, is_called, local_name, op_of, output_sites
 from surgery.edit.step import Inserted, Step
 from surgery.errors import EditError
 
@@ -74,8 +74,8 @@ def copied_blocks(module: nn.Module, analysis: Analysis, after: str, like: str) 
     """In each graph that computes the output of ``after``: the value that a copy is put behind, and the block that it
     is a copy of.
 
-    ``like`` is a container, all of which is the block. Without it, it is the smallest block at the end of a container,
-    or the smallest one that a layer is in.
+    ``like`` is a container that is the block as a whole. Without it, the block is the smallest one at the end of a
+    container, or around a layer.
 
     Raises:
         EditError: there is none.
@@ -108,7 +108,7 @@ def _around(flow: Flow, site: Site, container: bool) -> Block | None:
         block = block_of(flow, node, "")
         if block is not None and site.node in block.nodes:
             users = list(node.users)
-            if len(users) == 1 and activation_of(flow.owner, users[0]):
+            if len(users) == 1 and op_of(flow.owner, users[0]).activation:
                 return block_of(flow, users[0], "") or block
             return block
     return None

@@ -27,7 +27,7 @@ from surgery.edit.blocks import Flow
 from surgery.edit.insert_block import renamed
 from surgery.edit.layout import Layouts
 from surgery.edit.reindex import Reindex, gather, gathered_origins
-from surgery.edit.sites import Site, is_inside, local_name, output_sites
+from surgery.edit.sites import Site, is_inside, local_name, op_of, output_sites
 from surgery.edit.step import Inserted, Origin, Step
 from surgery.errors import EditError
 from surgery.graph.traced import TracedModule, named_tensors, traced_parts
@@ -142,8 +142,8 @@ def dense_edit(module: nn.Module, analysis: Analysis, after: str) -> DenseEdit |
 
 
 def _last_layer(site: Site, flow: Flow) -> Layer | None:
-    parts, dim = _joined(site.node)
-    joined = {node: own for node in flow.order for own, along in [_joined(node)] if own and along == dim}
+    parts, dim = _joined(site.owner, site.node)
+    joined = {node: own for node in flow.order for own, along in [_joined(site.owner, node)] if own and along == dim}
     for end in reversed(parts):
         rest = [part for part in parts if part is not end]
         if not rest or len(rest) < len(parts) - 1 or set(end.users) != {site.node}:
@@ -156,13 +156,14 @@ def _last_layer(site: Site, flow: Flow) -> Layer | None:
     return None
 
 
-def _joined(node: fx.Node) -> tuple[list[fx.Node], int]:
+def _joined(owner: TracedModule, node: fx.Node) -> tuple[list[fx.Node], int]:
     """The parts of a concatenation, none for any other op, and its dim."""
-    named: dict[str, Any] = {"dim": node.kwargs.get("axis", 0), **node.kwargs}
-    named.update(zip(("tensors", "dim"), node.args, strict=False))
-    parts, dim = named.get("tensors"), named["dim"]
-    is_cat = node.op == "call_function" and node.target in (torch.cat, torch.concat, torch.concatenate)
-    if is_cat and isinstance(dim, int) and isinstance(parts, (list, tuple)):
+    rule = op_of(owner, node)
+    if rule.kind != "concatenation":
+        return [], 0
+    named = rule.arguments(node)
+    parts, dim = next(iter(named.values())), named.get("dim", named.get("axis", 0))
+    if isinstance(dim, int) and isinstance(parts, (list, tuple)):
         return [part for part in parts if isinstance(part, fx.Node)], dim
     return [], 0
 
@@ -324,7 +325,7 @@ def _insert(layer: Layer, step: InsertDense, result: nn.Module, wider: nn.Module
         twin.args, twin.kwargs = fx.map_arg((node.args, node.kwargs), found)
     cat, end, parts = found(site.node), found(layer.end), [found(part) for part in layer.parts]
     with graph.inserting_before(cat):
-        read = [layer.entry] if layer.entry in layer.parts else _joined(layer.entry)[0]
+        read = [layer.entry] if layer.entry in layer.parts else _joined(layer.site.owner, layer.entry)[0]
         new = graph.call_function(torch.cat, ([*map(found, read), end], layer.dim))
         new.meta["path"] = path(layer.entry)
         copies = {found(layer.entry, theirs): new}

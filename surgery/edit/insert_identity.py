@@ -17,10 +17,10 @@ from surgery.edit.moments import predicted_moments, set_moments
 from surgery.edit.sites import Site, local_name, output_sites
 from surgery.edit.step import Inserted, Step
 from surgery.errors import EditError, UsageError
+from surgery.graph.table import activation_named
+from surgery.layers.activation import make_activation
 from surgery.layers.maxout import Maxout
-
-_CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_BATCH_NORMS: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+from surgery.layers.spatial import layer_class
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,12 @@ def _block(step: InsertIdentity, like: torch.Tensor) -> nn.Sequential:
     else:
         raise UsageError(f"unknown form {step.form!r} of an identity: 'layer' or 'residual'")
     if step.norm:
-        norm = _BATCH_NORMS[max(len(step.kernel), 1)]
+        norm = layer_class("BatchNorm", max(len(step.kernel), 1))
         layers["norm"] = _identity_norm(norm(step.channels * step.pieces, eps=step.eps))
     if step.activation == "Maxout":
         layers["act"] = Maxout(step.pieces, dim=1 if step.kernel else -1)
     elif step.activation:
-        layers["act"] = getattr(nn, step.activation)()
+        layers["act"] = make_activation(activation_named(step.activation))
     if step.form == "residual":
         for parameter in last.parameters():
             nn.init.zeros_(parameter)
@@ -129,8 +129,8 @@ def _weights(step: InsertIdentity, outs: int) -> nn.Module:
     if not step.kernel:
         return nn.Linear(step.channels, outs)
     padding = tuple(k // 2 for k in step.kernel)
-    conv = _CONVS[len(step.kernel)]
-    return conv(step.channels, outs, step.kernel, padding=padding, bias=not step.norm)
+    conv = layer_class("Conv", len(step.kernel))
+    return cast(nn.Module, conv(step.channels, outs, step.kernel, padding=padding, bias=not step.norm))
 
 
 def _set_identity(layer: nn.Module, pieces: int) -> None:

@@ -7,13 +7,12 @@ were tied before an edit are laid out alike after it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from surgery.axes.analysis import Analysis
 from surgery.axes.groups import DimensionGroup
@@ -105,21 +104,6 @@ class Layouts:
         old = _ragged(start[stretch], length[stretch])
         unit = np.repeat(new, length[stretch])
         return Layout(old, unit, _rectangle(old, units.shape))
-
-
-def changed_tensors(
-    module: nn.Module, analysis: Analysis, layouts: Layouts
-) -> Iterator[tuple[str, torch.Tensor, dict[int, Layout]]]:
-    """Each parameter and buffer that an edit changes, once, by its first name, and the new layouts of its axes."""
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        axes: dict[int, Layout] = {}
-        for axis in range(tensor.ndim):
-            units = analysis.axis_units.get((name, axis))
-            layout = None if units is None else layouts.of(units)
-            if layout is not None:
-                axes[axis] = layout
-        if axes:
-            yield name, tensor, axes
 
 
 def memory_format(tensor: torch.Tensor) -> torch.memory_format:

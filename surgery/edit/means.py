@@ -13,13 +13,11 @@ float32 model to the precision of float32.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from surgery.axes.analysis import Analysis
@@ -31,11 +29,10 @@ from surgery.edit.step import MEAN
 from surgery.errors import EditError
 from surgery.graph.table import rule_for
 from surgery.graph.traced import TracedModule
-from surgery.rules import rewrites
 
 
 def normalised_streams(module: nn.Module, analysis: Analysis, group: DimensionGroup) -> list[Norm]:
-    """The LayerNorms over ``group``, all of which an average expansion keeps exact.
+    """Find the LayerNorms over ``group``, and check that an average expansion keeps each of them exact.
 
     Raises:
         EditError: it would not; says which op stands in the way.
@@ -107,17 +104,12 @@ class _Walk:
             return all(results)
         read = [n for n in node.all_input_nodes if self.carries(self.analysis.values[scope, n.name])]
         kept = all(self.linear.get((scope, n.name), False) for n in read)
-        target: Any = node.target
-        if leaf is None and target is F.layer_norm:
-            given = inspect.signature(F.layer_norm).bind(*node.args, **node.kwargs).arguments
-            if self.linear.get((scope, given["input"].name), False) and self.spans(scope, node) and given.get("weight"):
-                self.norms.add((scope, node.name))
-            return False
-        if isinstance(leaf, nn.LayerNorm):
-            if kept and self.spans(scope, node) and leaf.weight is not None:
-                self.norms.add((scope, node.name))
-            return False
         rule = rule_for(node, leaf)
+        if rule.kind == "layer norm":
+            first, weight = node.all_input_nodes[0], rule.arguments(node).get("weight") if leaf is None else leaf.weight
+            if self.linear.get((scope, first.name), False) and self.spans(scope, node) and weight is not None:
+                self.norms.add((scope, node.name))
+            return False
         if rule.linear == "writes":
             roles = self.roles(path, node)
             return "producer" in roles or (kept and "per-channel" not in roles)
@@ -171,7 +163,7 @@ class Expansion:
             return f"{norm.path}.weight", f"{norm.path}.bias"
         path, graph = self.analysis.graphs[norm.key[0]]
         node = next(n for n in graph.nodes if n.name == norm.key[1])
-        given = inspect.signature(F.layer_norm).bind(*node.args, **node.kwargs).arguments
+        given = rule_for(node, None).arguments(node)
         weight, bias = (
             f"{path}.{n.target}".lstrip(".") if isinstance(n, fx.Node) else ""
             for n in map(given.get, ("weight", "bias"))
@@ -198,6 +190,7 @@ class Expansion:
                 layer.eps *= eta * eta
                 continue
             owner, node = in_copy(module, self.analysis, *norm.key)
-            signature = ("input", "normalized_shape", "weight", "bias", "eps")
-            rewrites.set_argument(node, signature, "eps", eta * eta * rewrites.argument(node, signature, "eps", 1e-5))
+            given = rule_for(node, None).arguments(node)
+            given["eps"] = eta * eta * given.get("eps", 1e-5)
+            node.args, node.kwargs = (given.pop("input"),), given
             owner.recompile()

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.edit.sites import activation_of
+from surgery.edit.sites import op_of
 from surgery.errors import UsageError
-from surgery.graph.table import rule_for
+from surgery.graph.table import UNKNOWN
 from surgery.graph.traced import TracedModule
 
 _BITS = {torch.float32: 24, torch.float64: 53}
-_SUMS = ("add", "add_", "iadd")
 
 Moments = tuple[Tensor, Tensor]
 """Mean and variance of each channel, float64 of shape (channels,)."""
@@ -43,27 +42,43 @@ def _moments(owner: TracedModule, node: fx.Node, known: dict[fx.Node, Moments | 
 
 
 def _computed(owner: TracedModule, node: fx.Node, known: dict[fx.Node, Moments | None]) -> Moments | None:
-    leaf = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if isinstance(leaf, nn.modules.batchnorm._BatchNorm):
+    leaf: Any = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+    rule = op_of(owner, node)
+    if leaf is not None and rule.kind == "batch norm":
         if leaf.weight is None:
             return torch.zeros(leaf.num_features).double(), torch.ones(leaf.num_features).double()
         return leaf.bias.detach().double(), leaf.weight.detach().double().square()
-    if not node.op.startswith("call_") or isinstance(leaf, TracedModule) or not node.args:
+    if rule is UNKNOWN or not node.args:
         return None
-    rule, first = rule_for(node, leaf), node.args[0]
+    first = node.args[0]
     operands = first if isinstance(first, (list, tuple)) else [n for n in node.args if isinstance(n, fx.Node)]
     found = [_moments(owner, n, known) if isinstance(n, fx.Node) else None for n in operands]
     given = [moments for moments in found if moments is not None]
     if not given or len(given) < len(found):
         return None
-    activation, name = activation_of(owner, node), getattr(node.target, "__name__", node.target)
-    if activation in ("ReLU", "ReLU6"):
-        return _rectified(*given[0], 6.0 if activation == "ReLU6" else math.inf)
-    if rule.linear == "sum" and name in _SUMS and len(given) == 2:
-        return given[0][0] + given[1][0], given[0][1] + given[1][1]
-    if rule.movement and isinstance(first, (list, tuple)) and 1 in (node.kwargs.get("dim"), *node.args[1:2]):
+    if rule.kind == "idempotent" and isinstance(rule.within, tuple) and rule.within[0] == 0:
+        return _rectified(*given[0], rule.within[1])
+    if rule.linear == "sum" and len(given) == 2:
+        first_factor, second_factor = (_factor(node, k) for k in range(2))
+        return (
+            first_factor * given[0][0] + second_factor * given[1][0],
+            first_factor**2 * given[0][1] + second_factor**2 * given[1][1],
+        )
+    if rule.kind == "concatenation" and 1 in (node.kwargs.get("dim"), *node.args[1:2]):
         return torch.cat([m for m, _ in given]), torch.cat([v for _, v in given])
-    return given[0] if not activation and (rule.within or rule.linear == "first") else None
+    return given[0] if not rule.activation and (rule.within is True or rule.linear == "first") else None
+
+
+def _factor(node: fx.Node, operand: int) -> Tensor:
+    """What an op that is linear in two operands multiplies one of them by."""
+    args = [torch.tensor(float(k == operand), dtype=torch.float64) for k in range(2)]
+    if isinstance(node.target, str):
+        found = getattr(args[0], node.target)(args[1], **node.kwargs)
+    else:
+        assert callable(node.target)
+        found = node.target(*args, **node.kwargs)
+    assert isinstance(found, Tensor)
+    return found
 
 
 def _rectified(mean: Tensor, variance: Tensor, top: float) -> Moments:

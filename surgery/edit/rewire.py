@@ -243,7 +243,6 @@ class _Rewiring:
                     tuple(o.shape for o in outs),
                     frozenset(changed),
                     tuple(self.shape(v) if isinstance(v, Labelled) else None for v in inputs),
-                    tuple(v.shape if isinstance(v, Labelled) else None for v in inputs),
                     self.computed(new),
                     self.copies(outs[0]),
                     self.tensors(new),

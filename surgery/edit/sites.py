@@ -4,26 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from surgery.axes.analysis import Analysis
 from surgery.errors import EditError, unknown_name
+from surgery.graph.table import UNKNOWN, Rule, rule_for
 from surgery.graph.traced import TracedModule, traced_parts
-from surgery.layers.maxout import Maxout
-
-ACTIVATIONS: dict[object, str] = {
-    **dict.fromkeys((torch.relu, F.relu, "relu", "relu_"), "ReLU"),
-    F.relu6: "ReLU6",
-    **{getattr(F, name.lower()): name for name in ("GELU", "SiLU", "Mish", "Hardswish", "Hardsigmoid", "ELU", "SELU")},
-    F.leaky_relu: "LeakyReLU",
-    **dict.fromkeys((torch.sigmoid, F.sigmoid, "sigmoid"), "Sigmoid"),
-    **dict.fromkeys((torch.tanh, F.tanh, "tanh"), "Tanh"),
-}
-"""Functions and methods, by the layer of `torch.nn` that does the same."""
-_LAYERS = {*ACTIVATIONS.values(), "CELU", "Softplus", "Softsign", "RReLU", "Hardtanh"}
-_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
 class Site:
@@ -61,16 +47,10 @@ def output_sites(module: nn.Module, name: str) -> Iterator[Site]:
         raise unknown_name("layer", name, names)
 
 
-def activation_of(owner: TracedModule, node: fx.Node) -> str:
-    """The class in `torch.nn` of an activation node, or ``"Maxout"``; empty for any other node."""
-    if node.op == "call_module":
-        layer = owner.get_submodule(str(node.target))
-        kind = type(layer).__name__
-        return kind if kind in _LAYERS else "Maxout" if isinstance(layer, Maxout) else ""
-    try:
-        return ACTIVATIONS.get(node.target, "") if node.op in ("call_function", "call_method") else ""
-    except TypeError:
-        return ""
+def op_of(owner: TracedModule, node: fx.Node) -> Rule:
+    """The record of the op that a node calls; `UNKNOWN` where there is none, or the node calls a traced module."""
+    leaf = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return UNKNOWN if isinstance(leaf, TracedModule) or not node.op.startswith("call_") else rule_for(node, leaf)
 
 
 def _output_node(owner: TracedModule, graph: fx.Graph, local: str, name: str) -> fx.Node | None:
@@ -111,16 +91,13 @@ def is_inside(node: fx.Node, name: str) -> bool:
 
 
 def _behind(owner: TracedModule, node: fx.Node) -> fx.Node:
-    for wanted in (_is_norm, activation_of):
+    for what in ("norm", "activation"):
         if len(node.users) == 1:
             user = next(iter(node.users))
-            if wanted(owner, user):
+            rule = op_of(owner, user)
+            if rule.kind == "batch norm" if what == "norm" else rule.activation:
                 node = user
     return node
-
-
-def _is_norm(owner: TracedModule, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(owner.get_submodule(str(node.target)), _NORMS)
 
 
 def in_copy(module: nn.Module, analysis: Analysis, scope: str, name: str) -> tuple[TracedModule, fx.Node]:

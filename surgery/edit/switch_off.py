@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
@@ -31,13 +30,14 @@ from surgery.axes.ledger import Norm
 from surgery.edit.sites import in_copy
 from surgery.edit.step import Step
 from surgery.errors import EditError, UsageError, unknown_name
+from surgery.graph.table import rule_for, rule_of_class
 from surgery.graph.traced import TracedModule, traced_parts
-from surgery.layers.norms import _CLASSES, group_norm_over, layer_norm_over
+from surgery.layers.norms import restrict_norm
 
 
 @dataclass(frozen=True)
 class SwitchOff(Step):
-    """Set entries of parameters to 0, and leave channels of which nothing is kept out of statistics and sums.
+    """Set entries of parameters to 0, and leave channels that are gone entirely out of statistics and sums.
 
     Attributes:
         keep: for parameters, by their first name, the entries that are kept, as text (`mask_text`).
@@ -132,18 +132,14 @@ def _product(axes: list[Tensor]) -> Tensor:
 
 def _refuse_second(module: nn.Module) -> None:
     """The analysis knows nothing of norms over a part of their channels, so it could not leave out more."""
-    layers = [name for name, part in module.named_modules() if isinstance(part, tuple(_CLASSES.values()))]
-    nodes = [
-        node.name
-        for _, part in traced_parts(module)
-        for graph in part.graphs
-        for node in graph.nodes
-        if node.target in (layer_norm_over, group_norm_over)
-    ]
-    if layers or nodes:
-        raise EditError(
-            f"channels are already left out of the statistics of {(layers + nodes)[0]!r}: mask the module from before"
-        )
+    for _, part in traced_parts(module):
+        for node in (node for graph in part.graphs for node in graph.nodes if node.op.startswith("call")):
+            leaf = part.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if rule_for(node, leaf).kind == "restricted norm":
+                raise EditError(
+                    f"channels are already left out of the statistics of {str(node.target if leaf else node.name)!r}: "
+                    "mask the module from before"
+                )
 
 
 def kept_units(module: nn.Module, analysis: Analysis, masks: Mapping[str, Tensor]) -> NDArray[np.bool_]:
@@ -173,24 +169,21 @@ def normalise_over(module: nn.Module, analysis: Analysis, keep: NDArray[np.bool_
         entries = _entries(analysis, keep, norms)
         if path:
             layer = module.get_submodule(path)
-            own = next((own for cls, own in _CLASSES.items() if isinstance(layer, cls)), None)
-            if own is None:
+            over = rule_of_class(layer).over
+            if over is None:
                 raise EditError(f"{path}: channels cannot be left out of the statistics of a {type(layer).__name__}")
-            device = next((p.device for p in module.parameters()), None)
-            layer.register_buffer("keep", entries.to(device), persistent=False)
-            layer.__class__ = own
+            restrict_norm(layer, entries.to(next((p.device for p in module.parameters()), None)), over)
             continue
         owner, node = in_copy(module, analysis, scope, name)
-        if node.target not in (F.layer_norm, F.group_norm, torch.group_norm):
+        rule = rule_for(node, None)
+        if rule.over is None:
             raise EditError(f"{name}: channels cannot be left out of its statistics")
-        layer_norm = node.target is F.layer_norm
-        original: Any = F.layer_norm if layer_norm else F.group_norm
-        given = dict(inspect.signature(original).bind(*node.args, **node.kwargs).arguments)
-        given.pop("normalized_shape", None)
+        names = list(inspect.signature(rule.over).parameters)[2:]
+        given = rule.arguments(node)
         with node.graph.inserting_before(node):
             mask = _constant(module, owner, node.graph, entries)
-        node.target = layer_norm_over if layer_norm else group_norm_over
-        node.args, node.kwargs = (given.pop("input"), mask), given
+        node.target = rule.over
+        node.args, node.kwargs = (next(iter(given.values())), mask), {k: v for k, v in given.items() if k in names}
         owner.recompile()
 
 

@@ -28,12 +28,15 @@ _TOLERANCE = {torch.float64: 1e-8, torch.complex128: 1e-8, torch.float32: 1e-3, 
 """Relative; the same ops run on both sides, so all but their order agrees. Lower precisions: 5e-2."""
 
 
-def check_agreement(traced: nn.Module, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_agreement(traced: nn.Module, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Run ``traced`` and ``model``, copies of both, on the example inputs and compare what they return.
 
     Evaluation is compared always, training where the graph depends on the mode. Small models are compared in both, in
     gradients and at a second batch size too, where the model itself runs like that. Guards may refuse that batch
     size. Models on the meta device cannot be run and are not checked.
+
+    Returns:
+        whether they were compared at a second batch size.
 
     Raises:
         UsageError: the model itself does not run on them.
@@ -41,7 +44,7 @@ def check_agreement(traced: nn.Module, model: nn.Module, args: tuple[Any, ...], 
     """
     tensors = [t for _, t in (*tensors_in((args, kwargs)), *_named_tensors(model))]
     if any(t.is_meta for t in tensors):
-        return
+        return False
     runs = _plan(traced, model, args, kwargs)
     expected = _observe(copy.deepcopy(model), runs)
     if expected[0].error is not None and all(seen.error for seen in expected):
@@ -52,6 +55,7 @@ def check_agreement(traced: nn.Module, model: nn.Module, args: tuple[Any, ...], 
     wrong = _first_difference(expected, found)
     if wrong and not _first_difference(expected, _observe(copy.deepcopy(model), [seen.run for seen in expected])):
         raise TraceError(f"{type(model).__name__} cannot be traced faithfully: {wrong}")
+    return any(seen.run.other_batch and seen.error is None for seen in found)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ class TraceInfo:
     """Why the model could not be traced whole; empty where it was."""
     modes: tuple[bool, ...] = (False,)
     """Where it was not: for which modes (``training``) it runs on the inputs."""
+    batched: bool = False
+    """Whether it was compared with the model at a second batch size."""
     seal: Mapping[tuple[str, str], str] | None = None
     """The structure of the module after the last step (`surgery.graph.structure`)."""
 

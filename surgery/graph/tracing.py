@@ -69,18 +69,19 @@ def trace(
     reference = copy.deepcopy(root)
     untraced = ""
     modes: tuple[bool, ...] = (False,)
+    batched = False
     traced: nn.Module
     try:
         traced = traced_copy(root, given)
         if check:
-            check_agreement(traced, reference, args, kwargs)
+            batched = check_agreement(traced, reference, args, kwargs)
     except TraceError as error:
         untraced = str(error)
         traced, modes = trace_islands(copy.deepcopy(reference), args, kwargs, error)
         if check:
-            check_agreement(traced, reference, args, kwargs)
+            batched = check_agreement(traced, reference, args, kwargs)
     spec_args, spec_kwargs = pytree.tree_map(lambda v: _spec(v, bool(untraced)), (args, kwargs))
-    set_info(traced, TraceInfo(source, spec_args, spec_kwargs, untraced=untraced, modes=modes))
+    set_info(traced, TraceInfo(source, spec_args, spec_kwargs, untraced=untraced, modes=modes, batched=batched))
     seal(traced)
     return traced
 

@@ -1,6 +1,11 @@
-"""Division by a length over channels, for networks in which channels have copies."""
+"""Norms of edited networks: division by a length to which copies add, and statistics over a part of the channels."""
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -50,22 +55,43 @@ def group_norm_over(
     return result if bias is None else result + bias.view(entries)
 
 
-class KeptLayerNorm(nn.LayerNorm):
-    """A LayerNorm over the positions that its buffer ``keep`` names."""
+def rms_norm_over(input: Tensor, keep: Tensor, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """`F.rms_norm` over the positions where ``keep``, bool of the normalised shape, is true; 0 elsewhere."""
+    factor = keep.to(input.dtype)
+    square = (input.square() * factor).sum(tuple(range(-keep.dim(), 0)), keepdim=True) / factor.sum()
+    result = input * torch.rsqrt(square + (torch.finfo(input.dtype).eps if eps is None else eps)) * factor
+    return result if weight is None else result * weight
+
+
+class RestrictedNorm(nn.Module):
+    """What a norm becomes whose statistics leave channels out: a class of its own for each norm (`restrict_norm`)."""
 
     keep: Tensor
+    norm: ClassVar[type[nn.Module]]
+    over: ClassVar[Callable[..., Tensor]]
 
     def forward(self, input: Tensor) -> Tensor:
-        return layer_norm_over(input, self.keep, self.weight, self.bias, self.eps)
+        names = list(inspect.signature(type(self).over).parameters)[2:]
+        return type(self).over(input, self.keep, **{name: getattr(self, name) for name in names})
+
+    def __reduce__(self) -> Any:
+        return _rebuild_restricted, (self.norm, type(self).over), self.__dict__
 
 
-class KeptGroupNorm(nn.GroupNorm):
-    """A GroupNorm over the channels that its buffer ``keep`` names."""
-
-    keep: Tensor
-
-    def forward(self, input: Tensor) -> Tensor:
-        return group_norm_over(input, self.keep, self.num_groups, self.weight, self.bias, self.eps)
+def restrict_norm(layer: nn.Module, keep: Tensor, over: Callable[..., Tensor]) -> None:
+    """Let a norm compute its statistics with ``over``, for the channels that ``keep`` names: see `Rule.over`."""
+    layer.register_buffer("keep", keep, persistent=False)
+    restricted: Any = _restricted(type(layer), over)  # type: ignore[arg-type]  # Module.__hash__ has other types
+    layer.__class__ = restricted
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: KeptLayerNorm, nn.GroupNorm: KeptGroupNorm}
+@cache
+def _restricted(norm: type[nn.Module], over: Callable[..., Tensor]) -> Any:
+    namespace = {"norm": norm, "over": staticmethod(over), "__module__": __name__}
+    return type(f"Restricted{norm.__name__}", (RestrictedNorm, norm), namespace)
+
+
+def _rebuild_restricted(norm: type[nn.Module], over: Callable[..., Tensor]) -> nn.Module:
+    cls = _restricted(norm, over)  # type: ignore[arg-type]
+    layer: nn.Module = cls.__new__(cls)
+    return layer

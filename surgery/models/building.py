@@ -1,4 +1,4 @@
-"""From a source to a module: torchvision's builders, and factories of the user's own."""
+"""From a source to a module: torchvision's builders, FitNets, and factories of the user's own."""
 
 from __future__ import annotations
 
@@ -28,15 +28,26 @@ def build(
     trust: bool = False,
     seed: int | None = None,
 ) -> nn.Module:
-    """The module that ``source`` names, freshly initialised, in training mode.
+    """Build the model that ``source`` names.
 
-    ``source`` is a name of the catalogue, optionally with the prefix ``torchvision:`` or ``fitnets:``, and a query of
-    builder keywords (``resnet50?num_classes=10``), or ``package.module:factory``, which imports and calls your own code
-    and so needs ``trust``. ``weights`` is ``"DEFAULT"`` or another name of torchvision's weights of the model; where
-    ``num_classes`` or another keyword differs from theirs, entries whose shape fits are copied, and a `UserWarning`
-    names the others. ``seed`` makes the initial values reproducible and leaves the global random state as it was.
+    Args:
+        source: a name of the catalogue, optionally with the prefix ``torchvision:`` or ``fitnets:`` and with builder
+            keywords (``resnet50?num_classes=10``); or ``package.module:factory``, your own code.
+        num_classes: the builder's keyword.
+        weights: ``"DEFAULT"`` or another name of torchvision's weights of the model. Where ``num_classes`` or another
+            keyword differs from theirs, entries whose shape fits are copied, and a `WeightsWarning` names the others.
+        trust: allow ``package.module:factory`` to be imported and called.
+        seed: of the initial values; the global random state stays as it was.
 
-    Raises `UsageError` for an unknown model, keyword or weights, and for weights that cannot be fetched.
+    Returns:
+        a freshly initialised module in training mode.
+
+    Raises:
+        UsageError: an unknown model, keyword or weights, weights that cannot be fetched, or a factory without
+            ``trust``.
+
+    Example:
+        >>> model = surgery.models.build("resnet50", num_classes=10, seed=0)
     """
     parsed = parse(source, num_classes=num_classes, weights=weights)
     with _seeded(seed):
@@ -84,8 +95,7 @@ def _described(keywords: Mapping[str, Value]) -> str:
 
 
 def _call(source: Source, keywords: Mapping[str, Any]) -> nn.Module:
-    """The builder called; of torchvision's models the keywords that are this catalogue's own are put into effect behind
-    it."""
+    """Call the builder, then apply the keywords that torchvision's builders do not know."""
     fitnet = partial(build_fitnet, source.name)
     builder = fitnet if source.prefix == "fitnets" else cast(Callable[..., nn.Module], get_model_builder(source.name))
     keywords = dict(keywords)
@@ -105,7 +115,7 @@ def _call(source: Source, keywords: Mapping[str, Any]) -> nn.Module:
 
 
 def _freeze_norms(backbone: nn.Module, eps: float) -> None:
-    """What torchvision's detection builders do to the norms of the backbone where published weights are asked for."""
+    """Freeze the norms of the backbone, as torchvision's detection builders do when they load published weights."""
     for path, norm in list(backbone.named_modules()):
         if isinstance(norm, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(norm.num_features, eps=eps)

@@ -18,13 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from surgery import models as catalogue
 from surgery.edit.apply import apply
 from surgery.edit.recipe import Recipe, recipe
 from surgery.errors import SurgeryError, UsageError
 from surgery.folders import refuse_folder, staged_folder
 from surgery.graph.structure import changes_since_seal, hooks
 from surgery.graph.tracing import TensorSpec, info, inputs_like, trace, with_info
+from surgery.models.building import build
 
 RECIPE, WEIGHTS = "recipe.json", "weights.safetensors"
 
@@ -69,7 +69,7 @@ def save(module: nn.Module, directory: str | os.PathLike[str], *, force: bool = 
         "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
     }
     with staged_folder(target, marker=RECIPE, force=force) as folder:
-        save_file(_tensors(module), folder / WEIGHTS)
+        save_file({n: t.detach().cpu().contiguous().clone() for n, t in _tensors(module).items()}, folder / WEIGHTS)
         (folder / RECIPE).write_text(json.dumps(content, indent=1) + "\n")
     return target
 
@@ -96,7 +96,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, t
         if model is None:
             if steps.source is None:
                 raise UsageError(f"{source} does not say where its architecture comes from: pass model=")
-            model = catalogue.build(steps.source, trust=trust)
+            model = build(steps.source, trust=trust)
         specs = _decode(content["inputs"]["args"]), _decode(content["inputs"]["kwargs"])
         args, kwargs = inputs_like(specs, model)
         traced = trace(model, args, kwargs=kwargs, source=steps.source)
@@ -131,14 +131,10 @@ def _read_recipe(directory: Path) -> dict[str, Any]:
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict, each shared tensor once, under its first name."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            result[name] = tensor.detach().cpu().contiguous().clone()
-    return result
+    """The state dict and the buffers outside it, each shared tensor once, under its first name."""
+    held = {**module.state_dict(keep_vars=True), **dict(module.named_buffers())}
+    first = {id(tensor): name for name, tensor in reversed(held.items())}
+    return {name: tensor for name, tensor in held.items() if first[id(tensor)] == name}
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -148,19 +144,16 @@ def load_weights(module: nn.Module, path: Path) -> None:
         UsageError: the file cannot be read.
         SurgeryError: weights that do not fit; names them.
     """
-    wanted = {}
-    seen: set[int] = set()
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            wanted[name] = tensor
+    wanted, known = _tensors(module), module.state_dict()
     try:
         with safe_open(path, framework="pt") as stored:
             names = set(stored.keys())
-            if names != set(wanted):
-                missing, extra = sorted(set(wanted) - names), sorted(names - set(wanted))
+            missing, extra = sorted(set(wanted) & set(known) - names), sorted(names - set(wanted))
+            if missing or extra:
                 raise SurgeryError(f"{path} does not fit its recipe: missing {missing[:4]}, unexpected {extra[:4]}")
             for name, tensor in wanted.items():
+                if name not in names:  # a buffer outside the state dict, which older versions did not save
+                    continue
                 value = stored.get_tensor(name)
                 if value.shape != tensor.shape:
                     raise SurgeryError(f"{path}: {name} is {tuple(value.shape)}, the model has {tuple(tensor.shape)}")

@@ -24,7 +24,7 @@ _HEADS = ("box", "mask", "keypoint")
 
 
 def is_detector(module: nn.Module) -> bool:
-    """Whether ``module`` has the parts of torchvision's detection models, whatever its class."""
+    """Tell whether ``module`` has the parts of torchvision's detection models, whatever its class."""
     parts = dict(module.named_children())
     one_stage = {"head", "anchor_generator"} <= parts.keys()
     return {"backbone", "transform"} <= parts.keys() and (one_stage or {"rpn", "roi_heads"} <= parts.keys())
@@ -39,7 +39,7 @@ def without_threshold(module: nn.Module) -> bool:
 
 
 def image_batch(module: nn.Module, images: Sequence[Tensor]) -> Tensor:
-    """The images (N, 3, height, width) as the detection model's own transform resizes and pads them."""
+    """Resize and pad images (3, height, width) by the model's own transform to one batch (N, 3, height, width)."""
     transform: Any = module.get_submodule("transform")
     training = transform.training
     try:
@@ -50,14 +50,14 @@ def image_batch(module: nn.Module, images: Sequence[Tensor]) -> Tensor:
 
 
 def raw_outputs(module: nn.Module, batch: Tensor, regions: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
-    """Everything that the network computes, before anything is chosen, decoded or suppressed.
+    """Run the network alone: all that it computes before anything is chosen, decoded or suppressed.
 
     Args:
         module: a detection model in evaluation mode.
         batch: images (N, 3, height, width), resized and normalised already (`image_batch`).
         regions: boxes (R, 4) in each image for the box, mask and keypoint heads. Without them, these heads see zeros in
-            place of what is pooled from `PROPOSALS` and `DETECTIONS` regions an image, so that no shape depends on a
-            value; then only costs and what depends on what are of interest.
+            place of the features of `PROPOSALS` and `DETECTIONS` regions an image, so that no shape depends on a value;
+            then only costs and dependencies are meaningful.
 
     Returns:
         the outputs of each head by name: ``head.0``, ``rpn.0``, ``box.1``, ``mask.0`` …
@@ -84,7 +84,7 @@ def raw_outputs(module: nn.Module, batch: Tensor, regions: Sequence[Tensor] | No
 
 
 class RawOutputs(nn.Module):
-    """A detection model as its network: called with a list of images, it gives `raw_outputs` on fixed regions.
+    """A detection model reduced to its network: takes a list of images and gives `raw_outputs` on fixed regions.
 
     What a detection model returns depends on thresholds and on the order of scores, and may be empty.
     """
@@ -94,18 +94,22 @@ class RawOutputs(nn.Module):
         self.module = module
 
     def forward(self, images: Sequence[Tensor], *targets: Any) -> dict[str, Tensor]:
-        """Images of any sizes (3, height, width) in; targets are not looked at."""
+        """Take images (3, height, width) of any sizes; ignore targets."""
         batch = image_batch(self.module, images)
         return raw_outputs(self.module, batch, regions_of(batch))
 
 
 def comparable(module: nn.Module) -> nn.Module:
-    """What of a module is compared with another's: the module, or the network of a detection model."""
+    """Return what can be compared of a module: a detection model's network, and any other module as it is.
+
+    Example:
+        >>> surgery.verify(surgery.comparable(a), surgery.comparable(b), example_inputs)
+    """
     return RawOutputs(module) if is_detector(module) else module
 
 
 def regions_of(batch: Tensor, count: int = 8) -> list[Tensor]:
-    """``count`` boxes in each image of the batch, from an eighth of it to all of it, the same at every call."""
+    """Make ``count`` boxes (count, 4) in each image, from an eighth of it to all of it, the same at every call."""
     height, width = batch.shape[-2:]
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(len(batch), count, 2, generator=generator) * 0.5

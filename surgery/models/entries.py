@@ -1,4 +1,4 @@
-"""Every builder of torchvision as one row: its family, what it is called with, and how it is built for what purpose."""
+"""The catalogue: one row for each builder of torchvision, with its family, its inputs and its keywords. Text alone."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Literal
 from urllib.parse import urlencode
 
 Value = int | float | bool | str | tuple[int, ...]
-"""What a builder keyword may be in a source."""
+"""The types of a builder keyword in a source."""
 
 FROZEN_NORM = "frozen_norm"
-"""A keyword of this catalogue's own: the norms of a detection model's backbone are FrozenBatchNorm2d, with this eps.
-torchvision makes them so where published weights are asked for, and only then."""
+"""A keyword of this catalogue: the norms of a detection model's backbone become FrozenBatchNorm2d with this eps.
+torchvision's builders do that only when they load published weights."""
 
 Kind = Literal["image", "video", "two images", "list of images"]
 
@@ -47,32 +47,32 @@ class Entry:
     size_keyword: str = ""
     """The builder keyword that sets the size of a model whose size is fixed."""
     targets: tuple[str, ...] = ()
-    """What the model needs to know of each image in training, besides the images."""
+    """The targets that the model needs in training, for each image."""
     defaults: Mapping[str, Value | None] = field(default_factory=dict)
-    """Builder keywords set unless the caller sets them."""
+    """Builder keywords that apply unless the caller sets them."""
     pretrained: Mapping[str, Value] = field(default_factory=dict)
     """Builder keywords that the published weights need."""
     pretrained_by_name: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
-    """The same, where weights of one name need others; they are laid over ``pretrained``."""
+    """Further keywords by name of the weights; they win over ``pretrained``."""
     small: Mapping[str, Value] = field(default_factory=dict)
     """Builder keywords for tests: a model of the same layers for small inputs, or with few proposals."""
 
     @property
     def input_words(self) -> str:
-        """What the model is called with, in words: ``videos of 3 x 16 x 112 x 112``."""
+        """Describe the input in words: ``videos of 3 x 16 x 112 x 112``."""
         kind = {"image": "images", "video": "videos", "two images": "two images", "list of images": "lists of images"}
         return f"{kind[self.kind]} of {' x '.join(map(str, self.input_size))}"
 
     @property
     def small_source(self) -> str:
-        """The source of the model that is good for tests, which takes samples of ``smallest`` pixels."""
+        """Return the source of the form that is good for tests and takes samples of ``smallest`` pixels."""
         return self.name + (
             "?" + urlencode({k: text(v) for k, v in self.small.items()}, safe=",") if self.small else ""
         )
 
 
 def text(value: Value | None) -> str:
-    """A builder keyword's value as a source has it."""
+    """Write a builder keyword's value as a source has it."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)

@@ -1,4 +1,4 @@
-"""What a model is called with: random inputs of the right kind and size; in training, targets where it needs any."""
+"""Example inputs of a source: random, of the right kind and size; and the targets that detection models train on."""
 
 from __future__ import annotations
 
@@ -21,26 +21,42 @@ BOXES = 3
 def example_inputs(
     source: str, batch_size: int = 2, image_size: int | None = None, frames: int | None = None
 ) -> Tensor | tuple[Any, ...]:
-    """What ``source`` is called with, random, the same at every call: a tensor, or a tuple of positional inputs.
+    """Make random inputs for the model that ``source`` names, the same at every call.
 
-    Images are a tensor (batch_size, 3, height, width), videos (batch_size, 3, frames, height, width). RAFT takes a
-    tuple of two tensors of images, a detection model a tuple with a list of images, (3, height, width) each; in
-    training it also needs `example_targets`.
+    Args:
+        source: as `build` takes it.
+        batch_size: number of samples.
+        image_size: height and width in pixels; by default what the model is built for, or what the catalogue says. A
+            factory of your own has no default.
+        frames: length of a video; by default the catalogue's.
 
-    ``image_size`` is the height and width in pixels, and ``frames`` the length of a video; by default they are what
-    the model is built for, or what the catalogue says. A factory of your own has no default, so it needs
-    ``image_size``, and is called with images.
+    Returns:
+        images (batch_size, 3, height, width) or videos (batch_size, 3, frames, height, width); for RAFT a tuple of two
+        tensors of images; for a detection model, which trains on `example_targets` as well, a tuple with a list of
+        images (3, height, width).
 
-    Raises `UsageError` for a size that the model does not take.
+    Raises:
+        UsageError: a size that the model does not take.
+
+    Example:
+        >>> surgery.models.example_inputs("resnet18", batch_size=4).shape
+        torch.Size([4, 3, 224, 224])
     """
     return inputs_of_shape(source, (batch_size, *_sample_size(parse(source), image_size, frames)))
 
 
 def inputs_of_shape(source: str, shape: Sequence[int]) -> Tensor | tuple[Any, ...]:
-    """As `example_inputs`, of the shape (N, channels, height, width), with the frames before the height in a video.
+    """Make random inputs as `example_inputs` does, of a given shape.
 
-    Raises `UsageError` where the model takes samples of another number of axes or, being built for one size, of
-    another size.
+    Args:
+        source: as `build` takes it.
+        shape: (N, channels, height, width), or (N, channels, frames, height, width) of videos.
+
+    Returns:
+        as `example_inputs`.
+
+    Raises:
+        UsageError: the model takes another number of axes, or is built for another size.
     """
     parsed = parse(source)
     entry = parsed.entry
@@ -56,19 +72,27 @@ def inputs_of_shape(source: str, shape: Sequence[int]) -> Tensor | tuple[Any, ..
 
 
 def small_inputs(name: str, batch_size: int = 2) -> Tensor | tuple[Any, ...]:
-    """What the model ``build(CATALOGUE[name].small_source)`` is called with in tests."""
+    """Make inputs for ``build(CATALOGUE[name].small_source)``, the small form of a model that is good for tests."""
     entry = CATALOGUE[name]
     return example_inputs(entry.small_source, batch_size, entry.smallest, entry.frames)
 
 
 def example_targets(source: str, batch_size: int = 2, image_size: int | None = None) -> Targets:
-    """What a detection model needs to know of the images of `example_inputs` in training, as torchvision documents it.
+    """Make the targets that a detection model trains on, for the images of `example_inputs`.
 
-    For each image a dictionary of three objects: ``boxes`` (3, 4) in pixels, inside the image; ``labels`` (3,), none of
-    them the background; and as the model needs them ``masks`` (3, height, width) of 0 and 1 and ``keypoints``
-    (3, keypoints, 3), all visible. To be passed behind the images: ``model(*inputs, targets)``.
+    Args:
+        source, batch_size, image_size: as in `example_inputs`.
 
-    Raises `UsageError` for a model that needs none.
+    Returns:
+        for each image a dictionary of three objects, as torchvision documents it: ``boxes`` (3, 4) in pixels, inside
+        the image; ``labels`` (3,), none of them the background; and as the model needs them ``masks`` (3, height,
+        width) of 0 and 1 and ``keypoints`` (3, keypoints, 3), all visible.
+
+    Raises:
+        UsageError: a model that takes no targets.
+
+    Example:
+        >>> losses = model.train()(*example_inputs(source), example_targets(source))
     """
     parsed = parse(source)
     if parsed.entry is None or not parsed.entry.targets:
@@ -124,7 +148,7 @@ def _objects(source: Source, entry: Entry, height: int, width: int, generator: t
 
 
 def _filled(boxes: Tensor, height: int, width: int) -> Tensor:
-    """A mask (N, height, width) for each box: 1 inside of it."""
+    """Make a mask (N, height, width) for each box, 1 inside it."""
     x, y = torch.arange(width) + 0.5, torch.arange(height) + 0.5
     left, top, right, bottom = boxes[:, :, None].unbind(1)
     return (((y > top) & (y < bottom))[:, :, None] & ((x > left) & (x < right))[:, None, :]).to(torch.uint8)

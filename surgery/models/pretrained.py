@@ -17,7 +17,7 @@ from surgery.models.sources import Source, published
 
 
 def build(source: Source, entry: Entry, name: str, call: Callable[[Source, Mapping[str, Any]], nn.Module]) -> nn.Module:
-    """The published weights in the architecture asked for; ``call`` builds one from keywords.
+    """Build a source with published weights; ``call`` calls a builder with keywords.
 
     torchvision's builder makes the donor, since some families rename the entries of their files on loading.
     """
@@ -63,7 +63,7 @@ def _fetch(name: str, chosen: Any) -> None:
 
 
 def _copy_matching(donor: nn.Module, module: nn.Module) -> list[str]:
-    """Copy each entry whose shape fits, and whether it is to be trained; the names of the entries that had none."""
+    """Copy each entry whose shape fits, and its `requires_grad`; return the names of the entries left as they were."""
     given = donor.state_dict()
     own = module.state_dict()
     fitting = {k: v for k, v in given.items() if k in own and v.shape == own[k].shape}

@@ -1,4 +1,4 @@
-"""Sources: the text that names an architecture, taken apart and put into its one full form."""
+"""Sources: parsing the text that names an architecture, and writing it in one full form. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from surgery.models.fitnets import FITNETS
 
 @dataclass(frozen=True)
 class Source:
-    """A source taken apart; ``entry`` is None for a factory of the user's own."""
+    """The parts of a source; ``entry`` is None for a factory of the user's own."""
 
     prefix: str
     name: str
@@ -23,13 +23,13 @@ class Source:
     weights: str | None
 
     def implied(self) -> dict[str, Value]:
-        """The builder keywords that the weights need."""
+        """Return the builder keywords that the weights need."""
         if self.entry is None or self.weights is None:
             return {}
         return {**self.entry.pretrained, **self.entry.pretrained_by_name.get(self.weights, {})}
 
     def sample_size(self) -> tuple[int, ...]:
-        """The size of one sample: what the model is built for where that is fixed, or the catalogue's."""
+        """Return the size of one sample: what the model is built for where that is fixed, or the catalogue's."""
         assert self.entry is not None
         size = self.entry.input_size
         side = {**self.implied(), **self.keywords}.get(self.entry.size_keyword)
@@ -39,10 +39,18 @@ class Source:
 
 
 def canonical(source: str, **keywords: Value | None) -> str:
-    """``source`` in its one full form, ``torchvision:NAME?key=value``, with ``keywords`` added and sorted.
+    """Write a source in its one full form, ``torchvision:NAME?key=value``, with sorted keywords.
 
     The form describes the architecture and never its values: ``weights`` are replaced by the builder keywords that
-    they imply. A keyword that is None is left out.
+    they need.
+
+    Args:
+        source: as `build` takes it.
+        keywords: added to those of the source; None leaves one out.
+
+    Example:
+        >>> canonical("resnet18", num_classes=10)
+        'torchvision:resnet18?num_classes=10'
     """
     parsed = parse(source, **keywords)
     query = urlencode({k: text(v) for k, v in sorted({**parsed.implied(), **parsed.keywords}.items())}, safe=",")
@@ -50,10 +58,17 @@ def canonical(source: str, **keywords: Value | None) -> str:
 
 
 def parse(source: str, **keywords: Value | None) -> Source:
-    """``source`` taken apart, with ``keywords`` laid over its own; raises `UsageError` where it names nothing.
+    """Parse a source.
 
-    Weights are given the name that torchvision publishes them under: that of ``DEFAULT``, where it is a model of the
-    catalogue.
+    Args:
+        source: as `build` takes it.
+        keywords: replace those of the source; None leaves the source's own.
+
+    Returns:
+        its parts; of weights the name under which torchvision publishes them, also for ``DEFAULT``.
+
+    Raises:
+        UsageError: the source names nothing.
     """
     path, _, query = source.partition("?")
     prefix, _, name = path.rpartition(":")
@@ -84,14 +99,14 @@ def parse(source: str, **keywords: Value | None) -> Source:
 
 
 def published(name: str) -> Any:
-    """torchvision's enumeration of the weights that model ``name`` can take; of the float form's, if quantizable."""
+    """Return torchvision's enumeration of the weights of a model; of its float form, if it is quantizable."""
     from torchvision.models import get_model_weights  # a source can be read without it
 
     return get_model_weights(name.removeprefix("quantized_"))
 
 
 def short(source: str) -> str:
-    """The name of the model of a source, without what the source says beside it."""
+    """Return the name of the model that a source names, without prefix and keywords."""
     return source.removeprefix("torchvision:").removeprefix("fitnets:").partition("?")[0]
 
 

@@ -14,23 +14,22 @@ from torch import fx, nn
 from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.labels import Labelled
 from surgery.edit.apply import apply
-from surgery.edit.blocks import IDEMPOTENT, Flow, find_block
+from surgery.edit.blocks import Flow, find_block
 from surgery.edit.insert_block import InsertBlock, copied_blocks, zero_names
 from surgery.edit.insert_dense import InsertDense, dense_edit
 from surgery.edit.insert_identity import InsertIdentity, weight_before
 from surgery.edit.moments import calibrate, identity_eps
 from surgery.edit.names import find_places
-from surgery.edit.sites import Site, activation_of, is_called, local_name, output_sites
+from surgery.edit.sites import Site, is_called, local_name, op_of, output_sites
 from surgery.edit.step import Step
 from surgery.errors import EditError, UsageError, unknown_name, whole_number
+from surgery.graph.table import rule_of_class
 from surgery.graph.tracing import info
+from surgery.layers.activation import has_defaults
 from surgery.layers.maxout import Maxout
 from surgery.selectors import Where
 
 FORMS = ("layer", "residual", "block")
-
-_GATES = frozenset({"Sigmoid", "Hardsigmoid"})
-"""Activations that scale something else rather than feed a layer."""
 
 
 def deepen(
@@ -179,9 +178,10 @@ def _step(
     if not isinstance(value, Labelled):
         raise EditError(f"{where} is not one tensor")
     spatial, channels = _kind(analysis, value, where)
-    own = activation_of(site.owner, site.node)
+    rule = op_of(site.owner, site.node)
+    own = rule.name if rule.activation else ""
     nearest, pieces = _nearest_activation(site)
-    again = own if own in IDEMPOTENT else "ReLU" if not own and flow.range(site.node)[0] >= 0 else ""
+    again = own if rule.kind == "idempotent" else "ReLU" if not own and flow.range(site.node)[0] >= 0 else ""
     if nearest == "Maxout" and own in ("", "Maxout"):
         again = nearest
     if form == "layer" and own and not again:
@@ -238,14 +238,16 @@ def _normalised(site: Site, after: str) -> bool:
     """Whether convolutions at the place are followed by BatchNorm: those inside a container, or around a layer."""
     local = local_name(after, site.path)
     named = site.owner.get_submodule(local)
-    norms = nn.modules.batchnorm._BatchNorm
     if any(True for _ in named.children()):
-        return any(isinstance(m, norms) for m in named.modules())
+        return any(rule_of_class(m).kind == "batch norm" for m in named.modules())
     seen: fx.Node | None = site.node
     for _ in range(3):  # activation, normalisation, layer
-        if seen is None or (seen.op == "call_module" and seen.target == local and not activation_of(site.owner, seen)):
+        if seen is None:
             return False
-        if seen.op == "call_module" and isinstance(site.owner.get_submodule(str(seen.target)), norms):
+        rule = op_of(site.owner, seen)
+        if seen.op == "call_module" and seen.target == local and not rule.activation:
+            return False
+        if rule.kind == "batch norm":
             return True
         seen = next((a for a in seen.args if isinstance(a, fx.Node)), None)
     return False
@@ -255,10 +257,10 @@ def _nearest_activation(site: Site) -> tuple[str, int]:
     """The last activation computed before the place, and its pieces if it is a maxout; ReLU where there is none."""
     found, pieces = "ReLU", 1
     for node in site.graph.nodes:
-        activation = activation_of(site.owner, node)
-        if activation and activation not in _GATES:
-            found = activation
-            layer = site.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+        rule = op_of(site.owner, node)
+        layer = site.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if rule.activation and rule.kind != "gate" and (isinstance(layer, Maxout) or has_defaults(rule)):
+            found = rule.name
             pieces = layer.pieces if isinstance(layer, Maxout) else 1
         if node is site.node:
             break

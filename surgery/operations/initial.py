@@ -1,9 +1,9 @@
 """What a model's own initialisers draw, by the names of its parameters.
 
 A layer's class knows a way to initialise it, and the constructor of a model may know another: ResNets draw their
-convolutions anew, Vision Transformers have tokens of their own. So the architecture is built again where it is known.
-An edited model has other widths than its source; then the source is built once more, with each parameter given its
-edited shape when its layer registers it, before anything draws from it. Fans are those of the edited layer then.
+convolutions in another way, Vision Transformers have tokens of their own. So the architecture is built again where it
+is known. An edited model has other widths than its source; then the source is built once more, with each parameter
+given its edited shape when its layer registers it, before anything draws from it. Fans are those of the edited layer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def initial_values(
 ) -> dict[str, Tensor]:
     """New values for some parameters of a traced module, as their initialisers draw them.
 
-    They come from ``fresh``, else from the architecture that the module's source names, built anew. A container that
+    They come from ``fresh``, else from the architecture that the module's source names, built again. A container that
     a step inserted as a copy takes those of what it copies, in another order. What is in neither is
     drawn by its layer's class (``reset_parameters``).
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from surgery.axes.analysis import Analysis
 from surgery.axes.groups import DimensionGroup
 from surgery.errors import UsageError, unknown_name
+from surgery.graph.traced import named_tensors
+from surgery.selectors import Where, each_selector, matches
 
 
 def by_first_name(module: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -36,6 +38,18 @@ def by_first_name(module: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, T
             raise UsageError(f"{name!r} is tied to another parameter, and their masks differ")
         found[own] = mask
     return found
+
+
+def tensors_of(module: nn.Module, where: Where) -> set[int]:
+    """Ids of the parameters and buffers that selectors name, or that stand in the layers they name.
+
+    Raises:
+        UsageError: a selector matches nothing.
+    """
+    modules = dict(module.named_modules(remove_duplicate=False))
+    known = named_tensors(module)
+    names = {name for s in each_selector(where) for name in matches(modules, s, known, "layer or parameter")}
+    return {id(t) for n, t in known.items() if n in names or any(n.startswith(f"{name}.") for name in names)}
 
 
 def largest(scores: Tensor, count: int) -> Tensor:

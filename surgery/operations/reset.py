@@ -9,21 +9,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from surgery.axes.analysis import analyse
 from surgery.edit.switch_off import kept_units
 from surgery.errors import UsageError, unknown_name, whole_number
+from surgery.graph.table import rule_of_class
 from surgery.graph.tracing import info
 from surgery.operations.initial import Fresh, drawing, initial_values
-from surgery.operations.masks import by_first_name
-
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+from surgery.operations.masks import by_first_name, tensors_of
+from surgery.selectors import Where
 
 
 def reset_hypothesis(
@@ -39,6 +37,7 @@ def reset_hypothesis(
     fresh: Fresh | None = None,
     unknown: str = "refuse",
     trust: bool = False,
+    whole: Where = (),
 ) -> nn.Module:
     """A copy in which every entry outside of the fit-hypothesis is drawn anew.
 
@@ -68,6 +67,7 @@ def reset_hypothesis(
         unknown: ``"refuse"`` or ``"keep"`` parameters that nothing initialises: those of a class of your own that stand
             outside of layers, without a source and without ``fresh``.
         trust: allow a source of the form ``package.module:factory`` to be imported and called.
+        whole: layers, containers or parameters that are kept whatever the masks say (`surgery.selectors`).
 
     Raises:
         UsageError: masks that do not fit, an unknown choice, a negative seed, a source that cannot be built, or
@@ -79,7 +79,10 @@ def reset_hypothesis(
     if unknown not in ("refuse", "keep"):
         raise unknown_name("way with unknown parameters", unknown, ("refuse", "keep"))
     seed = whole_number("seed", seed, 0)
-    kept, kinds = by_first_name(module, masks), _kinds(module)
+    left = tensors_of(module, whole)
+    given = {name: id(p) for name, p in module.named_parameters()}
+    kept = {name: mask for name, mask in by_first_name(module, masks).items() if given[name] not in left}
+    kinds = _kinds(module)
     authors = initialiser == "authors"
     chosen = {"weights": weights, "biases": biases and not authors, "norms": norms and not authors}
     names = [name for name, mask in kept.items() if chosen[kinds[name]] and not bool(mask.all())]
@@ -94,13 +97,13 @@ def reset_hypothesis(
     }
     result = copy.deepcopy(module, memo)
     if statistics and not authors:
-        _reset_statistics(module, result, kept)
+        _reset_statistics(module, result, kept, left)
     return result
 
 
 def _kinds(module: nn.Module) -> dict[str, str]:
     """Whether a parameter, by its first name, is one of the weights, biases or norms."""
-    norms = {id(p) for layer in module.modules() if isinstance(layer, _NORMS) for p in layer.parameters(recurse=False)}
+    norms = {id(p) for layer in module.modules() if rule_of_class(layer).norm for p in layer.parameters(recurse=False)}
     return {
         name: "norms" if id(p) in norms else "weights" if p.ndim > 1 else "biases"
         for name, p in module.named_parameters()
@@ -114,8 +117,14 @@ def _uniform(module: nn.Module, names: list[str], seed: int) -> dict[str, Tensor
         return {
             name: nn.init.kaiming_uniform_(torch.empty(layer.weight.shape), a=math.sqrt(5))
             for path, name in layers.items()
-            if isinstance(layer := module.get_submodule(path), (_ConvNd, nn.Linear))
+            if _is_matrix(layer := cast(Any, module.get_submodule(path)))
         }
+
+
+def _is_matrix(layer: nn.Module) -> bool:
+    """Whether a layer contracts its input with its weight: a convolution or linear layer."""
+    rule = rule_of_class(layer)
+    return rule.linear == "writes" and "weight" in rule.zeros
 
 
 def _refuse_unknown(names: list[str], unknown: str) -> None:
@@ -134,11 +143,12 @@ def _mixed(parameter: nn.Parameter, mask: Tensor, value: Tensor) -> nn.Parameter
     return nn.Parameter(drawn, requires_grad=parameter.requires_grad)
 
 
-def _reset_statistics(module: nn.Module, result: nn.Module, kept: Mapping[str, Tensor]) -> None:
+def _reset_statistics(module: nn.Module, result: nn.Module, kept: Mapping[str, Tensor], left: set[int]) -> None:
     """Give the statistics of ``result``, a copy of ``module``, their initial values where nothing is kept."""
     names = {id(p): name for name, p in reversed(list(module.named_parameters()))}
     for path, layer in module.named_modules():
-        if not hasattr(layer, "reset_running_stats"):
+        spared = any(id(buffer) in left for buffer in layer.buffers(recurse=False))
+        if spared or not hasattr(layer, "reset_running_stats"):
             continue
         own = [names[id(p)] for p in layer.parameters(recurse=False)]
         gone = _gone([kept[name] for name in own if name in kept]) if own else _unwritten(module, path, layer, kept)

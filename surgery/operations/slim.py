@@ -91,8 +91,8 @@ def split_masks(
 def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
     """The dense module with its reset-hypothesis switched off: a copy whose masked entries are zero.
 
-    A LayerNorm or GroupNorm of the copy computes its statistics over those channels of which the masks keep anything,
-    and what is added up over channels (a product of two activations) is added up over those. The recipe of the copy
+    A LayerNorm or GroupNorm of the copy computes its statistics over the channels that the masks keep in part or whole.
+    Sums over channels (a product of two activations) run over the same channels. The recipe of the copy
     has a step for it (`surgery.SwitchOff`), so that it can be saved.
 
     Args:

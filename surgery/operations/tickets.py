@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from surgery.errors import UsageError, unknown_name
 from surgery.graph.traced import named_tensors
 from surgery.graph.tracing import info
-from surgery.operations.masks import by_first_name, largest
-from surgery.selectors import Where, each_selector, matches
+from surgery.operations.masks import by_first_name, largest, tensors_of
+from surgery.selectors import Where
 
 SCOPES = ("layer", "global")
 
@@ -63,7 +63,7 @@ def magnitude_masks(
         raise unknown_name("scope", scope, SCOPES)
     before = by_first_name(module, within or {})
     parameters = dict(module.named_parameters())
-    left = _ids_of(module, whole)
+    left = tensors_of(module, whole)
     chosen = {n: p for n, p in parameters.items() if (vectors or p.ndim > 1) and id(p) not in left}
     scores = {}
     for name, parameter in chosen.items():
@@ -120,7 +120,8 @@ def hold_masked(module: nn.Module, masks: Mapping[str, Tensor]) -> Callable[...,
     """A function that sets the masked weights of ``module`` to 0, in place.
 
     Called after each step of an optimiser it keeps a ticket to its mask, whatever momentum and weight decay do. It
-    takes any arguments and so can be registered: ``optimizer.register_step_post_hook(hold_masked(ticket, masks))``. It
+    takes any arguments and so can be registered: ``optimizer.register_step_post_hook(hold_masked(ticket, masks))``.
+    Called with a module, as ``after_step`` of `surgery.train` is, it holds that copy of ``module`` instead. It
     holds the masks in the weights' dtype.
 
     Raises:
@@ -128,23 +129,17 @@ def hold_masked(module: nn.Module, masks: Mapping[str, Tensor]) -> Callable[...,
     """
     parameters = dict(module.named_parameters())
     pruned = {name: mask for name, mask in by_first_name(module, masks).items() if not bool(mask.all())}
-    weights: list[Tensor] = [parameters[name] for name in pruned]
     factors: list[Tensor] = [mask.to(parameters[name].dtype) for name, mask in pruned.items()]
 
-    def hold(*_: Any) -> None:
+    def hold(*called: Any) -> None:
+        copied = bool(called) and isinstance(called[0], nn.Module) and called[0] is not module
+        held = dict(called[0].named_parameters()) if copied else parameters
+        weights: list[Tensor] = [held[name] for name in pruned]
         if weights:
             with torch.no_grad():
                 torch._foreach_mul_(weights, factors)
 
     return hold
-
-
-def _ids_of(module: nn.Module, where: Where) -> set[int]:
-    """Ids of the parameters that a selector names, or that stand in the layers it names."""
-    modules = dict(module.named_modules(remove_duplicate=False))
-    named = dict(module.named_parameters(remove_duplicate=False))
-    names = {name for s in each_selector(where) for name in matches(modules, s, named, "layer or parameter")}
-    return {id(p) for n, p in named.items() if n in names or any(n.startswith(f"{name}.") for name in names)}
 
 
 def _largest(scores: Tensor, sparsity: float, where: str) -> Tensor:

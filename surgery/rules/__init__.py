@@ -1,6 +1,5 @@
 """The rows of the rule table: one for each op, by subject. Importing this fills the table (`surgery.graph.table`)."""
 
-from surgery.graph.table import oprule
 from surgery.rules import attention, contraction, elementwise, movement, norms, recurrent, vision, weights
 
-__all__ = ["attention", "contraction", "elementwise", "movement", "norms", "oprule", "recurrent", "vision", "weights"]
+__all__ = ["attention", "contraction", "elementwise", "movement", "norms", "recurrent", "vision", "weights"]

@@ -6,6 +6,7 @@ queries, keys and values, its columns of the output projection, and its entry in
 
 from __future__ import annotations
 
+import inspect
 import operator
 from typing import Any
 
@@ -17,9 +18,8 @@ from torchvision.models.video import swin_transformer as swin_transformer_3d
 
 from surgery.axes.labels import Field, Fields, Labelled, moved, sliced
 from surgery.axes.ops import Op
-from surgery.graph.table import oprule
+from surgery.graph.table import NodeEdit, oprule
 from surgery.layers import attention as heads
-from surgery.rules import rewrites
 from surgery.rules.contraction import contracted
 
 
@@ -29,8 +29,7 @@ def _whole_heads(op: Op, packed: Field | None, count: int, head_dim: int) -> Fie
     if packed is None:
         return None
     ids = packed.ids.reshape(-1, count, head_dim)
-    op.run.tie_ids(ids[:1, :, :1], ids)
-    op.rows(ids.reshape(len(ids), -1))
+    op.units(ids)
     return Field((0,), ids[0, :, 0], packed.key)
 
 
@@ -66,12 +65,17 @@ def _bias(vector: Labelled | None) -> Field | None:
 # torch
 
 
+def _resize_attention(edit: NodeEdit) -> None:
+    heads.fit_heads(edit.module, edit.module.head_dim)
+
+
 @oprule(
     nn.MultiheadAttention,
     heads.HeadAttention,
-    rewrite=rewrites.multihead_attention,
+    rewrite=_resize_attention,
     linear="writes",
     zeros=("out_proj.weight", "out_proj.bias"),
+    tensors=("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
 )
 def _multihead_attention(
     op: Op,
@@ -111,8 +115,7 @@ def _multihead_attention(
             if inner is not None:
                 op.tie(inner, part)
             inner = part
-    out = layer.out_proj
-    weight, out_bias = op.run.tensor(out.weight), op.run.tensor(out.bias)
+    weight, out_bias = op.param("out_proj.weight"), op.param("out_proj.bias")
     assert weight is not None
     written = _finish(op, weight, _bias(out_bias), inner, count, size)
     if attn_mask is not None or key_padding_mask is not None:
@@ -155,11 +158,26 @@ def _is_read(node: fx.Node, part: int) -> bool:
 # torchvision: Swin
 
 
+def _resize_windowed_attention(edit: NodeEdit) -> None:
+    """The number of heads follows the weights; the size of a head becomes an argument where the width says another."""
+    node = edit.node
+    given = dict(inspect.signature(heads.windowed_attention).bind_partial(*node.args, **node.kwargs).arguments)
+    before, after = edit.tensors[given["qkv_weight"]]
+    head_dim = given.get("head_dim", before[0] // 3 // given["num_heads"])
+    given["num_heads"] = after[0] // 3 // head_dim
+    if given["num_heads"] * head_dim != after[1] or node.target is heads.windowed_attention:
+        node.target = heads.windowed_attention
+        given["head_dim"] = head_dim
+    first = ("input", "qkv_weight", "proj_weight", "relative_position_bias", "window_size", "num_heads")
+    node.args = tuple(given.pop(name) for name in first)
+    node.kwargs = given
+
+
 @oprule(
     swin_transformer.shifted_window_attention,
     swin_transformer_3d.shifted_window_attention_3d,
     heads.windowed_attention,
-    rewrite=rewrites.windowed_attention,
+    rewrite=_resize_windowed_attention,
     linear="writes",
     zeros=("proj_weight", "proj_bias"),
 )

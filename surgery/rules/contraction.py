@@ -64,7 +64,7 @@ def _contract(
     for f in weights:
         op.consumes(f)
     if len(weights) > 1:
-        op.run.findings.single.append((along[0].ids.ravel(), f"{op.name} contracts several weights over it"))
+        op.once(along[0], "contracts several weights over it")
     if not weights:
         op.contracts(along[0])
 

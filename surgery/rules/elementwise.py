@@ -1,7 +1,6 @@
-"""The rule table: one row for each op.
+"""Rows of the rule table for ops position by position, along spatial axes and reductions.
 
-Each row says how the axes of the op's tensors relate and, with ``rewrite``, how its constants or its layer's attributes
-follow an edit. `surgery.axes.ops` explains the words. Add a row for an op of your own with the same decorator::
+Add a row for an op of your own with the same decorator::
 
     @surgery.oprule(my_package.scale_shift)
     def _scale_shift(op, x, scale, shift):
@@ -10,6 +9,7 @@ follow an edit. `surgery.axes.ops` explains the words. Add a row for an op of yo
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -21,59 +21,60 @@ from torch import nn
 from surgery.axes.labels import Field, Fields, Labelled, moved
 from surgery.axes.ops import Op
 from surgery.graph.table import oprule
-from surgery.rules import rewrites
-from surgery.rules.weights import _per_channel
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers with weights
-
-
-@oprule(nn.PReLU, rewrite=rewrites.prelu)
-def _prelu_module(op: Op, input: Labelled) -> Fields:
-    weight = op.param("weight")
-    if weight is not None and weight.shape[0] > 1:
-        _per_channel(op, input, 1, weight)
-    return op.elementwise(input)
-
-
-@oprule(F.prelu, torch.prelu)
-def _prelu_function(op: Op, input: Labelled, weight: Labelled) -> Fields:
-    _per_channel(op, input, 1, weight)
-    return op.elementwise(input)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Position by position
 
 
 def _named(namespace: Any, names: str) -> list[Any]:
     return [getattr(namespace, name) for name in names.split()]
 
 
-_ELEMENTWISE_FUNCTIONS: list[Any] = [
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations
+
+
+def _activation(op: Op, input: Labelled, *settings: Any, **named: Any) -> Fields:
+    return op.elementwise(input)
+
+
+for _layer, _functions, _in_place, _kind, _bounds in (
+    (nn.ReLU, (F.relu, torch.relu, "relu"), (F.relu_, torch.relu_, "relu_"), "idempotent", (0.0, math.inf)),
+    (nn.ReLU6, (F.relu6,), (), "idempotent", (0.0, 6.0)),
+    (nn.Sigmoid, (F.sigmoid, torch.sigmoid, "sigmoid"), (torch.sigmoid_, "sigmoid_"), "gate", (0.0, 1.0)),
+    (nn.Hardsigmoid, (F.hardsigmoid,), (), "gate", (0.0, 1.0)),
+    (nn.Tanh, (F.tanh, torch.tanh, "tanh"), (torch.tanh_, "tanh_"), "activation", (-1.0, 1.0)),
+    (nn.Softsign, (F.softsign,), (), "activation", (-1.0, 1.0)),
+    (nn.Softplus, (F.softplus,), (), "activation", (0.0, math.inf)),
+    (nn.LogSigmoid, (F.logsigmoid,), (), "activation", (-math.inf, 0.0)),
+    (nn.ELU, (F.elu,), (F.elu_,), "activation", False),
+    (nn.CELU, (F.celu, torch.celu), (F.celu_, torch.celu_), "activation", False),
+    (nn.SELU, (F.selu, torch.selu), (F.selu_, torch.selu_), "activation", False),
+    (nn.LeakyReLU, (F.leaky_relu,), (F.leaky_relu_,), "activation", False),
+    (nn.RReLU, (F.rrelu, torch.rrelu), (F.rrelu_, torch.rrelu_), "activation", False),
+    (nn.GELU, (F.gelu,), (), "activation", False),
+    (nn.SiLU, (F.silu,), (), "activation", False),
+    (nn.Mish, (F.mish,), (), "activation", False),
+    (nn.Hardswish, (F.hardswish,), (), "activation", False),
+    (nn.Hardtanh, (F.hardtanh,), (F.hardtanh_,), "activation", False),
+    (nn.Tanhshrink, (F.tanhshrink,), (), "activation", False),
+    (nn.Threshold, (F.threshold, torch.threshold), (torch.threshold_,), "activation", False),
+):
+    oprule(_layer, *_functions, in_place=_in_place, kind=_kind, within=_bounds)(_activation)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Position by position
+
+
+_ELEMENTWISE: list[Any] = [
     *_named(operator, "floordiv pow neg mod"),
     *_named(operator, "lt le gt ge eq ne and_ or_ invert"),
     *_named(torch, "pow neg abs exp log sqrt rsqrt square reciprocal sign sin cos erf"),
-    *_named(torch, "relu sigmoid tanh clamp where maximum minimum lerp addcmul addcdiv"),
+    *_named(torch, "clamp where maximum minimum lerp addcmul addcdiv"),
     *_named(torch, "logical_and logical_or logical_not isnan isfinite"),
-    *_named(F, "relu relu6 elu celu selu leaky_relu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh"),
-    *_named(F, "softplus softsign logsigmoid tanhshrink threshold"),
-    *_named(F, "alpha_dropout feature_alpha_dropout"),
-]
-_ELEMENTWISE_METHODS = (
+    *(nn.AlphaDropout, F.alpha_dropout, nn.FeatureAlphaDropout, F.feature_alpha_dropout),
     *("pow", "neg", "abs", "exp", "log", "sqrt", "rsqrt", "square", "reciprocal", "sign"),
-    *("relu", "sigmoid", "tanh", "clamp", "erf", "where", "maximum", "minimum", "masked_fill"),
-    *("relu_", "sigmoid_", "tanh_", "clamp_", "masked_fill_"),
+    *("clamp", "erf", "where", "maximum", "minimum", "masked_fill"),
     *("lt", "le", "gt", "ge", "eq", "ne", "long", "int", "bool"),
-)
-_ELEMENTWISE_MODULES: list[type[nn.Module]] = [
-    *_named(nn, "ReLU ReLU6 ELU CELU SELU LeakyReLU RReLU GELU SiLU Mish Hardswish Hardsigmoid Hardtanh Sigmoid Tanh"),
-    *_named(nn, "Softplus Softsign LogSigmoid Tanhshrink Threshold"),
-    *_named(nn, "AlphaDropout FeatureAlphaDropout"),
 ]
-_SUMS = (*_named(operator, "add sub iadd isub"), torch.add, torch.sub, "add", "sub", "add_", "sub_")
-_PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-_QUOTIENTS = (operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_")
 _DROPOUTS: list[Any] = [
     *(getattr(nn, f"Dropout{n}") for n in ("", "1d", "2d", "3d")),
     *(getattr(F, f"dropout{n}") for n in ("", "1d", "2d", "3d")),
@@ -82,10 +83,11 @@ _DROPOUTS: list[Any] = [
 _CASTS = ("float", "double", "half", "bfloat16", "to", "type", "type_as", "cpu", "cuda", "requires_grad_")
 
 
-@oprule(*_ELEMENTWISE_FUNCTIONS, *_ELEMENTWISE_METHODS, *_ELEMENTWISE_MODULES)
-@oprule(*_SUMS, linear="sum")
-@oprule(*_PRODUCTS, linear="product")
-@oprule(*_QUOTIENTS, linear="quotient")
+@oprule(*_ELEMENTWISE, in_place=("clamp_", "masked_fill_"))
+@oprule(operator.add, operator.sub, torch.add, torch.sub, "add", "sub", linear="sum",
+        in_place=(operator.iadd, operator.isub, "add_", "sub_"))  # fmt: skip
+@oprule(operator.mul, torch.mul, "mul", linear="product", in_place=(operator.imul, "mul_"))
+@oprule(operator.truediv, torch.div, torch.true_divide, "div", linear="quotient", in_place=(operator.itruediv, "div_"))
 @oprule(*_DROPOUTS, *_CASTS, linear="first")
 def _elementwise(op: Op, *operands: Any, **named: Any) -> Fields:
     return op.elementwise(*operands, *named.values())
@@ -162,23 +164,18 @@ def _reduced(op: Op, input: Labelled, dims: Any) -> Fields:
     return tuple(moved(f, tuple(place[d] for d in f.dims)) for f in fields)
 
 
-@oprule(F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, torch.cumsum,
-        "softmax", "log_softmax", "cumsum")  # fmt: skip
-def _along(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:
-    dim = named.get("dim", args[0] if args else None)
+@oprule(nn.Softmax, F.softmax, torch.softmax, "softmax")
+@oprule(nn.LogSoftmax, F.log_softmax, torch.log_softmax, "log_softmax")
+@oprule(torch.cumsum, "cumsum")
+def _along(op: Op, input: Labelled, dim: int | None = None, *rest: Any, **named: Any) -> Fields:
+    dim = op.setting("dim", dim)
     return op.keep(input, range(input.ndim) if dim is None else [dim])
 
 
-@oprule(nn.Softmax, nn.LogSoftmax)
-def _along_module(op: Op, input: Labelled) -> Fields:
-    return op.keep(input, range(input.ndim) if op.module.dim is None else [op.module.dim])
-
-
 @oprule(F.glu, nn.GLU)
-def _glu(op: Op, input: Labelled, dim: int | None = None) -> Fields:
+def _glu(op: Op, input: Labelled, dim: int = -1) -> Fields:
     """The first half gated by the second: channels are chosen alike in both."""
-    dim = op.module.dim if op.module is not None else -1 if dim is None else dim
-    f, rest = op.axis(input, dim)
+    f, rest = op.axis(input, op.setting("dim", dim))
     if f is None:
         return rest
     halves = f.ids.reshape(2, -1)

@@ -17,19 +17,10 @@ import torchvision
 from torch import nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 
-from surgery.axes.labels import Field, Fields, Labelled, Pairing, moved, permuted, reshaped, sliced
+from surgery.axes.labels import Field, Fields, Labelled, moved, permuted, sliced
 from surgery.axes.ops import Op
-from surgery.graph.table import oprule
+from surgery.graph.table import NodeEdit, oprule
 from surgery.layers.maxout import Maxout
-from surgery.rules import rewrites
-
-
-def _reshape(op: Op, x: Labelled, pairing: Pairing | None = None) -> Fields:
-    fields, lost = reshaped(
-        x.fields, x.shape, op.shape, pairing=pairing or op.run.pairing, whole=op.run.whole, places=op.run.places
-    )
-    op.lose(lost, f"{op.name} merges it with another axis")
-    return fields
 
 
 @oprule("contiguous", "clone", "detach", torch.clone, torch.detach, nn.Identity, QuantStub, DeQuantStub, movement=True)
@@ -37,18 +28,14 @@ def _identity(op: Op, input: Labelled, **named: Any) -> Fields:
     return input.fields
 
 
-@oprule(torch.flatten, "flatten", movement=True)
+@oprule(nn.Flatten, torch.flatten, "flatten", movement=True)
 def _flatten(op: Op, input: Labelled, start_dim: int = 0, end_dim: int = -1) -> Fields:
     if input.ndim == 0:
         return ()
+    start_dim, end_dim = op.setting("start_dim", start_dim), op.setting("end_dim", end_dim)
     sizes = tuple(max(size, 2) for size in input.shape)
     start, stop = start_dim % input.ndim, end_dim % input.ndim + 1
-    return _reshape(op, input, (sizes, (*sizes[:start], math.prod(sizes[start:stop]), *sizes[stop:])))
-
-
-@oprule(nn.Flatten, movement=True)
-def _flatten_module(op: Op, input: Labelled) -> Fields:
-    return _flatten(op, input, op.module.start_dim, op.module.end_dim)
+    return op.reshapes(input, (sizes, (*sizes[:start], math.prod(sizes[start:stop]), *sizes[stop:])))
 
 
 @oprule(torch.unsqueeze, "unsqueeze", movement=True)
@@ -56,12 +43,38 @@ def _unsqueeze(op: Op, input: Labelled, dim: int) -> Fields:
     return _shifted(input.fields, dim % (input.ndim + 1))
 
 
-@oprule(torch.unflatten, "unflatten", nn.Unflatten, rewrite=rewrites.unflatten, movement=True)
-def _unflatten(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:
-    return _reshape(op, input)
+def _resize_unflatten(edit: NodeEdit) -> None:
+    """The sizes at the changed dims."""
+    if edit.module is not None:
+        dim = edit.module.dim % (len(edit.old[0]) + 1 - len(edit.module.unflattened_size))
+        edit.module.unflattened_size = edit.resized(tuple(edit.module.unflattened_size), dim)
+        return
+    node = edit.node
+    dim = edit.argument("dim", 0) % len((edit.tensor("input") or ((),))[0])
+    sizes = edit.argument("sizes")
+    if isinstance(sizes, (tuple, list)):
+        edit.set_argument("sizes", edit.resized(sizes, dim))
+    else:  # the method takes sizes one by one too
+        node.args = (*node.args[:2], *edit.resized(node.args[2:], dim))
 
 
-@oprule(torch.squeeze, "squeeze", rewrite=rewrites.squeeze, movement=True)
+@oprule(nn.Unflatten, torch.unflatten, "unflatten", rewrite=_resize_unflatten, movement=True)
+def _unflatten(op: Op, input: Labelled, dim: int = 0, sizes: Any = None, *more: Any, **named: Any) -> Fields:
+    return op.reshapes(input)
+
+
+def _keep_squeezed(edit: NodeEdit) -> None:
+    """``squeeze`` removes the dims that it removed before, whatever is of size 1 now."""
+    before, after = edit.tensor("input") or ((), ())
+    if all((a == 1) == (b == 1) for a, b in zip(before, after, strict=True)):
+        return
+    given, read, node = edit.argument("dim"), edit.argument("input"), edit.node
+    dims = range(len(before)) if given is None else [given] if isinstance(given, int) else given
+    node.op, node.target = "call_function", torch.squeeze
+    node.args, node.kwargs = (read, tuple(d for d in dims if before[d] == 1)), {}
+
+
+@oprule(torch.squeeze, "squeeze", rewrite=_keep_squeezed, movement=True, python=lambda given: "dim" in given)
 def _squeeze(op: Op, input: Labelled, dim: Any = None) -> Fields:
     dims = range(input.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
     gone = {d % input.ndim for d in dims if input.shape[d] == 1} if input.ndim else set()
@@ -72,14 +85,35 @@ def _squeeze(op: Op, input: Labelled, dim: Any = None) -> Fields:
     return tuple(moved(f, tuple(place[d] for d in f.dims)) for f in fields)
 
 
-@oprule("view_as", "reshape_as", rewrite=rewrites.reshape, movement=True)
+def _resize_view(edit: NodeEdit) -> None:
+    """Constants of ``view`` and ``reshape`` at the changed dims; a size that was computed there is scaled."""
+    node = edit.node
+    named = next((k for k in ("shape", "size") if k in node.kwargs), None)
+    if named is not None:
+        node.kwargs = {**node.kwargs, named: edit.resized(edit.unpacked(node.kwargs[named]))}
+    elif len(node.args) < 2 or (len(edit.inputs) > 1 and edit.inputs[1] is not None):
+        return  # as another tensor
+    elif isinstance(edit.unpacked(node.args[1]), (tuple, list)):
+        node.args = (node.args[0], edit.resized(edit.unpacked(node.args[1])), *node.args[2:])
+    else:
+        node.args = (node.args[0], *edit.resized(node.args[1:]))
+
+
+@oprule(torch.reshape, "reshape", "view", rewrite=_resize_view, movement=True, python="sizes")
+def _view(op: Op, input: Labelled, *shape: Any, **named: Any) -> Fields:
+    if shape and isinstance(shape[0], torch.dtype):
+        return op.unknown(input)
+    return op.reshapes(input)
+
+
+@oprule("view_as", "reshape_as", rewrite=_resize_view, movement=True, python="sizes")
 def _view_as(op: Op, input: Labelled, other: Labelled) -> Fields:
-    return _sized_like(op, _reshape(op, input), other)
+    return _sized_like(op, op.reshapes(input), other)
 
 
 def _sized_like(op: Op, fields: Fields, other: Labelled) -> Fields:
     """``fields`` of a result whose sizes are those of ``other``: where both hold channels, they are chosen alike."""
-    if op.run.whole:  # a trial of the movement
+    if op.trial:
         return fields
     read: set[int] = set()
     result = []
@@ -104,22 +138,10 @@ def _movedim(op: Op, input: Labelled, source: Any, destination: Any) -> Fields:
     return permuted(input.fields, tuple(order))
 
 
-@oprule(torch.reshape, "reshape", "view", rewrite=rewrites.reshape, movement=True)
-def _view(op: Op, input: Labelled, *shape: Any, **named: Any) -> Fields:
-    if shape and isinstance(shape[0], torch.dtype):
-        return op.unknown(input)
-    return _reshape(op, input)
-
-
-@oprule(torch.permute, "permute", movement=True)
+@oprule(torch.permute, "permute", torchvision.ops.Permute, movement=True)
 def _permute(op: Op, input: Labelled, *order: Any, dims: Any = None) -> Fields:
-    order = dims or (order[0] if len(order) == 1 and not isinstance(order[0], int) else order)
+    order = op.setting("dims", dims) or (order[0] if len(order) == 1 and not isinstance(order[0], int) else order)
     return permuted(input.fields, tuple(d % input.ndim for d in order))
-
-
-@oprule(torchvision.ops.Permute, movement=True)
-def _permute_module(op: Op, x: Labelled) -> Fields:
-    return permuted(x.fields, tuple(d % x.ndim for d in op.module.dims))
 
 
 @oprule(torch.transpose, "transpose", torch.swapaxes, "swapaxes", movement=True)
@@ -145,34 +167,9 @@ def _attribute(op: Op, input: Any, name: str, *default: Any) -> Any:
     return input.fields if name == "data" else op.unknown(input, why=f"reads .{name} of it")
 
 
-@oprule(torch.cat, torch.concat, torch.concatenate, movement=True)
+@oprule(torch.cat, torch.concat, torch.concatenate, kind="concatenation")
 def _cat(op: Op, tensors: Any, dim: int = 0, axis: int | None = None) -> Fields:
-    rank = len(op.shape)
-    dim = (dim if axis is None else axis) % rank
-    parts = [t.at(dim) for t in tensors]
-    whole = len({None if f is None else f.dims for f in parts}) == 1 and parts[0] is not None
-    fields: list[Field] = []
-    along: list[Field] = []
-    others: list[Labelled] = []
-    for t, part in zip(tensors, parts, strict=True):
-        f, rest = (part, tuple(g for g in t.fields if g is not part)) if whole else op.axis(t, dim)
-        if f is None:
-            ids = op.run.fresh(t.shape[dim])
-            op.run.freeze(ids, f"{op.name} takes it from an axis that holds no channels")
-            f = Field((dim,), ids)
-        along.append(f)
-        others.append(Labelled(t.value, rest))
-        for g in rest:
-            op.meet(fields, g)
-    fields = [op.beside(f, others, rank) for f in fields]
-    if any(part is not None for part in parts):
-        for f in along:
-            op.run.edge(f.key, op.key, op.name)
-        dims = along[0].dims
-        fields.append(Field(dims, np.concatenate([f.ids for f in along], axis=dims.index(dim))))
-        if len(dims) > 1:
-            op.grid(fields[-1])
-    return tuple(fields)
+    return op.concatenates(tensors, dim if axis is None else axis)
 
 
 @oprule(torch.stack)
@@ -191,8 +188,18 @@ def _shifted(fields: Fields, dim: int) -> Fields:
     return tuple(moved(f, tuple(d + (d >= dim) for d in f.dims)) for f in fields)
 
 
-@oprule(torch.chunk, "chunk", torch.split, "split", torch.tensor_split, "tensor_split", rewrite=rewrites.pieces,
-        movement=True)  # fmt: skip
+def _split_by_size(edit: NodeEdit) -> None:
+    """``chunk``, ``split`` and their kin become a ``split`` with the sizes that each piece now has."""
+    node, dim = edit.node, edit.argument("dim", 0)
+    assert isinstance(dim, int)
+    if dim % len(edit.shapes[0]) in edit.changed:
+        source = edit.argument("tensor", node.kwargs.get("input"))
+        node.op, node.target = "call_function", torch.split
+        node.args, node.kwargs = (source, [shape[dim] for shape in edit.shapes], dim), {}
+
+
+@oprule(torch.chunk, "chunk", torch.split, "split", torch.tensor_split, "tensor_split", rewrite=_split_by_size,
+        movement=True, python="always")  # fmt: skip
 def _pieces(op: Op, tensor: Any = None, how: Any = None, dim: int = 0, *, input: Any = None, **named: Any) -> Any:
     tensor = tensor if input is None else input
     dim %= tensor.ndim
@@ -254,7 +261,14 @@ def _picked(op: Op, input: Labelled, index: tuple[Any, ...]) -> Fields:
     return tuple(moved(f, tuple(d + (d > at[0]) * shift for d in f.dims)) for f in rest)
 
 
-@oprule(torch.narrow, "narrow", rewrite=rewrites.narrow, movement=True)
+def _resize_narrow(edit: NodeEdit) -> None:
+    """``narrow`` along a changed dim takes what it has become; where that begins is for the caller to check."""
+    dim = edit.argument("dim", 0) % len(edit.shapes[0])
+    if dim in edit.changed:
+        edit.set_argument("length", edit.shapes[0][dim])
+
+
+@oprule(torch.narrow, "narrow", rewrite=_resize_narrow, movement=True, python="always")
 def _narrow(op: Op, input: Labelled, dim: int, start: int, length: int) -> Fields:
     index = tuple(slice(start, start + length) if d == dim % input.ndim else slice(None) for d in range(input.ndim))
     fields = sliced(input.fields, index, input.ndim)[0]
@@ -316,12 +330,12 @@ def _index_select(op: Op, input: Labelled, dim: int, index: Labelled) -> Fields:
     return tuple(Field(g.dims, g.ids[index.constant.cpu().numpy()], g.key) if g is f else g for g in input.fields)
 
 
-@oprule("expand", torch.broadcast_to, "broadcast_to", rewrite=rewrites.reshape, linear="first")
+@oprule("expand", torch.broadcast_to, "broadcast_to", rewrite=_resize_view, linear="first", python="sizes")
 def _expand(op: Op, input: Labelled, *sizes: Any, **named: Any) -> Fields:
     return _expanded(op, input, None)
 
 
-@oprule("expand_as", rewrite=rewrites.reshape, linear="first")
+@oprule("expand_as", rewrite=_resize_view, linear="first", python="sizes")
 def _expand_as(op: Op, input: Labelled, other: Labelled) -> Fields:
     return _sized_like(op, _expanded(op, input, other), other)
 
@@ -334,7 +348,7 @@ def _expanded(op: Op, input: Labelled, other: Labelled | None) -> Fields:
         if op.shape[d] > 1 and (d < shift or input.shape[d - shift] == 1):
             like = None if other is None else op.axis(other, d)[0]
             if other is None:
-                fields.append(Field((d,), op.run.fresh(op.shape[d])))
+                fields.append(op.fresh(d))
             elif like is not None:
                 fields.append(Field((d,), like.ids, like.key))
     return tuple(fields)
@@ -342,7 +356,8 @@ def _expanded(op: Op, input: Labelled, other: Labelled | None) -> Fields:
 
 @oprule(nn.ChannelShuffle, F.channel_shuffle, movement=True)
 def _channel_shuffle(op: Op, input: Labelled, groups: int | None = None) -> Fields:
-    groups = groups or op.module.groups
+    groups = op.setting("groups", groups)
+    assert groups is not None
     f, rest = op.axis(input, 1)
     if f is None:
         return rest
@@ -357,8 +372,7 @@ def _pixel_shuffle(op: Op, input: Labelled, upscale_factor: int | None = None) -
     if f is None:
         return rest
     channels = f.ids.reshape(op.shape[-3], -1)
-    op.run.tie_ids(channels[:, :1], channels)
-    op.run.findings.rows.append((channels[:-1, -1], channels[1:, 0], channels[:-1, 0], f"{op.name} reads parts of it"))
+    op.units(channels)
     return (*rest, Field(f.dims, channels[:, 0], f.key))
 
 
@@ -380,13 +394,12 @@ def _unfold(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:
     return rest if f is None else (*rest, Field((1,), np.repeat(f.ids, op.shape[1] // f.ids.size), f.key))
 
 
-@oprule(Maxout, within=True)
+@oprule(Maxout, within=True, kind="activation")
 def _maxout(op: Op, input: Labelled) -> Fields:
     """The pieces of a unit go together."""
     f, rest = op.axis(input, op.module.dim)
     if f is None:
         return rest
     pieces = f.ids.reshape(-1, op.module.pieces)
-    op.run.tie_ids(pieces[:, :1], pieces)
-    op.rows(pieces)
+    op.units(pieces)
     return (*rest, Field(f.dims, pieces[:, 0], f.key))

@@ -1,45 +1,66 @@
-"""Rows of the rule table for normalisations over channels.
+"""Rows of the rule table for normalisations.
 
-Their statistics do not change when every channel has the same number of copies, so these rules record what is mixed
-(`surgery.axes.ledger.Findings.mixed`).
+The statistics of those over channels do not change when every channel has the same number of copies, so these rules
+record what is mixed (`surgery.Op.mixes`).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from surgery.axes.labels import Field, Fields, Labelled
 from surgery.axes.ops import Op
-from surgery.graph.table import oprule, unknown
-from surgery.layers.norms import KeptGroupNorm, KeptLayerNorm, group_norm_over, layer_norm_over, scaled_normalize
-from surgery.rules import rewrites
-from surgery.rules.weights import _WEIGHT_AND_BIAS, _per_channel
+from surgery.graph.table import NodeEdit, oprule
+from surgery.layers.norms import RestrictedNorm, group_norm_over, layer_norm_over, rms_norm_over, scaled_normalize
+from surgery.rules.weights import WEIGHT_AND_BIAS, per_channel
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Over the last axes
 
 
-@oprule(nn.LayerNorm, rewrite=rewrites.layer_norm, zeros=("weight", "bias"))
-def _layer_norm_module(op: Op, input: Labelled) -> Fields:
-    rank = len(op.module.normalized_shape)
-    return _layer_norm(op, input, rank, op.param("weight", rank), op.param("bias", rank))
+def _resize_layer_norm(edit: NodeEdit) -> None:
+    """``normalized_shape`` of a layer or function."""
+    shape = edit.unpacked(edit.argument("normalized_shape", ()))
+    first = len(edit.shapes[0]) - len(shape)
+    if edit.module is not None:
+        edit.module.normalized_shape = tuple(edit.shapes[0][first:])
+    elif edit.changed:
+        edit.set_argument("normalized_shape", edit.resized(shape, first))
 
 
-@oprule(F.layer_norm, rewrite=rewrites.layer_norm_function, zeros=("weight", "bias"))
-def _layer_norm_function(
+@oprule(nn.LayerNorm, F.layer_norm, torch.layer_norm, rewrite=_resize_layer_norm, zeros=WEIGHT_AND_BIAS,
+        kind="layer norm", over=layer_norm_over)  # fmt: skip
+def _layer_norm(
     op: Op,
     input: Labelled,
-    normalized_shape: Any,
+    normalized_shape: Any = (),
     weight: Labelled | None = None,
     bias: Labelled | None = None,
-    eps: float = 0.0,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
 ) -> Fields:
-    return _layer_norm(op, input, len(normalized_shape), weight, bias)
+    rank = len(op.setting("normalized_shape", normalized_shape))
+    return _last_axes(op, input, rank, op.param("weight", weight, dims=rank), op.param("bias", bias, dims=rank))
 
 
-def _layer_norm(op: Op, x: Labelled, rank: int, *vectors: Labelled | None) -> Fields:
+@oprule(nn.RMSNorm, F.rms_norm, torch.rms_norm, rewrite=_resize_layer_norm, zeros=("weight",), kind="rms norm",
+        over=rms_norm_over)  # fmt: skip
+def _rms_norm(
+    op: Op, input: Labelled, normalized_shape: Any = (), weight: Labelled | None = None, eps: float | None = None
+) -> Fields:
+    """A LayerNorm without a mean."""
+    rank = len(op.setting("normalized_shape", normalized_shape))
+    return _last_axes(op, input, rank, op.param("weight", weight, dims=rank))
+
+
+def _last_axes(op: Op, x: Labelled, rank: int, *vectors: Labelled | None) -> Fields:
     """Statistics over the last ``rank`` axes, whose channels are mixed."""
     first = x.ndim - rank
     fields = []
@@ -66,48 +87,66 @@ def _layer_norm(op: Op, x: Labelled, rank: int, *vectors: Labelled | None) -> Fi
     return tuple(fields)
 
 
-@oprule(nn.GroupNorm, rewrite=rewrites.group_norm, zeros=("weight", "bias"))
-def _group_norm_module(op: Op, input: Labelled) -> Fields:
-    return _group_norm(op, input, op.module.num_groups, op.param("weight"), op.param("bias"))
+# ---------------------------------------------------------------------------------------------------------------------
+# Over groups of channels, and over channels as a vector
 
 
-@oprule(F.group_norm, torch.group_norm, rewrite=rewrites.group_norm_function, zeros=("weight", "bias"))
-def _group_norm_function(
+def _resize_group_norm(edit: NodeEdit) -> None:
+    """The number of groups follows where each has one channel."""
+    read = edit.tensor("input")
+    channels = edit.argument("num_channels", read[0][1] if read is not None else None)
+    if edit.argument("num_groups") == channels:
+        edit.set_argument("num_groups", edit.shapes[0][1])
+    if edit.module is not None:
+        edit.module.num_channels = edit.shapes[0][1]
+
+
+@oprule(nn.GroupNorm, F.group_norm, torch.group_norm, rewrite=_resize_group_norm, zeros=WEIGHT_AND_BIAS,
+        kind="group norm", over=group_norm_over)  # fmt: skip
+def _group_norm(
     op: Op,
     input: Labelled,
-    num_groups: int,
+    num_groups: int = 1,
     weight: Labelled | None = None,
     bias: Labelled | None = None,
-    *rest: Any,
-    **named: Any,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
 ) -> Fields:
-    return _group_norm(op, input, num_groups, weight, bias)
-
-
-def _group_norm(op: Op, x: Labelled, groups: int, *vectors: Labelled | None) -> Fields:
-    """Statistics over each group of channels. Channels are chosen alike in every group; a group of one channel is a
-    channel."""
-    f, _ = op.axis(x, 1)
-    rest = tuple(g for g in op.keep(x, range(2, x.ndim), f"{op.name} computes statistics over it") if 1 not in g.dims)
-    for vector in vectors:
+    """Channels are chosen alike in every group; a group of one channel is a channel."""
+    f, _ = op.axis(input, 1)
+    along = op.keep(input, range(2, input.ndim), f"{op.name} computes statistics over it")
+    others = tuple(g for g in along if 1 not in g.dims)
+    for vector in (op.param("weight", weight), op.param("bias", bias)):
         for g in () if vector is None else vector.fields:
             op.per_channel(g)
             op.tie(f, g)
     if f is None:
-        return rest
-    channels = np.asarray(f.ids.reshape(groups, -1))
+        return others
+    channels = np.asarray(f.ids.reshape(op.setting("num_groups", num_groups), -1))
     if channels.shape[1] > 1:
         op.together(channels)
         op.mixes(f, 1, 1)
-    return (*rest, f)
+    return (*others, f)
 
 
-@oprule(KeptLayerNorm, KeptGroupNorm, layer_norm_over, group_norm_over)
-def _norm_over_part(op: Op, *args: Any, **named: Any) -> Any:
-    return unknown(op, *args, why="leaves channels that are switched off out of its statistics", **named)
+@oprule(RestrictedNorm, layer_norm_over, group_norm_over, rms_norm_over, kind="restricted norm")
+def _restricted_norm(op: Op, *args: Any, **named: Any) -> Any:
+    return op.unknown(*args, *named.values(), why="leaves channels that are switched off out of its statistics")
 
 
-@oprule(F.normalize, scaled_normalize, rewrite=rewrites.normalize)
+def _scale_normalize(edit: NodeEdit) -> None:
+    """``F.normalize`` over channels with copies gives the old values, times the length that copies add."""
+    p, dim = edit.argument("p", 2.0), edit.argument("dim", 1)
+    copies = edit.copies.get(dim % len(edit.shapes[0]), 1)
+    if copies == 1:
+        return
+    scale = edit.argument("scale", 1.0) * (1.0 if math.isinf(p) else copies ** (1 / p))
+    given = {"p": p, "dim": dim, "eps": edit.argument("eps", 1e-12), "scale": scale}
+    edit.node.args, edit.node.kwargs = (edit.argument("input"),), given
+    edit.node.target = scaled_normalize
+
+
+@oprule(F.normalize, scaled_normalize, rewrite=_scale_normalize)
 def _normalize(
     op: Op, input: Labelled, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None, *, scale: float = 1.0
 ) -> Fields:
@@ -115,40 +154,52 @@ def _normalize(
     f = input.at(dim)
     if f is None or len(f.dims) > 1:
         return input.fields if f is None else op.keep(input, [dim])
-    op.run.findings.sums.append(((op.key[1], op.key[2]), f.ids.ravel()))
-    op.run.findings.mixed.append((f.ids.ravel(), op.name))
+    op.measures(f)
     return input.fields
 
 
-@oprule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, rewrite=rewrites.batch_norm,
-        zeros=_WEIGHT_AND_BIAS)  # fmt: skip
-def _batch_norm_module(op: Op, input: Labelled) -> Fields:
-    return _normalised(op, input, *map(op.param, ("weight", "bias", "running_mean", "running_var")))
+# ---------------------------------------------------------------------------------------------------------------------
+# Each channel on its own
 
 
-@oprule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, rewrite=rewrites.batch_norm, zeros=_WEIGHT_AND_BIAS)
-def _instance_norm_module(op: Op, input: Labelled) -> Fields:
-    dim = input.ndim - 1 - int(op.module._get_no_batch_dim() - 1)
-    if dim != 1:
-        return unknown(op, input, why="has no batch")  # type: ignore[no-any-return]
-    return _batch_norm_module(op, input)
+_STATISTICS = ("running_mean", "running_var")
 
 
-@oprule(F.batch_norm, zeros=_WEIGHT_AND_BIAS)
-def _batch_norm_function(
+def _resize_batch_norm(edit: NodeEdit) -> None:
+    if edit.module is not None:
+        edit.module.num_features = edit.shapes[0][1]
+
+
+@oprule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, F.batch_norm, rewrite=_resize_batch_norm,
+        zeros=WEIGHT_AND_BIAS, kind="batch norm", tensors=_STATISTICS, python="always")  # fmt: skip
+def _batch_norm(
     op: Op,
     input: Labelled,
-    running_mean: Labelled | None,
-    running_var: Labelled | None,
+    running_mean: Labelled | None = None,
+    running_var: Labelled | None = None,
     weight: Labelled | None = None,
     bias: Labelled | None = None,
     *rest: Any,
     **named: Any,
 ) -> Fields:
-    return _normalised(op, input, running_mean, running_var, weight, bias)
-
-
-def _normalised(op: Op, input: Labelled, *vectors: Labelled | None) -> Fields:
-    """Statistics for each channel, over every other axis."""
-    _per_channel(op, input, 1, *vectors)
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    per_channel(op, input, 1, *(op.param(name, given) for name, given in vectors.items()))
     return op.keep(input, [d for d in range(input.ndim) if d != 1], f"{op.name} computes statistics over it")
+
+
+@oprule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, rewrite=_resize_batch_norm, zeros=WEIGHT_AND_BIAS,
+        kind="instance norm", tensors=_STATISTICS)  # fmt: skip
+def _instance_norm(op: Op, input: Labelled) -> Fields:
+    dim = input.ndim - 1 - int(op.module._get_no_batch_dim() - 1)
+    return _batch_norm(op, input) if dim == 1 else op.unknown(input, why="has no batch")
+
+
+@oprule(FrozenBatchNorm2d, linear="affine", zeros=("bias", "running_mean"), kind="fixed norm", tensors=_STATISTICS)
+def _frozen_batch_norm(op: Op, x: Labelled) -> Fields:
+    """A factor and a term for each channel, made of statistics that no mode changes."""
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        vector = op.param(name)
+        assert vector is not None
+        op.per_channel(vector.at(0))
+        op.tie(op.axis(x, 1)[0], vector.at(0))
+    return x.fields

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 import torchvision
-from torchvision.ops.misc import FrozenBatchNorm2d
 
-from surgery.axes.labels import Fields, Labelled
+from surgery.axes.labels import Labelled
 from surgery.axes.ops import Op
 from surgery.graph.table import oprule
 
@@ -32,14 +31,3 @@ def _roi_align(op: Op, input: Labelled, boxes: Any, *rest: Any, **named: Any) ->
 def _roi_align_kernel(op: Op, input: Labelled, rois: Any, *rest: Any, **named: Any) -> Any:
     """What `_roi_align` calls; the positions of the maxima, second result of ``roi_pool``, are within a channel."""
     return _roi_align(op, input, rois)
-
-
-@oprule(FrozenBatchNorm2d, linear="affine", zeros=("bias", "running_mean"))
-def _frozen_batch_norm(op: Op, x: Labelled) -> Fields:
-    """A factor and a term for each channel, made of statistics that no mode changes."""
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        vector = op.param(name)
-        assert vector is not None
-        op.per_channel(vector.at(0))
-        op.tie(op.axis(x, 1)[0], vector.at(0))
-    return x.fields

@@ -1,7 +1,8 @@
-"""Rows of the rule table for layers of weights: linear, convolution, embedding."""
+"""Rows of the rule table for layers of weights: linear, convolution, embedding, PReLU."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,31 +12,108 @@ from torch import nn
 
 from surgery.axes.labels import Field, Fields, Labelled
 from surgery.axes.ops import Op
-from surgery.graph.table import oprule, unknown
-from surgery.rules import rewrites
+from surgery.graph.table import NodeEdit, oprule
+
+WEIGHT_AND_BIAS = ("weight", "bias")
 
 
-def _linear(op: Op, x: Labelled, rows: Field | None, columns: Field | None, bias: Labelled | None = None) -> Fields:
-    """``rows`` of the weight are written, its ``columns`` are contracted with the last axis of ``x``."""
-    read, rest = op.axis(x, -1)
+def _resize_linear(edit: NodeEdit) -> None:
+    if edit.module is not None:
+        edit.module.out_features, edit.module.in_features = edit.module.weight.shape
+
+
+@oprule(nn.Linear, F.linear, rewrite=_resize_linear, linear="writes", zeros=WEIGHT_AND_BIAS, python="always")
+def _linear(op: Op, input: Labelled, weight: Labelled | None = None, bias: Labelled | None = None) -> Fields:
+    """Rows of the weight are written, its columns are contracted with the last axis of the input."""
+    weight, bias = op.param("weight", weight), op.param("bias", bias)
+    assert weight is not None
+    rows, columns = weight.at(0), weight.at(1)
+    read, rest = op.axis(input, -1)
     op.consumes(columns)
     op.tie(read, columns)
     op.produces(rows)
     if bias is not None:
         op.produces(bias.at(0))
         op.tie(rows, bias.at(0))
-    return _with(rest, rows, op.shape, -1)
+    return placed(rest, rows, op.shape, -1)
 
 
+def _resize_conv(edit: NodeEdit) -> None:
+    """The sizes of a layer; ``groups`` where each group has one input channel."""
+    if edit.module is not None:
+        layer = edit.module
+        outs, per_group = layer.weight.shape[:2]
+        if layer.groups > 1 and layer.in_channels == layer.groups:
+            layer.groups = outs // (layer.out_channels // layer.groups)
+        layer.out_channels, layer.in_channels = outs, per_group * layer.groups
+    elif (weight := edit.tensor("weight")) is not None and weight[1][1] == 1:
+        _follow_input(edit, weight[1])
+
+
+def _resize_conv_transpose(edit: NodeEdit) -> None:
+    if edit.module is not None:
+        layer = edit.module
+        ins, per_group = layer.weight.shape[:2]
+        if layer.groups > 1 and layer.in_channels == layer.groups:
+            layer.groups = ins
+        layer.in_channels, layer.out_channels = ins, per_group * layer.groups
+    elif (weight := edit.tensor("weight")) is not None and weight[0][0] == edit.argument("groups", 1):
+        _follow_input(edit, weight[1])
+
+
+def _follow_input(edit: NodeEdit, weight: tuple[int, ...]) -> None:
+    """As many groups as the input has channels."""
+    groups, read = edit.argument("groups", 1), edit.tensor("input")
+    if isinstance(groups, int) and groups > 1 and read is not None:
+        edit.set_argument("groups", read[1][1 - len(weight)])
+
+
+def _ungrouped(given: Mapping[str, Any]) -> bool:
+    return bool(given.get("groups", 1) == 1)
+
+
+@oprule(nn.Conv1d, nn.Conv2d, nn.Conv3d, F.conv1d, F.conv2d, F.conv3d, rewrite=_resize_conv, linear="writes",
+        zeros=WEIGHT_AND_BIAS, python=_ungrouped)  # fmt: skip
 def _conv(
     op: Op,
-    x: Labelled,
-    weight: Labelled,
-    bias: Labelled | None,
-    groups: int,
-    transposed: bool,
-    spatial: int,
+    input: Labelled,
+    weight: Labelled | None = None,
+    bias: Labelled | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Fields:
+    return _convolved(op, input, weight, bias, groups, False)
+
+
+@oprule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+        F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, rewrite=_resize_conv_transpose, linear="writes",
+        zeros=WEIGHT_AND_BIAS, python=_ungrouped)  # fmt: skip
+def _conv_transpose(
+    op: Op,
+    input: Labelled,
+    weight: Labelled | None = None,
+    bias: Labelled | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+    *,
+    output_size: Any = None,
+) -> Fields:
+    return _convolved(op, input, weight, bias, groups, True)
+
+
+def _convolved(
+    op: Op, x: Labelled, weight: Labelled | None, bias: Labelled | None, groups: int, transposed: bool
+) -> Fields:
+    groups = op.setting("groups", groups)
+    depthwise = op.module is not None and groups > 1 and groups == op.module.in_channels
+    weight, bias = op.param("weight", weight, dims=1 if depthwise else 2), op.param("bias", bias)
+    assert weight is not None
+    spatial = weight.ndim - 2
     dim = x.ndim - spatial - 1
     outs, ins = (weight.at(1), weight.at(0)) if transposed else (weight.at(0), weight.at(1))
     for k in range(2, weight.ndim):
@@ -63,7 +141,7 @@ def _conv(
     if bias is not None:
         op.produces(bias.at(0))
         op.tie(outs, bias.at(0))
-    return _with(rest, outs, op.shape, dim)
+    return placed(rest, outs, op.shape, dim)
 
 
 def _depthwise_conv(
@@ -98,89 +176,56 @@ def _grouped_conv(op: Op, read: Field, outs: Field, ins: Field | None, groups: i
     return written
 
 
-def _per_channel(op: Op, x: Labelled, dim: int, *vectors: Labelled | None) -> None:
+def per_channel(op: Op, x: Labelled, dim: int, *vectors: Labelled | None) -> None:
     """Vectors with one entry per channel of ``x``'s ``dim``."""
     for vector in vectors:
         if vector is not None:
             op.per_position(x, dim, *vector.fields)
 
 
-def _with(fields: Fields, f: Field | None, shape: tuple[int, ...], dim: int) -> Fields:
+def placed(fields: Fields, f: Field | None, shape: tuple[int, ...], dim: int) -> Fields:
     return fields if f is None else (*fields, Field((dim % len(shape),), f.ids, f.key))
 
 
-_WEIGHT_AND_BIAS = ("weight", "bias")
+def _resize_embedding(edit: NodeEdit) -> None:
+    if edit.module is not None:
+        edit.module.embedding_dim = edit.module.weight.shape[1]
 
 
-@oprule(nn.Linear, rewrite=rewrites.linear, linear="writes", zeros=_WEIGHT_AND_BIAS)
-def _linear_module(op: Op, input: Labelled) -> Fields:
-    weight = op.param("weight")
-    assert weight is not None
-    return _linear(op, input, weight.at(0), weight.at(1), op.param("bias"))
-
-
-@oprule(F.linear, linear="writes", zeros=_WEIGHT_AND_BIAS)
-def _linear_function(op: Op, input: Labelled, weight: Labelled, bias: Labelled | None = None) -> Fields:
-    return _linear(op, input, weight.at(0), weight.at(1), bias)
-
-
-@oprule(nn.Conv1d, nn.Conv2d, nn.Conv3d, rewrite=rewrites.conv, linear="writes", zeros=_WEIGHT_AND_BIAS)
-def _conv_module(op: Op, input: Labelled) -> Fields:
-    depthwise = op.module.groups > 1 and op.module.groups == op.module.in_channels
-    weight = op.param("weight", dims=1 if depthwise else 2)
-    assert weight is not None
-    return _conv(op, input, weight, op.param("bias"), op.module.groups, False, weight.ndim - 2)
-
-
-@oprule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, rewrite=rewrites.conv_transpose,
-        linear="writes", zeros=_WEIGHT_AND_BIAS)  # fmt: skip
-def _conv_transpose_module(op: Op, input: Labelled, output_size: Any = None) -> Fields:
-    depthwise = op.module.groups > 1 and op.module.groups == op.module.in_channels
-    weight = op.param("weight", dims=1 if depthwise else 2)
-    assert weight is not None
-    return _conv(op, input, weight, op.param("bias"), op.module.groups, True, weight.ndim - 2)
-
-
-@oprule(F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, rewrite=rewrites.conv_function,
-        linear="writes", zeros=_WEIGHT_AND_BIAS)  # fmt: skip
-def _conv_function(
+@oprule(nn.Embedding, F.embedding, rewrite=_resize_embedding, linear="writes", python="always")
+def _embedding(
     op: Op,
     input: Labelled,
-    weight: Labelled,
-    bias: Labelled | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
+    weight: Labelled | None = None,
+    padding_idx: Any = None,
+    max_norm: Any = None,
+    *rest: Any,
+    **named: Any,
 ) -> Fields:
-    return _conv(op, input, weight, bias, groups, False, weight.ndim - 2)
+    weight = op.param("weight", weight)
+    assert weight is not None
+    if op.setting("max_norm", max_norm) is not None:
+        if op.module is None:
+            return op.unknown(input, weight, why=_RESCALES)
+        op.freeze(weight.at(1), f"{op.name} limits its length")
+    return _looked_up(op, weight, input)
 
 
-@oprule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, rewrite=rewrites.conv_transpose_function,
-        linear="writes", zeros=_WEIGHT_AND_BIAS)  # fmt: skip
-def _conv_transpose_function(
-    op: Op,
-    input: Labelled,
-    weight: Labelled,
-    bias: Labelled | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
+@oprule(torch.embedding, linear="writes")
+def _embedding_kernel(op: Op, weight: Labelled, indices: Labelled, *rest: Any, **named: Any) -> Fields:
+    return _looked_up(op, weight, indices)
+
+
+@oprule(nn.EmbeddingBag, rewrite=_resize_embedding)
+def _embedding_bag(
+    op: Op, input: Labelled, offsets: Labelled | None = None, per_sample_weights: Labelled | None = None
 ) -> Fields:
-    return _conv(op, input, weight, bias, groups, True, weight.ndim - 2)
-
-
-@oprule(nn.Embedding, rewrite=rewrites.embedding, linear="writes")
-def _embedding_module(op: Op, input: Labelled) -> Fields:
+    """Sums, means or maxima of rows, each channel on its own."""
     weight = op.param("weight")
     assert weight is not None
     if op.module.max_norm is not None:
-        op.freeze(weight.at(1), f"{op.name} limits its length")
-    op.freeze(weight.at(0), "vocabulary")
-    op.produces(weight.at(1))
-    return _with(op.keep(input, range(input.ndim)), weight.at(1), op.shape, -1)
+        return op.unknown(input, why=_RESCALES)
+    return _looked_up(op, weight, input, offsets, per_sample_weights)
 
 
 _RESCALES = "rescales the rows that it reads"
@@ -191,33 +236,19 @@ def _looked_up(op: Op, weight: Labelled, *read: Labelled | None) -> Fields:
     op.freeze(weight.at(0), "vocabulary")
     for x in read:
         if x is not None:
-            op.lose(list(x.fields), f"{op.name} reads positions from it")
-    written = weight.at(1)
-    op.produces(written)
-    return () if written is None else (Field((len(op.shape) - 1,), written.ids, written.key),)
+            op.lose(x.fields, f"{op.name} reads positions from it")
+    op.produces(weight.at(1))
+    return placed((), weight.at(1), op.shape, -1)
 
 
-@oprule(F.embedding, linear="writes")
-def _embedding_function(
-    op: Op, input: Labelled, weight: Labelled, padding_idx: Any = None, max_norm: Any = None, *rest: Any, **named: Any
-) -> Fields:
-    if max_norm is not None:
-        return unknown(op, input, weight, why=_RESCALES)  # type: ignore[no-any-return]
-    return _looked_up(op, weight, input)
+def _resize_prelu(edit: NodeEdit) -> None:
+    if edit.module is not None:
+        edit.module.num_parameters = edit.module.weight.shape[0]
 
 
-@oprule(torch.embedding, linear="writes")
-def _embedding_kernel(op: Op, weight: Labelled, indices: Labelled, *rest: Any, **named: Any) -> Fields:
-    return _looked_up(op, weight, indices)
-
-
-@oprule(nn.EmbeddingBag, rewrite=rewrites.embedding)
-def _embedding_bag(
-    op: Op, input: Labelled, offsets: Labelled | None = None, per_sample_weights: Labelled | None = None
-) -> Fields:
-    """Sums, means or maxima of rows, each channel on its own."""
-    weight = op.param("weight")
-    assert weight is not None
-    if op.module.max_norm is not None:
-        return unknown(op, input, why=_RESCALES)  # type: ignore[no-any-return]
-    return _looked_up(op, weight, input, offsets, per_sample_weights)
+@oprule(nn.PReLU, F.prelu, torch.prelu, rewrite=_resize_prelu, python="always")
+def _prelu(op: Op, input: Labelled, weight: Labelled | None = None) -> Fields:
+    weight = op.param("weight", weight)
+    if weight is not None and (op.module is None or weight.shape[0] > 1):
+        per_channel(op, input, 1, weight)
+    return op.elementwise(input)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import fx, nn
 
 from surgery.axes.labels import Labelled
 from surgery.edit.blocks import Flow
-from surgery.edit.sites import activation_of, output_sites
+from surgery.edit.sites import output_sites
 from surgery.errors import EditError, UsageError
-from surgery.layers.maxout import Maxout
+from surgery.layers.activation import make_activation
 
 
 def middle(module: nn.Module, flow: Flow, *, deeper: bool) -> str:
@@ -189,29 +186,11 @@ def nonlinearity(flow: Flow, node: fx.Node) -> nn.Module | None:
     """A copy of the activation behind a value, also through ops that move data or pool it, and dropout.
 
     None where the value is linear."""
-    name = activation_of(flow.owner, node)
-    if name:
-        return _instance(name, flow.leaf(node), node)
     rule = flow.rule(node)
+    if rule is not None and rule.activation:
+        return make_activation(rule, node, flow.leaf(node))
     if rule is None or not (rule.movement or rule.within or rule.linear == "first"):
         return None
     before = [nonlinearity(flow, n) for n in flow.tensors(node)]
     alike = before and all(b is not None and repr(b) == repr(before[0]) for b in before)
     return before[0] if alike else None
-
-
-def _instance(name: str, layer: nn.Module | None, node: fx.Node) -> nn.Module:
-    """A layer of its own that does what an activation node does."""
-    if isinstance(layer, Maxout):
-        return Maxout(layer.pieces, layer.dim)
-    if layer is not None:
-        made: Any = copy.deepcopy(layer)
-    else:
-        cls = getattr(nn, name)
-        known = inspect.signature(cls).parameters
-        args = () if isinstance(node.target, str) else node.args[1:]
-        made = cls(*args, **{k: v for k, v in node.kwargs.items() if k in known})
-    if getattr(made, "inplace", False):
-        made.inplace = False
-    assert isinstance(made, nn.Module)
-    return made

@@ -13,6 +13,7 @@ from torchvision.ops import Permute
 
 from surgery.errors import EditError, unknown_name
 from surgery.layers.maxout import Maxout
+from surgery.layers.spatial import layer_class
 
 REGRESSORS = ("auto", "conv", "fc", "none")
 """See `surgery.attach_hint`."""
@@ -20,9 +21,6 @@ REGRESSORS = ("auto", "conv", "fc", "none")
 LARGEST = 8
 """The largest kernel that ``"auto"`` takes: beyond it, maps are resized first."""
 
-_CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_POOLS: tuple[type[nn.Module], ...] = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 _MODES = ("linear", "bilinear", "trilinear")
 
 
@@ -154,21 +152,21 @@ def _convolution(found: Match, kind: str, pieces: int) -> tuple[nn.Module | None
                 f"the hint ({found.hint}) is larger than the guided output ({found.guided}): no valid convolution "
                 "reaches it; use regressor='auto'"
             )
-        return None, _CONVS[rank - 1](ins, outs, tuple(b - a + 1 for b, a in zip(before, after, strict=True)))
+        return None, layer_class("Conv", rank)(ins, outs, tuple(b - a + 1 for b, a in zip(before, after, strict=True)))
     down = [_shrinking(b, a) for b, a in zip(before, after, strict=True)]
     up = [_shrinking(a, b) if a % b == 0 else None for b, a in zip(before, after, strict=True)]
     if all(down):
         kernel, stride = zip(*(d for d in down if d), strict=True)
-        return None, _CONVS[rank - 1](ins, outs, kernel, stride)
+        return None, layer_class("Conv", rank)(ins, outs, kernel, stride)
     if all(up):
         factors = tuple(u[1] for u in up if u)
-        return None, _TRANSPOSED[rank - 1](ins, outs, factors, factors)
+        return None, layer_class("ConvTranspose", rank)(ins, outs, factors, factors)
     resize: nn.Module
     if all(b >= a for b, a in zip(before, after, strict=True)):
-        resize = _POOLS[rank - 1](after if rank > 1 else after[0])
+        resize = layer_class("AdaptiveAvgPool", rank)(after if rank > 1 else after[0])
     else:
         resize = nn.Upsample(after, mode=_MODES[rank - 1], align_corners=False)
-    return resize, _CONVS[rank - 1](ins, outs, 1)
+    return resize, layer_class("Conv", rank)(ins, outs, 1)
 
 
 def _shrinking(before: int, after: int) -> tuple[int, int] | None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
-import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
@@ -17,9 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from surgery.errors import UsageError, unknown_name
-
-PRECISIONS = ("no", "bf16", "fp16")
-"""Mixed precision: none, or what layers compute in where that is safe, with weights and losses in float32."""
+from surgery.settings import PRECISIONS
 
 _DATA_PARALLEL = (
     DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU,
@@ -33,7 +29,7 @@ class Engine:
 
     Attributes:
         device: of models and batches.
-        precision: one of `PRECISIONS`.
+        precision: one of `surgery.settings.PRECISIONS`.
         processes: how many there are.
         rank: which one this is, from 0.
     """
@@ -42,7 +38,7 @@ class Engine:
         """
         Args:
             device: what a plain process runs on; under ``accelerate launch`` each process has its own.
-            precision: one of `PRECISIONS`; by default what ``accelerate launch`` was told, or else none.
+            precision: one of `surgery.settings.PRECISIONS`; by default that of ``accelerate launch``, or none.
 
         Raises:
             UsageError: an unknown precision, one that the device does not have, or a launch that shards the model.
@@ -106,35 +102,6 @@ class Engine:
 def is_main_process() -> bool:
     """Whether this is the process that writes and reports: the only one, or the first under ``accelerate launch``."""
     return bool(PartialState().is_main_process)
-
-
-@contextmanager
-def plain_modes() -> Iterator[None]:
-    """Within it gradients are on and nothing is autocast, whatever the caller has set.
-
-    What is autocast within keeps no weights in half precision: they would stay what they are as long as any autocast
-    of the caller's lasts, and no step would be seen.
-    """
-    off: dict[str, Any] = {"enabled": False, "cache_enabled": False}
-    with torch.inference_mode(False), torch.autocast("cpu", **off), torch.autocast("cuda", **off):
-        yield
-
-
-@contextmanager
-def random_state(device: torch.device) -> Iterator[None]:
-    """Within it torch's random state may be changed at will: the one of before is restored."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
-
-
-def seed_everything(*numbers: int) -> None:
-    """Seed torch's generators by several numbers, such as a seed, a process and a step."""
-    torch.manual_seed(mixed_seed(*numbers))
-
-
-def mixed_seed(*numbers: int) -> int:
-    """One seed for several numbers; other numbers give an unrelated one."""
-    return int(np.random.SeedSequence([abs(number) for number in numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _accelerator(device: torch.device, precision: str) -> Accelerator:

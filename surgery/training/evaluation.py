@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from surgery.training.data.data import Images
 from surgery.training.data.loading import loader
 from surgery.training.engine import Engine
 from surgery.training.history import Score
+from surgery.training.modes import device_of, in_mode
 
 
 def evaluate(
@@ -25,15 +25,21 @@ def evaluate(
     progress: Progress | None = None,
     task: str = "evaluate",
 ) -> Score:
-    """How many of ``images`` have their label as the largest of ``predict``'s outputs (N, classes).
+    """Count the images whose label is the largest of ``predict``'s outputs (N, classes).
 
-    ``predict`` is a module, which is run in evaluation mode and left in the mode it was in, or any function, such as a
-    session of another runtime.
+    Args:
+        predict: a module, which runs in evaluation mode and keeps its own mode, or any function, such as a session of
+            another runtime.
+        images: items of an image (C, H, W) and its label.
+        workers: processes that read images.
+
+    Returns:
+        The `Score`: how many are right, of how many.
     """
-    return evaluated(predict, images, None, batch_size=batch_size, workers=workers, progress=progress, task=task)
+    return score_with(predict, images, None, batch_size=batch_size, workers=workers, progress=progress, task=task)
 
 
-def evaluated(
+def score_with(
     predict: nn.Module | Callable[[Tensor], Tensor],
     images: Images,
     engine: Engine | None,
@@ -43,7 +49,7 @@ def evaluated(
     progress: Progress | None = None,
     task: str = "evaluate",
 ) -> Score:
-    """With an engine each of its processes takes a share of the images."""
+    """`evaluate`; with an engine each of its processes takes a share of the images."""
     processes = engine.processes if engine else 1
     batches = loader(images, math.ceil(batch_size / processes) * processes, workers)
     batches = engine.shared(batches) if engine else batches
@@ -59,23 +65,3 @@ def evaluated(
             if progress is not None:
                 progress(task, done, len(batches))
     return Score(correct, total)
-
-
-def device_of(model: object) -> torch.device:
-    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return first.device if first is not None else torch.device("cpu")
-
-
-@contextmanager
-def in_mode(model: object, *, training: bool) -> Iterator[None]:
-    """The model in one mode, and each of its submodules back in its own mode afterwards."""
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode

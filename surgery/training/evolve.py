@@ -1,7 +1,7 @@
 """Knowledge Evolution: a network is trained in generations, and a slim one grows up inside of it (KELS, WELS).
 
-Taha, Shrivastava, Davis, CVPR 2021. Each generation keeps the fit-hypothesis, draws the rest anew and trains all of it;
-nothing is masked in between, so a step costs what a plain step costs.
+Taha, Shrivastava, Davis, CVPR 2021. Each generation keeps the fit-hypothesis, draws the rest again, and trains all of
+it. Nothing is masked in between, so a step costs what a plain step costs.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ from surgery.errors import UsageError, whole_number
 from surgery.operations.reset import reset_hypothesis
 from surgery.operations.slim import Rate, masked, slim, split_masks
 from surgery.progress import Progress
+from surgery.settings import EvolveSettings, accepts, renamed
 from surgery.training.data.data import Data
 from surgery.training.data.loading import loader
 from surgery.training.descent import check_scored
-from surgery.training.engine import mixed_seed, plain_modes, random_state, seed_everything
-from surgery.training.evaluation import device_of, evaluate, in_mode
+from surgery.training.evaluation import evaluate
 from surgery.training.history import History, Score
-from surgery.training.loop import train
+from surgery.training.loop import train_in_place
+from surgery.training.modes import device_of, in_mode, mixed_seed, plain_modes, random_state, seed_everything
 from surgery.training.run import LossFn
 
-PAPER: Mapping[str, Mapping[str, float]] = {"sgd": {"lr": 0.256, "weight_decay": 1e-4}}
-"""The peak learning rate and weight decay of the authors' code, which trains by SGD."""
+PAPER = EvolveSettings(
+    epochs=200, lr=0.256, weight_decay=1e-4, schedule="warmup-cosine", batch_size=32, label_smoothing=0.1
+)
+"""The settings of the authors' code."""
 
 Scorer = Callable[[nn.Module], Score]
 
@@ -59,23 +62,26 @@ class Generation:
 
 @dataclass(frozen=True)
 class Evolution:
-    """What an evolution gave.
+    """What `surgery.evolve` returns.
 
     Attributes:
-        model: a copy of the network that was given, after the last generation.
+        module: a copy of the network that was given, after the last generation.
         slim: the slim network inside of it; none for WELS.
         masks: the fit-hypothesis.
         generations: the first is that of the network as it was given.
         long: the same network trained as many epochs in one go, nothing reset; where it was asked for.
-        long_model: what that gave.
+        long_module: what that gave.
     """
 
-    model: nn.Module = field(repr=False, compare=False)
+    module: nn.Module = field(repr=False, compare=False)
     slim: nn.Module | None = field(repr=False, compare=False)
     masks: Mapping[str, Tensor] = field(repr=False, compare=False)
     generations: tuple[Generation, ...]
     long: Generation | None = None
-    long_model: nn.Module | None = field(default=None, repr=False, compare=False)
+    long_module: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    model = renamed("module", "model")
+    long_model = renamed("long_module", "long_model")
 
     @property
     def score(self) -> Score:
@@ -95,127 +101,95 @@ class Evolution:
         }
 
 
+@accepts(EvolveSettings, model="module", split_rate="rate")
 @plain_modes()
 def evolve(
-    model: nn.Module,
+    module: nn.Module,
     data: Data,
-    split_rate: Rate = 0.5,
+    rate: Rate = 0.5,
     generations: int = 5,
+    settings: EvolveSettings = EvolveSettings(),
     *,
-    epochs: int = 200,
-    kind: str = "kels",
     reset: Mapping[str, Any] | None = None,
-    recalibrate: bool = False,
-    long: bool = False,
-    optimizer: str = "sgd",
-    lr: float | None = None,
-    momentum: float = 0.9,
-    weight_decay: float | None = None,
-    schedule: str = "warmup-cosine",
-    batch_size: int = 32,
-    label_smoothing: float = 0.1,
     loss_fn: LossFn | None = None,
     score: Scorer | None = None,
-    precision: str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
-    checkpoint_every: int | None = None,
     identity: Mapping[str, Any] | None = None,
-    test_each_epoch: bool = False,
-    seed: int = 0,
-    workers: int = 0,
     progress: Progress | None = None,
 ) -> Evolution:
-    """Train a network in generations (section 3; the settings by default are those of the authors' code).
+    """Train a network in generations (section 3).
 
-    The first generation trains the network as it is given. Each other one begins with the fit-hypothesis of the one
-    before and all else drawn anew, with a new optimiser and a new schedule, and sees the images in another order.
+    The first generation trains the network as it is given. Each later one keeps the fit-hypothesis, draws the rest
+    again, and trains all of it with a new optimizer and a new schedule, on the images in another order.
 
     Args:
-        model: a traced module. It is not changed.
-        split_rate: what share of each layer's channels (KELS), or weights (WELS), the fit-hypothesis has.
+        module: a traced module. It is not changed.
+        rate: the share of each layer's channels (KELS), or weights (WELS), in the fit-hypothesis.
         generations: how many.
-        epochs: passes over the training images in each.
-        kind: of the fit-hypothesis, as in `surgery.split_masks`.
-        reset: options of `surgery.reset_hypothesis`: what is drawn anew, and how. All of it, by default, as in a new
+        settings: see `surgery.EvolveSettings`; its fields may be given as keywords. `PAPER` has the authors' values.
+            With ``recalibrate`` the slim network is scored, and returned, with statistics of the training images.
+        reset: options of `surgery.reset_hypothesis`: what is drawn again, and how. All of it, by default, as in a new
             network: a module of one's own must be traced with ``source=``, or come with ``fresh=`` here, a function
             that makes a new one, unless its layers' classes say how they are initialised. Each generation draws by
             a seed of its own.
-        recalibrate: whether the slim network's BatchNorm statistics are measured anew, on the training images. It is
-            scored, and given, with them.
-        long: whether the network is also trained for ``generations * epochs`` epochs at once, for comparison.
-        lr, weight_decay: by default `PAPER`'s for SGD, and the usual ones of other optimisers.
-        loss_fn: as in `surgery.train`, whose settings are those that are not named here, too.
+        loss_fn: as in `surgery.train`.
         score: of a network, by default its accuracy on the test images.
-        checkpoint: a folder from which a run that was cut off goes on, to the same weights.
-        identity: as in `surgery.train`: what says that ``loss_fn`` is another one.
+        checkpoint: a folder from which an interrupted run resumes, to the same weights.
+        identity: as in `surgery.train`: extra JSON data that distinguishes checkpoints.
+
+    Returns:
+        The last generation as ``.module``, its slim network, and the record of each generation.
 
     Raises:
         UsageError: a setting out of range, no images to score on, another run's checkpoint, or parameters that nothing
             says how to initialise.
         FloatingPointError: the loss stops being a number.
+
+    Example:
+        >>> slim = surgery.evolve(traced, data, rate=0.5, generations=8, epochs=20).slim
     """
     whole_number("generations", generations, 1)
-    seed = whole_number("seed", seed, 0)
-    if kind == "wels" and recalibrate:
-        raise UsageError("recalibrate is for the slim network, and WELS gives none")
     check_scored(data, score)
-    scored = score or (lambda network: evaluate(network, data.test, workers=workers))
-    masks = split_masks(model, split_rate, kind=kind, seed=seed)
+    masks = split_masks(module, rate, kind=settings.kind, seed=settings.seed)
     options = _reset_options(reset or {}, generations)
     if generations > 1:
-        reset_hypothesis(model, masks, **options)  # what cannot be drawn anew is refused before the training
-    usual = PAPER.get(optimizer, {})
-    settings: dict[str, Any] = {
-        "optimizer": optimizer,
-        "lr": usual.get("lr") if lr is None else lr,
-        "momentum": momentum,
-        "weight_decay": usual.get("weight_decay") if weight_decay is None else weight_decay,
-        "schedule": schedule,
-        "batch_size": batch_size,
-        "label_smoothing": label_smoothing,
-        "loss_fn": loss_fn,
-        "precision": precision,
-        "checkpoint_every": checkpoint_every,
-        "test_each_epoch": test_each_epoch,
-        "workers": workers,
-        "progress": progress,
-    }
-
+        reset_hypothesis(module, masks, **options)  # what cannot be drawn again is refused before the training
     drawn = {name: value for name, value in options.items() if name != "fresh"}
-    evolved = {"kind": kind, "split_rate": dict(split_rate) if isinstance(split_rate, Mapping) else split_rate, **drawn}
+    evolved = {"kind": settings.kind, "split_rate": dict(rate) if isinstance(rate, Mapping) else rate, **drawn}
+    score = score or (lambda network: evaluate(network, data.test, workers=settings.workers))
 
-    def trained(network: nn.Module, task: str, number: int, total: int) -> History:
-        return train(
+    def train_one(network: nn.Module, task: str, number: int, total: int) -> tuple[nn.Module, Generation]:
+        history = train_in_place(
             network,
             data,
-            epochs=total,
-            seed=mixed_seed(seed, number),
+            settings.training(epochs=total, seed=mixed_seed(settings.seed, number)),
+            loss_fn=loss_fn,
             checkpoint=None if checkpoint is None else Path(checkpoint) / f"{task}.pt",
             identity={**(identity or {}), **(evolved if number else {})},
+            progress=progress,
             task=task,
-            **settings,
         )
+        network, history = history.without_module()
+        return network, Generation(score(network), score(fit_hypothesis(network)), history)
 
-    def alone(network: nn.Module) -> nn.Module:
-        if kind == "wels":
+    def fit_hypothesis(network: nn.Module) -> nn.Module:
+        if settings.kind == "wels":
             return masked(network, masks)
-        carved = slim(network, split_rate)
-        return recalibrated(carved, data, batch_size, seed=seed) if recalibrate else carved
+        carved = slim(network, rate)
+        return recalibrated(carved, data, settings.batch_size, seed=settings.seed) if settings.recalibrate else carved
 
     found = []
-    network = copy.deepcopy(model)
+    network = copy.deepcopy(module)
     for number in range(generations):
         if number:
-            network = reset_hypothesis(network, masks, seed=mixed_seed(seed, number), **options)
-        history = trained(network, f"generation-{number + 1}", number, epochs)
-        found.append(Generation(scored(network), scored(alone(network)), history))
-    baseline, other = None, None
-    if long:
-        other = copy.deepcopy(model)
-        history = trained(other, "long", 0, generations * epochs)
-        baseline = Generation(scored(other), scored(alone(other)), history)
-    carved = alone(network) if kind == "kels" else None
-    return Evolution(network, carved, masks, tuple(found), baseline, other)
+            network = reset_hypothesis(network, masks, seed=mixed_seed(settings.seed, number), **options)
+        network, generation = train_one(network, f"generation-{number + 1}", number, settings.epochs)
+        found.append(generation)
+    long_module, long = None, None
+    if settings.long:
+        long_module, long = train_one(copy.deepcopy(module), "long", 0, generations * settings.epochs)
+    carved = fit_hypothesis(network) if settings.kind == "kels" else None
+    return Evolution(network, carved, masks, tuple(found), long, long_module)
 
 
 def _reset_options(reset: Mapping[str, Any], generations: int) -> dict[str, Any]:
@@ -231,11 +205,13 @@ def _reset_options(reset: Mapping[str, Any], generations: int) -> dict[str, Any]
 
 @plain_modes()
 def recalibrated(model: nn.Module, data: Data, batch_size: int = 64, *, seed: int = 0) -> nn.Module:
-    """A copy whose BatchNorm statistics are the means over the batches of training images. All else is as it was.
+    """Return a copy whose BatchNorm statistics are the means over the batches of training images.
 
-    The BatchNorms alone are in training mode as they are measured: dropout is off, and a detector needs no targets. One
-    that is not run keeps what it has. An image that is left over is left out, since a batch of one has no variance.
-    ``seed`` is that of augmentation.
+    Only the BatchNorms are in training mode: dropout is off, and a detector needs no targets. One that does not run
+    keeps its statistics. A last batch of one image, which has no variance, is skipped.
+
+    Args:
+        seed: of augmentation.
     """
     result = copy.deepcopy(model)
     device = device_of(result)

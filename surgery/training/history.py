@@ -1,15 +1,17 @@
-"""What is recorded of a training: scores, epochs, and how the model grew."""
+"""The record of a training: scores, epochs, and how the model grew."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from surgery.counting.cost import Cost
+from surgery.errors import UsageError
 from surgery.operations.verify import Verification
+from surgery.settings import renamed
 
 
 @dataclass(frozen=True)
@@ -79,17 +81,39 @@ class Grown:
 
 @dataclass(frozen=True)
 class History:
-    """What happened in training, epoch by epoch."""
+    """What `surgery.train` returns.
+
+    Attributes:
+        epochs: what happened, epoch by epoch.
+        steps: steps of the optimizer.
+        growths: how the model and the data grew.
+    """
 
     epochs: tuple[Epoch, ...]
     steps: int
     growths: tuple[Grown, ...] = ()
-    model: nn.Module | None = field(default=None, repr=False, compare=False)
-    """The trained model, where it grew and is not the one that was given."""
+    trained: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    model = renamed("module", "model")
+
+    @property
+    def module(self) -> nn.Module:
+        """The trained model: a new module.
+
+        Raises:
+            UsageError: this is the history of one stage of a longer procedure, whose result holds the module.
+        """
+        if self.trained is None:
+            raise UsageError("this history is of one stage: the result of the whole procedure holds the module")
+        return self.trained
 
     @property
     def seconds(self) -> float:
         return sum(epoch.seconds for epoch in self.epochs) + sum(growth.seconds for growth in self.growths)
+
+    def without_module(self) -> tuple[nn.Module, History]:
+        """The trained model, and the history alone, which may be kept without keeping the model in memory."""
+        return self.module, replace(self, trained=None)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON data, without the model."""

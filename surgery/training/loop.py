@@ -1,7 +1,7 @@
-"""One training for every procedure of this package.
+"""One training loop for every procedure of this package.
 
-What is learned is decided by a `LossFn`; the loop (`run.py`) knows only how to step. A procedure such as distillation
-brings its own loss and leaves both files as they are.
+A `LossFn` decides what is learned; the loop (`run.py`) only steps. A procedure such as distillation brings its own
+loss.
 """
 
 from __future__ import annotations
@@ -15,158 +15,146 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from surgery.errors import UsageError
+from surgery.errors import UsageError, whole_number
 from surgery.progress import Progress
+from surgery.settings import TrainSettings, accepts
 from surgery.training.data.data import Data, count
 from surgery.training.data.fingerprint import module_digest, training_digest
-from surgery.training.descent import (
-    OPTIMIZERS,
-    check_numbers,
-    check_settings,
-    check_trainable,
-    check_whole,
-    parameter_groups,
-)
-from surgery.training.engine import Engine, plain_modes, random_state
-from surgery.training.evaluation import device_of
-from surgery.training.growth import Growth, Stage, rehearse, stages
+from surgery.training.descent import OPTIMIZERS, check_data, check_trainable, parameter_groups
+from surgery.training.engine import Engine
+from surgery.training.growth import Growth
 from surgery.training.history import History
+from surgery.training.modes import device_of, plain_modes, random_state
+from surgery.training.phases import Phase, plan_phases, rehearse
 from surgery.training.resume import Checkpoint
 from surgery.training.run import Batch, LossFn, Run, steps_of_epoch
 
 
+@accepts(TrainSettings)
 @plain_modes()
 def train(
     model: nn.Module,
     data: Data,
+    settings: TrainSettings = TrainSettings(),
     *,
-    epochs: int,
-    optimizer: str = "sgd",
-    lr: float | None = None,
-    batch_size: int = 64,
-    momentum: float = 0.9,
-    weight_decay: float | None = None,
-    label_smoothing: float = 0.0,
-    schedule: str = "one-cycle",
     grow: Mapping[int, Growth] | None = None,
     first_step: int = 0,
     last_step: int | None = None,
-    seed: int = 0,
     loss_fn: LossFn | None = None,
     after_step: Callable[[nn.Module], None] | None = None,
-    test_each_epoch: bool = False,
-    precision: str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
-    checkpoint_every: int | None = None,
     identity: Mapping[str, Any] | None = None,
-    workers: int = 0,
     progress: Progress | None = None,
     task: str = "train",
 ) -> History:
-    """Train ``model`` in place on ``data.train`` and return how it went. The model is left in its mode of before.
+    """Train a copy of ``model`` on ``data.train``. The model itself is not changed.
 
-    Gradients and precision are the loop's own, whatever ``no_grad`` or ``autocast`` it is called in.
-
-    It is trained where it is, and under ``accelerate launch`` in as many processes as there are, each of which takes
-    its share of every batch: the same batches and the same losses, up to rounding, as in one process. (BatchNorm
-    normalises by each process's share, and dropout draws anew in each; the model should be the same in all of them.)
+    It trains on the model's device. Under ``accelerate launch`` each process takes its share of every batch: the same
+    batches and the same losses, up to rounding, as in one process. (BatchNorm normalises by each process's share, and
+    dropout draws in each by itself; the model should be the same in all of them.) Gradients and precision are the
+    loop's own, whatever ``no_grad`` or ``autocast`` it is called in.
 
     Args:
-        optimizer: ``sgd``, with Nesterov momentum, ``adamw``, whose first beta is ``momentum``, or ``rmsprop``, whose
-            decay it is (`OPTIMIZERS`, with the ``lr`` and ``weight_decay`` that each has by default). Weight decay
-            spares biases and norms.
-        lr: the peak learning rate: ``one-cycle`` warms up to it over the first quarter of the steps and anneals to
-            zero, ``cosine`` begins at it, ``constant`` stays at it (`SCHEDULES`).
-        batch_size: of all processes together.
+        settings: see `surgery.TrainSettings`. Its fields may be given as keywords, which take precedence. ``one-cycle``
+            warms up over the first quarter of the steps and anneals to zero, ``cosine`` begins at ``lr``.
         grow: what grows before which epoch, counted from 0: ``{0: Growth(images=0.3), 4: Growth(images=1.0,
-            widen=1.5)}``. A copy of the model is trained then, and `History.model` is what became of it; the
-            optimiser's state follows the weights, and the schedule, a fraction of all steps to come, goes on. What
-            cannot be grown as asked is refused before the training begins.
+            widen=1.5)}``. The optimizer's state follows the weights, and the schedule, a fraction of all steps to come,
+            goes on. What cannot grow is refused before the training begins.
         first_step, last_step: train as if ``first_step`` steps had been taken, and no further than ``last_step``: the
-            images and learning rates are those of the whole training. The optimiser begins without state.
-        seed: of the order of the images and all other randomness of torch. It and the number of a step say what is
-            random in the step. The global random state is left as it was.
+            images and learning rates are those of the whole training. The optimizer begins without state.
         loss_fn: `classification_loss` unless given.
-        after_step: called with the model after each step.
-        precision: ``no``, ``bf16`` or ``fp16`` (automatic mixed precision: weights stay as they are); by default
-            ``no``, or what ``accelerate launch`` was told.
-        checkpoint: a file that is written after each epoch, and from which the training goes on where it was cut off,
-            to the same weights. One that is over is not done again.
-        checkpoint_every: write it every so many steps, too. Continued in the middle of an epoch, images that are
-            augmented in ``workers`` are not what they would have been.
-        identity: what, besides the settings above and the model's weights, makes a training another one, such as the
-            settings of ``loss_fn``: a checkpoint of another one is refused. Plain JSON data.
-        workers: processes that read images; 0 reads them in this one.
+        after_step: called with the model in training after each step.
+        checkpoint: a file that is written after each epoch, and from which an interrupted training resumes, to the same
+            weights; a finished one is not repeated. Resumed in the middle of an epoch, images that are augmented in
+            ``workers`` are not what they would have been.
+        identity: extra JSON data that distinguishes checkpoints, such as the settings of ``loss_fn``.
         progress: called after each step, with ``task``.
+
+    Returns:
+        What happened, with the trained model, in the mode of ``model``, as ``.module``.
 
     Raises:
         UsageError: nothing to train or to train on, a setting out of range, another training's checkpoint, or one that
             cannot be written; and what `surgery.widen` and `surgery.deepen` raise.
         FloatingPointError: the loss stops being a number.
+
+    Example:
+        >>> trained = surgery.train(model, surgery.load_data("digits"), epochs=3, lr=0.1).module
     """
-    check_settings(data, epochs, optimizer, lr, batch_size, schedule, checkpoint_every)
-    check_whole(first_step=first_step, last_step=last_step)
-    check_numbers(momentum, weight_decay, label_smoothing, seed, workers)
+    options: dict[str, Any] = {"grow": grow, "first_step": first_step, "last_step": last_step, "loss_fn": loss_fn}
+    options |= {"after_step": after_step, "checkpoint": checkpoint, "identity": identity}
+    return train_in_place(copy.deepcopy(model), data, settings, **options, progress=progress, task=task)
+
+
+def train_in_place(
+    model: nn.Module,
+    data: Data,
+    settings: TrainSettings,
+    *,
+    grow: Mapping[int, Growth] | None = None,
+    first_step: int = 0,
+    last_step: int | None = None,
+    loss_fn: LossFn | None = None,
+    after_step: Callable[[nn.Module], None] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    identity: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    task: str = "train",
+) -> History:
+    """`train`, of the model itself: for procedures that made it and own it. One that grows is `History.module`."""
+    settings = settings.training()
+    check_data(data)
     check_trainable(model)
-    plan = stages(data, epochs, grow or {}, seed)
-    total = sum(stage.epochs * steps_of_epoch(stage.images, batch_size) for stage in plan)
-    last_step = total if last_step is None else last_step
-    if not 0 <= first_step < last_step <= total:
-        raise UsageError(f"steps {first_step} to {last_step} are not among the {total} of this training")
-    if grow and last_step - first_step < total:
-        raise UsageError("a training that grows has all of its steps: leave out first_step and last_step")
-    if grow:
-        rehearse(model, plan, seed)
-        model = copy.deepcopy(model)
-    engine = Engine(device_of(model), precision)
-    for size in (min(batch_size, count(stage.images)) for stage in plan):
+    plan = plan_phases(data, settings.epochs, grow or {}, settings.seed)
+    total = sum(phase.epochs * steps_of_epoch(phase.images, settings.batch_size) for phase in plan)
+    steps = _steps(first_step, last_step, total, grows=bool(grow))
+    rehearse(model, plan, settings.seed)
+    engine = Engine(device_of(model), settings.precision)
+    for size in (min(settings.batch_size, count(phase.images)) for phase in plan):
         if size % engine.processes:
             raise UsageError(f"a batch of {size} images cannot be shared equally among {engine.processes} processes")
-    rule = OPTIMIZERS[optimizer]
-    settings: dict[str, Any] = {
-        "epochs": epochs,
-        "optimizer": optimizer,
-        "lr": rule.lr if lr is None else lr,
-        "momentum": momentum,
-        "weight_decay": rule.weight_decay if weight_decay is None else weight_decay,
-        "label_smoothing": label_smoothing,
-        "batch_size": batch_size,
-        "schedule": schedule,
-        "steps": [first_step, last_step],
-        "precision": engine.precision,
-        "seed": seed,
-    }
     file = None
     if checkpoint is not None:
-        file = Checkpoint(Path(checkpoint), {**settings, **_identity(model, data, plan), **(identity or {})})
+        own = {**settings.identity(), "steps": list(steps), "precision": engine.precision}
+        file = Checkpoint(Path(checkpoint), {**own, **_identity(model, data, plan), **(identity or {})})
     saved = None if file is None else file.read()
     engine.wait()  # a process may not write what another one has not read yet
     if file is not None and engine.main:
         file.prepare()
     model.to(engine.device)
+    make = OPTIMIZERS[settings.optimizer]
     run = Run(
         model=model,
-        descent=rule.make(parameter_groups(model, settings["weight_decay"]), settings["lr"], momentum),
+        descent=make(parameter_groups(model, settings.decay), settings.peak_lr, settings.momentum),
         engine=engine,
         data=data,
         settings=settings,
+        steps=steps,
         total=total,
-        loss_fn=loss_fn or classification_loss(label_smoothing),
+        loss_fn=loss_fn or classification_loss(settings.label_smoothing),
         after_step=after_step,
-        test_each_epoch=test_each_epoch,
         checkpoint=file,
-        checkpoint_every=checkpoint_every,
-        workers=workers,
         progress=progress if engine.main else None,
         task=task,
         saved=saved,
     )
     with random_state(engine.device):
-        return run.through(plan, returns_model=bool(grow))
+        return run.through(plan)
+
+
+def _steps(first: int, last: int | None, total: int, *, grows: bool) -> tuple[int, int]:
+    """The first step, and the one after the last, of a training of ``total`` steps."""
+    first = whole_number("first_step", first, 0)
+    last = total if last is None else whole_number("last_step", last, 1)
+    if not first < last <= total:
+        raise UsageError(f"steps {first} to {last} are not among the {total} of this training")
+    if grows and last - first < total:
+        raise UsageError("a training that grows has all of its steps: leave out first_step and last_step")
+    return first, last
 
 
 def classification_loss(label_smoothing: float = 0.0) -> LossFn:
-    """Cross-entropy; auxiliary classifiers, which some models return beside their logits in training, count as well.
+    """Cross-entropy; auxiliary classifiers, which some models return with their logits in training, count as well.
 
     Their weights are those of the papers: 0.3 each for two (GoogLeNet), 0.4 for one (Inception v3).
     """
@@ -189,7 +177,7 @@ def label_loss(output: Any, labels: Tensor, label_smoothing: float = 0.0) -> Ten
     return loss
 
 
-def _identity(model: nn.Module, data: Data, plan: Sequence[Stage]) -> dict[str, Any]:
+def _identity(model: nn.Module, data: Data, plan: Sequence[Phase]) -> dict[str, Any]:
     """What is trained on what, for a checkpoint to be recognised by."""
     growths = [
         [s.first, count(s.images), *map(str, (g.widen, g.deepen, g.state, g.widen_options, g.deepen_options))]

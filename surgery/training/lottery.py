@@ -17,16 +17,15 @@ from torch import Tensor, nn
 
 from surgery.errors import UsageError, whole_number
 from surgery.operations.tickets import hold_masked, magnitude_masks, rewind
+from surgery.progress import Progress
+from surgery.settings import LotterySettings, accepts, renamed
 from surgery.training.data.data import Data
 from surgery.training.descent import check_scored
-from surgery.training.engine import plain_modes
 from surgery.training.evaluation import evaluate
 from surgery.training.history import History, Score
-from surgery.training.loop import train
-from surgery.training.run import steps_of_epoch
-
-_OWN = ("grow", "first_step", "last_step", "after_step", "task")
-"""Settings of `train` that are the lottery's to make."""
+from surgery.training.loop import train_in_place
+from surgery.training.modes import plain_modes
+from surgery.training.run import LossFn, steps_of_epoch
 
 
 @dataclass(frozen=True)
@@ -50,40 +49,40 @@ class Ticket:
 
 @dataclass(frozen=True)
 class Lottery:
-    """What a lottery gave.
+    """What `surgery.lottery` returns.
 
     Attributes:
-        model: a copy of the network that was given: the last ticket, trained; its pruned weights are 0.
+        module: a copy of the network that was given: the last ticket, trained; its pruned weights are 0.
         masks: of the last ticket.
         tickets: the first is the dense network.
     """
 
-    model: nn.Module = field(repr=False, compare=False)
+    module: nn.Module = field(repr=False, compare=False)
     masks: Mapping[str, Tensor] = field(repr=False, compare=False)
     tickets: tuple[Ticket, ...]
+
+    model = renamed("module", "model")
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON data, without model and masks."""
         return {"tickets": [ticket.to_dict() for ticket in self.tickets]}
 
 
+@accepts(LotterySettings, model="module")
 @plain_modes()
 def lottery(
-    model: nn.Module,
+    module: nn.Module,
     data: Data,
     sparsity: float,
     rounds: int = 1,
+    settings: LotterySettings = LotterySettings(),
     *,
-    epochs: int,
-    batch_size: int = 64,
-    rewind_to: int = 0,
-    scope: str = "layer",
-    vectors: bool = False,
     whole: Collection[str] = (),
+    loss_fn: LossFn | None = None,
     score: Callable[[nn.Module], Score] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     identity: Mapping[str, Any] | None = None,
-    **settings: Any,
+    progress: Progress | None = None,
 ) -> Lottery:
     """Train, keep the largest weights, set these back to what they were at step ``rewind_to``, and train on from there.
 
@@ -91,56 +90,54 @@ def lottery(
     the order, and at the learning rates, that the dense network had from that step on.
 
     Args:
-        model: a traced module, as initialised. It is not changed.
+        module: a traced module, as initialised. It is not changed.
         sparsity: the fraction of weights that is pruned in the end, in [0, 1).
         rounds: how often to prune and train again.
-        epochs: passes over the training images, of the dense network.
-        rewind_to: a step of the training; 0 is the initialisation.
-        scope, vectors, whole: as in `surgery.magnitude_masks`.
+        settings: see `surgery.LotterySettings`; its fields may be given as keywords.
+        whole: parameters that are not pruned, as in `surgery.magnitude_masks`.
+        loss_fn, identity: as in `surgery.train`.
         score: of a network, by default its accuracy on the test images.
-        checkpoint: a folder from which a run that was cut off goes on, to the same weights.
-        batch_size, identity, settings: of `surgery.train`.
+        checkpoint: a folder from which an interrupted run resumes, to the same weights.
+
+    Returns:
+        The last ticket, trained, as ``.module``, its masks, and the record of each round.
 
     Raises:
-        UsageError: a setting out of range, or one that the lottery makes itself, no images to score on, or another
-            run's checkpoint.
+        UsageError: a setting out of range, no images to score on, or another run's checkpoint.
         FloatingPointError: the loss stops being a number.
+
+    Example:
+        >>> ticket = surgery.lottery(traced, data, sparsity=0.9, rounds=5, epochs=20).module
     """
     whole_number("rounds", rounds, 1)
-    whole_number("rewind_to", rewind_to, 0)
-    whole_number("epochs", epochs, 1)
-    whole_number("batch_size", batch_size, 2)
-    if taken := [name for name in _OWN if name in settings]:
-        raise UsageError(f"{', '.join(taken)}: the lottery decides on this itself, leave it out")
     check_scored(data, score)
-    scored = score or (lambda network: evaluate(network, data.test))
-    total = epochs * steps_of_epoch(data.train, batch_size) if data.counts[0] else 0
+    rewind_to = settings.rewind_to
+    total = settings.epochs * steps_of_epoch(data.train, settings.batch_size) if data.counts[0] else 0
     if 0 < total <= rewind_to:
         raise UsageError(f"rewind_to is {rewind_to}: it must be below {total}, the steps of this training")
-    chosen: dict[str, Any] = {"scope": scope, "vectors": vectors, "whole": whole}
-    magnitude_masks(model, sparsity, **chosen)  # what cannot be pruned so is refused before the training
+    pruning: dict[str, Any] = {"scope": settings.scope, "vectors": settings.vectors, "whole": whole}
+    magnitude_masks(module, sparsity, **pruning)  # what cannot be pruned so is refused before the training
+    score = score or (lambda network: evaluate(network, data.test, workers=settings.workers))
 
-    def trained(network: nn.Module, task: str, kept: Mapping[str, Any] | None = None, **more: Any) -> History:
+    def train_one(network: nn.Module, task: str, kept: Mapping[str, Any] | None = None, **steps: Any) -> History:
         file = None if checkpoint is None else Path(checkpoint) / f"{task}.pt"
         known = {**(identity or {}), **(kept or {})}
-        return train(
-            network, data, epochs=epochs, batch_size=batch_size, checkpoint=file, identity=known, task=task,
-            **settings, **more,
-        )  # fmt: skip
+        options: dict[str, Any] = {"loss_fn": loss_fn, "progress": progress, "task": task, **steps}
+        return train_in_place(network, data, settings, checkpoint=file, identity=known, **options)
 
-    early = copy.deepcopy(model)
+    early = copy.deepcopy(module)
     if rewind_to:
-        trained(early, "early", last_step=rewind_to)
-    network = copy.deepcopy(model)
-    history = trained(network, "dense")
-    tickets = [Ticket(0.0, scored(network), history)]
+        train_one(early, "early", last_step=rewind_to)
+    network, history = train_one(copy.deepcopy(module), "dense").without_module()
+    tickets = [Ticket(0.0, score(network), history)]
     masks: dict[str, Tensor] = {}
     for number in range(1, rounds + 1):
         pruned = 1 - (1 - sparsity) ** (number / rounds)
-        masks = magnitude_masks(network, pruned, within=masks, **chosen)
-        network = rewind(model, early, masks)
+        masks = magnitude_masks(network, pruned, within=masks, **pruning)
+        network = rewind(module, early, masks)
         hold = hold_masked(network, masks)
-        kept = {**chosen, "whole": [*whole], "sparsity": pruned}
-        history = trained(network, f"ticket-{number}", kept, first_step=rewind_to, after_step=hold)
-        tickets.append(Ticket(pruned, scored(network), history))
+        kept = {**pruning, "whole": [*whole], "sparsity": pruned}
+        trained = train_one(network, f"ticket-{number}", kept, first_step=rewind_to, after_step=hold)
+        network, history = trained.without_module()
+        tickets.append(Ticket(pruned, score(network), history))
     return Lottery(network, masks, tuple(tickets))

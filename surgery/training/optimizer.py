@@ -27,7 +27,7 @@ def transfer_optimizer(optimizer: Optimizer, before: nn.Module, after: nn.Module
     State that has the shape of its parameter (momentum buffers, first and second moments) is gathered as the weight
     was, but not divided where copies share a weight out; at a mean it is the mean. Single numbers, such as the count of
     steps, are kept. Options of the parameter groups are kept too, among them ``lr`` and ``initial_lr``: a schedule
-    goes on if it is made anew with ``last_epoch``.
+    goes on if it is made again with ``last_epoch``.
 
     Parameters of inserted layers have no state yet. Each joins the group that holds most of the parameters with as
     many dims in the place that the layer was inserted behind, or in the smallest container around it that has any;

@@ -1,4 +1,4 @@
-"""A training that was cut off goes on from a file: all that the rest of it depends on, written between two steps."""
+"""The file from which an interrupted training resumes: all that the rest of it depends on, written between steps."""
 
 from __future__ import annotations
 
@@ -116,13 +116,13 @@ class Checkpoint:
         except Exception as error:  # torch.load raises what unpickling happens to raise
             raise UsageError(f"{self.path} is not a checkpoint of a training: {error}") from error
         if not known:
-            raise UsageError(f"{self.path} is a checkpoint of another version: remove it to begin anew")
+            raise UsageError(f"{self.path} is a checkpoint of another version: remove it to start over")
         before = json.loads(state["identity"])
         other = [f"{key} {before.get(key)} and not {now.get(key)}" for key in now if before.get(key) != now.get(key)]
         if other or set(before) != set(now):
             raise UsageError(
                 f"{self.path} is the checkpoint of another training, with {', '.join(other) or 'other settings'}: "
-                "use the settings of then, or remove it to begin anew"
+                "resume with the same settings, or remove it to start over"
             )
         return Saved(_from_json(json.loads(state["progressed"])), state)
 

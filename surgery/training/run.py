@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,17 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from surgery.progress import Progress
+from surgery.settings import TrainSettings
 from surgery.training.data.data import Data, Images, count
 from surgery.training.data.loading import EpochOrder, loader
 from surgery.training.descent import SCHEDULES, set_rate
-from surgery.training.engine import Engine, seed_everything
-from surgery.training.evaluation import evaluated, in_mode
-from surgery.training.growth import Growth, Stage, grown, grown_record
+from surgery.training.engine import Engine
+from surgery.training.evaluation import score_with
+from surgery.training.growth import Growth, grow_model, record_growth
 from surgery.training.history import Epoch, History, Score
+from surgery.training.modes import in_mode, seed_everything
 from surgery.training.optimizer import transfer_optimizer
+from surgery.training.phases import Phase
 from surgery.training.resume import Checkpoint, Progressed, Saved
 
 Batch = tuple[Any, ...]
@@ -33,54 +36,51 @@ one it is in, to the scalar loss to descend: a mean over the samples."""
 
 @dataclass
 class Run:
-    """A training under way."""
+    """A training under way; ``steps`` are its first one and the one after its last."""
 
     model: nn.Module
     descent: Optimizer
     engine: Engine
     data: Data
-    settings: Mapping[str, Any]
+    settings: TrainSettings
+    steps: tuple[int, int]
     total: int
     loss_fn: LossFn
     after_step: Callable[[nn.Module], None] | None
-    test_each_epoch: bool
     checkpoint: Checkpoint | None
-    checkpoint_every: int | None
-    workers: int
     progress: Progress | None
     task: str
     saved: Saved | None
 
-    def through(self, plan: Sequence[Stage], *, returns_model: bool) -> History:
+    def through(self, plan: Sequence[Phase]) -> History:
         """From the beginning, or from where it was cut off, to the end."""
         self.at = self.saved.progressed if self.saved else self._beginning(plan[0])
         growths = list(self.at.growths)
-        for stage in plan:
-            if stage.growth is not None:
+        for phase in plan:
+            if phase.growth is not None:
                 if growths:
                     growths.pop(0)
-                    self._take(grown(self.model, stage.growth, self.settings["seed"]), stage.growth)
+                    self._take(grow_model(self.model, phase.growth, self.settings.seed), phase.growth)
                 else:
                     self._restore()
-                    self._grow(stage, stage.growth)
-            if self.at.epoch < stage.first + stage.epochs and not self.over:
+                    self._grow(phase, phase.growth)
+            if self.at.epoch < phase.first + phase.epochs and not self.over:
                 self._restore()
-                self._train(stage)
+                self._train(phase)
         self._restore()
         if self.checkpoint is not None and self.engine.main:
             self.checkpoint.save(self.at, self.model, None, None)
-        model = self.model if returns_model else None
-        first, last = self.settings["steps"]
-        return History(tuple(self.at.epochs), last - first, tuple(self.at.growths), model)
+        first, last = self.steps
+        return History(tuple(self.at.epochs), last - first, tuple(self.at.growths), self.model)
 
     @property
     def over(self) -> bool:
         """Whether all steps are done."""
-        return bool(self.at.steps >= self.settings["steps"][1])
+        return bool(self.at.steps >= self.steps[1])
 
-    def _beginning(self, stage: Stage) -> Progressed:
-        first = self.settings["steps"][0]
-        skipped, within = divmod(first, steps_of_epoch(stage.images, self.settings["batch_size"]))
+    def _beginning(self, phase: Phase) -> Progressed:
+        first = self.steps[0]
+        skipped, within = divmod(first, steps_of_epoch(phase.images, self.settings.batch_size))
         return Progressed(steps=first, skipped=skipped, within=within)
 
     def _restore(self) -> None:
@@ -96,34 +96,39 @@ class Run:
             self.descent = transfer_optimizer(self.descent, self.model, larger, new=growth.state)
             self.model = larger
 
-    def _grow(self, stage: Stage, growth: Growth) -> None:
+    def _grow(self, phase: Phase, growth: Growth) -> None:
         started, before = time.perf_counter(), self.model
-        self._take(grown(before, growth, self.settings["seed"]), growth)
-        score = self._score() if self.test_each_epoch else None
-        batch, *_ = next(iter(loader(stage.images, self.settings["batch_size"], collate=self.data.collate)))
-        record = grown_record(stage, before, self.model, batch.to(self.engine.device), score, started)
+        self._take(grow_model(before, growth, self.settings.seed), growth)
+        score = self._score() if self.settings.test_each_epoch else None
+        batch, *_ = next(iter(loader(phase.images, self.settings.batch_size, collate=self.data.collate)))
+        record = record_growth(
+            phase.first, count(phase.images), before, self.model, batch.to(self.engine.device), score, started
+        )
         self.at.growths.append(record)
 
-    def _train(self, stage: Stage) -> None:
-        """The epochs of a stage that are still to come."""
-        order = EpochOrder(stage.images, self.settings["seed"])
-        whole = loader(stage.images, self.settings["batch_size"], self.workers, order=order, collate=self.data.collate)
+    def _train(self, phase: Phase) -> None:
+        """The epochs of a phase that are still to come."""
+        order = EpochOrder(phase.images, self.settings.seed)
+        whole = loader(
+            phase.images, self.settings.batch_size, self.settings.workers, order=order, collate=self.data.collate
+        )
         batches = self.engine.shared(whole)
         step = self.engine.stepper(_Objective(self.model, self.loss_fn), self.descent)
         with in_mode(self.model, training=True):
-            while self.at.epoch < stage.first + stage.epochs and not self.over:
+            while self.at.epoch < phase.first + phase.epochs and not self.over:
                 started = time.perf_counter() - self.at.seconds
                 order.begin(self.at.epoch, self.at.within * (whole.batch_size or 1), whole)
-                self._steps(iter(batches), step, steps_of_epoch(stage.images, self.settings["batch_size"]), started)
-                score = self._score() if self.test_each_epoch else None
+                self._steps(iter(batches), step, steps_of_epoch(phase.images, self.settings.batch_size), started)
+                score = self._score() if self.settings.test_each_epoch else None
                 loss, seconds = self.at.summed / self.at.counted, time.perf_counter() - started
-                self.at.epochs.append(Epoch(count(stage.images), loss, self._rate(), score, seconds))
+                self.at.epochs.append(Epoch(count(phase.images), loss, self._rate(), score, seconds))
                 self.at.within, self.at.counted, self.at.summed, self.at.seconds = 0, 0, 0.0, 0.0
                 self._save()
 
     def _steps(self, batches: Iterator[Batch], step: Callable[..., float], count: int, started: float) -> None:
         """The steps of an epoch that are still to come."""
-        seed, rank, device = self.settings["seed"], self.engine.rank, self.engine.device
+        seed, rank, device = self.settings.seed, self.engine.rank, self.engine.device
+        every = self.settings.checkpoint_every
         while self.at.within < count and not self.over:
             seed_everything(seed, rank, self.at.steps)
             batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), tuple(next(batches)))
@@ -136,16 +141,16 @@ class Run:
                 self.after_step(self.model)
             if self.progress is not None:
                 self.progress(self.task, self.at.steps, self.total)
-            if self.checkpoint_every and self.at.steps % self.checkpoint_every == 0 and self.at.within < count:
+            if every and self.at.steps % every == 0 and self.at.within < count:
                 self.at.seconds = time.perf_counter() - started
                 self._save()
         self._check()
 
     def _rate(self) -> float:
-        return float(self.settings["lr"] * SCHEDULES[self.settings["schedule"]](self.at.steps / self.total))
+        return float(self.settings.peak_lr * SCHEDULES[self.settings.schedule](self.at.steps / self.total))
 
     def _score(self) -> Score:
-        return evaluated(self.model, self.data.test, self.engine, workers=self.workers)
+        return score_with(self.model, self.data.test, self.engine, workers=self.settings.workers)
 
     def _save(self) -> None:
         self._check()

@@ -57,7 +57,7 @@ def widened_off_by(traced):
         got, wanted = wide(ours), traced(theirs)
         got.square().sum().backward()
         wanted.square().sum().backward()
-        for a, b in ((got, wanted), (ours.grad, theirs.grad)):
+        for a, b in ((got.detach(), wanted.detach()), (ours.grad, theirs.grad)):
             worst = max(worst, float((a - b).abs().max() / b.abs().max()))
     return worst
 

@@ -15,7 +15,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 import surgery
 from surgery.errors import UsageError
 from surgery.graph.traced import TracedModule, info, is_traced
-from tests.conftest import randomised
+from tests.zoo import randomised
 
 EXACT = 1e-10
 X = torch.randn(3, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

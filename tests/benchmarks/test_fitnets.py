@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Executor, Future
 from dataclasses import replace
 
 import pytest
@@ -15,16 +14,7 @@ from benchmarks.fitnets import step as fitnets_step
 from benchmarks.fitnets import train as fitnets_train
 from benchmarks.fitnets.tables import train_table
 from benchmarks.fitnets.train import LONGER, METHODS, NETS, Task, TrainSettings
-
-
-class Here(Executor):
-    """Does what is submitted at once."""
-
-    def submit(self, fn, /, *args):
-        future = Future()
-        future.set_result(fn(*args))
-        return future
-
+from tests.helpers import ImmediateExecutor
 
 SMALL = TrainSettings(
     part="mnist",
@@ -69,7 +59,7 @@ def run_all(monkeypatch):
 
     def run(document, seeds):
         calls.clear()
-        for record in fitnets_train.all_runs(SMALL, document, seeds, Here()):
+        for record in fitnets_train.all_runs(SMALL, document, seeds, ImmediateExecutor()):
             document["runs"].append(record)
         return list(calls)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Executor, Future
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 import surgery
 from benchmarks.knowledge_evolution import generations, report, step
 from benchmarks.knowledge_evolution.generations import Settings, Task
+from tests.helpers import ImmediateExecutor
 
 SMALL = Settings(
     dataset="digits",
@@ -30,15 +30,6 @@ SMALL = Settings(
 )
 
 
-class Here(Executor):
-    """Does what is submitted at once."""
-
-    def submit(self, fn, /, *args):
-        future = Future()
-        future.set_result(fn(*args))
-        return future
-
-
 @pytest.fixture
 def run_all(monkeypatch):
     """Runs what a document lacks, without any training, and says what was run. The greater rate does better, and for
@@ -50,7 +41,7 @@ def run_all(monkeypatch):
 
     def call(document, seeds):
         before = len(document["runs"])
-        for record in generations.all_runs(SMALL, document, seeds, Here()):
+        for record in generations.all_runs(SMALL, document, seeds, ImmediateExecutor()):
             document["runs"].append(record)
         keys = Task.__dataclass_fields__
         return [tuple(run[key] for key in keys) for run in document["runs"][before:]]

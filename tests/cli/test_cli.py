@@ -106,6 +106,8 @@ def test_inspect_shows_the_members_of_one_group(run):
         (["deepen", "--at", "0", "--form", "layer", "--kernel", "1,5"], True),
         (["slim", "--rate", "0.5"], False),
         (["slim", "--rate", "0=0.25"], False),
+        (["slim", "--rate", "nn.Conv2d=0.25"], False),
+        (["deepen", "--at", "[01]*=1"], True),
     ],
 )
 def test_an_operation_writes_a_verified_model_that_loads(run, arguments, grows):

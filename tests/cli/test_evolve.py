@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
-from surgery.cli import evolve
 from surgery.cli.output import Bars
 from surgery.folders import unfinished_folder
+from tests.helpers import interrupt, same_tensors
 
 NETS = """
     import torch
@@ -45,14 +45,7 @@ def empty_folder(module_in_folder):
 
 
 def weights(folder):
-    return {name: load_file(Path(folder, name, "weights.safetensors")) for name in ("dense", "slim")}
-
-
-def same(first, second):
-    return all(
-        first[who].keys() == second[who].keys() and all(torch.equal(first[who][n], second[who][n]) for n in first[who])
-        for who in first
-    )
+    return [load_file(Path(folder, name, "weights.safetensors")) for name in ("dense", "slim")]
 
 
 def score(folder):
@@ -122,16 +115,6 @@ def test_scattered_weights_give_no_slim_model(run):
     assert sorted(path.name for path in Path("made").iterdir()) == ["dense", "evolve.json", "generations.png"]
 
 
-def interrupt(monkeypatch, task, step):
-    """Interrupt the run when that many steps of a task are done."""
-
-    def told(bars, at, done, total):
-        if (at, done) == (task, step):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Bars, "__call__", told)
-
-
 @pytest.mark.parametrize(("task", "step"), [("generation-1", 7), ("generation-2", 10), ("long", 30), ("ticket-1", 4)])
 def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_models(run, monkeypatch, task, step):
     command = [*ONCE, "--long", "--lottery", "0.5", "--recalibrate", "--augment", "flip-crop"]
@@ -146,7 +129,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_models(run,
     monkeypatch.setattr(Bars, "__call__", lambda bars, at, done, total: steps.append((at, done)))
     assert run(*command, "--out", "cut")[0] == 0
     assert next(done for at, done in steps if at == task) == step - 1
-    assert same(weights("whole"), weights("cut"))
+    assert all(map(same_tensors, weights("whole"), weights("cut")))
     whole, cut = (json.loads(Path(name, "evolve.json").read_text()) for name in ("whole", "cut"))
     assert [(g["dense"], g["slim"]) for g in whole["generations"]] == [
         (g["dense"], g["slim"]) for g in cut["generations"]
@@ -168,7 +151,7 @@ def test_a_killed_run_goes_on_in_another_process(run, empty_folder):
     assert done.returncode == 9
     assert {path.name for path in empty_folder.iterdir()} == {"evolve_nets.py", "cut.unfinished"}
     assert run(*ONCE, "--out", "cut")[0] == run(*ONCE, "--out", "whole")[0] == 0
-    assert same(weights("whole"), weights("cut"))
+    assert all(map(same_tensors, weights("whole"), weights("cut")))
 
 
 def test_a_command_with_other_settings_does_not_go_on_with_the_run_of_before(run, monkeypatch):
@@ -217,25 +200,21 @@ def test_what_is_asked_for_is_how_it_evolves(run):
         assert found[-1] not in found[:-1], option
 
 
-def test_the_settings_of_the_paper_are_those_of_sgd_alone(run, monkeypatch):
+def test_every_option_reaches_the_evolution(run, monkeypatch):
     seen = {}
 
-    def asked(network, data, rate, generations, **settings):
-        seen.update(settings, rate=rate, generations=generations)
+    def asked(network, data, rate, generations, settings, **options):
+        seen.update(settings.to_dict(), **options, rate=rate, generations=generations)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evolve, "run_evolve", asked)
+    monkeypatch.setattr(surgery, "evolve", asked)
     base = ["evolve", NET, *ON_DIGITS, "--out", "made"]
     run(*base)
-    paper = {
-        "rate": 0.5, "generations": 5, "epochs": 200, "kind": "kels", "optimizer": "sgd", "lr": 0.256,
-        "weight_decay": 1e-4, "batch_size": 32, "label_smoothing": 0.1, "schedule": "warmup-cosine", "long": False,
-        "recalibrate": False,
-    }  # fmt: skip
-    assert {name: seen[name] for name in paper} == paper
+    usual = {"rate": 0.5, "generations": 5, **surgery.EvolveSettings().to_dict()}
+    assert {name: seen[name] for name in usual} == usual
     assert seen["reset"] == {"initialiser": "own", "trust": True}
     run(*base, "--optimizer", "adamw", "--keep", "norms", "--keep", "biases")
-    assert (seen["lr"], seen["weight_decay"]) == (None, None)
+    assert seen["optimizer"] == "adamw"
     assert seen["reset"] == {"initialiser": "own", "trust": True, "norms": False, "biases": False}
 
 
@@ -252,13 +231,13 @@ LONG = [*ON_DIGITS, "--out", "made"]
         ([NET, *LONG, "--split-rate", "0"], "split rate must be in (0, 1], not 0.0\n"),
         ([NET, *LONG, "--split-rate", "layer9=0.5"], "unknown layer 'layer9'"),
         ([NET, *LONG, "--kind", "wels", "--split-rate", "0=0.5"], "WELS takes one rate for the whole network\n"),
-        ([NET, *LONG, "--kind", "keel"], "unknown kind of mask 'keel'; did you mean 'kels'"),
+        ([NET, *LONG, "--kind", "keel"], "unknown kind 'keel'; did you mean 'kels'"),
         (
             [NET, *LONG, "--kind", "wels", "--recalibrate"],
-            "--recalibrate is for the slim model, and --kind wels gives ",
+            "recalibrate is for the slim network, and WELS gives none\n",
         ),
-        ([NET, *LONG, "--generations", "0"], "--generations must be a whole number of at least 1, not 0\n"),
-        ([NET, *LONG, "--epochs", "0"], "epochs is 0: it must be at least 1\n"),
+        ([NET, *LONG, "--generations", "0"], "generations must be a whole number of at least 1, not 0\n"),
+        ([NET, *LONG, "--epochs", "0"], "epochs must be a whole number of at least 1, not 0\n"),
         ([NET, *LONG, "--keep", "weights"], "unknown part to keep 'weights'"),
         ([NET, *LONG, "--initialiser", "paper"], "unknown initialiser 'paper'"),
         ([NET, *LONG, "--lottery", "1"], "sparsity must be in [0, 1), not 1.0\n"),
@@ -268,12 +247,12 @@ LONG = [*ON_DIGITS, "--out", "made"]
         ),
         ([NET, *LONG, "--optimizer", "adam"], "unknown optimizer 'adam'; did you mean 'adamw'"),
         ([NET, *LONG, "--schedule", "linear"], "unknown schedule 'linear'"),
-        ([NET, *LONG, "--lr", "0"], "the learning rate is 0.0: it must be above 0\n"),
-        ([NET, *LONG, "--weight-decay", "-1"], "the weight decay is -1.0: it must be at least 0\n"),
-        ([NET, *LONG, "--label-smoothing", "1.5"], "label_smoothing is 1.5: it must be from 0 to 1\n"),
-        ([NET, *LONG, "--batch-size", "1"], "the batch size is 1: batch statistics need at least 2\n"),
-        ([NET, *LONG, "--checkpoint-every", "0"], "checkpoint_every is 0: it must be at least 1 step\n"),
-        ([NET, *LONG, "--image-size", "0"], "--image-size must be a whole number of at least 1, not 0\n"),
+        ([NET, *LONG, "--lr", "0"], "lr must be a number above 0, not 0.0\n"),
+        ([NET, *LONG, "--weight-decay", "-1"], "weight_decay must be a number of at least 0, not -1.0\n"),
+        ([NET, *LONG, "--label-smoothing", "1.5"], "label_smoothing must be a number of at least "),
+        ([NET, *LONG, "--batch-size", "1"], "batch_size must be a whole number of at least 2, "),
+        ([NET, *LONG, "--checkpoint-every", "0"], "checkpoint_every must be a whole number of at "),
+        ([NET, *LONG, "--image-size", "0"], "image_size must be a whole number of at least 1, not 0\n"),
         ([NET, *LONG, "--image-size", "12"], "the model cannot be run on 12 x 12 images"),
         ([NET, *LONG, "--augment", "rotate"], "unknown augmentation 'rotate'"),
         ([NET, *LONG, "--precision", "fp8"], "unknown precision 'fp8'; did you mean "),

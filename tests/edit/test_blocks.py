@@ -17,7 +17,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 import surgery
 from surgery import models as catalogue
-from tests.conftest import build_family, randomised, traced_of
+from tests.zoo import build_family, randomised, traced_of
 
 EXACT = 1e-10
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import surgery
 from surgery import models as catalogue
 from surgery.cli import app
-from tests.conftest import traced_of
+from tests.zoo import traced_of
 
 EXACT = 1e-10
 

@@ -12,7 +12,7 @@ from torch import nn
 import surgery
 from surgery.edit.origins import origins
 from surgery.edit.step import MEAN
-from tests.conftest import build_family
+from tests.zoo import build_family
 
 
 def gathered(tensor, origin):

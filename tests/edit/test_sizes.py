@@ -85,7 +85,7 @@ def test_attention_that_python_calls_follows_an_edit_of_its_heads_alone():
 
         def forward(self, x):
             x = self.a(x)
-            if float(x.sum()) > 1e9:
+            if float(x.detach().sum()) > 1e9:
                 x = x * 2
             return self.b(self.attention(x, x, x)[0])
 

@@ -14,8 +14,8 @@ from torch import nn
 
 import surgery
 from surgery import models as catalogue
-from tests.conftest import build_family, randomised
 from tests.operations.test_random_graphs import KINDS, STEPS, built
+from tests.zoo import build_family, randomised
 
 EXACT = 1e-10
 WAYS = [None, "uneven", "zero-sum"]

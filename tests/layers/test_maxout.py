@@ -12,7 +12,7 @@ import surgery
 from surgery import InsertIdentity, Recipe
 from surgery.errors import UsageError
 from surgery.layers.maxout import Maxout
-from tests.conftest import randomised
+from tests.zoo import randomised
 
 EXACT = 1e-10
 

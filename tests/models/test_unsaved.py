@@ -197,6 +197,25 @@ def test_what_is_saved_with_the_weights_is_no_change(traced, tmp_path, change):
     assert torch.equal(loaded.eval()(x), changed.eval()(x))
 
 
+def test_buffers_outside_the_state_dict_are_saved(tmp_path):
+    class Scaled(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.ones(6), persistent=False)
+
+        def forward(self, x):
+            return super().forward(x * self.scale)
+
+    traced = surgery.trace(build(Scaled), X)
+    traced.get_buffer("scale").mul_(3)
+    wide = surgery.widen(traced, 2.0)
+    for name, module in (("net", traced), ("wide", wide)):
+        surgery.save(module, tmp_path / name)
+        loaded = surgery.load(tmp_path / name, model=build(Scaled))
+        assert torch.equal(loaded(X), module(X))
+        assert loaded.state_dict().keys() == module.state_dict().keys()
+
+
 def test_held_masks_are_in_the_weights(traced, tmp_path):
     masks = surgery.magnitude_masks(traced, 0.5)
     hold = surgery.hold_masked(traced, masks)

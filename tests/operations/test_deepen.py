@@ -12,7 +12,7 @@ from torch import nn
 
 import surgery
 from surgery import models as catalogue
-from tests.conftest import randomised
+from tests.zoo import randomised
 
 EXACT = 1e-10
 
@@ -20,11 +20,6 @@ EXACT = 1e-10
 def traced_of(model: nn.Module, *shape: int) -> tuple[nn.Module, torch.Tensor]:
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     return surgery.trace(model.double().eval(), x), x
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 import surgery
-from tests.conftest import randomised
+from tests.zoo import randomised
 
 EXACT = 1e-10
 ENDS = {"network input", "network output"}

@@ -19,7 +19,7 @@ from torch import nn
 
 import surgery
 from surgery.graph.table import NodeEdit, restore_rules
-from tests.conftest import randomised
+from tests.zoo import randomised
 
 EXACT = 1e-10
 ENDS = {"network input", "network output", "vocabulary"}

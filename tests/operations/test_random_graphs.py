@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import surgery
-from tests.conftest import randomised
+from tests.zoo import randomised
 
 EXACT = 1e-10
 EXAMPLES = int(os.environ.get("SURGERY_EXAMPLES", "80"))

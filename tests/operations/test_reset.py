@@ -17,7 +17,7 @@ from surgery import models as catalogue
 from surgery.graph.traced import TracedModule, named_tensors
 from surgery.operations.initial import drawing
 from surgery.operations.reset import reset_hypothesis
-from tests.conftest import randomised
+from tests.zoo import TiedLayers, randomised
 
 SOURCES = ["resnet18", "efficientnet_b0", "shufflenet_v2_x1_0", "swin_t", "vit_b_16", "fitnet1",
            "fasterrcnn_mobilenet_v3_large_320_fpn"]  # fmt: skip
@@ -189,19 +189,9 @@ def test_buffers_that_are_no_statistics_stay():
     assert torch.equal(result.get_buffer("table"), torch.arange(4.0))
 
 
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
-        self.second.weight = self.first.weight
-
-    def forward(self, x):
-        return self.head(self.second(self.first(x).relu()).relu())
-
-
 @pytest.mark.parametrize("kind", ["kels", "wels"])
 def test_tied_weights_stay_tied_and_have_one_mask(kind):
-    traced = surgery.trace(Tied(), torch.zeros(2, 8))
+    traced = surgery.trace(TiedLayers(), torch.zeros(2, 8))
     masks = surgery.split_masks(traced, 0.5, kind=kind)
     assert torch.equal(masks["first.weight"], masks["second.weight"])
     result = reset_hypothesis(traced, masks)

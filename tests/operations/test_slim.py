@@ -11,7 +11,7 @@ from torch import nn
 
 import surgery
 from surgery import models as catalogue
-from tests.conftest import randomised
+from tests.zoo import randomised
 
 
 def millions(module: nn.Module) -> float:

@@ -14,6 +14,7 @@ import surgery
 from surgery import models as catalogue
 from surgery.graph.traced import named_tensors
 from surgery.operations.tickets import hold_masked, magnitude_masks, rewind
+from tests.zoo import TiedLayers
 
 
 class Net(nn.Module):
@@ -132,18 +133,8 @@ def test_a_held_ticket_learns_and_keeps_to_its_mask(net, make):
         assert not torch.equal(held.get_parameter(name), ticket.get_parameter(name))
 
 
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
-        self.second.weight = self.first.weight
-
-    def forward(self, x):
-        return self.head(self.second(self.first(x).relu()).relu())
-
-
 def test_tied_weights_count_once_and_have_one_mask():
-    traced = surgery.trace(Tied(), torch.zeros(2, 8))
+    traced = surgery.trace(TiedLayers(), torch.zeros(2, 8))
     masks = magnitude_masks(traced, 0.5, scope="global")
     assert torch.equal(masks["first.weight"], masks["second.weight"])
     assert masks["first.weight"].sum() + masks["head.weight"].sum() == 40

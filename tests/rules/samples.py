@@ -87,7 +87,9 @@ def mask(*shape: int) -> torch.Tensor:
 for op in (operator.neg, torch.neg, torch.abs, torch.exp, torch.square, torch.sign, torch.sin, torch.cos, torch.erf,
            torch.relu, torch.sigmoid, torch.tanh, torch.isnan, torch.isfinite, torch.logical_not,
            F.relu, F.relu6, F.elu, F.celu, F.selu, F.leaky_relu, F.gelu, F.silu, F.mish, F.hardswish, F.hardsigmoid,
-           F.hardtanh, F.sigmoid, F.tanh, F.softplus, F.softsign, F.logsigmoid, F.tanhshrink,
+           F.relu_, torch.sigmoid_, torch.tanh_, F.elu_, torch.celu, torch.celu_, torch.selu, torch.selu_,
+           F.leaky_relu_, F.rrelu, torch.rrelu, torch.rrelu_, F.hardtanh_, F.hardtanh, F.sigmoid, F.tanh,
+           F.softplus, F.softsign, F.logsigmoid, F.tanhshrink,
            "neg", "abs", "exp", "square", "sign", "relu", "sigmoid", "tanh", "erf", "relu_", "sigmoid_", "tanh_",
            "requires_grad_", "float", "double", "half", "bfloat16", "long", "int", "bool"):  # fmt: skip
     sample(op, t(4), free="0:0")
@@ -134,7 +136,8 @@ sample(torch.lerp, t(3, 4), t(3, 4), 0.3, free="0:0,1 1:0,1")
 sample(torch.lerp, t(3, 4), t(3, 4), t(4), free="0:0,1 1:0,1 2:0")
 for op in (torch.addcmul, torch.addcdiv):
     sample(op, t(3, 4), t(3, 4), pos(4), value=0.5, free="0:0,1 1:0,1 2:0")
-sample(F.threshold, t(3, 4), 0.1, 0.2, free="0:0,1")
+for op in (F.threshold, torch.threshold, torch.threshold_):
+    sample(op, t(3, 4), 0.1, 0.2, free="0:0,1")
 for op in (F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d):
     sample(op, t(2, 3, 1, 1, 1) if op is F.dropout3d else t(2, 3, 1), 0.5, training=False, free="0:0,1")
 sample(torchvision.ops.stochastic_depth, t(2, 3, 4), 0.5, "row", training=False, free="0:0,1,2")
@@ -286,6 +289,12 @@ sample(nn.LayerNorm(4, elementwise_affine=False), t(2, 4), free="0:0,1")
 sample(nn.LayerNorm((3, 4)), t(2, 3, 4), free="0:0,1,2 weight:0,1 bias:0,1")
 sample(F.layer_norm, t(2, 3, 4), (4,), w(4), w(4), 1e-3, free="0:0,1,2 2:0 3:0")
 sample(F.layer_norm, t(2, 4), normalized_shape=[4], free="0:0,1")
+sample(torch.layer_norm, t(2, 3, 4), [4], w(4), w(4), 1e-3, free="0:0,1,2 2:0 3:0")
+sample(nn.RMSNorm(4), t(2, 3, 4), free="0:0,1,2 weight:0")
+sample(nn.RMSNorm(4, elementwise_affine=False), t(2, 4), free="0:0,1")
+sample(nn.RMSNorm((3, 4), eps=1e-3), t(2, 3, 4), free="0:0,1,2 weight:0,1")
+sample(F.rms_norm, t(2, 3, 4), (4,), w(4), 1e-3, free="0:0,1,2 2:0")
+sample(torch.rms_norm, t(2, 4), [4], weight=w(4), free="0:0,1 weight:0")
 for norm, shape in ((nn.GroupNorm(2, 6), (2, 6, 5)), (nn.GroupNorm(1, 4), (2, 4, 3, 5)),
                     (nn.GroupNorm(4, 4), (2, 4, 3)), (nn.GroupNorm(2, 6), (3, 6))):  # fmt: skip
     sample(norm, t(*shape), free="0:0,1 weight:0 bias:0")

@@ -303,7 +303,7 @@ def test_a_consumer_that_is_called_something_else_is_found(rule):
         op.per_channel(op.param("kernel").at(0))
         op.claimed.clear()
         fields = dense(op, x)
-        op.run.findings.axes["op.kernel", 0].roles.discard("consumer")
+        op._ledger.findings.axes["op.kernel", 0].roles.discard("consumer")
         return fields
 
     rule(Dense, rewrite=resized)(careless)

@@ -17,12 +17,7 @@ from surgery.errors import EditError, UsageError
 from surgery.graph.tracing import TracedModule
 from surgery.layers.maxout import Maxout
 from surgery.taps.hints import HintPair, hint_loss
-from tests.conftest import Family, build_family, randomised
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+from tests.zoo import BranchesOnMode, Family, build_family, randomised
 
 
 def named(source: str) -> nn.Module:
@@ -632,29 +627,9 @@ def test_networks_traced_with_other_batches_or_sizes_are_compared_on_the_student
 # What cannot be
 
 
-class Modal(nn.Module):
-    """A part that branches on its own mode, and a head of training alone."""
-
-    class Part(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 3, 1)
-
-        def forward(self, x):
-            return self.conv(x) if self.training else self.conv(x) * 2
-
-    def __init__(self):
-        super().__init__()
-        self.part, self.aux, self.conv = Modal.Part(), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
-
-    def forward(self, x):
-        x = self.part(x)
-        return (self.conv(x), self.aux(x)) if self.training else self.conv(x)
-
-
 def test_a_part_with_graphs_of_its_own_is_a_layer():
     x = images(2, 3, 4, 4)
-    traced = surgery.trace(Modal(), x)
+    traced = surgery.trace(BranchesOnMode("aux"), x)
     pair = surgery.attach_hint(traced, traced, "part", "part", regressor="none")
     assert list(pair.student.state_dict()) == ["part.conv.weight", "part.conv.bias"]
     assert torch.equal(pair.eval().student(x), pair.train().student(x) * 2)
@@ -678,7 +653,7 @@ def test_a_part_with_graphs_of_its_own_is_a_layer():
     ],
 )
 def test_a_layer_that_cannot_be_taken_is_an_error_that_says_why(guided, hint, error, text):
-    traced = surgery.trace(Modal(), images(2, 3, 4, 4))
+    traced = surgery.trace(BranchesOnMode("aux"), images(2, 3, 4, 4))
     with pytest.raises(error) as raised:
         surgery.attach_hint(traced, traced, guided, hint)
     assert str(raised.value).startswith(text)
@@ -687,7 +662,7 @@ def test_a_layer_that_cannot_be_taken_is_an_error_that_says_why(guided, hint, er
 def test_a_regressor_that_cannot_be_is_an_error_that_says_why():
     x = images(2, 3, 8, 8)
     small, large = surgery.trace(Maps(4, 4), x), surgery.trace(Maps(6, 5), x)
-    with pytest.raises(UsageError, match=r"^unknown regressor 'linear' \(4 are known\)$"):
+    with pytest.raises(UsageError, match=r"^unknown regressor 'linear': one of 'auto', 'conv', 'fc', 'none'$"):
         surgery.attach_hint(small, large, "conv", "conv", regressor="linear")
     with pytest.raises(EditError) as raised:
         surgery.attach_hint(small, large, "conv", "conv", regressor="conv")

@@ -17,7 +17,7 @@ from surgery.errors import EditError, UsageError
 from surgery.graph.traced import info
 from surgery.taps.network import TappedNetwork, tap
 from surgery.taps.stages import aligned
-from tests.conftest import build_family, randomised, traced_of
+from tests.zoo import BranchesOnMode, build_family, randomised, traced_of
 
 
 def hooked(model: nn.Module, names: list[str], x: Any) -> tuple[Any, list[torch.Tensor]]:
@@ -153,26 +153,6 @@ def test_tied_weights_stay_tied():
     assert tapped.a.weight is tapped.b.weight
 
 
-class Modal(nn.Module):
-    """A layer of evaluation alone, and a part with graphs of its own."""
-
-    class Part(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 3, 1)
-
-        def forward(self, x):
-            return self.conv(x) if self.training else self.conv(x) * 2
-
-    def __init__(self):
-        super().__init__()
-        self.part, self.late, self.conv = Modal.Part(), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
-
-    def forward(self, x):
-        x = self.part(x)
-        return self.conv(x) if self.training else self.late(self.conv(x))
-
-
 @pytest.mark.parametrize(
     ("name", "error", "text"),
     [
@@ -188,13 +168,13 @@ class Modal(nn.Module):
 )
 def test_a_layer_that_cannot_be_tapped_is_an_error_that_says_why(name, error, text):
     with pytest.raises(error) as raised:
-        tap(surgery.trace(Modal(), torch.randn(2, 3, 4, 4)), name)
+        tap(surgery.trace(BranchesOnMode("late"), torch.randn(2, 3, 4, 4)), name)
     assert str(raised.value) == text
 
 
 def test_a_part_with_graphs_of_its_own_is_tapped_in_its_training_graph():
     x = torch.randn(2, 3, 4, 4)
-    tapped = tap(surgery.trace(Modal(), x), "part").train()
+    tapped = tap(surgery.trace(BranchesOnMode("late"), x), "part").train()
     assert torch.equal(tapped(x)[1][0], tapped.part.conv(x))
 
 

@@ -14,9 +14,10 @@ from torch import nn
 
 import surgery
 from surgery.training.data.data import load_data
-from surgery.training.engine import Engine, is_main_process, mixed_seed
+from surgery.training.engine import Engine, is_main_process
 from surgery.training.evaluation import evaluate
 from surgery.training.loop import train
+from surgery.training.modes import mixed_seed
 
 SCRIPT = """
 import json, sys
@@ -37,6 +38,7 @@ settings = dict(epochs=3, batch_size=64, optimizer="adamw", test_each_epoch=True
 settings.update(json.loads(sys.argv[2]))
 seen = []
 history = train(model, data, progress=lambda *step: seen.append(step), **settings)
+model = history.module
 with open(sys.argv[1] + str(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0), "w") as file:
     json.dump({
         "losses": [epoch.loss for epoch in history.epochs],
@@ -87,14 +89,14 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_float32_weights():
     data = load_data("digits", limit=400)
     model, seen = net(), set()
     handle = model[0].register_forward_hook(lambda *args: seen.add(args[2].dtype))
-    train(model, data, epochs=6, precision="bf16", lr=0.05)
+    model = train(model, data, epochs=6, precision="bf16", lr=0.05).module
     handle.remove()
     assert seen == {torch.bfloat16}
     assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
     assert evaluate(model, data.test).accuracy > 0.8
     assert set(vars(model)) == set(vars(net()))  # nothing is left of what wrapped it
     plain = net()
-    train(plain, data, epochs=6, lr=0.05)
+    plain = train(plain, data, epochs=6, lr=0.05).module
     assert not torch.equal(plain[0].weight, model[0].weight)
 
 
@@ -102,9 +104,9 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_float32_weights():
 def test_mixed_precision_is_the_same_in_the_callers_autocast(enabled):
     data = load_data("digits", limit=130)
     expected, model = net(), net()
-    train(expected, data, epochs=2, precision="bf16")
+    expected = train(expected, data, epochs=2, precision="bf16").module
     with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-        train(model, data, epochs=2, precision="bf16")
+        model = train(model, data, epochs=2, precision="bf16").module
     assert torch.equal(model[4].weight, expected[4].weight)
     assert not torch.equal(model[4].weight, net()[4].weight)
 

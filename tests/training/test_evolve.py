@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,35 +11,19 @@ from torch import nn
 
 import surgery
 from surgery import models as catalogue
+from surgery.settings import EvolveSettings
 from surgery.training import evolve as evolving
 from surgery.training.data.data import Data, Normalisation, load_data
 from surgery.training.evaluation import evaluate
-from surgery.training.evolve import evolve, recalibrated
+from surgery.training.evolve import PAPER, evolve, recalibrated
 from surgery.training.history import Score
-from surgery.training.loop import train
-from tests.conftest import SMALL
-from tests.training.test_resume import assert_same, killed_after
+from surgery.training.loop import train_in_place
+from tests.helpers import assert_same, killed_after
+from tests.zoo import SMALL, digits_net
+
+DIGITS = 200
 
 QUICK = {"epochs": 2, "lr": 0.05, "batch_size": 64}
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_data("digits", limit=200)
-
-
-def net() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10),
-    )  # fmt: skip
-
-
-@pytest.fixture
-def model():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return surgery.trace(net().eval(), torch.zeros(2, 3, 8, 8))
 
 
 def test_the_slim_network_catches_up_with_the_dense_one():
@@ -46,15 +31,15 @@ def test_the_slim_network_catches_up_with_the_dense_one():
     data = load_data("digits", limit=500)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = surgery.trace(net().eval(), torch.zeros(2, 3, 8, 8))
+        model = surgery.trace(digits_net().eval(), torch.zeros(2, 3, 8, 8))
     found = evolve(model, data, 0.5, 4, epochs=8, lr=0.1)
     first, last = found.generations[0], found.generations[-1]
     assert first.slim.accuracy < first.dense.accuracy - 0.2
     assert last.slim.accuracy > last.dense.accuracy - 0.03
-    assert found.score == last.dense == evaluate(found.model, data.test)
+    assert found.score == last.dense == evaluate(found.module, data.test)
     assert found.slim_score == last.slim == evaluate(found.slim, data.test)
-    assert surgery.cost(found.slim).params < 0.6 * surgery.cost(found.model).params
-    surgery.verify(found.slim, surgery.masked(found.model, found.masks), torch.randn(2, 3, 8, 8)).raise_if_different()
+    assert surgery.cost(found.slim).params < 0.6 * surgery.cost(found.module).params
+    surgery.verify(found.slim, surgery.masked(found.module, found.masks), torch.randn(2, 3, 8, 8)).raise_if_different()
 
 
 @pytest.mark.parametrize("kind", ["kels", "wels"])
@@ -65,11 +50,11 @@ def test_a_generation_begins_with_the_fit_hypothesis_of_the_last_and_new_numbers
 
     def watched(network, *args, **settings):
         starts.append(copy.deepcopy(network.state_dict()))
-        history = train(network, *args, **settings)
+        history = train_in_place(network, *args, **settings)
         ends.append(copy.deepcopy(network.state_dict()))
         return history
 
-    monkeypatch.setattr(evolving, "train", watched)
+    monkeypatch.setattr(evolving, "train_in_place", watched)
     before = copy.deepcopy(model.state_dict())
     found = evolve(model, digits, 0.5, 3, kind=kind, **QUICK)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -81,8 +66,8 @@ def test_a_generation_begins_with_the_fit_hypothesis_of_the_last_and_new_numbers
                 assert torch.eq(old[name][~mask], new[name][~mask]).float().mean() < 0.01
     drawn = [start["4.weight"][~found.masks["4.weight"]] for start in starts[1:]]
     assert torch.eq(*drawn).float().mean() < 0.01
-    assert [name for name in found.model.state_dict() if "mask" in name] == []
-    assert found.model.state_dict().keys() == before.keys()
+    assert [name for name in found.module.state_dict() if "mask" in name] == []
+    assert found.module.state_dict().keys() == before.keys()
     assert (found.slim is None) == (kind == "wels")
 
 
@@ -97,8 +82,8 @@ def test_a_killed_run_ends_with_the_same_weights(digits, model, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             evolve(model, digits, 0.5, 3, long=True, checkpoint=tmp_path, progress=killed, **QUICK)
     found = evolve(model, digits, 0.5, 3, long=True, checkpoint=tmp_path, checkpoint_every=2, **QUICK)
-    assert_same(found.model, whole.model)
-    assert_same(found.long_model, whole.long_model)
+    assert_same(found.module, whole.module)
+    assert_same(found.long_module, whole.long_module)
     assert [(g.dense, g.slim) for g in found.generations] == [(g.dense, g.slim) for g in whole.generations]
     assert found.long.dense == whole.long.dense
 
@@ -108,7 +93,7 @@ def test_the_long_baseline_is_plain_training_for_as_many_epochs(digits, model):
     assert len(found.long.history.epochs) == 4
     assert sum(len(generation.history.epochs) for generation in found.generations) == 4
     assert found.long.history.steps == sum(generation.history.steps for generation in found.generations)
-    assert found.long.dense == evaluate(found.long_model, digits.test)
+    assert found.long.dense == evaluate(found.long_module, digits.test)
     report = found.to_dict()
     assert len(report["generations"]) == 2
     assert report["long"]["dense"]["total"] == 200
@@ -116,7 +101,7 @@ def test_the_long_baseline_is_plain_training_for_as_many_epochs(digits, model):
 
 def test_statistics_of_the_slim_network_are_measured_anew_where_asked(digits, model):
     found = evolve(model, digits, 0.5, 1, recalibrate=True, **QUICK)
-    plain = surgery.slim(found.model, 0.5)
+    plain = surgery.slim(found.module, 0.5)
     assert_same(found.slim, recalibrated(plain, digits, 64))
     assert not torch.allclose(found.slim.get_buffer("1.running_mean"), plain.get_buffer("1.running_mean"))
     images = torch.stack([image for image, _ in digits.train])
@@ -140,29 +125,24 @@ def test_statistics_measured_on_augmented_images_follow_from_the_seed_alone(mode
     )
 
 
-@pytest.mark.parametrize(
-    ("given", "rate", "decay"),
-    [
-        ({}, 0.256, 1e-4),
-        ({"lr": 0.5, "weight_decay": 0.0}, 0.5, 0.0),
-        ({"optimizer": "adamw"}, None, None),
-    ],
-)
-def test_the_papers_rate_and_decay_are_those_of_sgd_alone(digits, model, monkeypatch, given, rate, decay):
+@pytest.mark.parametrize("settings", [EvolveSettings(epochs=1), replace(PAPER, epochs=1)], ids=["usual", "the paper's"])
+def test_each_generation_trains_with_the_settings_and_a_seed_of_its_own(digits, model, monkeypatch, settings):
     seen = []
 
-    def watched(network, *args, **settings):
-        seen.append((settings["lr"], settings["weight_decay"]))
-        return train(network, *args, **{**settings, "lr": 0.01})
+    def watched(network, data, given, **options):
+        seen.append(given)
+        return train_in_place(network, data, given.training(lr=0.01), **options)
 
-    monkeypatch.setattr(evolving, "train", watched)
-    evolve(model, digits, 0.5, 1, epochs=1, **given)
-    assert seen == [(rate, decay)]
+    monkeypatch.setattr(evolving, "train_in_place", watched)
+    evolve(model, digits, 0.5, 2, settings)
+    assert [replace(given, seed=0) for given in seen] == [settings.training()] * 2
+    assert seen[0].seed != seen[1].seed
+    assert (PAPER.peak_lr, PAPER.decay, PAPER.batch_size, PAPER.label_smoothing) == (0.256, 1e-4, 32, 0.1)
 
 
 def test_what_is_drawn_anew_can_be_chosen(digits, model):
     kept = evolve(model, digits, 0.5, 2, reset={"norms": False, "statistics": False}, **{**QUICK, "lr": 1e-12})
-    assert torch.allclose(kept.model.get_parameter("1.weight"), model.get_parameter("1.weight"), atol=1e-6)
+    assert torch.allclose(kept.module.get_parameter("1.weight"), model.get_parameter("1.weight"), atol=1e-6)
     with pytest.raises(surgery.UsageError, match="generations must be a whole number"):
         evolve(model, digits, 0.5, 0, **QUICK)
 
@@ -225,7 +205,7 @@ def test_statistics_are_measured_on_the_batches_that_the_data_make():
         ({"seed": 1.5}, r"seed must be a whole number of at least 0, not 1\.5"),
         ({"kind": "wels", "recalibrate": True}, "recalibrate is for the slim network, and WELS gives none"),
         ({"reset": {"seed": 3}}, "each generation draws by a seed of its own"),
-        ({"reset": {"fresh": net()}}, "with one model as fresh= all generations would draw the same"),
+        ({"reset": {"fresh": digits_net()}}, "with one model as fresh= all generations would draw the same"),
         ({"reset": "norms"}, "reset= has options of reset_hypothesis by name, and is not 'norms'"),
         ({"data": own(images(4), [])}, "data set 'own' has no test images: pass score=, or data that have some"),
     ],
@@ -281,7 +261,7 @@ def test_all_kinds_of_models_evolve(name, size):
     found = evolve(model, data, 0.5, 2, epochs=1, batch_size=2, lr=1e-3)
     assert found.slim_score.total == 4
     assert found.slim is not None
-    assert surgery.cost(found.slim).params < 0.5 * surgery.cost(found.model).params
+    assert surgery.cost(found.slim).params < 0.5 * surgery.cost(found.module).params
 
 
 @pytest.mark.parametrize("name", ["vision transformer", "swin"])
@@ -292,7 +272,7 @@ def test_transformers_of_ones_own_evolve_where_a_new_one_can_be_made(name):
     data = Data("own", images, images, ("a", "b", "c", "d"), width, Normalisation())
     found = evolve(model, data, 0.5, 2, epochs=1, batch_size=2, lr=1e-3, reset={"fresh": make})
     assert found.slim_score.total == 4
-    assert surgery.cost(found.slim).params < 0.6 * surgery.cost(found.model).params
+    assert surgery.cost(found.slim).params < 0.6 * surgery.cost(found.module).params
 
 
 def test_a_detector_evolves_with_a_loss_and_a_score_of_its_own():

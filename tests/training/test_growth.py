@@ -13,16 +13,12 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 import surgery
 from surgery.edit.recipe import Recipe
-from surgery.training.data.data import load_data
 from surgery.training.descent import SCHEDULES
 from surgery.training.evaluation import evaluate
-from surgery.training.growth import Growth, stages
+from surgery.training.growth import Growth
 from surgery.training.loop import train
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_data("digits")
+from surgery.training.phases import plan_phases
+from tests.helpers import same_tensors
 
 
 class Residual(nn.Module):
@@ -74,10 +70,6 @@ def state(model):
     return copy.deepcopy(model.state_dict())
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
-
-
 @pytest.mark.parametrize(("build", "optimizer"), [(plain, "sgd"), (residual, "sgd"), (residual, "adamw")])
 def test_a_model_grown_in_the_middle_scores_as_before_and_goes_on_learning(digits, build, optimizer):
     model = build()
@@ -92,22 +84,22 @@ def test_a_model_grown_in_the_middle_scores_as_before_and_goes_on_learning(digit
         assert growth.after.params > growth.before.params
         assert growth.after.macs > growth.before.macs
     assert history.growths[0].after == history.growths[1].before
-    assert history.growths[1].after == surgery.cost(history.model)
+    assert history.growths[1].after == surgery.cost(history.module)
     assert history.epochs[-1].loss < history.epochs[3].loss < history.epochs[1].loss
     assert history.epochs[-1].score.accuracy > max(0.8, history.epochs[1].score.accuracy)
-    assert evaluate(history.model, digits.test) == history.epochs[-1].score
+    assert evaluate(history.module, digits.test) == history.epochs[-1].score
 
 
 def test_every_parameter_of_the_grown_model_learns_and_copies_part(digits):
     model = residual()
     start = train(model, digits, epochs=2, grow={1: Growth(widen=2.0, deepen={"blocks": 1, "norm": 1})}, lr=0.05)
-    untrained = surgery.apply(model, surgery.recipe(start.model).steps)
+    untrained = surgery.apply(model, surgery.recipe(start.module).steps)
     old = dict(untrained.named_parameters())
-    for name, parameter in start.model.named_parameters():
+    for name, parameter in start.module.named_parameters():
         rows = (parameter - old[name]).detach().flatten(1) if parameter.ndim > 1 else parameter - old[name]
         assert (rows != 0).any(-1).all() if rows.ndim > 1 else (rows != 0).any(), name
-    stem = start.model.stem.weight.detach()
-    (index,) = (i for name, i in surgery.recipe(start.model).steps[0].indices.items() if name == "stem")
+    stem = start.module.stem.weight.detach()
+    (index,) = (i for name, i in surgery.recipe(start.module).steps[0].indices.items() if name == "stem")
     for new, old_unit in enumerate(index[8:], 8):
         assert (stem[new] - stem[old_unit]).abs().max() > 1e-4  # 1e-8, from rounding, with even shares
 
@@ -115,7 +107,7 @@ def test_every_parameter_of_the_grown_model_learns_and_copies_part(digits):
 def test_the_symmetry_of_copies_is_broken_by_zero_sum_noise_unless_told_otherwise(digits):
     for options, kind in (({}, "zero-sum"), ({"break_symmetry": "uneven"}, None), ({"break_symmetry": None}, None)):
         growth = Growth(widen=1.5, widen_options=options)
-        model = train(plain(), digits, epochs=1, grow={0: growth}).model
+        model = train(plain(), digits, epochs=1, grow={0: growth}).module
         (step,) = surgery.recipe(model).steps
         assert (step.noise and step.noise.kind) == kind
         assert bool(step.shares) == (options.get("break_symmetry") == "uneven")
@@ -125,7 +117,7 @@ def test_options_reach_the_passes(digits):
     growth = Growth(
         widen={"0": 20}, deepen=["0"], widen_options={"mapping": "balanced", "seed": 5}, deepen_options={"kernel": 5}
     )
-    model = train(plain(), digits, epochs=1, grow={0: growth}, seed=3).model
+    model = train(plain(), digits, epochs=1, grow={0: growth}, seed=3).module
     wide, deep = surgery.recipe(model).steps
     expected = surgery.widen(plain(), {"0": 20}, mapping="balanced", break_symmetry="zero-sum", seed=5)
     assert surgery.recipe(expected).steps == (wide,)
@@ -134,23 +126,23 @@ def test_options_reach_the_passes(digits):
 
 def test_places_may_come_from_a_generator(digits):
     growth = Growth(deepen=(name for name in ["0"]))
-    model = train(plain(), digits, epochs=1, grow={0: growth}).model
+    model = train(plain(), digits, epochs=1, grow={0: growth}).module
     assert [step.after for step in surgery.recipe(model).steps] == ["0"]
 
 
 def test_the_same_seed_grows_and_trains_the_same_weights_and_another_seed_others(digits):
     grow = {0: Growth(images=0.4), 1: Growth(images=0.8, widen=1.5, deepen=["blocks"])}
-    runs = [state(train(residual(), digits, epochs=2, grow=grow, seed=seed).model) for seed in (0, 0, 1)]
-    assert same(runs[0], runs[1])
-    assert not same(runs[0], runs[2])
+    runs = [state(train(residual(), digits, epochs=2, grow=grow, seed=seed).module) for seed in (0, 0, 1)]
+    assert same_tensors(runs[0], runs[1])
+    assert not same_tensors(runs[0], runs[2])
 
 
 def test_what_the_state_of_new_channels_begins_with_is_a_choice(digits):
     runs = [
-        state(train(plain(), digits, epochs=2, grow={1: Growth(widen=1.5, state=new)}).model)
+        state(train(plain(), digits, epochs=2, grow={1: Growth(widen=1.5, state=new)}).module)
         for new in ("copied", "zero")
     ]
-    assert not same(*runs)
+    assert not same_tensors(*runs)
 
 
 def test_the_model_given_is_not_changed_and_its_modes_are_those_of_the_grown_one(digits):
@@ -162,9 +154,9 @@ def test_the_model_given_is_not_changed_and_its_modes_are_those_of_the_grown_one
     torch.manual_seed(3)
     history = train(model, digits, epochs=2, grow={1: Growth(widen=1.5, deepen=["norm"])}, test_each_epoch=True)
     assert torch.equal(torch.rand(2), expected)
-    assert same(model.state_dict(), before)
+    assert same_tensors(model.state_dict(), before)
     assert surgery.recipe(model).steps == ()
-    for trained in (model, history.model):
+    for trained in (model, history.module):
         assert [name for name, part in trained.named_modules() if part.training] == ["blocks.0.norm1"]
 
 
@@ -173,9 +165,8 @@ def test_a_growth_of_nothing_new_changes_nothing(digits):
     model = plain()
     plainly = train(model, digits, epochs=3, test_each_epoch=True)
     grown = train(plain(), digits, epochs=3, grow={1: Growth(images=1.0), 2: Growth(widen=1.0)}, test_each_epoch=True)
-    assert same(model.state_dict(), grown.model.state_dict())
+    assert same_tensors(plainly.module.state_dict(), grown.module.state_dict())
     assert [replace(e, seconds=0) for e in plainly.epochs] == [replace(e, seconds=0) for e in grown.epochs]
-    assert plainly.model is None
     assert plainly.growths == ()
 
 
@@ -201,8 +192,8 @@ def test_data_grow_too_and_the_schedule_is_over_all_steps_to_come(digits):
 
 def test_a_larger_fraction_holds_a_smaller_one_and_every_class_has_its_share(digits):
     def chosen(fraction, seed=0):
-        (stage,) = stages(digits, 1, {0: Growth(images=fraction)}, seed)
-        return set(stage.images.indices)
+        (phase,) = plan_phases(digits, 1, {0: Growth(images=fraction)}, seed)
+        return set(phase.images.indices)
 
     labels = [int(digits.train[k][1]) for k in range(len(digits.train))]
     small, large, tiny = chosen(0.25), chosen(0.7), chosen(1e-6)
@@ -234,8 +225,8 @@ def test_labels_are_found_where_the_data_set_keeps_them(digits):
             return images[k], int(labels[k])
 
     for whole in (Listed(), Read(), TensorDataset(images, labels), Subset(Listed(), range(40))):
-        (stage,) = stages(replace(digits, train=whole), 1, {0: Growth(images=0.5)}, 0)
-        assert torch.bincount(labels[stage.images.indices]).tolist() == [5] * 4
+        (phase,) = plan_phases(replace(digits, train=whole), 1, {0: Growth(images=0.5)}, 0)
+        assert torch.bincount(labels[phase.images.indices]).tolist() == [5] * 4
 
 
 def test_another_data_set_can_take_the_place_of_the_first(digits):
@@ -255,10 +246,10 @@ def test_what_is_recorded_is_plain_data_that_can_be_replayed(digits):
     assert (only_data["epoch"], only_data["images"], only_data["steps"], only_data["check"]) == (1, 1438, [], None)
     assert grown["check"]["ok"]
     assert grown["check"]["dtype"] == "float32"
-    assert grown["after"]["params"] == sum(p.numel() for p in history.model.parameters())
+    assert grown["after"]["params"] == sum(p.numel() for p in history.module.parameters())
     assert grown["score"]["total"] == 359
     steps = Recipe.from_json(json.dumps({"schema": 1, "source": None, "steps": grown["steps"]})).steps
-    assert steps == surgery.recipe(history.model).steps
+    assert steps == surgery.recipe(history.module).steps
     assert history.seconds > sum(epoch.seconds for epoch in history.epochs)
 
 
@@ -266,8 +257,8 @@ def test_data_alone_grow_for_a_model_that_was_not_traced(digits):
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
     before = state(model)
     history = train(model, digits, epochs=2, grow={0: Growth(images=0.5), 1: Growth(images=1.0)})
-    assert same(model.state_dict(), before)
-    assert not same(history.model.state_dict(), before)
+    assert same_tensors(model.state_dict(), before)
+    assert not same_tensors(history.module.state_dict(), before)
 
 
 @pytest.mark.parametrize(

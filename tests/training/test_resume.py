@@ -16,13 +16,11 @@ from surgery import Growth
 from surgery.training.data.data import load_data
 from surgery.training.history import History
 from surgery.training.loop import train
+from tests.helpers import assert_same, killed_after
+
+DIGITS = 160
 
 EPOCHS = 3
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_data("digits", limit=160)
 
 
 def net() -> nn.Module:
@@ -47,31 +45,19 @@ def result(history: History) -> list[tuple[float, float, object]]:
     return [(epoch.loss, epoch.lr, epoch.score) for epoch in history.epochs]
 
 
-def killed_after(steps: int):
-    def progress(task, done, total):
-        if done == steps:
-            raise KeyboardInterrupt
-
-    return progress
-
-
-def assert_same(one: nn.Module, other: nn.Module) -> None:
-    ours, theirs = one.state_dict(), other.state_dict()
-    assert list(ours) == list(theirs)
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-
-
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop"])
 @pytest.mark.parametrize("steps", [1, 3, 4, 6])
 def test_a_training_that_is_killed_ends_with_the_same_weights(digits, tmp_path, optimizer, steps):
     settings = {"epochs": EPOCHS, "batch_size": 64, "optimizer": optimizer, "test_each_epoch": True}
     whole = net()
     expected = train(whole, digits, **settings)
+    whole = expected.module
     settings.update(checkpoint=tmp_path / "training.pt", checkpoint_every=1)
     with pytest.raises(KeyboardInterrupt):
         train(net(), digits, **settings, progress=killed_after(steps))
     resumed, seen = net(), []
     history = train(resumed, digits, **settings, progress=lambda _, done, total: seen.append((done, total)))
+    resumed = history.module
     assert_same(resumed, whole)
     assert result(history) == result(expected)
     assert history.steps == expected.steps == 6
@@ -84,20 +70,20 @@ def test_augmented_images_are_the_same_after_a_break_between_epochs(tmp_path, wo
     data = load_data("digits", limit=130, augment="flip-crop")
     settings = {"epochs": 2, "batch_size": 64, "workers": workers}
     whole, resumed = net(), net()
-    train(whole, data, **settings)
+    whole = train(whole, data, **settings).module
     with pytest.raises(KeyboardInterrupt):
         train(net(), data, **settings, checkpoint=tmp_path / "a.pt", progress=killed_after(3))
-    train(resumed, data, **settings, checkpoint=tmp_path / "a.pt")
+    resumed = train(resumed, data, **settings, checkpoint=tmp_path / "a.pt").module
     assert_same(resumed, whole)
 
 
 def test_augmented_images_are_the_same_after_a_break_in_an_epoch(tmp_path):
     data = load_data("digits", limit=200, augment="flip-crop")
     whole, resumed = net(), net()
-    train(whole, data, epochs=1)
+    whole = train(whole, data, epochs=1).module
     with pytest.raises(KeyboardInterrupt):
         train(net(), data, epochs=1, checkpoint=tmp_path / "a.pt", checkpoint_every=1, progress=killed_after(2))
-    train(resumed, data, epochs=1, checkpoint=tmp_path / "a.pt", checkpoint_every=1)
+    resumed = train(resumed, data, epochs=1, checkpoint=tmp_path / "a.pt", checkpoint_every=1).module
     assert_same(resumed, whole)
 
 
@@ -111,7 +97,7 @@ def test_a_model_that_grows_goes_on_at_the_size_that_it_had(digits, tmp_path, st
         train(traced(), digits, **settings, progress=killed_after(steps))
     history = train(traced(), digits, **settings)
     assert history.steps == expected.steps == 5
-    assert_same(history.model, expected.model)
+    assert_same(history.module, expected.module)
     assert result(history) == result(expected)
     for ours, theirs in zip(history.growths, expected.growths, strict=True):
         assert replace(ours, seconds=0.0) == replace(theirs, seconds=0.0)
@@ -121,11 +107,14 @@ def test_what_is_over_is_not_done_again(digits, tmp_path):
     first, second = net(), net()
     path = tmp_path / "of" / "a" / "run.pt"
     before = train(first, digits, epochs=1, checkpoint=path)
+    first = before.module
 
     def no_step(*_):
         raise AssertionError("a step was taken")
 
-    assert train(second, digits, epochs=1, checkpoint=path, loss_fn=no_step) == before
+    again = train(second, digits, epochs=1, checkpoint=path, loss_fn=no_step)
+    assert again == before
+    second = again.module
     assert_same(second, first)
 
 
@@ -146,7 +135,7 @@ def test_a_checkpoint_of_another_training_is_refused(digits, tmp_path):
     with torch.no_grad():
         other[0].bias += 1
     with pytest.raises(surgery.UsageError, match="another training, with model"):
-        train(other, digits, epochs=1, identity={"teacher": "a"}, checkpoint=path)
+        other = train(other, digits, epochs=1, identity={"teacher": "a"}, checkpoint=path).module
     with pytest.raises(surgery.UsageError, match="another training, with other settings"):
         train(net(), digits, epochs=1, checkpoint=path)
 
@@ -193,7 +182,7 @@ def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_training(digi
 @pytest.mark.parametrize("error", [OSError("no space left"), RuntimeError("unexpected pos 8704")])
 def test_a_disk_that_is_full_costs_neither_the_checkpoint_nor_more_space(digits, tmp_path, monkeypatch, error):
     whole, resumed, written = net(), net(), []
-    train(whole, digits, epochs=EPOCHS)
+    whole = train(whole, digits, epochs=EPOCHS).module
     settings = {"epochs": EPOCHS, "checkpoint": tmp_path / "training.pt"}
     save = torch.save
 
@@ -209,7 +198,7 @@ def test_a_disk_that_is_full_costs_neither_the_checkpoint_nor_more_space(digits,
         train(net(), digits, **settings)
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["training.pt"]
-    train(resumed, digits, **settings)
+    resumed = train(resumed, digits, **settings).module
     assert_same(resumed, whole)
 
 
@@ -221,5 +210,5 @@ def test_what_is_no_checkpoint_is_refused(digits, tmp_path):
     torch.save({"format": 0}, path)
     with pytest.raises(surgery.UsageError, match="is a checkpoint of another version"):
         train(net(), digits, epochs=1, checkpoint=path)
-    with pytest.raises(surgery.UsageError, match="checkpoint_every is 0: it must be at least 1 step"):
+    with pytest.raises(surgery.UsageError, match="checkpoint_every must be a whole number of at least 1, not 0"):
         train(net(), digits, epochs=1, checkpoint_every=0)

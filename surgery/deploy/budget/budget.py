@@ -2,7 +2,7 @@
 
 What a slim model takes is predicted (`surgery.deploy.budget.predict`) and then measured, on the whole of it: tables of
 layers' latencies do not add up. What was measured corrects the next prediction, until a model keeps to the budget and
-nearly uses it. Latency is measured beside the dense model's, in turns: a machine that is slower for a while would look
+nearly uses it. Latency is measured next to the dense model's, in turns: a machine that is slower for a while would look
 like a slower model otherwise, and too much would be cut off.
 """
 
@@ -21,20 +21,20 @@ from torch import nn
 from surgery.axes.analysis import analyse
 from surgery.axes.groups import DimensionGroup
 from surgery.counting.cost import cost
-from surgery.deploy.budget.parts import Clock, Timer, judged, parts, slimmed_alone
+from surgery.deploy.budget.clock import Clock, Timer
+from surgery.deploy.budget.judge import judge
+from surgery.deploy.budget.parts import parts, slimmed_alone
 from surgery.deploy.budget.predict import Array, Latency, Layers, Linear
 from surgery.deploy.budget.widths import Levels, Widths
 from surgery.deploy.measure.jobs import Runner
 from surgery.errors import EditError, UsageError, whole_number
 from surgery.operations.slim import fit_units, slim
 from surgery.progress import Progress
+from surgery.settings import BudgetSettings, accepts
 from surgery.training.data.data import Data
 
 KINDS: Mapping[str, str] = {"latency_ms": "ms", "macs": "MACs", "params": "parameters", "bytes": "bytes"}
 """What a budget can be of, and its unit."""
-
-LEAST = 0.125
-"""The rate below which no part is slimmed, unless another is given."""
 
 _SLACK = 1.5
 """Times a budget of latency that the smallest model may take before all else is measured: noise can be as much."""
@@ -96,6 +96,7 @@ class Budgeted:
         return {**plain, "rates": dict(self.rates), "damage": damage, "trials": [asdict(t) for t in self.trials]}
 
 
+@accepts(BudgetSettings)
 def slim_to_budget(
     module: nn.Module,
     *,
@@ -105,18 +106,10 @@ def slim_to_budget(
     bytes: float | None = None,
     data: Data | None = None,
     by: str = "group",
-    importance: str = "magnitude",
+    importance: str = "prefix",
     round_to: int | None = None,
-    least: float = LEAST,
-    tolerance: float = 0.05,
-    rounds: int = 8,
-    runtime: str = "onnxruntime",
-    batch_size: int = 1,
-    threads: int | None = None,
-    device: str = "cpu",
-    min_seconds: float = 1.0,
+    settings: BudgetSettings = BudgetSettings(),
     timer: Timer | None = None,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> Budgeted:
     """Slim a model to a budget, each part of it at a rate of its own; it is to be fine-tuned afterwards.
@@ -130,35 +123,29 @@ def slim_to_budget(
         data: damage is the increase of the loss on up to 512 of its *training* images when a part is slimmed alone;
             without data it is the share of the part's weights that goes, by their squares.
         by: what has a rate of its own: each ``"group"``, or ``"stage"`` (`surgery.deploy.budget.parts.parts`).
-        importance: which channels are kept, as in `surgery.slim`.
+        importance: which channels are kept, as in `surgery.slim`; ``"magnitude"`` suits a trained model.
         round_to: widths are rounded up to a multiple of it. By default, for latency, 8, 16 or 32 if models of such
             widths were measured to be faster for their size, and 1 elsewhere.
-        least: no part is slimmed below this rate.
-        tolerance: a model that takes at least ``1 - tolerance`` of the budget is not improved on.
-        rounds: models that are made and measured on the way to the budget, at the most.
-        runtime, batch_size, threads, device, min_seconds: how models are timed, as in `surgery.benchmark`.
-        timer: times them instead: from modules by name to ms by name, on the machine they are meant for, say.
+        settings: how models are timed and searched, see `surgery.BudgetSettings`; its fields may be given as keywords.
+        timer: times the models instead: from modules by name to ms by name, on the machine they are meant for, say.
         progress: told of ``"probe"`` (for latency), ``"damage"`` and ``"search"``, in this order.
+
+    Returns:
+        The slim model as ``.module``, with what was predicted and measured on the way.
 
     Raises:
         UsageError: no budget or several, or a setting out of range.
         EditError: no rates of at least ``least`` were found that keep to the budget; says what the smallest takes.
+
+    Example:
+        >>> slim = surgery.slim_to_budget(traced, latency_ms=5.0, data=data, importance="magnitude").module
     """
-    given = {"latency_ms": latency_ms, "macs": macs, "params": params, "bytes": bytes}
-    budgets = {kind: value for kind, value in given.items() if value is not None}
-    if len(budgets) != 1:
-        raise UsageError(f"give one budget, of {', '.join(KINDS)}, not {len(budgets)}")
-    ((kind, limit),) = budgets.items()
-    for name, value, above, most in (
-        (kind, limit, 0, math.inf), ("least", least, 0, 1), ("tolerance", tolerance, 0, 1)
-    ):  # fmt: skip
-        if not above < value <= most:
-            raise UsageError(f"{name} is {value}: it must be above {above}" + (f" and at most {most}" * (most == 1)))
-    whole_number("rounds", rounds, 1)
+    kind, limit = _budget(latency_ms=latency_ms, macs=macs, params=params, bytes=bytes)
     tell = progress or (lambda task, done, total: None)
     found = parts(module, by)
-    clock = Clock(runtime, batch_size, threads, device, min_seconds, seed, timer)
-    space = Widths(module, found, least, 1 if round_to is None else whole_number("round_to", round_to, 1), importance)
+    clock = Clock(settings.timing(), timer)
+    least, multiple = settings.least, 1 if round_to is None else whole_number("round_to", round_to, 1)
+    space = Widths(module, found, least, multiple, importance)
 
     before = _taken(module, kind, clock)
     common: dict[str, Any] = {"kind": kind, "limit": limit, "importance": importance}
@@ -173,13 +160,13 @@ def slim_to_budget(
         if kind == "latency_ms":
             dense = stack.enter_context(clock.ready(module))
             predict, before, space.round_to = _probed(module, dense, space, clock, before, round_to, tell)
-            measure = partial(_beside, dense, before=before, limit=limit, clock=clock)
+            measure = partial(_latency_of, dense, before=before, limit=limit, clock=clock)
         else:
             predict, measure = _counting(space.layers, module, kind), partial(_counted, kind=kind)
         damage = _damage(module, found, data, space, tell)
         space.prepare(damage)
-        search = _Search(space, predict, measure, limit, tolerance, KINDS[kind])
-        levels, trial = search.run(rounds, tell)
+        search = _Search(space, predict, measure, limit, settings.tolerance, KINDS[kind])
+        levels, trial = search.run(settings.rounds, tell)
     return Budgeted(
         module=space.made(levels),
         before=before,
@@ -193,13 +180,24 @@ def slim_to_budget(
     )
 
 
+def _budget(**given: float | None) -> tuple[str, float]:
+    """The kind of the one budget that is given, and its limit."""
+    budgets = {kind: value for kind, value in given.items() if value is not None}
+    if len(budgets) != 1:
+        raise UsageError(f"give one budget, of {', '.join(KINDS)}, not {len(budgets)}")
+    ((kind, limit),) = budgets.items()
+    if not 0 < limit <= math.inf:
+        raise UsageError(f"{kind} is {limit}: it must be above 0")
+    return kind, limit
+
+
 def refuse_unreachable(
     module: nn.Module,
     limits: Sequence[tuple[str, float]],
     *,
-    least: float = LEAST,
+    least: float = BudgetSettings.least,
     round_to: int = 1,
-    importance: str = "magnitude",
+    importance: str = "prefix",
     clock: Clock,
 ) -> None:
     """Raise `EditError` for a limit, of one of `KINDS`, that the model does not keep to even at the least widths.
@@ -232,8 +230,8 @@ def _taken(module: nn.Module, kind: str, clock: Clock) -> float:
     return clock.times({"": module})[""].ms if kind == "latency_ms" else _counted(module, kind)
 
 
-def _beside(dense: nn.Module | Runner, module: nn.Module, *, before: float, limit: float, clock: Clock) -> float:
-    """The latency of a module beside the dense model's, which is ``before``; the larger of two where it keeps to the
+def _latency_of(dense: nn.Module | Runner, module: nn.Module, *, before: float, limit: float, clock: Clock) -> float:
+    """The latency of a module next to the dense model's, which is ``before``; the larger of two where it keeps to the
     limit."""
     with clock.ready(module) as slimmed:
         taken = 0.0
@@ -264,14 +262,14 @@ def _probed(
 ) -> tuple[Latency, float, int]:
     """A prediction of latency, fitted to the model with each stage slimmed alone and all of them together; what the
     dense model takes, the less of ``before`` and what it took now; and the multiple that widths are best rounded to."""
-    stages = parts(module, "stage")
+    stages, analysis = parts(module, "stage"), analyse(module)
     probes: dict[str, nn.Module | Runner] = {"dense": dense}
     kept: dict[str, Array] = {"dense": np.ones(len(space.groups))}
 
     def add(name: str, rates: Mapping[str, float] | float, multiple: int) -> None:
         options: dict[str, Any] = {"round_to": multiple, "importance": space.importance}
         probes[name] = slim(module, rates, **options)
-        kept[name] = space.kept(fit_units(analyse(module), module, rates, multiple))
+        kept[name] = space.kept(fit_units(analysis, module, rates, multiple))
 
     for name, groups in stages.items():
         add(f"stage {name}", {g.name: 0.5 for g in groups}, space.round_to)
@@ -306,11 +304,11 @@ def _damage(
     if data is None:
         return space.weights_lost(_RATES)
     damage: dict[str, dict[float, float]] = {name: {} for name in found}
-    before = judged(module, data.train, most=_JUDGED).loss
+    before = judge(module, data.train, most=_JUDGED).loss
     for number, rate in enumerate(_RATES):
         alone = slimmed_alone(module, found, rate, importance=space.importance)
         for done, (name, candidate) in enumerate(alone, 1):
-            damage[name][rate] = judged(candidate, data.train, most=_JUDGED).loss - before
+            damage[name][rate] = judge(candidate, data.train, most=_JUDGED).loss - before
             tell("damage", number * len(found) + done, len(_RATES) * len(found))
     return damage
 

@@ -15,7 +15,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import nn
 
 from surgery.counting.cost import Cost, cost
-from surgery.deploy.budget.parts import Clock, Judged, Timer, judged, parts, slimmed_alone
+from surgery.deploy.budget.clock import Clock, Timer
+from surgery.deploy.budget.judge import Judged, judge
+from surgery.deploy.budget.parts import parts, slimmed_alone
 from surgery.deploy.measure.benchmark import Ratio
 from surgery.deploy.measure.environment import Environment, environment
 from surgery.deploy.measure.ratios import noise
@@ -25,6 +27,7 @@ from surgery.graph.traced import info
 from surgery.models import short
 from surgery.operations.slim import slim
 from surgery.progress import Progress
+from surgery.settings import TimingSettings, accepts
 from surgery.training.data.data import Data
 
 _INK, _LOSS, _TIME = "#222222", "#b3452c", "#0b6e99"
@@ -89,7 +92,7 @@ class Sensitivity:
 
     @property
     def name(self) -> str:
-        """The model's name without what its source says beside it."""
+        """The model's name without what its source says besides it."""
         return short(self.source)
 
     @property
@@ -146,6 +149,7 @@ class Sensitivity:
         }
 
 
+@accepts(TimingSettings)
 def sensitivity(
     module: nn.Module,
     data: Data,
@@ -155,13 +159,8 @@ def sensitivity(
     importance: str = "prefix",
     round_to: int = 1,
     limit: int | None = None,
-    runtime: str = "onnxruntime",
-    batch_size: int = 1,
-    threads: int | None = None,
-    device: str = "cpu",
-    min_seconds: float = 1.0,
+    settings: TimingSettings = TimingSettings(),
     timer: Timer | None = None,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> Sensitivity:
     """Slim each part of a trained model alone, and measure what accuracy that costs and what time it saves.
@@ -171,17 +170,23 @@ def sensitivity(
 
     Args:
         module: a traced module. It is not changed.
-        data: whose test images accuracy is taken on, or ``limit`` of them.
+        data: whose test images accuracy is measured on, or ``limit`` of them.
         rate: at which each part is slimmed.
         by: what a part is: each dimension ``"group"``, or ``"stage"`` (`surgery.deploy.budget.parts.parts`).
         importance, round_to: as in `surgery.slim`.
-        runtime, batch_size, threads, device, min_seconds: how models are timed, as in `surgery.benchmark`.
-        timer: times them instead: from modules by name to ms by name.
+        settings: how models are timed, see `surgery.TimingSettings`; its fields may be given as keywords.
+        timer: times the models instead: from modules by name to ms by name.
         progress: told of ``"score"`` and ``"time"``.
+
+    Returns:
+        A row for each part, in the order of the forward pass.
 
     Raises:
         UsageError: a rate outside (0, 1], or another unknown setting.
         EditError: nothing in the model can be slimmed.
+
+    Example:
+        >>> surgery.sensitivity(traced, data, rate=0.5, by="stage").to_rows()
     """
     if limit is not None and limit < 1:
         raise UsageError(f"limit is {limit}: it must be at least 1")
@@ -191,10 +196,10 @@ def sensitivity(
     modules.update(slimmed_alone(module, found, rate, round_to=round_to, importance=importance))
     scores = {}
     for done, (name, candidate) in enumerate(modules.items(), 1):
-        scores[name] = judged(candidate, data.test, most=limit)
+        scores[name] = judge(candidate, data.test, most=limit)
         if progress is not None:
             progress("score", done, len(modules))
-    clock = Clock(runtime, batch_size, threads, device, min_seconds, seed, timer, check=True)
+    clock = Clock(settings, timer, check=True)
     times = clock.times(modules, progress)
     dense, *rows = (
         Slimmed(

@@ -43,7 +43,7 @@ class Operation:
             return f"{self.kind}:{';'.join(f'{name}={_text(value)}' for name, value in self.amount.items())}"
         return f"{self.kind}={_text(self.amount)}"
 
-    def done_to(self, module: nn.Module, *, round_to: int, importance: str, seed: int) -> nn.Module:
+    def apply(self, module: nn.Module, *, round_to: int, importance: str, seed: int) -> nn.Module:
         """A new module to which it is done."""
         amount: Any = self.amount
         if self.kind == "slim":
@@ -81,11 +81,11 @@ class Candidate:
         """A name for its files."""
         return f"rate-{self.name}" if self.uniform_rate is not None else folder_name(self.name)
 
-    def made(self, dense: nn.Module, *, round_to: int = 1, importance: str = "prefix", seed: int = 0) -> nn.Module:
+    def apply(self, dense: nn.Module, *, round_to: int = 1, importance: str = "prefix", seed: int = 0) -> nn.Module:
         """The candidate, carved and grown from the dense model, not trained further."""
         module = dense
         for operation in self.operations:
-            module = operation.done_to(module, round_to=round_to, importance=importance, seed=seed)
+            module = operation.apply(module, round_to=round_to, importance=importance, seed=seed)
         return module
 
 
@@ -181,7 +181,7 @@ def parse(text: str) -> Candidate | Budget:
     return of_rate(only.amount) if len(operations) == 1 and only.kind == "slim" else Candidate(tuple(operations))
 
 
-def chosen(split_rates: Sequence[Rate], candidates: Sequence[str]) -> tuple[Candidate | Budget, ...]:
+def plan_candidates(split_rates: Sequence[Rate], candidates: Sequence[str]) -> tuple[Candidate | Budget, ...]:
     """The candidates of a run: rates for the whole model, from 1 downwards, and then the others as they were given.
 
     Raises:

@@ -41,7 +41,7 @@ def _content(result: Tradeoff) -> dict[str, Any]:
     data, here = result.data, result.environment
     front = result.front
     points = [_point(point, on_front=point in front) for point in result.points]
-    threads = counted(result.settings.threads, "thread")
+    threads = counted(result.points[0].latency.threads, "thread")
     facts = {
         "model": result.source,
         "data": f"{data.source}: {data.train_images} images to train on, {data.test_images} to test on",

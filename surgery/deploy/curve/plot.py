@@ -77,7 +77,7 @@ def _point(axes: Axes, point: Point, limit: float, *, on_front: bool) -> None:
 
 
 def _names(figure: Figure, axes: Axes, result: Tradeoff) -> None:
-    """Each point's name beside it. The figure is laid out first, for places are found in its pixels."""
+    """Each point's name next to it. The figure is laid out first, for places are found in its pixels."""
     points = [*result.front, *(p for p in result.points if p not in result.front)]
     labels = [
         axes.annotate(
@@ -124,9 +124,9 @@ def _flipped(box: BboxBase, height: float) -> Box:
 
 
 def _frame(axes: Axes, result: Tradeoff) -> None:
-    settings, data = result.settings, result.data
+    data, threads = result.data, counted(result.points[0].latency.threads, "thread")
     said = (
-        f"ONNX Runtime, CPU, {counted(settings.threads, 'thread')}, one {data.image_size} x {data.image_size} image at "
+        f"ONNX Runtime, CPU, {threads}, one {data.image_size} x {data.image_size} image at "
         f"a time; {data.test_images} test images"
     )
     warned = textwrap.wrap(f"The machine was {result.too_noisy}.", 120) if result.too_noisy else []

@@ -12,6 +12,7 @@ from surgery.deploy.measure.benchmark import BenchmarkResult, Ratio
 from surgery.deploy.measure.environment import Environment
 from surgery.deploy.measure.ratios import noise
 from surgery.models import short
+from surgery.settings import TradeoffSettings
 from surgery.training.data.data import Data, Normalisation
 from surgery.training.history import History, Score
 
@@ -86,26 +87,6 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a run was asked to do; with the source and the data set it can be repeated."""
-
-    candidates: tuple[str, ...]
-    round_to: int
-    importance: str
-    epochs: int
-    teach: str
-    finetune_epochs: int
-    hint_epochs: int
-    generations: int
-    lr: float
-    batch_size: int
-    weights: str | None
-    limit: int | None
-    threads: int
-    seed: int
-
-
-@dataclass(frozen=True)
 class DataSummary:
     """The data a run was trained and tested on; images are scaled to ``image_size`` pixels and normalised."""
 
@@ -127,7 +108,8 @@ class Tradeoff:
 
     source: str
     data: DataSummary
-    settings: Settings
+    settings: TradeoffSettings
+    """As given, with the weights and the threads that were used."""
     points: tuple[Point, ...]
     history: History | None
     """How the dense model was trained; None if it was not."""
@@ -146,7 +128,7 @@ class Tradeoff:
 
     @property
     def name(self) -> str:
-        """The model's name without what its source says beside it."""
+        """The model's name without what its source says besides it."""
         return short(self.source)
 
     @property
@@ -176,7 +158,7 @@ class Tradeoff:
             "source": self.source,
             "command": self.command,
             "data": asdict(self.data),
-            "settings": asdict(self.settings),
+            "settings": {"candidates": [point.name for point in self.points], **self.settings.to_dict()},
             "points": points,
             "history": self.history.to_dict() if self.history else None,
             "reused": list(self.reused),

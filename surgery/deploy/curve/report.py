@@ -7,9 +7,9 @@ from pathlib import Path
 
 from surgery.deploy.curve.html import page
 from surgery.deploy.curve.plot import draw
-from surgery.deploy.curve.points import Point, Settings, Tradeoff
-from surgery.deploy.curve.teaching import TEACHERS
+from surgery.deploy.curve.points import Point, Tradeoff
 from surgery.folders import write_table
+from surgery.settings import TEACHERS, TradeoffSettings
 from surgery.units import counted, mebibytes, quantity
 
 
@@ -136,7 +136,7 @@ def _speedup(point: Point) -> str:
 def _method(result: Tradeoff) -> str:
     settings, data = result.settings, result.data
     trained = f"trained for {counted(settings.epochs, 'epoch')}" if settings.epochs else "taken as it was"
-    threads = counted(settings.threads, "thread")
+    threads = counted(result.points[0].latency.threads, "thread")
     notes = [f"- At {p.name}: {note}." for p in result.points for note in p.latency.notes]
     which = "the first ceil(s n) channels of every layer were carved out of it (KELS)"
     if settings.importance != "prefix":
@@ -174,7 +174,7 @@ def _checked(result: Tradeoff) -> str:
     return f"; the first model's to itself is {own.value:.3f} ({own.low:.3f} – {own.high:.3f})"
 
 
-def _tuned(settings: Settings) -> str:
+def _tuned(settings: TradeoffSettings) -> str:
     """How candidates were trained, in words."""
     if settings.finetune_epochs == 0:
         return "not trained further"

@@ -124,7 +124,7 @@ def data_identity(data: Data) -> dict[str, Any]:
     }
 
 
-def linked(source: Path, target: Path) -> None:
+def link_folder(source: Path, target: Path) -> None:
     """``source`` also as ``target``: the same files where the file system can, copies of them elsewhere."""
 
     def link(file: str, other: str) -> None:
@@ -139,7 +139,7 @@ def linked(source: Path, target: Path) -> None:
 def _read(path: Path) -> dict[str, Any]:
     content = _plain(path)
     if not {"key", "score", "training"} <= set(content):
-        raise UsageError(f"{path} is not complete: remove its folder to train that model anew")
+        raise UsageError(f"{path} is not complete: remove its folder to train that model again")
     return content
 
 
@@ -147,7 +147,7 @@ def _plain(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}): remove its folder to train that model anew") from error
+        raise UsageError(f"{path} cannot be read ({error}): remove its folder to train that model again") from error
     assert isinstance(content, dict)
     return content
 

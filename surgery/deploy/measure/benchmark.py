@@ -3,7 +3,7 @@
 How it is measured. One query follows another (MLPerf's single stream), each timed by itself, for averages over blocks
 have no tail. A query starts with its inputs on the device (in numpy arrays for ONNX Runtime on the CPU) and ends when
 its outputs are there. Python's garbage collector rests meanwhile, and the process keeps to as many cores as it has
-threads. Candidates that are compared take turns, in an order drawn anew each round, so that a machine that slows down
+threads. Candidates that are compared take turns, in an order drawn for each round, so that a machine that slows down
 slows them all; what is said of them is the *ratio*. They are set up afresh several times
 (`surgery.deploy.measure.timing`), for two sessions of one file differ. And the first is measured against itself: what
 that shows is noise.
@@ -11,7 +11,6 @@ that shows is noise.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from surgery.deploy.measure.environment import Environment, environment, usable_cores
-from surgery.deploy.measure.jobs import Candidate, Job, Runner
+from surgery.deploy.measure.jobs import Job, Measurable, Runner
 from surgery.deploy.measure.memory import UnmeasuredError
 from surgery.deploy.measure.ratios import (
     Ratio,
@@ -33,8 +32,9 @@ from surgery.deploy.measure.ratios import (
 )
 from surgery.deploy.measure.runners import ready
 from surgery.deploy.measure.timing import Series, pinned, take_turns
-from surgery.errors import UsageError, whole_number
+from surgery.errors import UsageError
 from surgery.progress import Progress
+from surgery.settings import TimingSettings, accepts
 
 __all__ = ["BenchmarkResult", "Comparison", "Ratio", "benchmark", "compare", "ratio_of_medians", "sweep"]
 
@@ -49,7 +49,7 @@ class BenchmarkResult:
     and ``device_peak_memory_bytes`` on the GPU, see `surgery.deploy.measure.memory.peak_memory`; ``file_bytes``,
     external weights included. Derived: ``macs`` of one sample and ``params``, as `surgery.cost` counts them; for an
     ONNX file of other make, ``macs`` is unknown and ``params`` the number of elements of its floating-point
-    initialisers. What could not be had is None, and ``notes`` says why.
+    initialisers. Unmeasured fields are None; see ``notes``.
     """
 
     runtime: str
@@ -99,7 +99,7 @@ class Comparison:
     results: dict[str, BenchmarkResult]
     ratios: dict[str, Ratio]
     check: Ratio | None = None
-    """The A/A check: the baseline's ratio to itself, from a second session beside each; None if it was not made."""
+    """The A/A check: the baseline's ratio to itself, from a second session next to each; None if it was not made."""
     check_samples_ms: tuple[float, ...] = ()
     """What was timed for it."""
 
@@ -123,150 +123,101 @@ class Comparison:
         }
 
 
+@accepts(TimingSettings)
 def benchmark(
-    candidate: Candidate,
+    candidate: Measurable,
+    settings: TimingSettings = TimingSettings(),
     *,
-    runtime: str = "onnxruntime",
-    batch_size: int = 1,
     example_inputs: Any = None,
     kwargs: Mapping[str, Any] | None = None,
-    threads: int | None = None,
-    warmup: float = 5.0,
-    min_runs: int = 100,
-    min_seconds: float = 1.0,
-    sessions: int = 10,
-    device: str = "cpu",
-    memory: bool = True,
 ) -> BenchmarkResult:
     """Measure a module, or an ONNX file, in eval mode.
 
     Args:
         candidate: a module, which is not modified (for ONNX Runtime it is exported to a temporary file), or the path
             of an ONNX file.
-        runtime: ``"onnxruntime"``, ``"torch"`` (eager), ``"torch-compile"``; on a GPU also
-            ``"onnxruntime-tensorrt"``, ``"onnxruntime-cuda-graphs"`` and ``"torch-cuda-graphs"``.
-        batch_size: samples per query, axis 0 of the inputs.
+        settings: see `surgery.TimingSettings`; its fields may be given as keywords. ``runtime`` is ``"onnxruntime"``,
+            ``"torch"`` (eager) or ``"torch-compile"``; on a GPU also ``"onnxruntime-tensorrt"``,
+            ``"onnxruntime-cuda-graphs"`` and ``"torch-cuda-graphs"``. Measuring goes on until ``min_runs`` and
+            ``min_seconds`` are both reached, in ``sessions``, so that no one place in memory decides.
         example_inputs: a tensor or a tuple of positional inputs, ``kwargs`` the named ones, of any batch size. A traced
             module and an ONNX file with one open axis, the batch, need none.
-        threads: intra-op threads, on as many cores; by default, all the cores this process may use.
-        warmup: the most seconds to warm up for. Warming up ends as soon as the median of five runs is within 5% of
-            the median of the five before; ``warmup_settled`` says whether it came to that.
-        min_runs, min_seconds: go on until both are reached: queries, and seconds spent in them.
-        sessions: how often to set the model up afresh, so that no one place in memory decides.
-        device: ``"cpu"`` or ``"cuda"``.
-        memory: measure peak memory too, in a process of its own (some seconds).
+
+    Returns:
+        Latencies in ms, throughput in samples/s, memory and file size in bytes, and the raw samples.
 
     Raises:
         UsageError: the runtime or device is unknown or not here, or the inputs do not fit.
         ExportError: the module cannot be exported.
+
+    Example:
+        >>> surgery.benchmark(traced, batch_size=8, threads=2).p50_ms
     """
-    compared = compare(
-        {"": candidate},
-        runtime=runtime,
-        batch_size=batch_size,
-        example_inputs=example_inputs,
-        kwargs=kwargs,
-        threads=threads,
-        warmup=warmup,
-        min_runs=min_runs,
-        min_seconds=min_seconds,
-        sessions=sessions,
-        device=device,
-        memory=memory,
-        check=False,
-    )
-    return compared.results[""]
+    return compare({"": candidate}, settings, example_inputs=example_inputs, kwargs=kwargs, check=False).results[""]
 
 
+@accepts(TimingSettings)
 def compare(
-    candidates: Mapping[str, Candidate | Runner],
+    candidates: Mapping[str, Measurable | Runner],
+    settings: TimingSettings = TimingSettings(),
     *,
-    runtime: str = "onnxruntime",
-    batch_size: int = 1,
     example_inputs: Any = None,
     kwargs: Mapping[str, Any] | None = None,
-    threads: int | None = None,
-    warmup: float = 5.0,
-    min_runs: int = 100,
-    min_seconds: float = 1.0,
-    sessions: int = 10,
-    device: str = "cpu",
-    memory: bool = True,
     check: bool = True,
-    confidence: float = 0.95,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> Comparison:
     """Measure several models in one run, taking turns, and each one's latency relative to the first.
 
-    The interval of a ratio is a bootstrap over sessions, see `surgery.deploy.measure.ratios.ratio_over_sessions`.
+    The interval of a ratio is a bootstrap over sessions, see `surgery.deploy.measure.ratios.ratio_over_sessions`. Each
+    candidate answers the same number of queries.
 
-    Takes what `benchmark` takes, and, for a candidate that is measured again and again, what
-    `surgery.deploy.measure.runners.ready` made of it for the same batch size, threads and device. Each candidate
-    answers the same number of queries, at least ``min_runs``, and on average they spend at least ``min_seconds`` on
-    them. ``check`` measures the first against itself as well, which takes as long as one candidate more. ``seed`` draws
-    the orders and the resamples. ``progress`` is told of each candidate that is ready to be timed (``"prepare"``),
-    since an export takes seconds.
+    Args:
+        candidates: by name, as in `benchmark`; one that is measured again and again may be what
+            `surgery.deploy.measure.runners.ready` made of it for the same batch size, threads and device.
+        settings, example_inputs, kwargs: as in `benchmark`.
+        check: measure the first against itself as well, which takes as long as one candidate more.
+        progress: told of each candidate that is ready to be timed (``"prepare"``), since an export takes seconds.
+
+    Returns:
+        Each candidate's result, and its ratio to the first, the baseline.
 
     Raises:
         UsageError: as `benchmark` does; or the sessions are too few for the ``confidence`` (1 is allowed: its interval
             covers one session's rounds alone).
+
+    Example:
+        >>> surgery.compare({"dense": traced, "slim": slim}, min_seconds=2.0).ratios["slim"].value
     """
-    threads = usable_cores() if threads is None else threads
-    numbers = {"batch_size": batch_size, "threads": threads, "min_runs": min_runs, "sessions": sessions}
-    _refuse(candidates, numbers, min_seconds, confidence)
-    whole_number("seed", seed, 0)
+    if not candidates:
+        raise UsageError("nothing to measure: no candidates were given")
+    threads = usable_cores() if settings.threads is None else settings.threads
     if check or len(candidates) > 1:
-        refuse_few_sessions(sessions, confidence)
+        refuse_few_sessions(settings.sessions, settings.confidence)
     here = environment()
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(settings.seed)
     with ExitStack() as stack:
         stack.enter_context(_torch_threads(threads))
         cores = stack.enter_context(pinned(threads))
-        stack.enter_context(torch.random.fork_rng(devices=[] if device == "cpu" else None))
-        job = Job("", example_inputs, kwargs, batch_size, threads, device)
+        stack.enter_context(torch.random.fork_rng(devices=[] if settings.device == "cpu" else None))
+        job = Job("", example_inputs, kwargs, settings.batch_size, threads, settings.device)
         runners = {}
         for name, candidate in candidates.items():
             runners[name] = (
                 candidate
                 if isinstance(candidate, Runner)
-                else stack.enter_context(ready(runtime, replace(job, candidate=candidate)))
+                else stack.enter_context(ready(settings.runtime, replace(job, candidate=candidate)))
             )
             if progress is not None:
                 progress("prepare", len(runners), len(candidates))
         setups = [runner.start for runner in runners.values()]
-        series = take_turns(
-            [*setups, *setups[:check]],
-            sessions=sessions,
-            warmup=warmup,
-            min_runs=min_runs,
-            min_seconds=min_seconds,
-            rng=rng,
-        )
-        results = {}
-        for (name, runner), own in zip(runners.items(), series[: len(runners)], strict=True):
-            peak, device_peak, missing = _peak_memory(runner) if memory else (None, None, ())
-            results[name] = BenchmarkResult(
-                runtime=runtime,
-                device=device,
-                threads=threads,
-                batch_size=batch_size,
-                input_shapes=runner.input_shapes,
-                **_statistics(own, batch_size),
-                peak_memory_bytes=peak,
-                device_peak_memory_bytes=device_peak,
-                file_bytes=runner.file_bytes,
-                macs=runner.macs,
-                params=runner.params,
-                warmup_runs=own.warmup_runs,
-                warmup_settled=own.settled,
-                notes=(*missing, *_doubts(own)),
-                environment=here,
-                cores=cores,
-            )
+        series = take_turns([*setups, *setups[:check]], settings, rng)
+        results = {
+            name: _result(runner, own, settings, threads=threads, cores=cores, environment=here)
+            for (name, runner), own in zip(runners.items(), series[: len(runners)], strict=True)
+        }
 
     def ratio(own: Series) -> Ratio:
-        return ratio_over_sessions(own.sessions, series[0].sessions, confidence, rng)
+        return ratio_over_sessions(own.sessions, series[0].sessions, settings.confidence, rng)
 
     names = list(runners)
     ratios = {name: ratio(own) for name, own in zip(names[1:], series[1 : len(names)], strict=True)}
@@ -280,21 +231,34 @@ def compare(
     )
 
 
-def sweep(candidates: Mapping[str, Candidate], batch_sizes: Sequence[int], **options: Any) -> dict[int, Comparison]:
-    """`compare`, with its other ``options``, at several batch sizes, one after the other."""
+def sweep(candidates: Mapping[str, Measurable], batch_sizes: Sequence[int], **options: Any) -> dict[int, Comparison]:
+    """Run `compare`, with its other ``options``, at several batch sizes, one after the other.
+
+    Returns:
+        The comparison at each batch size.
+    """
     return {size: compare(candidates, batch_size=size, **options) for size in batch_sizes}
 
 
-def _refuse(candidates: Mapping[str, Any], numbers: Mapping[str, int], min_seconds: float, confidence: float) -> None:
-    if not candidates:
-        raise UsageError("nothing to measure: no candidates were given")
-    for name, value in numbers.items():
-        if value < 1:
-            raise UsageError(f"{name} must be at least 1, not {value}")
-    if not 0 <= min_seconds < math.inf:
-        raise UsageError(f"min_seconds must be at least 0, not {min_seconds}")
-    if not 0 < confidence < 1:
-        raise UsageError(f"confidence must lie between 0 and 1, not {confidence}")
+def _result(runner: Runner, own: Series, settings: TimingSettings, **circumstances: Any) -> BenchmarkResult:
+    """What was timed of a model, with its memory."""
+    peak, device_peak, missing = _peak_memory(runner) if settings.memory else (None, None, ())
+    return BenchmarkResult(
+        runtime=settings.runtime,
+        device=settings.device,
+        batch_size=settings.batch_size,
+        input_shapes=runner.input_shapes,
+        **_statistics(own, settings.batch_size),
+        peak_memory_bytes=peak,
+        device_peak_memory_bytes=device_peak,
+        file_bytes=runner.file_bytes,
+        macs=runner.macs,
+        params=runner.params,
+        warmup_runs=own.warmup_runs,
+        warmup_settled=own.settled,
+        notes=(*missing, *_doubts(own)),
+        **circumstances,
+    )
 
 
 @contextmanager

@@ -14,14 +14,15 @@ from surgery.deploy.measure.memory import Peak
 from surgery.deploy.measure.timing import Call
 from surgery.errors import UsageError
 
-Candidate: TypeAlias = nn.Module | str | os.PathLike[str]
+Measurable: TypeAlias = nn.Module | str | os.PathLike[str]
+"""A module, or the path of an ONNX file."""
 
 
 @dataclass(frozen=True)
 class Job:
     """What to run, and how."""
 
-    candidate: Candidate
+    candidate: Measurable
     example_inputs: Any
     kwargs: Mapping[str, Any] | None
     batch_size: int

@@ -25,7 +25,7 @@ class Ratio:
     """Latency of one candidate over that of the baseline: below 1 it is faster.
 
     ``low`` and ``high`` bound it with ``confidence``; where 1 lies between them, no difference was shown. Over several
-    ``sessions`` they cover what is drawn anew with each, such as where a model's weights come to lie in memory, by
+    ``sessions`` they cover what is drawn for each, such as where a model's weights come to lie in memory, by
     which two sessions of one file differ by 1 to 2%; within one session, what varies from round to round alone.
     """
 

@@ -1,9 +1,9 @@
 """Timing several candidates so that they can be compared: in sessions, in rounds, in turns.
 
-A *session* sets every candidate up afresh, in an order that is drawn, and warms it up. It is made of *rounds*, in each
-of which every candidate has a *turn*, in an order drawn anew. A turn of models that answer fast is several queries in a
-row, after one that is not counted: the model before has pushed this one's weights out of the caches, which is not how
-it would run by itself.
+A *session* sets every candidate up afresh, in an order that is drawn, and warms it up. It consists of *rounds*: in
+each, every candidate has a *turn*, in an order drawn for the round. A turn of models that answer fast is several
+queries in a row, after one that is not counted: the model before has pushed this one's weights out of the caches, which
+is not how it would run by itself.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 
 from surgery.deploy.measure.environment import usable_cores
 from surgery.deploy.measure.ratios import Array
+from surgery.settings import TimingSettings
 
 Call = Callable[[], object]
 """Answers one query: returns when the outputs are there."""
@@ -47,13 +48,7 @@ class Series:
 
 
 def take_turns(
-    setups: Sequence[Callable[[], Call]],
-    *,
-    sessions: int,
-    warmup: float,
-    min_runs: int,
-    min_seconds: float,
-    rng: np.random.Generator,
+    setups: Sequence[Callable[[], Call]], settings: TimingSettings, rng: np.random.Generator
 ) -> list[Series]:
     """Time candidates, each of which a call of its setup makes ready, until each has ``min_runs`` queries and all
     have spent ``min_seconds`` in them on average; both are shared out evenly among the sessions.
@@ -61,6 +56,7 @@ def take_turns(
     The first session warms each up for at most ``warmup`` seconds (see `_warm_up`), the others with a few runs: the
     machine is warm by then, and what a runtime does at first runs, it does at the very first ones.
     """
+    sessions, min_runs, min_seconds = settings.sessions, settings.min_runs, settings.min_seconds
     series = [Series() for _ in setups]
     turn = 1
     with _resting_collector():
@@ -70,7 +66,7 @@ def take_turns(
             for index in rng.permutation(len(runs)):
                 if session == 0:
                     one = series[index]
-                    one.warmup_runs, one.settled, milliseconds = _warm_up(runs[index], warmup)
+                    one.warmup_runs, one.settled, milliseconds = _warm_up(runs[index], settings.warmup)
                     typical.append(milliseconds)
                 else:
                     for _ in range(_WARM_AGAIN):

@@ -37,7 +37,7 @@ def torch_eager(job: Job, stack: ExitStack) -> Runner:
 
 def torch_compiled(job: Job, stack: ExitStack) -> Runner:
     """The module by `torch.compile`, for inputs of these sizes alone."""
-    # Each session compiles anew. Past this limit dynamo would run a module of the same class as it is, silently.
+    # Each session compiles again. Past this limit dynamo would run a module of the same class as it is, silently.
     stack.enter_context(
         torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
     )

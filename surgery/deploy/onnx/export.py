@@ -30,7 +30,7 @@ from surgery.models.inputs import Args, Kwargs, copied, is_list_of_images, resol
 from surgery.version import __version__
 
 _INLINE_LIMIT = 2**31 - 2**24
-"""Weights, in bytes, above which they are kept beside the graph: protobuf reads no message of 2 GiB or more."""
+"""Weights, in bytes, above which they are kept next to the graph: protobuf reads no message of 2 GiB or more."""
 _INLINE_RECIPE = 2**16
 """The longest recipe, in characters, that the file's properties hold; of a longer one they hold the hash alone."""
 
@@ -90,7 +90,7 @@ def export_onnx(
 
     Args:
         module: any module. It is not modified.
-        path: the file to write; its folder must exist. Weights above 2 GiB go to ``<path>.data`` beside it.
+        path: the file to write; its folder must exist. Weights above 2 GiB go to ``<path>.data`` next to it.
         example_inputs: a tensor or a tuple of positional inputs, ``kwargs`` the named ones; a traced module needs none.
         opset: the version of the ONNX operator set; torch's default where None.
         dynamic_batch: leave axis 0 of the inputs open (named ``batch``) and check batches 1, 2 and 3; otherwise the
@@ -105,7 +105,7 @@ def export_onnx(
         rtol: the largest relative error that passes: per output, max|onnx - torch| / max|torch|; 1e-4 where None.
             Detections are compared as such, in any order: scores and boxes to ``rtol``, 1e-3 where None.
         metadata: added to the properties the file carries.
-        force: replace ``path`` if it exists, and the weights beside it.
+        force: replace ``path`` if it exists, and the weights next to it.
 
     Raises:
         UsageError: the path, the inputs or an option are not usable.
@@ -164,20 +164,20 @@ def _refuse_path(path: Path, force: bool) -> None:
 def _place(draft: Path, path: Path, force: bool) -> None:
     """Move what was written to where it belongs.
 
-    Of a graph with weights beside it the old one goes first and the new one comes last: whenever a run is killed, no
+    Of a graph with weights next to it the old one goes first and the new one comes last: whenever a run is killed, no
     graph is left with the weights of another.
     """
     graph_last = sorted(draft.parent.iterdir(), key=lambda file: file == draft)
     for file in graph_last:  # the weights' file, or one that has appeared meanwhile, may be someone else's
         _refuse_path(path.parent / file.name, force)
-    if path.exists() and _weights_beside(path).is_file():
+    if path.exists() and _weights_file(path).is_file():
         path.unlink()
-        _weights_beside(path).unlink()
+        _weights_file(path).unlink()
     for file in graph_last:
         os.replace(file, path.parent / file.name)
 
 
-def _weights_beside(path: Path) -> Path:
+def _weights_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
@@ -186,7 +186,7 @@ def _write(exporter: str, order: Order, path: Path, properties: Mapping[str, str
     model = convert(exporter, order)
     _annotate(model, properties)
     size = sum(weight.const_value.nbytes for weight in model.graph.initializers.values() if weight.const_value)
-    ir.save(model, path, external_data=_weights_beside(path).name if size > _INLINE_LIMIT else None)
+    ir.save(model, path, external_data=_weights_file(path).name if size > _INLINE_LIMIT else None)
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

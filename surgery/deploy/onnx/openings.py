@@ -81,7 +81,7 @@ class Plan:
 
     @property
     def other_sizes(self) -> tuple[tuple[int, int], ...]:
-        """The image sizes (height, width), in pixels, that are compared beside that of the example inputs."""
+        """The image sizes (height, width), in pixels, that are compared besides that of the example inputs."""
         if not self.dynamic_size:
             return ()
         height, width = images_of(self.args, self.kwargs)[0].shape[-2:]

@@ -25,7 +25,7 @@ from surgery.graph.traced import named_tensors
 from surgery.progress import Progress
 from surgery.training.data.data import Derived, Images, count
 from surgery.training.data.fingerprint import images_digest, is_deterministic, module_digest
-from surgery.training.evaluation import in_mode
+from surgery.training.modes import in_mode
 from surgery.units import mebibytes
 
 MARKER = "teacher-outputs.json"
@@ -44,7 +44,7 @@ def cached_outputs(
     progress: Progress | None = None,
     task: str = "cache",
 ) -> Images:
-    """``images`` with the teacher's outputs beside them: items are (image, label, output, ...), in the same order.
+    """``images`` with the teacher's outputs next to them: items are (image, label, output, ...), in the same order.
 
     The teacher runs in ``eval()`` and without gradients, on its own device; it is left as it was. Outputs are kept on
     the CPU, in their own dtype.
@@ -124,9 +124,9 @@ def write_cache(
 
 
 def open_cache(folder: str | os.PathLike[str], images: Images) -> Images:
-    """``images`` with the outputs beside them that `write_cache` has written for them.
+    """``images`` with the outputs next to them that `write_cache` has written for them.
 
-    Files are mapped when an item is first read, in each worker of a loader anew.
+    Files are mapped when an item is first read, by each worker of a loader for itself.
 
     Raises:
         UsageError: there is no complete cache, or it is of other images.
@@ -140,7 +140,7 @@ def open_cache(folder: str | os.PathLike[str], images: Images) -> Images:
     if stored["images"] != found:
         raise UsageError(
             f"{folder} has a teacher's outputs for {stored['images']['count']} images, which are not these "
-            f"{found['count']}: write them anew with write_cache"
+            f"{found['count']}: write them again with write_cache"
         )
     entries = stored["outputs"]
     return _OnDisk(images, [folder / e["file"] for e in entries], [getattr(torch, e["dtype"]) for e in entries])

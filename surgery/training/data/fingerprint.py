@@ -33,7 +33,7 @@ def images_digest(images: Images) -> str:
 
 def training_digest(images: Images) -> str:
     """As `images_digest`, with the labels alone where images change from one reading to the next, and without what
-    items have beside both."""
+    items have besides both."""
     first = 0 if is_deterministic(images) else 1
     with _random_states():
         torch.manual_seed(0)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from surgery.training.data.data import Images, count
-from surgery.training.engine import mixed_seed
+from surgery.training.modes import mixed_seed
 
 
 class EpochOrder(Sampler[int]):

@@ -6,28 +6,29 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from surgery.errors import UsageError, whole_number
+from surgery.errors import UsageError
 from surgery.progress import Progress
 from surgery.selectors import Where
-from surgery.taps.hints import attach_hint, hint_loss
+from surgery.settings import DistillSettings, accepts, renamed
+from surgery.taps.hints import HintPair, attach_hint, hint_loss
 from surgery.taps.pairing import Guided
 from surgery.training.data.cache import cache_bytes, cached_outputs, open_cache
 from surgery.training.data.data import Data, Derived
 from surgery.training.data.fingerprint import is_deterministic, module_digest
-from surgery.training.descent import check_numbers, check_settings, check_trainable
+from surgery.training.descent import check_data, check_trainable
 from surgery.training.distilling.objectives import KD, Objective
 from surgery.training.distilling.observed import Observed, observe
-from surgery.training.engine import Engine, plain_modes
+from surgery.training.engine import Engine
 from surgery.training.evaluation import evaluate
 from surgery.training.history import History, Score
-from surgery.training.loop import classification_loss, label_loss, train
+from surgery.training.loop import classification_loss, label_loss, train_in_place
+from surgery.training.modes import plain_modes
 from surgery.training.resume import is_finished
 from surgery.training.run import Batch, LossFn
 
@@ -37,10 +38,10 @@ MEMORY_LIMIT = 2 * 2**30
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a distillation gave.
+    """What `surgery.distill` returns.
 
     Attributes:
-        student: a copy of the student that was given, trained; without regressors, heads and taps.
+        module: the trained copy of the student, without regressors, heads and taps.
         names: the guided layers and hints of stage 1.
         hints: how stage 1 went: its losses are hint losses.
         history: how stage 2 went.
@@ -49,13 +50,15 @@ class Distillation:
         score: of the student that came out.
     """
 
-    student: nn.Module = field(repr=False, compare=False)
+    module: nn.Module = field(repr=False, compare=False)
     names: tuple[tuple[str, str], ...]
     hints: History | None
     history: History | None
     teacher_score: Score
     before: Score
     score: Score
+
+    student = renamed("module", "student")
 
     @property
     def seconds(self) -> float:
@@ -75,35 +78,18 @@ class Distillation:
         }
 
 
+@accepts(DistillSettings)
 @plain_modes()
 def distill(
     student: nn.Module,
     teacher: nn.Module,
     data: Data,
+    settings: DistillSettings = DistillSettings(),
     *,
     guided: Guided = None,
     hint: Where | None = None,
-    regressor: str = "auto",
-    hint_epochs: int = 5,
-    epochs: int = 10,
     objectives: Objective | Sequence[Objective] = (KD(),),
-    label_weight: float = 1.0,
-    label_smoothing: float = 0.0,
-    optimizer: str = "adamw",
-    lr: float | None = None,
-    hint_lr: float | None = None,
-    momentum: float = 0.9,
-    weight_decay: float | None = None,
-    schedule: str = "one-cycle",
-    batch_size: int = 64,
-    cache: str | os.PathLike[str] = "auto",
-    channels_last: bool = False,
-    precision: str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
-    checkpoint_every: int | None = None,
-    test_each_epoch: bool = False,
-    seed: int = 0,
-    workers: int = 0,
     progress: Progress | None = None,
 ) -> Distillation:
     """Teach a student what a teacher knows, in the two stages of FitNets (Romero et al., ICLR 2015, section 2.4).
@@ -112,115 +98,67 @@ def distill(
     (`surgery.attach_hint`, equation 3). In stage 2 the whole student learns labels and the teacher's softened outputs
     (`KD`, equation 2), its weight lambda going from 4 to 1. In both the teacher is frozen, in ``eval()``.
 
-    Other losses take the place of `KD`, or come beside it, by ``objectives``. The joint variant, hints and labels at
-    once, as later toolkits have it, is ``hint_epochs=0, objectives=(KD(), Hint())``.
+    ``objectives`` replace `KD`, or add to it. The joint variant of later toolkits, hints and labels at once, is
+    ``hint_epochs=0, objectives=(KD(), Hint())``.
 
     Args:
         student, teacher: traced modules that take the same images, with as many classes. Neither is changed. The
-            student is trained where it is, or under ``accelerate launch`` in all processes (`surgery.train`).
-        guided, hint, regressor: as in `surgery.attach_hint`; by default the middle layers.
-        hint_epochs: passes over the training images in stage 1; 0 leaves it out.
-        epochs: and in stage 2; 0 leaves it out.
-        objectives: what the student learns in stage 2 besides labels
-            (`surgery.training.distilling.objectives`), one or several; with none it learns labels alone.
-        label_weight: of the labels' cross-entropy beside them.
-        lr, hint_lr: the peak learning rates of stages 2 and 1; by default the optimiser's, and that of stage 2. The
-            settings that are not named here are those of `surgery.train`, and alike for both stages.
-        cache: whether the teacher's outputs for the training images are computed once. ``"memory"`` keeps them there, a
-            path in folders at it (reused by later runs with this teacher), ``"none"`` computes them in each step.
-            ``"auto"`` is ``"memory"`` where the images are the same each time they are read (not augmented), and the
-            outputs take up to 2 GiB; otherwise ``"none"``.
-        channels_last: whether both networks keep the channels of maps innermost in memory while they teach and learn,
-            which is often faster for convolutions. The student that comes out has the memory format of the one given.
-        checkpoint: a folder from which a run that was cut off goes on, to the same weights (`surgery.train`).
+            student trains on its device, or under ``accelerate launch`` in all processes (`surgery.train`).
+        settings: see `surgery.DistillSettings`; its fields may be given as keywords. ``cache`` says whether the
+            teacher's outputs for the training images are computed once: ``"memory"`` keeps them there, a path in
+            folders at it (reused by later runs with this teacher), ``"none"`` computes them in each step. ``"auto"`` is
+            ``"memory"`` where the images are the same each time they are read (not augmented), and the outputs take up
+            to 2 GiB; otherwise ``"none"``. With ``channels_last`` the result has the memory format of ``student``.
+        guided, hint: as in `surgery.attach_hint`; by default the middle layers.
+        objectives: what the student learns in stage 2 besides labels (`surgery.training.distilling.objectives`), one or
+            several; with none it learns labels alone.
+        checkpoint: a folder from which an interrupted run resumes, to the same weights (`surgery.train`).
+
+    Returns:
+        The trained student as ``.module``, without regressors, heads and taps; with both histories and scores.
 
     Raises:
         UsageError: a setting out of range, networks that do not go together, a cache of images that change, another
             run's checkpoint.
         EditError: layers that cannot be guided or give a hint.
         FloatingPointError: a loss stops being a number.
+
+    Example:
+        >>> found = surgery.distill(student, teacher, data, guided="layer2", hint="layer2", hint_epochs=5, epochs=20)
+        >>> surgery.save(found.module, "student/")
     """
     objectives = (objectives,) if isinstance(objectives, Objective) else tuple(objectives)
-    for name, value in {"hint_epochs": hint_epochs, "epochs": epochs}.items():
-        whole_number(name, value, 0)
-    if hint_epochs == epochs == 0:
-        raise UsageError("hint_epochs and epochs are 0: there is nothing to train")
-    if not os.fspath(cache):
-        raise UsageError('cache is empty: pass "auto", "memory", "none" or a folder')
-    if not (isinstance(label_weight, Real) and label_weight >= 0):
-        raise UsageError(f"label_weight is {label_weight!r}: it must be at least 0")
-    if epochs and not objectives and not label_weight:
+    if settings.epochs and not objectives and not settings.label_weight:
         raise UsageError("no objectives, and label_weight is 0: there is nothing to learn in stage 2")
-    for rate in (lr, hint_lr):
-        check_settings(data, max(epochs, hint_epochs), optimizer, rate, batch_size, schedule, checkpoint_every)
-    check_numbers(momentum, weight_decay, label_smoothing, seed, workers)
+    check_data(data)
     check_trainable(student)
-    settings: dict[str, Any] = {
-        "optimizer": optimizer,
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "schedule": schedule,
-        "batch_size": batch_size,
-        "precision": precision,
-        "checkpoint_every": checkpoint_every,
-        "seed": seed,
-        "workers": workers,
-        "progress": progress,
-    }
-    engine = Engine(next(student.parameters()).device, precision)
-    pairs = replace(data, train=_Pairs(data.train))
-    lessons = _Lessons(pairs, cache, batch_size, workers, progress if engine.main else None, engine)
-    pair = attach_hint(student, teacher, guided, hint, regressor=regressor, seed=seed) if hint_epochs else None
-    observed = observe(student, teacher, objectives, epochs=epochs, seed=seed) if epochs and objectives else None
-    if channels_last:
-        learning: list[nn.Module] = [pair] if pair is not None else []
-        learning += [observed.student, observed.teacher] if observed is not None else []
+    teaching = _Teaching(student, teacher, data, settings, checkpoint, progress)
+    pair = observed = None
+    if settings.hint_epochs:
+        pair = attach_hint(student, teacher, guided, hint, regressor=settings.regressor, seed=settings.seed)
+    if settings.epochs and objectives:
+        observed = observe(student, teacher, objectives, epochs=settings.epochs, seed=settings.seed)
+    if settings.channels_last:
+        learning = [pair] if pair is not None else []
+        learning += [observed.student, observed.teacher] if observed is not None else []  # type: ignore[list-item]
         for module in learning:
             cast(Any, module).to(memory_format=torch.channels_last)
-    identity = {"teacher": module_digest(teacher), "regressor": regressor, "channels_last": channels_last}
-    before, teacher_score = (evaluate(module, data.test, workers=workers) for module in (student, teacher))
+    before, teacher_score = (evaluate(module, data.test, workers=settings.workers) for module in (student, teacher))
     hints = history = None
     learned = copy.deepcopy(student)
     if pair is not None:
-        file = None if checkpoint is None else Path(checkpoint) / "hints.pt"
-        hints = train(
-            pair.student,
-            lessons.by(pair.teacher, "hints", file),
-            epochs=hint_epochs,
-            lr=lr if hint_lr is None else hint_lr,
-            loss_fn=_hint_objective(pair.teacher),
-            checkpoint=file,
-            identity={**identity, "names": [list(names) for names in pair.names]},
-            task="hints",
-            **settings,
-        )
+        hints = teaching.give_hints(pair)
         learned = pair.restore(student)
-    if epochs:
-        file = None if checkpoint is None else Path(checkpoint) / "student.pt"
-        if observed is not None:
-            observed.take(learned)
-        history = train(
-            learned if observed is None else observed.student,
-            data if observed is None else lessons.by(observed.teacher, "distill", file),
-            epochs=epochs,
-            lr=lr,
-            label_smoothing=label_smoothing,
-            loss_fn=_objective(observed, label_weight, label_smoothing),
-            test_each_epoch=test_each_epoch,
-            checkpoint=file,
-            identity={**identity, "label_weight": label_weight, "objectives": [repr(o) for o in objectives]},
-            task="distill",
-            **settings,
-        )
-        learned = learned if observed is None else observed.restore(learned)
+    if settings.epochs:
+        learned, history = teaching.give_outputs(learned, observed, objectives)
     return Distillation(
-        student=learned,
+        module=learned,
         names=pair.names if pair is not None else (),
         hints=hints,
         history=history,
         teacher_score=teacher_score,
         before=before,
-        score=evaluate(learned, data.test, workers=workers),
+        score=evaluate(learned, data.test, workers=settings.workers),
     )
 
 
@@ -231,46 +169,104 @@ class _Pairs(Derived):
         return self.images[index][:2]
 
 
-@dataclass(frozen=True)
-class _Lessons:
-    """Training images, with a teacher's outputs beside them where these are cached."""
+class _Teaching:
+    """The two stages, each on the training images, with the teacher's outputs next to them where these are cached."""
 
-    data: Data
-    cache: str | os.PathLike[str]
-    batch_size: int
-    workers: int
-    progress: Progress | None
-    engine: Engine
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        data: Data,
+        settings: DistillSettings,
+        checkpoint: str | os.PathLike[str] | None,
+        progress: Progress | None,
+    ) -> None:
+        self._engine = Engine(next(student.parameters()).device, settings.precision)
+        self._data, self._pairs, self._settings = data, replace(data, train=_Pairs(data.train)), settings
+        self._folder = None if checkpoint is None else Path(checkpoint)
+        self._progress = progress
+        self._identity = {
+            "teacher": module_digest(teacher),
+            "regressor": settings.regressor,
+            "channels_last": settings.channels_last,
+        }
 
-    def by(self, teacher: nn.Module, task: str, checkpoint: Path | None) -> Data:
-        """The data of a stage; without outputs, too, where the checkpoint says that it is over."""
-        teacher.to(self.engine.device)
+    def give_hints(self, pair: HintPair) -> History:
+        """Train the pair's student: stage 1."""
+        settings, file = self._settings, self._file("hints")
+        _, history = train_in_place(
+            pair.student,
+            self._taught_by(pair.teacher, "hints", file),
+            settings.training(
+                epochs=settings.hint_epochs,
+                lr=settings.lr if settings.hint_lr is None else settings.hint_lr,
+                label_smoothing=0.0,
+                test_each_epoch=False,
+            ),
+            loss_fn=_hint_objective(pair.teacher),
+            checkpoint=file,
+            identity={**self._identity, "names": [list(names) for names in pair.names]},
+            progress=self._progress,
+            task="hints",
+        ).without_module()
+        return history
+
+    def give_outputs(
+        self, student: nn.Module, observed: Observed | None, objectives: Sequence[Objective]
+    ) -> tuple[nn.Module, History]:
+        """Train the student, or its observed copy: stage 2."""
+        settings, file = self._settings, self._file("student")
+        if observed is not None:
+            observed.take(student)
+        _, history = train_in_place(
+            student if observed is None else observed.student,
+            self._data if observed is None else self._taught_by(observed.teacher, "distill", file),
+            settings.training(),
+            loss_fn=_objective(observed, settings.label_weight, settings.label_smoothing),
+            checkpoint=file,
+            identity={
+                **self._identity,
+                "label_weight": settings.label_weight,
+                "objectives": [repr(objective) for objective in objectives],
+            },
+            progress=self._progress,
+            task="distill",
+        ).without_module()
+        return student if observed is None else observed.restore(student), history
+
+    def _file(self, name: str) -> Path | None:
+        return None if self._folder is None else self._folder / f"{name}.pt"
+
+    def _taught_by(self, teacher: nn.Module, task: str, checkpoint: Path | None) -> Data:
+        """The data of a stage; without outputs, too, where the checkpoint says that it is finished."""
+        teacher.to(self._engine.device)
         where = self._where(teacher, task)
         if where is None or (checkpoint is not None and is_finished(checkpoint)):
-            return self.data
-        if where == "memory" or self.engine.main:
+            return self._pairs
+        if where == "memory" or self._engine.main:
             images = cached_outputs(
                 teacher,
-                self.data.train,
+                self._pairs.train,
                 where=where,
-                batch_size=self.batch_size,
-                workers=self.workers,
-                progress=self.progress,
+                batch_size=self._settings.batch_size,
+                workers=self._settings.workers,
+                progress=self._progress if self._engine.main else None,
                 task=f"{task}: cache",
             )
-        self.engine.wait()
-        if where != "memory" and not self.engine.main:
-            images = open_cache(where, self.data.train)
-        return replace(self.data, train=images)
+        self._engine.wait()
+        if where != "memory" and not self._engine.main:
+            images = open_cache(where, self._pairs.train)
+        return replace(self._pairs, train=images)
 
     def _where(self, teacher: nn.Module, task: str) -> str | os.PathLike[str] | None:
-        if self.cache == "none":
+        cache = self._settings.cache
+        if cache == "none":
             return None
-        if self.cache == "auto":
-            images = self.data.train
+        if cache == "auto":
+            images = self._pairs.train
             fits = is_deterministic(images) and cache_bytes(teacher, images) <= MEMORY_LIMIT
             return "memory" if fits else None
-        return self.cache if self.cache == "memory" else Path(self.cache) / task
+        return cache if cache == "memory" else Path(cache) / task
 
 
 def _hint_objective(teacher: nn.Module) -> LossFn:
@@ -295,7 +291,7 @@ def _objective(observed: Observed | None, label_weight: float, label_smoothing: 
 
 
 def _outputs(teacher: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
-    """The teacher's for a batch: cached beside its images, or computed now."""
+    """The teacher's for a batch: cached next to its images, or computed now."""
     images, _, *cached = batch
     if cached:
         return tuple(cached)

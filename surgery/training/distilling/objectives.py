@@ -1,4 +1,4 @@
-"""Objectives: what a student learns from a teacher beside the labels.
+"""Objectives: what a student learns from a teacher besides the labels.
 
 An objective says which values of the two networks it compares and what that costs;
 `surgery.training.distilling.observed` takes the values out of both, all at once.

@@ -33,7 +33,7 @@ def net(data):
         model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(),
                               nn.Flatten(), nn.Linear(1024, 10))  # fmt: skip
     module = surgery.trace(model.eval(), torch.zeros(2, 3, 8, 8))
-    surgery.train(module, data, epochs=8, lr=0.05)
+    module = surgery.train(module, data, epochs=8, lr=0.05).module
     with torch.no_grad():
         module.get_submodule("2").weight[8:] = 0
         module.get_submodule("2").bias[8:] = 0
@@ -155,7 +155,7 @@ def test_the_files_say_what_the_result_says(result, tmp_path):
     ("options", "message"),
     [
         ({"rate": 0.0}, "split rate must be in (0, 1], not 0.0"),
-        ({"by": "layer"}, "unknown kind of part 'layer' (2 are known)"),
+        ({"by": "layer"}, "unknown kind of part 'layer': one of 'group', 'stage'"),
         ({"importance": "size"}, "unknown importance 'size'"),
         ({"limit": 0}, "limit is 0: it must be at least 1"),
     ],
@@ -195,5 +195,5 @@ def test_an_untrained_model_is_refused_by_the_command(run, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     code, _, err = run("sensitivity", "squeezenet1_1", "--dataset", "digits", "--out", "found")
     assert code == 2
-    assert err.startswith("error: the model 'squeezenet1_1' has random weights, of which none is worth more than anoth")
+    assert err.startswith("error: the model 'squeezenet1_1' has random weights, none of which is worth more than anoth")
     assert list(tmp_path.iterdir()) == []

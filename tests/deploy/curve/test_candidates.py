@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.deploy.curve.candidates import chosen, of_rate, parse
+from surgery.deploy.curve.candidates import of_rate, parse, plan_candidates
 from surgery.deploy.curve.teaching import Lesson
 from surgery.errors import UsageError
 from surgery.operations.widen import widen
+from surgery.settings import TradeoffSettings, TrainSettings
 from surgery.training.data.data import load_data
 
 
@@ -51,25 +52,25 @@ def test_text_names_a_candidate_and_its_name_is_such_text(dense, text, name, fol
     candidate = parse(text)
     assert (candidate.name, candidate.folder) == (name, folder)
     assert parse(candidate.name) == candidate
-    made = candidate.made(dense, round_to=1, seed=0)
+    made = candidate.apply(dense, round_to=1, seed=0)
     assert widths(made) == expected
     assert made is not dense
 
 
 def test_growing_a_candidate_keeps_the_function_and_adds_layers(dense):
     x = torch.randn(2, 3, 8, 8)
-    grown = parse("widen=1.5+deepen:2=1").made(dense, round_to=1, seed=0)
+    grown = parse("widen=1.5+deepen:2=1").apply(dense, round_to=1, seed=0)
     assert torch.allclose(grown(x), dense(x), atol=1e-5)
     assert len(list(grown.parameters())) > len(list(dense.parameters()))
 
 
 def test_round_to_holds_for_every_operation(dense):
-    assert widths(parse("0.3").made(dense, round_to=4, seed=0)) == [4, 8]
-    assert widths(parse("widen=1.3").made(dense, round_to=4, seed=0)) == widths(widen(dense, 1.3, round_to=4))
+    assert widths(parse("0.3").apply(dense, round_to=4, seed=0)) == [4, 8]
+    assert widths(parse("widen=1.3").apply(dense, round_to=4, seed=0)) == widths(widen(dense, 1.3, round_to=4))
 
 
 def test_rates_for_the_whole_model_come_first_from_1_downwards():
-    plan = chosen([0.5, {"2": 0.25}, 1.0], ["widen=1.5", "0.75"])
+    plan = plan_candidates([0.5, {"2": 0.25}, 1.0], ["widen=1.5", "0.75"])
     assert [candidate.name for candidate in plan] == ["1", "0.75", "0.5", "2=0.25", "widen=1.5"]
     assert [candidate.uniform_rate for candidate in plan] == [1.0, 0.75, 0.5, None, None]
 
@@ -84,7 +85,7 @@ def test_rates_for_the_whole_model_come_first_from_1_downwards():
         ("widen=inf", "candidate 'widen=inf' is not of the form RATE"),
         ("slim:2=0.5;2=0.25", "candidate 'slim:2=0.5;2=0.25' is not of the form RATE"),
         ("widen:1.5", "candidate 'widen:1.5' is not of the form RATE"),
-        ("widen=1.5+thin=0.5", "unknown operation 'thin' (3 are known)"),
+        ("widen=1.5+thin=0.5", "unknown operation 'thin': one of 'deepen', 'slim', 'widen'"),
         ("slimm:2=0.5", "unknown operation 'slimm'; did you mean 'slim'?"),
         ("deepen=2", "candidate 'deepen=2' does not say where to deepen, as in deepen:layer3=1"),
         ("2=1.5", "split rate 1.5 is outside (0, 1]"),
@@ -131,7 +132,7 @@ def test_a_budget_that_cannot_be_read_is_refused(text, message):
 
 def test_a_candidate_given_twice_is_refused():
     with pytest.raises(UsageError, match=r"candidate 2=0\.5 is given more than once"):
-        chosen([{"2": 0.5}], ["slim:2=0.5"])
+        plan_candidates([{"2": 0.5}], ["slim:2=0.5"])
 
 
 @pytest.mark.parametrize(
@@ -144,9 +145,9 @@ def test_a_candidate_given_twice_is_refused():
     ],
 )
 def test_each_way_to_teach_trains_in_its_stages_and_changes_neither_model(dense, tmp_path, teach, stages):
-    lesson = Lesson(teach, 2, 0.05, 64, seed=0, hint_epochs=1, generations=2)
+    lesson = Lesson(teach, TrainSettings(epochs=2, lr=0.05), hint_epochs=1, generations=2)
     candidate, data = of_rate(0.5), load_data("digits", limit=64)
-    start = candidate.made(dense, round_to=1, seed=0)
+    start = candidate.apply(dense, round_to=1, seed=0)
     before = [{k: v.clone() for k, v in module.state_dict().items()} for module in (start, dense)]
     told = []
     lesson.refuse(candidate, start, dense, round_to=1)
@@ -170,9 +171,9 @@ def test_each_way_to_teach_trains_in_its_stages_and_changes_neither_model(dense,
 
 
 def test_no_epochs_train_nothing(dense, tmp_path):
-    lesson = Lesson("evolve", 0, 0.05, 64, seed=0)
+    lesson = Lesson("evolve", None)
     candidate = parse("widen=1.5")
-    start = candidate.made(dense, round_to=1, seed=0)
+    start = candidate.apply(dense, round_to=1, seed=0)
     lesson.refuse(candidate, start, dense, round_to=1)
     data = load_data("digits", limit=64)
     given = {"checkpoint": tmp_path / "run", "progress": lambda *_: None, "task": "tune"}
@@ -191,10 +192,10 @@ def test_no_epochs_train_nothing(dense, tmp_path):
 def test_evolving_anything_but_a_split_rate_is_refused(dense, text, round_to, message):
     candidate = parse(text)
     with pytest.raises(UsageError) as caught:
-        Lesson("evolve", 1, 0.05, 64, seed=0).refuse(candidate, dense, dense, round_to=round_to)
+        Lesson("evolve", TrainSettings(epochs=1, lr=0.05)).refuse(candidate, dense, dense, round_to=round_to)
     assert str(caught.value) == message
 
 
 def test_an_unknown_way_to_teach_is_refused():
-    with pytest.raises(UsageError, match="unknown way to teach 'hint'; did you mean 'hints'"):
-        Lesson("hint", 1, 0.05, 64, seed=0)
+    with pytest.raises(UsageError, match="unknown teach 'hint'; did you mean 'hints'"):
+        TradeoffSettings(teach="hint")

@@ -43,8 +43,8 @@ def run(tmp_path_factory):
     result = tradeoff(
         tiny(),
         dataset="digits",
-        split_rates=[0.5, 1.0],
-        out=out,
+        rates=[0.5, 1.0],
+        directory=out,
         epochs=3,
         finetune_epochs=1,
         lr=0.1,
@@ -157,7 +157,7 @@ def test_the_model_that_was_given_is_not_modified(tmp_path):
     model = tiny()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     options = {"epochs": 1, "finetune_epochs": 0, "limit": 64, "threads": 1}
-    result = tradeoff(model, dataset="digits", split_rates=[0.5], out=tmp_path / "out", **options)
+    result = tradeoff(model, dataset="digits", rates=[0.5], directory=tmp_path / "out", **options)
     assert model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert result.points[0].history is None
@@ -165,7 +165,7 @@ def test_the_model_that_was_given_is_not_modified(tmp_path):
 
 def refused(tmp_path, source=None, **changes):
     """The message with which a run is refused; nothing may have been written."""
-    options = {"dataset": "digits", "split_rates": [0.5], "out": tmp_path / "new" / "demo", "epochs": 1, "limit": 32}
+    options = {"dataset": "digits", "rates": [0.5], "directory": tmp_path / "new" / "demo", "epochs": 1, "limit": 32}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with pytest.raises(UsageError) as caught:
         tradeoff(source or tiny(), **{**options, **changes})
@@ -178,15 +178,15 @@ def refused(tmp_path, source=None, **changes):
     [
         ({"source": "resnet19"}, "unknown model 'resnet19'; did you mean 'resnet18'"),
         ({"dataset": "digit"}, "unknown data set 'digit'; did you mean 'digits'?"),
-        ({"split_rates": []}, "no split rates were given: pass at least one in (0, 1]"),
-        ({"split_rates": [0.5, 1.5]}, "split rate 1.5 is outside (0, 1]"),
-        ({"split_rates": [0.0]}, "split rate 0 is outside (0, 1]"),
-        ({"split_rates": [float("nan")]}, "split rate nan is outside (0, 1]"),
-        ({"split_rates": [0.5, 0.5]}, "split rate 0.5 is given more than once"),
-        ({"epochs": -1}, "epochs is -1: it must be at least 0"),
-        ({"seed": -1}, "seed is -1: it must be at least 0"),
-        ({"threads": 0}, "threads is 0: it must be at least 1"),
-        ({"lr": 0.0}, "the learning rate is 0.0: it must be above 0"),
+        ({"rates": []}, "no split rates were given: pass at least one in (0, 1]"),
+        ({"rates": [0.5, 1.5]}, "split rate 1.5 is outside (0, 1]"),
+        ({"rates": [0.0]}, "split rate 0 is outside (0, 1]"),
+        ({"rates": [float("nan")]}, "split rate nan is outside (0, 1]"),
+        ({"rates": [0.5, 0.5]}, "split rate 0.5 is given more than once"),
+        ({"epochs": -1}, "epochs must be a whole number of at least 0, not -1"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, not -1"),
+        ({"threads": 0}, "threads must be a whole number of at least 1, not 0"),
+        ({"lr": 0.0}, "lr must be a number above 0, not 0.0"),
         ({"source": tiny(5)}, "'digits' has 10 classes, but from 2 images the model makes (2, 5)"),
         ({"source": nn.Linear(3, 10)}, "the model cannot be run on 8 x 8 images, try another size (--image-size)"),
         ({"source": "os.path:join"}, "'os.path:join' would import and run code"),

@@ -24,7 +24,7 @@ def tiny() -> nn.Module:
         )  # fmt: skip
 
 
-OPTIONS = {"dataset": "digits", "epochs": 1, "finetune_epochs": 1, "limit": 64, "threads": 1, "split_rates": [1.0]}
+OPTIONS = {"dataset": "digits", "epochs": 1, "finetune_epochs": 1, "limit": 64, "threads": 1, "rates": [1.0]}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +32,7 @@ def measured_in_passing():
     """How models are timed is not what is tested here."""
     brief = {"min_seconds": 0, "warmup": 0.01, "memory": False, "min_runs": 5}
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("curve.tradeoff", "budget.parts"):
+        for module in ("curve.tradeoff", "budget.clock"):
             patch.setattr(
                 f"surgery.deploy.{module}.compare", lambda files, **given: compare(files, **{**given, **brief})
             )
@@ -43,7 +43,7 @@ def measured_in_passing():
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("budgets") / "demo"
     budgets = ["params=6k", "macs=50k", "latency=1s"]
-    return tradeoff(tiny(), candidates=budgets, importance="magnitude", out=out, **OPTIONS), out
+    return tradeoff(tiny(), candidates=budgets, importance="magnitude", directory=out, **OPTIONS), out
 
 
 def test_models_are_slimmed_to_budgets_and_trained_on(run):
@@ -79,13 +79,13 @@ def test_widths_that_were_found_are_not_searched_for_again(run, tmp_path, monkey
     def search(*_, **__):
         raise AssertionError("searched again")
 
-    monkeypatch.setattr("surgery.deploy.curve.workbench.slim_to_budget", search)
+    monkeypatch.setattr("surgery.deploy.curve.candidate_training.slim_to_budget", search)
     options = {**OPTIONS, "importance": "magnitude", "reuse": [run[1]]}
-    again = tradeoff(tiny(), candidates=["params=6k"], out=tmp_path / "again", **options)
+    again = tradeoff(tiny(), candidates=["params=6k"], directory=tmp_path / "again", **options)
     assert again.reused == ("dense", "1", "params=6k")
     assert again.points[1].budget == {**run[0].points[1].budget}
     with pytest.raises(AssertionError, match="searched again"):
-        tradeoff(tiny(), candidates=["params=7k"], out=tmp_path / "other", **options)
+        tradeoff(tiny(), candidates=["params=7k"], directory=tmp_path / "other", **options)
 
 
 def test_a_model_that_turns_out_above_its_budget_is_said_to_be(run):
@@ -96,7 +96,7 @@ def test_a_model_that_turns_out_above_its_budget_is_said_to_be(run):
 
 def test_an_unknown_importance_is_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(UsageError, match="unknown importance 'size'"):
-        tradeoff(tiny(), importance="size", out=tmp_path / "out", **OPTIONS)
+        tradeoff(tiny(), importance="size", directory=tmp_path / "out", **OPTIONS)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -115,7 +115,11 @@ def test_a_budget_that_no_model_keeps_to_is_refused_before_anything_is_trained(t
     told = []
     with pytest.raises(EditError, match=message):
         tradeoff(
-            tiny(), candidates=[text], out=tmp_path / "out", progress=lambda task, *_: told.append(task), **OPTIONS
+            tiny(),
+            candidates=[text],
+            directory=tmp_path / "out",
+            progress=lambda task, *_: told.append(task),
+            **OPTIONS,
         )
     assert set(told) == {"check budgets", "all"}
     assert list(tmp_path.iterdir()) == []
@@ -128,8 +132,8 @@ def test_the_search_moves_the_progress_of_the_run(tmp_path):
         if task == "params=6k: search":
             told.append(done / total)
 
-    options = {**OPTIONS, "epochs": 0, "finetune_epochs": 0, "split_rates": []}
-    tradeoff(tiny(), candidates=["params=6k"], out=tmp_path / "out", progress=progress, **options)
+    options = {**OPTIONS, "epochs": 0, "finetune_epochs": 0, "rates": []}
+    tradeoff(tiny(), candidates=["params=6k"], directory=tmp_path / "out", progress=progress, **options)
     assert told == sorted(told)
     assert len({share for share in told if 0 < share < 0.5}) > 2  # the damage, and then
     assert len({share for share in told if 0.5 < share < 1}) >= 1  # the search

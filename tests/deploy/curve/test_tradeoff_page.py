@@ -15,10 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
+import surgery
 from surgery.deploy.curve.html import page
 from surgery.deploy.curve.layout import Box, placed, reach, short
 from surgery.deploy.curve.plot import draw
-from surgery.deploy.curve.points import DataSummary, Point, Settings, Tradeoff
+from surgery.deploy.curve.points import DataSummary, Point, Tradeoff
 from surgery.deploy.curve.report import write_report
 from surgery.deploy.measure.benchmark import BenchmarkResult, Ratio
 from surgery.deploy.measure.environment import environment
@@ -60,7 +61,7 @@ def point(name: str, correct: int, p50: float) -> Point:
 
 @pytest.fixture(scope="module")
 def result():
-    settings = Settings(("1",), 1, "prefix", 2, "labels", 2, 1, 3, 0.1, 64, None, None, 1, 0)
+    settings = surgery.TradeoffSettings(epochs=2, finetune_epochs=2, lr=0.1, threads=1)
     data = DataSummary("digits", 100, 1000, tuple("0123456789"), 8, Normalisation())
     points = (point("1", 950, 4.0), point("0.5", 930, 2.0), point("</script><b>=2", 900, 3.0))
     return Tradeoff("resnet18", data, settings, points, None, (), environment(), 1.0, "surgery tradeoff <&>")
@@ -122,7 +123,7 @@ def spread(of: Point, p25: float, p75: float) -> Point:
 def test_the_command_says_so_right_below_its_table(result, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     noisy = replace(result, check=Ratio(0.8, 0.75, 0.9, 0.95, 10))
-    monkeypatch.setattr("surgery.cli.measure.run_tradeoff", lambda *args, **options: noisy)
+    monkeypatch.setattr("surgery.tradeoff", lambda *args, **options: noisy)
     code, out, _ = run("tradeoff", "resnet18", "--dataset", "digits", "--out", "demo")
     assert code == 0
     *_, noise, written = out.splitlines()

@@ -63,7 +63,7 @@ def whole(tmp_path_factory):
     """A run from beginning to end, and its folder."""
     out = tmp_path_factory.mktemp("whole") / "demo"
     steps = Steps()
-    result = tradeoff(tiny(), split_rates=[1.0, 0.5], out=out, progress=steps, **OPTIONS)
+    result = tradeoff(tiny(), rates=[1.0, 0.5], directory=out, progress=steps, **OPTIONS)
     assert steps.trained() == {"train dense": 4, "rate-1: fine-tune": 4, "rate-0.5: fine-tune": 4}
     return result, out
 
@@ -75,10 +75,10 @@ def weights(out):
 def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(whole, tmp_path):
     out, cut = tmp_path / "demo", Steps("rate-0.5: fine-tune", 3)
     with pytest.raises(KeyboardInterrupt):
-        tradeoff(tiny(), split_rates=[1.0, 0.5], out=out, progress=cut, **OPTIONS)
+        tradeoff(tiny(), rates=[1.0, 0.5], directory=out, progress=cut, **OPTIONS)
     assert not out.exists()
     again = Steps()
-    result = tradeoff(tiny(), split_rates=[1.0, 0.5], out=out, progress=again, **OPTIONS)
+    result = tradeoff(tiny(), rates=[1.0, 0.5], directory=out, progress=again, **OPTIONS)
     assert again.trained() == {"rate-0.5: fine-tune": 3}  # told where it goes on, and of the two steps left
     assert result.reused == ("dense", "1")
     assert weights(out) == weights(whole[1])
@@ -90,7 +90,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(whole, tmp_path):
 def test_a_second_run_with_one_more_candidate_trains_only_that_one(whole, tmp_path):
     out, steps = tmp_path / "more", Steps()
     result = tradeoff(
-        tiny(), split_rates=[1.0, 0.5], candidates=["0=0.25"], out=out, reuse=[whole[1]], progress=steps, **OPTIONS
+        tiny(), rates=[1.0, 0.5], candidates=["0=0.25"], directory=out, reuse=[whole[1]], progress=steps, **OPTIONS
     )
     assert steps.trained() == {"0=0.25: fine-tune": 4}
     assert result.reused == ("dense", "1", "0.5")
@@ -105,7 +105,7 @@ def test_a_second_run_with_one_more_candidate_trains_only_that_one(whole, tmp_pa
     # The folder itself is an earlier run, too, when it is replaced; other settings are another training.
     steps = Steps()
     options = {**OPTIONS, "finetune_epochs": 1}
-    result = tradeoff(tiny(), split_rates=[0.5], teach="kd", out=out, force=True, progress=steps, **options)
+    result = tradeoff(tiny(), rates=[0.5], teach="kd", directory=out, force=True, progress=steps, **options)
     assert set(steps.trained()) == {"rate-0.5: fine-tune"}
     assert result.reused == ("dense",)
     assert list(result.points[0].training) == ["distill"]
@@ -122,8 +122,8 @@ def test_a_model_with_other_weights_or_other_data_is_trained_anew(whole, tmp_pat
         with pytest.raises(KeyboardInterrupt):
             tradeoff(
                 model,
-                split_rates=[0.5],
-                out=tmp_path / str(number),
+                rates=[0.5],
+                directory=tmp_path / str(number),
                 reuse=[whole[1]],
                 progress=steps,
                 **{**options, **changes},
@@ -133,14 +133,14 @@ def test_a_model_with_other_weights_or_other_data_is_trained_anew(whole, tmp_pat
 def test_what_is_reused_must_be_a_run(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="empty has no trained models to reuse: it holds no tradeoff"):
-        tradeoff(tiny(), out=tmp_path / "out", reuse=[tmp_path / "empty"], **OPTIONS)
+        tradeoff(tiny(), directory=tmp_path / "out", reuse=[tmp_path / "empty"], **OPTIONS)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "trained.json cannot be read (Expecting"),
-        (json.dumps({"key": "a"}), "trained.json is not complete: remove its folder to train that model anew"),
+        (json.dumps({"key": "a"}), "trained.json is not complete: remove its folder to train that model again"),
     ],
 )
 def test_a_record_that_is_broken_is_refused_with_what_to_do(tmp_path, text, message):
@@ -149,7 +149,7 @@ def test_a_record_that_is_broken_is_refused_with_what_to_do(tmp_path, text, mess
     (old / "tradeoff.json").write_text("{}")
     (old / "dense" / "trained.json").write_text(text)
     with pytest.raises(UsageError) as caught:
-        tradeoff(tiny(), out=tmp_path / "out", reuse=[old], **OPTIONS)
+        tradeoff(tiny(), directory=tmp_path / "out", reuse=[old], **OPTIONS)
     assert message in str(caught.value)
     assert not (tmp_path / "out.unfinished").exists()
 

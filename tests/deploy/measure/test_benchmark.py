@@ -492,7 +492,7 @@ def test_files_and_modules_can_be_compared_in_one_run(small_onnx):
 def test_comparing_nothing_or_with_no_confidence_is_refused(small_onnx):
     with pytest.raises(UsageError, match="nothing to measure"):
         compare({})
-    with pytest.raises(UsageError, match="confidence must lie between 0 and 1, not 95"):
+    with pytest.raises(UsageError, match="confidence must be a number above 0 and below 1, not 95"):
         compare({"a": small_onnx}, confidence=95)
     with pytest.raises(UsageError, match="seed must be a whole number of at least 0, not -1"):
         compare({"a": small_onnx}, seed=-1)

@@ -12,7 +12,7 @@ from surgery.deploy.onnx.export import export_onnx
 from surgery.deploy.onnx.parity import Case, parity
 from surgery.errors import ExportError, UsageError
 from surgery.models import build
-from tests.conftest import randomised
+from tests.zoo import randomised
 
 SMALL = (
     "fasterrcnn_mobilenet_v3_large_320_fpn?min_size=64&max_size=96&rpn_post_nms_top_n_test=8&box_detections_per_img=4"

@@ -20,7 +20,7 @@ from surgery.errors import UsageError
 from surgery.training.data.cache import MARKER, cache_bytes, cached_outputs, open_cache, write_cache
 from surgery.training.data.data import load_data
 from surgery.training.data.fingerprint import is_deterministic, module_digest
-from tests.conftest import randomised
+from tests.zoo import randomised
 
 
 class Teacher(nn.Module):

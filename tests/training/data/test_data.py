@@ -12,7 +12,8 @@ from torchvision import datasets
 
 from surgery.errors import UsageError
 from surgery.training.data.data import load_data, stratified_split
-from surgery.training.growth import Growth, stages
+from surgery.training.growth import Growth
+from surgery.training.phases import plan_phases
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +234,7 @@ def test_augmentation_comes_from_torchs_random_state():
 def test_choosing_among_augmented_images_by_class_reads_none_of_them(monkeypatch):
     data = load_data("digits", limit=100, augment="flip")
     monkeypatch.setattr(type(data.train), "__getitem__", lambda *_: pytest.fail("an image was read"))
-    (stage,) = stages(data, 1, {0: Growth(images=0.5)}, seed=0)
+    (stage,) = plan_phases(data, 1, {0: Growth(images=0.5)}, seed=0)
     assert len(stage.images) == pytest.approx(50, abs=5)
 
 

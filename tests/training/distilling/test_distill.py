@@ -17,14 +17,11 @@ from surgery.training.data.data import load_data
 from surgery.training.distilling import distill as distilling
 from surgery.training.distilling.objectives import DKD, KD, RKD, Hint
 from surgery.training.evaluation import evaluate
-from surgery.training.loop import train
+from surgery.training.loop import train, train_in_place
+from tests.helpers import assert_same, killed_after
 from tests.training.test_engine import run
-from tests.training.test_resume import assert_same, killed_after
 
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_data("digits", limit=260)
+DIGITS = 260
 
 
 def traced(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
@@ -50,7 +47,7 @@ def thin() -> nn.Module:
 @pytest.fixture(scope="module")
 def teacher(digits):
     model = traced(wide)
-    train(model, load_data("digits"), epochs=3, lr=0.05)
+    model = train(model, load_data("digits"), epochs=3, lr=0.05).module
     assert evaluate(model, digits.test).accuracy > 0.9
     return model
 
@@ -71,11 +68,11 @@ def test_a_student_learns_in_two_stages(digits, teacher):
     assert found.history.epochs[-1].loss < found.history.epochs[0].loss
     assert found.teacher_score == evaluate(teacher, digits.test)
     assert found.before == evaluate(student, digits.test)
-    assert found.score == evaluate(found.student, digits.test)
+    assert found.score == evaluate(found.module, digits.test)
     assert found.before.accuracy < 0.3 < 0.8 < found.score.accuracy
-    assert found.student.state_dict().keys() == student.state_dict().keys()
-    assert str(found.student.graph) == str(student.graph)
-    assert not found.student.training
+    assert found.module.state_dict().keys() == student.state_dict().keys()
+    assert str(found.module.graph) == str(student.graph)
+    assert not found.module.training
     for module, before in ((student, ours), (teacher, theirs)):
         assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
         assert all(parameter.requires_grad for parameter in module.parameters())
@@ -90,7 +87,7 @@ def test_stage_one_trains_the_guided_prefix_alone(digits, teacher):
     found = distill(student, teacher, digits, **{**SMALL, "epochs": 0})
     assert found.history is None
     moved = {
-        name for name, value in found.student.state_dict().items() if not torch.equal(value, student.state_dict()[name])
+        name for name, value in found.module.state_dict().items() if not torch.equal(value, student.state_dict()[name])
     }
     assert moved == {"0.weight", "0.bias", "3.weight", "3.bias"}
 
@@ -100,8 +97,8 @@ def test_stage_two_begins_with_the_weights_of_stage_one(digits, teacher):
     student = traced(thin)
     one = distill(student, teacher, digits, **{**SMALL, "epochs": 0, "hint_lr": 0.01})
     both = distill(student, teacher, digits, **{**SMALL, "epochs": 1, "hint_lr": 0.01, "lr": 1e-12})
-    assert torch.allclose(both.student.state_dict()["3.weight"], one.student.state_dict()["3.weight"], atol=1e-8)
-    assert not torch.allclose(both.student.state_dict()["3.weight"], student.state_dict()["3.weight"], atol=1e-4)
+    assert torch.allclose(both.module.state_dict()["3.weight"], one.module.state_dict()["3.weight"], atol=1e-8)
+    assert not torch.allclose(both.module.state_dict()["3.weight"], student.state_dict()["3.weight"], atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -119,15 +116,15 @@ def test_objectives_are_learned_beside_labels(digits, teacher, objectives):
     assert found.hints is None
     assert found.names == ()
     assert found.history.epochs[-1].loss < found.history.epochs[0].loss
-    assert found.student.state_dict().keys() == student.state_dict().keys()
+    assert found.module.state_dict().keys() == student.state_dict().keys()
     assert found.score.accuracy > 0.3
 
 
 def test_without_objectives_it_is_plain_training(digits, teacher):
     student = traced(thin)
     found = distill(student, teacher, digits, hint_epochs=0, epochs=2, objectives=(), label_smoothing=0.1)
-    train(student, digits, epochs=2, optimizer="adamw", label_smoothing=0.1)
-    assert_same(found.student, student)
+    student = train(student, digits, epochs=2, optimizer="adamw", label_smoothing=0.1).module
+    assert_same(found.module, student)
 
 
 def test_labels_may_count_for_nothing(digits, teacher):
@@ -135,7 +132,7 @@ def test_labels_may_count_for_nothing(digits, teacher):
     given = distill(student, teacher, digits, hint_epochs=0, epochs=1, label_weight=0.0)
     images = [(image, (label + 3) % 10) for image, label in digits.train]
     wrong = surgery.training.data.data.Data("own", images, digits.test, digits.classes, 8, digits.normalisation)
-    assert_same(given.student, distill(student, teacher, wrong, hint_epochs=0, epochs=1, label_weight=0.0).student)
+    assert_same(given.module, distill(student, teacher, wrong, hint_epochs=0, epochs=1, label_weight=0.0).module)
 
 
 @pytest.mark.parametrize("objectives", [(KD(),), (KD(), Hint(guided="4", hint="3"))], ids=["kd", "joint"])
@@ -175,7 +172,7 @@ def test_a_killed_run_ends_with_the_same_weights(digits, teacher, tmp_path, task
         distill(student, teacher, digits, **settings, progress=killed)
     tasks = []
     resumed = distill(student, teacher, digits, **settings, progress=lambda name, *_: tasks.append(name))
-    assert_same(resumed.student, whole.student)
+    assert_same(resumed.module, whole.module)
     assert resumed.score == whole.score
     assert [epoch.loss for epoch in resumed.hints.epochs] == [epoch.loss for epoch in whole.hints.epochs]
     if task == "distill":
@@ -200,7 +197,7 @@ class Softened(surgery.Objective):
 def test_a_run_with_an_objective_of_ones_own_goes_on_too(digits, teacher, tmp_path):
     student, settings = traced(thin), {"hint_epochs": 0, "epochs": 1, "checkpoint": tmp_path}
     first = distill(student, teacher, digits, objectives=Softened(0.5), **settings)
-    assert_same(distill(student, teacher, digits, objectives=Softened(0.5), **settings).student, first.student)
+    assert_same(distill(student, teacher, digits, objectives=Softened(0.5), **settings).module, first.module)
     with pytest.raises(surgery.UsageError, match=r"Softened\(weight=0\.5\)'\] and not \['Softened\(weight=2\.0\)"):
         distill(student, teacher, digits, objectives=Softened(2.0), **settings)
 
@@ -221,22 +218,22 @@ def test_channels_may_be_innermost_in_memory_while_learning(digits, teacher, mon
     def watched(network, *args, **settings):
         weight = network.get_parameter("0.weight")
         innermost.append(weight.is_contiguous(memory_format=torch.channels_last))
-        return train(network, *args, **settings)
+        return train_in_place(network, *args, **settings)
 
-    monkeypatch.setattr(distilling, "train", watched)
+    monkeypatch.setattr(distilling, "train_in_place", watched)
     settings = {**SMALL, "optimizer": "sgd", "lr": 1e-4, "objectives": (KD(), Hint(guided="4", hint="3", weight=0.1))}
     plain, last = (distill(student, teacher, digits, channels_last=flag, **settings) for flag in (False, True))
     for stage in ("hints", "history"):
         losses = [[epoch.loss for epoch in getattr(found, stage).epochs] for found in (plain, last)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert innermost == [False, False, True, True]
-    assert all(value.is_contiguous() for value in last.student.state_dict().values())
+    assert all(value.is_contiguous() for value in last.module.state_dict().values())
 
 
 def test_mixed_precision(digits, teacher):
     found = distill(traced(thin), teacher, digits, precision="bf16", cache="none", **{**SMALL, "epochs": 8})
     assert found.history.epochs[-1].loss < found.history.epochs[0].loss
-    assert {value.dtype for value in found.student.parameters()} == {torch.float32}
+    assert {value.dtype for value in found.module.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -245,10 +242,10 @@ def test_mixed_precision(digits, teacher):
         ({"hint_epochs": 1.5}, r"hint_epochs must be a whole number of at least 0, not 1\.5"),
         ({"epochs": -1}, "epochs must be a whole number of at least 0, not -1"),
         ({"hint_epochs": 0, "epochs": 0}, "hint_epochs and epochs are 0: there is nothing to train"),
-        ({"label_weight": -1.0}, "label_weight is -1.0: it must be at least 0"),
-        ({"label_weight": "1"}, "label_weight is '1': it must be at least 0"),
+        ({"label_weight": -1.0}, r"label_weight must be a number of at least 0, not -1\.0"),
+        ({"label_weight": "1"}, "label_weight must be a number of at least 0, not '1'"),
         ({"label_weight": 0, "objectives": ()}, "no objectives, and label_weight is 0: there is nothing to learn"),
-        ({"label_smoothing": 2}, "label_smoothing is 2: it must be from 0 to 1"),
+        ({"label_smoothing": 2}, "label_smoothing must be a number of at least 0 and at most 1, not 2"),
         ({"objectives": "kd"}, r"'k' is no objective: pass one such as surgery\.KD\(\)"),
         ({"guided": "layer9"}, "layer9"),
         ({"optimizer": "lion"}, "unknown optimizer 'lion'"),
@@ -272,13 +269,13 @@ def test_what_else_items_have_is_not_taken_for_the_teachers_outputs(digits, teac
     student, settings = traced(thin), {**SMALL, "hint_epochs": hint_epochs, "epochs": 1, "cache": cache}
     items = [(image, label, torch.arange(10.0)) for image, label in digits.train]
     expected = distill(student, teacher, digits, **settings)
-    assert_same(distill(student, teacher, replace(digits, train=items), **settings).student, expected.student)
+    assert_same(distill(student, teacher, replace(digits, train=items), **settings).module, expected.module)
 
 
 def test_one_objective_needs_no_sequence(digits, teacher):
     student, settings = traced(thin), {"hint_epochs": 0, "epochs": 1}
     expected = distill(student, teacher, digits, objectives=[RKD()], **settings)
-    assert_same(distill(student, teacher, digits, objectives=RKD(), **settings).student, expected.student)
+    assert_same(distill(student, teacher, digits, objectives=RKD(), **settings).module, expected.module)
 
 
 def test_labels_alone_have_their_weight_too(digits, teacher):
@@ -287,8 +284,8 @@ def test_labels_alone_have_their_weight_too(digits, teacher):
         distill(student, teacher, digits, optimizer="sgd", momentum=0.0, weight_decay=0.0, **options, **settings)
         for options in ({"lr": 0.01}, {"lr": 0.02, "label_weight": 0.5})
     )
-    for name, value in whole.student.state_dict().items():
-        assert torch.allclose(half.student.state_dict()[name], value, atol=1e-5)
+    for name, value in whole.module.state_dict().items():
+        assert torch.allclose(half.module.state_dict()[name], value, atol=1e-5)
     assert half.history.epochs[0].loss == pytest.approx(0.5 * whole.history.epochs[0].loss, rel=1e-3)
 
 
@@ -300,8 +297,8 @@ def test_the_callers_modes_do_not_matter(digits, teacher, around):
     expected = distill(student, teacher, digits, **settings)
     with around():
         found = distill(student, teacher, digits, **settings)
-    assert_same(found.student, expected.student)
-    assert not any(parameter.is_inference() for parameter in found.student.parameters())
+    assert_same(found.module, expected.module)
+    assert not any(parameter.is_inference() for parameter in found.module.parameters())
 
 
 IN_PROCESSES = """

@@ -1,13 +1,17 @@
-"""What a student learns, as the command line says it: losses by name, with their weights and settings."""
+"""The losses a student learns by, as the command line names them, with their weights and settings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import surgery
 from surgery.errors import UsageError, unknown_name
-from surgery.training.distilling.objectives import DKD, KD, RKD, AttentionTransfer, Hint, Objective, ReviewKD
+from surgery.settings import option
+
+if TYPE_CHECKING:
+    from surgery import Hint, Objective
 
 LABELS = "labels"
 """What the labels' own loss is called among weights."""
@@ -17,82 +21,96 @@ LABELS = "labels"
 class _Loss:
     """An objective, the settings that differ from its defaults, and those that do with standardised logits."""
 
-    kind: type[Objective]
+    name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     standardised: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> type[Objective]:
+        """The class, which the package exports under this name."""
+        found: type[Objective] = getattr(surgery, self.name)
+        return found
 
     def takes(self, setting: str) -> bool:
         return hasattr(self.kind, setting)
 
 
 LOSSES: Mapping[str, _Loss] = {
-    "kd": _Loss(KD),
+    "kd": _Loss("KD"),
     "kd-divergence": _Loss(
-        KD,
+        "KD",
         {"form": "divergence", "temperature": 4.0, "weight": 0.9, "final_weight": 0.9},
         {"temperature": 2.0, "weight": 9.0, "final_weight": 9.0},
     ),
-    "dkd": _Loss(DKD),
-    "at": _Loss(AttentionTransfer),
-    "rkd": _Loss(RKD),
-    "review": _Loss(ReviewKD),
+    "dkd": _Loss("DKD"),
+    "at": _Loss("AttentionTransfer"),
+    "rkd": _Loss("RKD"),
+    "review": _Loss("ReviewKD"),
 }
 """By name: FitNets' KD (Romero et al., 2015); KD as Hinton et al. (2015) have it, with RepDistiller's settings, or with
 those of Sun et al. (2024) for standardised logits; and the others with those of their papers."""
 
 
-def objectives(
-    names: Sequence[str],
-    *,
-    weights: Sequence[str] = (),
-    temperature: float | None = None,
-    standardise: bool = False,
-    warmup_epochs: float | None = None,
-    taps: Sequence[str] = (),
-    hint: Hint | None = None,
-) -> tuple[tuple[Objective, ...], float]:
-    """What `surgery.distill` takes: the objectives, and the weight of the labels.
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """What is learned in stage 2, as options."""
+
+    loss: list[str] | None = option(
+        None,
+        f"What is learned besides labels: {', '.join(LOSSES)} or none; several times. [default: kd]",
+        metavar="LOSS",
+    )
+    weight: list[str] | None = option(
+        None, "Weight of a loss, of labels or hint; kd=4,1 decays. [default: the papers']", metavar="LOSS=W"
+    )
+    temperature: float | None = option(None, "Of kd, kd-divergence and dkd.")
+    standardise: bool = option(False, "Standardise the logits of kd.")
+    warmup_epochs: float | None = option(None, "Epochs in which the weights of dkd and review rise. [default: 20]")
+    tap: list[str] | None = option(
+        None, "Layers that at and review compare. [default: the stages' ends]", metavar="GUIDED=HINT"
+    )
+
+
+def objectives(options: LossOptions, hint: Hint | None = None) -> tuple[tuple[Objective, ...], float | None]:
+    """What `surgery.distill` takes: the objectives, and the weight of the labels where one is given.
 
     Args:
-        names: of `LOSSES`, each once; ``none`` alone is no loss but the labels'.
-        weights: ``LOSS=WEIGHT``, or ``LOSS=FROM,TO`` where the weight decays; also of ``labels`` and ``hint``.
-        temperature, standardise, warmup_epochs: for those of the losses that have them.
-        taps: ``GUIDED=HINT``, the layers that at and review compare.
+        options: ``loss`` of `LOSSES`, each once; ``none`` alone is no loss but the labels'. ``weight`` is
+            ``LOSS=WEIGHT``, or ``LOSS=FROM,TO`` where the weight decays; also of ``labels`` and ``hint``. The settings
+            are for those of the losses that have them.
         hint: hints that are learned along with the rest.
 
     Raises:
         UsageError: a name or a number that is none, or a setting that none of the losses has.
     """
+    names: tuple[str, ...] = tuple(options.loss or ["kd"])
     if "none" in names and len(names) > 1:
         raise UsageError("--loss none is for a student that learns labels alone: leave out the other losses, or it")
-    names = () if list(names) == ["none"] else tuple(names)
+    names = () if names == ("none",) else names
     for name in names:
         if name not in LOSSES:
             raise unknown_name("loss", name, [*LOSSES, "none"])
         if names.count(name) > 1:
             raise UsageError(f"--loss {name} is given more than once")
-    weighed = _weights(weights, [*names, *(["hint"] if hint else []), LABELS])
-    settings: dict[str, Any] = {}
-    if temperature is not None:
-        settings["temperature"] = temperature
-    if standardise:
+    weighed = _weights(options.weight or (), [*names, *(["hint"] if hint else []), LABELS])
+    given = {"temperature": options.temperature, "warmup_epochs": options.warmup_epochs}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if options.standardise:
         settings["standardise"] = True
-    if warmup_epochs is not None:
-        settings["warmup_epochs"] = warmup_epochs
-    if taps:
-        settings["guided"] = _taps(taps)
+    if options.tap:
+        settings["guided"] = _taps(options.tap)
     for setting in settings:
         having = [name for name, loss in LOSSES.items() if loss.takes(setting)]
         if not set(having) & set(names):
             option = "tap" if setting == "guided" else setting.replace("_", "-")
             raise UsageError(f"--{option} is for {', '.join(having)}: choose one of them with --loss")
-    made = [_made(LOSSES[name], settings, weighed.get(name)) for name in names]
+    found = [_objective(LOSSES[name], settings, weighed.get(name)) for name in names]
     if hint is not None:
-        made.append(_made(_Loss(Hint, vars(hint)), {}, weighed.get("hint")))
-    return tuple(made), weighed.get(LABELS, (1.0,))[0]
+        found.append(_objective(_Loss("Hint", vars(hint)), {}, weighed.get("hint")))
+    return tuple(found), weighed.get(LABELS, (None,))[0]
 
 
-def _made(loss: _Loss, settings: Mapping[str, Any], weights: tuple[float, ...] | None) -> Objective:
+def _objective(loss: _Loss, settings: Mapping[str, Any], weights: tuple[float, ...] | None) -> Objective:
     own = {name: value for name, value in settings.items() if loss.takes(name)}
     given = {**loss.settings, **(loss.standardised if own.get("standardise") else {}), **own}
     if weights is not None:
@@ -100,7 +118,7 @@ def _made(loss: _Loss, settings: Mapping[str, Any], weights: tuple[float, ...] |
         if loss.takes("final_weight"):
             given["final_weight"] = weights[-1]
         elif len(weights) > 1:
-            raise UsageError(f"the weight of {loss.kind.__name__} does not decay: give it one number")
+            raise UsageError(f"the weight of {loss.name} does not decay: give it one number")
     return loss.kind(**given)
 
 

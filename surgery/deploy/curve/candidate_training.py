@@ -1,10 +1,8 @@
-"""Where the models of a curve are trained, exported and scored, each of them once."""
+"""Training, exporting and scoring the models of a curve, each of them once."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +13,16 @@ from torch import Tensor, nn
 
 from surgery.counting.cost import Cost, cost
 from surgery.deploy.budget.budget import refuse_unreachable, slim_to_budget
-from surgery.deploy.budget.parts import Clock
+from surgery.deploy.budget.clock import Clock
 from surgery.deploy.curve.candidates import LIMITS, Budget, Candidate
-from surgery.deploy.curve.points import Settings
+from surgery.deploy.curve.run_progress import RunProgress, parts_of
 from surgery.deploy.curve.store import NOTE, Kept, Store, data_identity, key_of, write_note
-from surgery.deploy.curve.teaching import Lesson, parts_of
-from surgery.deploy.measure.environment import environment
+from surgery.deploy.curve.teaching import Lesson
+from surgery.deploy.measure.environment import environment, usable_cores
 from surgery.deploy.onnx.export import export_onnx
 from surgery.models.checkpoint import save
 from surgery.operations.slim import slim
-from surgery.progress import Progress
+from surgery.settings import BudgetSettings, TimingSettings, TradeoffSettings, TrainSettings
 from surgery.training.data.data import Data
 from surgery.training.data.fingerprint import module_digest
 from surgery.training.evaluation import evaluate
@@ -34,31 +32,7 @@ from surgery.training.loop import train
 ONNX_FILE = "model.onnx"
 
 CHECK = "check budgets"
-"""The stage in which budgets that cannot be kept are refused."""
-
-
-class Stages:
-    """Tells how far the run is as a whole, from how far its stages are and how long each is likely to take."""
-
-    def __init__(self, weights: Mapping[str, float], progress: Progress | None) -> None:
-        self._weights = weights
-        self._total = sum(weights.values())
-        self._finished = 0.0
-        self._progress = progress
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[Progress]:
-        """A stage, from its begin to its end; what it yields can be told of its steps."""
-        self(name, 0, 1)
-        yield self
-        self(name, 1, 1)
-        self._finished += self._weights[name]
-
-    def __call__(self, task: str, done: int, total: int) -> None:
-        if self._progress is not None:
-            self._progress(task, done, total)
-            whole = self._finished + self._weights[task] * done / total
-            self._progress("all", round(1000 * whole / self._total), 1000)
+"""The task in which budgets that cannot be kept are refused."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +57,12 @@ class Measured:
     """How its widths were found, where it was slimmed to a budget."""
 
 
-class Workbench:
+class CandidateTraining:
     """Trains the models of a run, or finds them trained."""
 
-    def __init__(self, store: Store, data: Data, settings: Settings, lesson: Lesson, stages: Stages) -> None:
-        self.store, self.data, self.settings, self.lesson, self.stages = store, data, settings, lesson, stages
+    def __init__(self, store: Store, data: Data, settings: TradeoffSettings, progress: RunProgress) -> None:
+        self.store, self.data, self.settings, self.progress = store, data, settings, progress
+        self.lesson = Lesson.of(settings)
         self.identity = data_identity(data)
         self.reused: list[str] = []
 
@@ -96,8 +71,8 @@ class Workbench:
         settings = self.settings
         limits = [(LIMITS[candidate.what], candidate.limit) for candidate in plan if isinstance(candidate, Budget)]
         if limits:
-            clock = Clock(threads=settings.threads, seed=settings.seed)
-            with self.stages.stage(CHECK):
+            clock = Clock(TimingSettings(threads=settings.threads, seed=settings.seed))
+            with self.progress.task(CHECK):
                 refuse_unreachable(
                     dense, limits, round_to=settings.round_to, importance=settings.importance, clock=clock
                 )
@@ -108,22 +83,22 @@ class Workbench:
         common: dict[str, Any] = {"epochs": settings.epochs, "lr": settings.lr, "batch_size": settings.batch_size}
         made_by = {"model": module_digest(module), "data": self.identity, **common, "seed": settings.seed}
         key = key_of(made_by)
-        with self.stages.stage("train dense") as progress:
+        with self.progress.task("train dense") as progress:
             if settings.epochs == 0:
                 return Dense(module, None, None)
             kept = self._kept(key, "dense")
             if kept is not None:
                 return Dense(kept.into(module), kept.training["train"], kept.folder)
-            trained = copy.deepcopy(module)
-            history = train(
-                trained,
+            checkpoint = self.store.unfinished(key) / "model.pt"
+            done = train(
+                module,
                 self.data,
-                **common,
-                seed=settings.seed,
-                checkpoint=self.store.unfinished(key) / "model.pt",
+                TrainSettings(**common, seed=settings.seed),
+                checkpoint=checkpoint,
                 progress=progress,
                 task="train dense",
             )
+            trained, history = done.without_module()
             save(trained, self.store.place(key))
             return Dense(trained, history, self.store.keep(key, {"train": history}, None, made_by).folder)
 
@@ -134,25 +109,26 @@ class Workbench:
             "model": module_digest(start),
             "dense": module_digest(dense),
             "data": self.identity,
-            **self.lesson.settings(),
+            **self.lesson.identity(),
         }
         key = key_of(made_by)
         tune, export = (f"{candidate.folder}: {stage}" for stage in ("fine-tune", "export and score"))
         kept = self._kept(key, candidate.name)
         place = self.store.place(key)
-        with self.stages.stage(tune) as progress:
+        with self.progress.task(tune) as progress:
             if kept is None:
                 checkpoint = self.store.unfinished(key)
                 module, training = self.lesson.give(
                     candidate, start, dense, self.data, checkpoint=checkpoint, progress=progress, task=tune
                 )
-        with self.stages.stage(export):
+        with self.progress.task(export):
             if kept is None:
                 save(module, place)
                 if found is not None:
                     write_note(place / NOTE, found)
                 export_onnx(module, place / ONNX_FILE)
-                score = evaluate(_onnx_classifier(place / ONNX_FILE, self.settings.threads), self.data.test)
+                classify = _onnx_classifier(place / ONNX_FILE, self.settings.threads or usable_cores())
+                score = evaluate(classify, self.data.test)
                 kept = self.store.keep(key, training, score, made_by)
         assert kept.score is not None
         return Measured(candidate, kept.folder, cost(start), kept.score, kept.training, found)
@@ -162,7 +138,7 @@ class Workbench:
         settings = self.settings
         common: dict[str, Any] = {"round_to": settings.round_to, "importance": settings.importance}
         if isinstance(candidate, Candidate):
-            return candidate.made(dense, **common, seed=settings.seed), None
+            return candidate.apply(dense, **common, seed=settings.seed), None
         made_by = {
             "budget": [candidate.what, candidate.limit],
             "dense": module_digest(dense),
@@ -172,7 +148,7 @@ class Workbench:
             "seed": settings.seed,
         }
         key = key_of(made_by)
-        with self.stages.stage(f"{candidate.folder}: search") as progress:
+        with self.progress.task(f"{candidate.folder}: search") as progress:
             found = self.store.noted(key)
             if found is None:
                 names = [*(["probe"] if candidate.what == "latency" else []), "damage", "search"]
@@ -184,8 +160,7 @@ class Workbench:
                     data=self.data,
                     importance=settings.importance,
                     round_to=settings.round_to if settings.round_to > 1 else None,
-                    threads=settings.threads,
-                    seed=settings.seed,
+                    settings=BudgetSettings(threads=settings.threads, seed=settings.seed),
                     progress=told,
                 )
                 self.store.note(key, result.to_dict())

@@ -1,0 +1,41 @@
+"""How far a run of many tasks is, as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from surgery.progress import Progress
+
+
+class RunProgress:
+    """Tells how far the run is as a whole, from how far its tasks are and how long each is likely to take."""
+
+    def __init__(self, weights: Mapping[str, float], progress: Progress | None) -> None:
+        self._weights = weights
+        self._total = sum(weights.values())
+        self._finished = 0.0
+        self._progress = progress
+
+    @contextmanager
+    def task(self, name: str) -> Iterator[Progress]:
+        """A task, from its begin to its end; what it yields can be told of its steps."""
+        self(name, 0, 1)
+        yield self
+        self(name, 1, 1)
+        self._finished += self._weights[name]
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(task, done, total)
+            whole = self._finished + self._weights[task] * done / total
+            self._progress("all", round(1000 * whole / self._total), 1000)
+
+
+def parts_of(progress: Progress, whole: str, names: list[str]) -> Progress:
+    """Tells ``progress`` how far ``whole`` is, from how far its parts are, each of which counts alike."""
+
+    def part(task: str, done: int, total: int) -> None:
+        progress(whole, round(1000 * (names.index(task) + done / total) / len(names)), 1000)
+
+    return part

@@ -1,0 +1,48 @@
+"""Layers that Python outside the graphs calls: their attributes follow an edit as if a node called them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from surgery.axes.analysis import Analysis
+from surgery.axes.labels import Labelled
+from surgery.edit.layout import Layouts
+from surgery.graph.table import NodeEdit
+
+
+def follow_untraced_calls(module: nn.Module, analysis: Analysis, layouts: Layouts) -> None:
+    """Let the attributes of the layers that Python outside the graphs calls follow their new tensors."""
+    for call in {call.path: call for call in analysis.calls}.values():
+        layer = module.get_submodule(call.path)
+        held = [
+            analysis.axis_units.get((f"{call.path}.{name}", axis))
+            for name, tensor in layer.named_parameters(remove_duplicate=False)
+            for axis in range(tensor.ndim)
+        ]
+        held += [analysis.unit_of[f.ids] for label in call.labels for f in label.fields]
+        if all(units is None or layouts.of(units) is None for units in held):
+            continue
+        call.rewrite(
+            NodeEdit(
+                node=call.node,
+                module=layer,
+                shapes=tuple(_shape(out, analysis, layouts) for out in call.outs),
+                changed=frozenset(),
+                inputs=tuple(_shape(v, analysis, layouts) if isinstance(v, Labelled) else None for v in call.args),
+                computed={},
+                copies={},
+                tensors={},
+                old=tuple(out.shape for out in call.outs),
+            )
+        )
+
+
+def _shape(value: Labelled, analysis: Analysis, layouts: Layouts) -> tuple[int, ...]:
+    """The shape that an edit asks for."""
+    shape = list(value.shape)
+    for f in value.fields:
+        layout = layouts.of(analysis.unit_of[f.ids])
+        if layout is not None and layout.shape is not None:
+            for dim, size in zip(f.dims, layout.shape, strict=True):
+                shape[dim] = size
+    return tuple(shape)

@@ -1,0 +1,346 @@
+"""Settings as frozen dataclasses: the Python API, the command line and the identity of a resumed run read them.
+
+Each field says its range and its help text once. A function that takes ``settings`` takes their fields by name as well:
+``train(model, data, epochs=3)`` is ``train(model, data, TrainSettings(epochs=3))``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
+from numbers import Integral, Real
+from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, Self, TypeVar, overload
+
+from surgery.errors import UsageError, unknown_name
+
+
+class Usual(NamedTuple):
+    """The peak learning rate and the weight decay that an optimizer has by default."""
+
+    lr: float
+    weight_decay: float
+
+
+OPTIMIZERS: Mapping[str, Usual] = {
+    "sgd": Usual(0.02, 5e-4),
+    "adamw": Usual(1e-3, 1e-2),
+    "rmsprop": Usual(1e-3, 0.0),
+}
+"""SGD with Nesterov momentum; AdamW, whose first beta is ``momentum``; RMSProp, where it is the decay of the mean
+square (the FitNets paper's)."""
+
+SCHEDULES = ("one-cycle", "cosine", "warmup-cosine", "constant")
+"""Learning rate schedules: see `surgery.training.descent.SCHEDULES`."""
+
+PRECISIONS = ("no", "bf16", "fp16")
+"""Mixed precision: none, or what layers compute in where that is safe, with weights and losses in float32."""
+
+RUNTIMES = (
+    "onnxruntime",
+    "onnxruntime-tensorrt",
+    "onnxruntime-cuda-graphs",
+    "torch",
+    "torch-compile",
+    "torch-cuda-graphs",
+)
+"""What runs a model that is timed: see `surgery.deploy.measure.runners`."""
+
+TEACHERS: Mapping[str, str] = {
+    "labels": "on labels",
+    "kd": "on labels and the dense model's softened outputs (KD, equation 2 of FitNets)",
+    "hints": "on hints from the dense model's middle, then on labels and its softened outputs (FitNets)",
+    "evolve": "as the fit-hypothesis of the dense model, which evolves in generations (Knowledge Evolution)",
+}
+"""What a candidate of a tradeoff learns from, by name, in words that follow "trained"."""
+
+
+def option(default: Any, help: str, *, result: bool = True, **rule: Any) -> Any:
+    """A field of `Settings`.
+
+    Args:
+        help: one sentence, for the command line and the documentation.
+        result: whether the result depends on it; what it does not depend on may change when a run is resumed.
+        rule: ``least``, ``above``, ``most``, ``below`` or ``choices``; ``metavar`` for the command line.
+    """
+    return field(default=default, metadata={"help": help, "result": result, **rule})
+
+
+class Settings:
+    """Base of all settings: checks each field when it is made."""
+
+    def __post_init__(self) -> None:
+        for one in _fields(self):
+            object.__setattr__(self, one.name, _checked(one, getattr(self, one.name)))
+
+    @classmethod
+    def of(cls, settings: Settings | None, changes: Mapping[str, Any]) -> Self:
+        """``settings``, or the defaults, with ``changes``; settings of a base class give the fields that they have."""
+        if settings is None:
+            return cls(**changes)
+        if isinstance(settings, cls):
+            return replace(settings, **changes) if changes else settings  # type: ignore[type-var]
+        if not (isinstance(settings, Settings) and issubclass(cls, type(settings))):
+            raise UsageError(f"settings must be a surgery.{cls.__name__}, not {settings!r}")
+        return cls(**{**{one.name: getattr(settings, one.name) for one in _fields(settings)}, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON data."""
+        values = {one.name: getattr(self, one.name) for one in _fields(self)}
+        return {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in values.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that the result depends on, as plain JSON data: what a resumed run must have alike."""
+        kept = {one.name for one in _fields(self) if one.metadata["result"]}
+        return {name: value for name, value in self.to_dict().items() if name in kept}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(Settings):
+    """How a model is trained; the fields are the keywords of `surgery.train`, and the options of the command line.
+
+    Example:
+        >>> surgery.train(model, data, TrainSettings(epochs=3, optimizer="adamw", lr=1e-3))
+    """
+
+    epochs: int = option(10, "Passes over the training images.", least=1)
+    optimizer: str = option("sgd", f"{', '.join(OPTIMIZERS)}.", choices=OPTIMIZERS)
+    lr: float | None = option(None, "Peak learning rate. [default: usual with the optimizer]", above=0)
+    batch_size: int = option(64, "Images of one training step, of all processes together.", least=2)
+    momentum: float = option(0.9, "Of SGD; the first beta of adamw, the decay of rmsprop.", least=0, below=1)
+    weight_decay: float | None = option(
+        None, "Of weights, not of biases and norms. [default: usual with the optimizer]", least=0
+    )
+    label_smoothing: float = option(0.0, "Of the labels, from 0 to 1.", least=0, most=1)
+    schedule: str = option("one-cycle", f"{', '.join(SCHEDULES)}.", choices=SCHEDULES)
+    seed: int = option(0, "Seed of everything random.", least=0)
+    precision: str | None = option(
+        None, "no, bf16 or fp16. [default: no, or what accelerate launch says]", choices=PRECISIONS
+    )
+    workers: int = option(0, "Processes that read images; 0 reads them in this one.", result=False, least=0)
+    test_each_epoch: bool = option(False, "Score on the test images after each epoch.", result=False)
+    checkpoint_every: int | None = option(
+        None, "Be able to resume after so many steps, and after each epoch.", result=False, least=1, metavar="STEPS"
+    )
+
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate: the optimizer's usual one unless ``lr`` is given."""
+        return OPTIMIZERS[self.optimizer].lr if self.lr is None else self.lr
+
+    @property
+    def decay(self) -> float:
+        """The weight decay: the optimizer's usual one unless ``weight_decay`` is given."""
+        return OPTIMIZERS[self.optimizer].weight_decay if self.weight_decay is None else self.weight_decay
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that the weights depend on, with the rate and the decay that are used."""
+        return {**super().identity(), "lr": self.peak_lr, "weight_decay": self.decay}
+
+    def training(self, **changes: Any) -> TrainSettings:
+        """These fields of `TrainSettings` alone, with ``changes``: what `surgery.train` takes."""
+        return TrainSettings(**{**{one.name: getattr(self, one.name) for one in fields(TrainSettings)}, **changes})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings(TrainSettings):
+    """How a student is taught, in the two stages of FitNets: `TrainSettings` for both, and what is said here.
+
+    The optimizer is AdamW by default: a hint's loss is as large as its layer, and Adam's steps do not depend on that.
+    """
+
+    epochs: int = option(10, "Passes over the data in stage 2, labels and losses; 0 skips it.", least=0)
+    optimizer: str = option("adamw", f"{', '.join(OPTIMIZERS)}.", choices=OPTIMIZERS)
+    hint_epochs: int = option(5, "Passes over the data in stage 1, hints; 0 skips it.", least=0)
+    hint_lr: float | None = option(None, "Peak learning rate in stage 1. [default: --lr]", above=0)
+    regressor: str = option(
+        "auto", "From guided layer to hint: auto, conv, fc or none.", choices=("auto", "conv", "fc", "none")
+    )
+    label_weight: float = option(1.0, "Weight of the labels' cross-entropy in stage 2.", least=0)
+    cache: str | os.PathLike[str] = option(
+        "auto", "Keep the teacher's outputs: auto, memory, none or a folder.", result=False, metavar="WHERE"
+    )
+    channels_last: bool = option(False, "Keep channels innermost in memory: often faster for convolutions.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.epochs and not self.hint_epochs:
+            raise UsageError("hint_epochs and epochs are 0: there is nothing to train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvolveSettings(TrainSettings):
+    """How a network evolves: `TrainSettings` for each generation, and what is said here."""
+
+    epochs: int = option(10, "Passes over the data in each generation.", least=1)
+    kind: str = option(
+        "kels",
+        "What is kept: kels, channels, or wels, scattered weights (without a slim model).",
+        choices=("kels", "wels"),
+    )
+    recalibrate: bool = option(False, "Measure the slim model's BatchNorm statistics on training images.")
+    long: bool = option(False, "Also train as many epochs at once, for comparison.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind == "wels" and self.recalibrate:
+            raise UsageError("recalibrate is for the slim network, and WELS gives none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LotterySettings(TrainSettings):
+    """How lottery tickets are trained: `TrainSettings` for each, and what is said here."""
+
+    rewind_to: int = option(0, "The training step whose weights the ticket takes; 0 is the initialisation.", least=0)
+    scope: str = option("layer", "Where weights are compared: layer or global.", choices=("layer", "global"))
+    vectors: bool = option(False, "Prune biases and norms as well.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimingSettings(Settings):
+    """How models are timed; the fields are the keywords of `surgery.benchmark`, and the options of the command line.
+
+    Warming up ends as soon as the median of five runs is within 5% of the median of the five before.
+    """
+
+    runtime: str = option("onnxruntime", f"{', '.join(RUNTIMES)}.", choices=RUNTIMES)
+    batch_size: int = option(1, "Samples of one query, axis 0 of the inputs.", least=1)
+    threads: int | None = option(None, "Threads of one query. [default: all usable cores]", least=1)
+    device: str = option("cpu", "cpu or cuda.", choices=("cpu", "cuda"))
+    warmup: float = option(5.0, "Seconds to warm up for, at the most.", least=0)
+    min_runs: int = option(100, "Queries of each model, at the least.", least=1)
+    min_seconds: float = option(1.0, "Seconds spent on each model, at the least.", least=0)
+    sessions: int = option(10, "How often each model is set up afresh: 1, or to compare over them 6 or more.", least=1)
+    confidence: float = option(0.95, "Of the intervals of ratios.", above=0, below=1)
+    memory: bool = option(True, "Measure peak memory too, in a process of its own (some seconds).")
+    seed: int = option(0, "Seed of the orders and the resamples.", least=0)
+
+    def timing(self, **changes: Any) -> TimingSettings:
+        """These fields of `TimingSettings` alone, with ``changes``: what `surgery.benchmark` takes."""
+        return TimingSettings(**{**{one.name: getattr(self, one.name) for one in fields(TimingSettings)}, **changes})
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetSettings(TimingSettings):
+    """How a model that keeps to a budget is searched for: how models are timed, and what is said here."""
+
+    least: float = option(0.125, "The rate below which no part is slimmed.", above=0, most=1)
+    tolerance: float = option(
+        0.05, "A model that takes at least 1 - tolerance of the budget is not improved on.", above=0, most=1
+    )
+    rounds: int = option(8, "Models that are made and measured on the way, at the most.", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TradeoffSettings(Settings):
+    """What the models of a curve are, and how they are trained and timed."""
+
+    round_to: int = option(1, "Round widths up to a multiple of this.", least=1)
+    importance: str = option("prefix", "Which channels are kept, as in surgery.slim.")
+    epochs: int = option(5, "Passes over the data for the dense model; 0: take it as is.", least=0)
+    finetune_epochs: int = option(3, "Passes over the data for each candidate.", least=0)
+    teach: str = option(
+        "labels", f"What candidates learn from: {', '.join(TEACHERS)}; the dense model teaches.", choices=TEACHERS
+    )
+    hint_epochs: int = option(1, "For hints: passes over the data for stage 1.", least=1)
+    generations: int = option(3, "For evolve: how many, of --finetune-epochs each.", least=1)
+    lr: float = option(0.02, "Peak learning rate, of SGD.", above=0)
+    batch_size: int = option(64, "Images of one training step.", least=2)
+    image_size: int | None = option(None, "Side in pixels. [default: the data's own]", least=1)
+    weights: str | None = option(None, "torchvision's weights: none, DEFAULT or one by name.", metavar="NAME")
+    data_root: str | os.PathLike[str] | None = option(
+        None, "Where torchvision's data sets are kept.", result=False, metavar="DIR"
+    )
+    limit: int | None = option(None, "Use so many training and test images at most.", least=1)
+    threads: int | None = option(None, "Threads of one query. [default: all usable cores]", least=1)
+    seed: int = option(0, "Seed of everything random, initial weights included.", least=0)
+
+
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
+
+
+class _Accepts(Protocol, Generic[P, R]):
+    """A function that takes the fields of its settings by name, too."""
+
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    @overload
+    def __call__(self, *args: Any, **kwargs: Any) -> R: ...
+
+
+def accepts(kind: type[Settings], **renamed: str) -> Callable[[Callable[P, R]], _Accepts[P, R]]:
+    """Let a function take fields of its ``settings``, of this ``kind``, as keywords.
+
+    The function is called with ``settings`` of this kind in any case: defaults where none are given.
+
+    Args:
+        renamed: keywords by their old names, which are taken with a `DeprecationWarning`.
+    """
+    names = {one.name for one in fields(kind)}  # type: ignore[arg-type]
+
+    def decorate(function: Callable[P, R]) -> _Accepts[P, R]:
+        signature = inspect.signature(function)
+        own = names - signature.parameters.keys()
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> R:
+            for old in renamed.keys() & kwargs.keys():
+                new = renamed[old]
+                warnings.warn(f"{function.__name__}: {old}= is now {new}=", DeprecationWarning, stacklevel=2)
+                if new in kwargs:
+                    raise UsageError(f"{function.__name__} was given both {new}= and its old name {old}=")
+                kwargs[new] = kwargs.pop(old)
+            changes = {name: kwargs.pop(name) for name in own & kwargs.keys()}
+            bound = signature.bind(*args, **kwargs)
+            bound.arguments["settings"] = kind.of(bound.arguments.get("settings"), changes)
+            return function(*bound.args, **bound.kwargs)
+
+        return call
+
+    return decorate
+
+
+def renamed(name: str, old: str) -> Any:
+    """A property for a result's attribute that is called ``name`` now, under its ``old`` name."""
+
+    def read(self: Any) -> Any:
+        warnings.warn(f"{type(self).__name__}.{old} is now .{name}", DeprecationWarning, stacklevel=2)
+        return getattr(self, name)
+
+    return property(read, doc=f"The old name of ``{name}``.")
+
+
+def _fields(settings: Settings) -> Sequence[Field[Any]]:
+    return fields(settings)  # type: ignore[arg-type]
+
+
+def _checked(one: Field[Any], value: Any) -> Any:
+    """The value as a plain Python one; a `UsageError` that says what the field may be."""
+    kind, *others = str(one.type).split(" | ")
+    if value is None and "None" in others:
+        return None
+    if "choices" in one.metadata and value not in one.metadata["choices"]:
+        raise unknown_name(one.name.replace("_", " "), value, one.metadata["choices"])
+    if kind == "bool" and not isinstance(value, bool):
+        raise UsageError(f"{one.name} must be True or False, not {value!r}")
+    if kind == "str" and not (isinstance(value, (str, os.PathLike)) and os.fspath(value)):
+        raise UsageError(f"{one.name} must be a text that is not empty, not {value!r}")
+    return _number(one, kind, value) if kind in ("int", "float") else value
+
+
+def _number(one: Field[Any], kind: str, value: Any) -> int | float:
+    wanted = Integral if kind == "int" else Real
+    rule = one.metadata
+    fits = isinstance(value, wanted) and not isinstance(value, bool) and math.isfinite(value)
+    fits = fits and value >= rule.get("least", -math.inf) and value <= rule.get("most", math.inf)
+    if not (fits and value > rule.get("above", -math.inf) and value < rule.get("below", math.inf)):
+        said = {"least": "of at least", "above": "above", "most": "at most", "below": "below"}
+        bounds = " and ".join(f"{words} {rule[key]}" for key, words in said.items() if key in rule)
+        what = "a whole number" if kind == "int" else "a number"
+        raise UsageError(f"{one.name} must be {what} {bounds or 'that is finite'}, not {value!r}")
+    return int(value) if kind == "int" else float(value)

@@ -1,0 +1,48 @@
+"""Which tests are slow: sweeps over models that a fast test covers already, and long trainings.
+
+Every operation and every family keeps a fast test.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+HEAVY = {"resnext50_32x4d", "densenet121", "googlenet", "inception_v3", "deeplabv3_mobilenet_v3_large"}
+"""Families that take seconds for each operation. Fast of these is `ORACLE` alone."""
+ORACLE = "test_permuting_every_group_changes_nothing"
+
+FAST: dict[str, set[str]] = {
+    # exports of whole models, by file
+    "test_the_onnx_file_computes_what_the_model_computes_at_batches_1_2_and_3": {
+        *("resnet18-64", "squeezenet1_1-64", "shufflenet_v2_x0_5-64", "mobilenet_v3_small-64"),
+    },
+    "test_a_row_says_what_the_export_is_like": set(),
+    "test_ours_and_a_plain_export_are_compared": set(),
+    # models of the published size
+    "test_a_model_trains_on_images_of_its_minimum_size": {
+        *("resnet18", "squeezenet1_0", "mnasnet0_5", "swin_t", "lraspp_mobilenet_v3_large"),
+    },
+    "test_a_small_detection_model_detects_in_evaluation_and_has_losses_in_training": {
+        "fasterrcnn_mobilenet_v3_large_320_fpn"
+    },
+    "test_macs_of_videos_maps_and_detections_are_those_that_torchvision_publishes": {
+        *("r3d_18", "lraspp_mobilenet_v3_large", "retinanet_resnet50_fpn"),
+    },
+    "test_counts_are_those_of_the_authors_to_the_printed_digit": {"resnet18?num_classes=100"},
+    "test_densenet_at_rate_0_8_has_their_figures_with_the_channel_that_leaks": set(),
+    "test_raft_is_traced_whole_bit_for_bit_also_at_other_sizes": {"False"},
+    "test_raft_shrinks_and_grows": set(),
+    # trainings
+    "test_steps_are_timed_three_ways_in_as_many_rounds": set(),
+    "test_the_slim_network_catches_up_with_the_dense_one": set(),
+}
+"""Tests that are slow, by name, and those of their cases that are not."""
+
+
+def is_slow(item: pytest.Item) -> bool:
+    """Whether a collected test is one that the default run leaves out."""
+    name, case = getattr(item, "originalname", item.name), getattr(item, "callspec", None)
+    if name in FAST:
+        return case is None or case.id not in FAST[name]
+    heavy = case is not None and any(value in HEAVY for value in case.params.values() if isinstance(value, str))
+    return heavy and name != ORACLE
