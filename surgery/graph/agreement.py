@@ -6,7 +6,7 @@ import copy
 import operator
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,8 +28,10 @@ _TOLERANCE = {torch.float64: 1e-8, torch.complex128: 1e-8, torch.float32: 1e-3, 
 """Relative; the same ops run on both sides, so all but their order agrees. Lower precisions: 5e-2."""
 
 
-def check_agreement(traced: nn.Module, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Run ``traced`` and ``model``, copies of both, on the example inputs and compare what they return.
+def check_agreement(
+    traced: nn.Module, copied: Callable[[], nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
+    """Run a copy of ``traced`` and the model that ``copied`` gives on the example inputs, and compare the results.
 
     Evaluation is compared always, training where the graph depends on the mode. Small models are compared in both, in
     gradients and at a second batch size too, where the model itself runs like that. Guards may refuse that batch
@@ -42,19 +44,20 @@ def check_agreement(traced: nn.Module, model: nn.Module, args: tuple[Any, ...], 
         UsageError: the model itself does not run on them.
         TraceError: they differ, or only the model runs.
     """
-    tensors = [t for _, t in (*tensors_in((args, kwargs)), *_named_tensors(model))]
-    if any(t.is_meta for t in tensors):
+    if any(t.is_meta for _, t in (*tensors_in((args, kwargs)), *_named_tensors(traced))):
         return False
-    runs = _plan(traced, model, args, kwargs)
-    expected = _observe(copy.deepcopy(model), runs)
+    model = copied()
+    name, runs = type(model).__name__, _plan(traced, args, kwargs)
+    expected = _observe(model, runs)
+    del model  # at most one copy in addition to the result
     if expected[0].error is not None and all(seen.error for seen in expected):
         why = _first_line(expected[0].error)
-        raise UsageError(f"the example inputs do not fit: {type(model).__name__} cannot take them ({why})")
+        raise UsageError(f"the example inputs do not fit: {name} cannot take them ({why})")
     found = _observe(copy.deepcopy(traced), [run for run, seen in zip(runs, expected, strict=True) if not seen.error])
     expected = [seen for seen in expected if not seen.error]
     wrong = _first_difference(expected, found)
-    if wrong and not _first_difference(expected, _observe(copy.deepcopy(model), [seen.run for seen in expected])):
-        raise TraceError(f"{type(model).__name__} cannot be traced faithfully: {wrong}")
+    if wrong and not _first_difference(expected, _observe(copied(), [seen.run for seen in expected])):
+        raise TraceError(f"{name} cannot be traced faithfully: {wrong}")
     return any(seen.run.other_batch and seen.error is None for seen in found)
 
 
@@ -85,7 +88,7 @@ class _Seen:
         return f"{getattr(self.kind, '__name__', '')} with tensors at {', '.join(self.tensors) or 'none'}"
 
 
-def _plan(traced: nn.Module, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[_Run]:
+def _plan(traced: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[_Run]:
     numbers = sum(t.numel() for _, t in tensors_in((args, kwargs)))
     cheap = _weights(traced) * numbers <= _CHEAP
     runs = [_Run("in evaluation", args, kwargs, gradients=cheap)]

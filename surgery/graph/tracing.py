@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,7 +66,6 @@ def trace(
     model = unwrap(model)
     root = private_copy(model)
     given = bound_arguments(root, args, kwargs)
-    reference = copy.deepcopy(root)
     untraced = ""
     modes: tuple[bool, ...] = (False,)
     batched = False
@@ -74,12 +73,12 @@ def trace(
     try:
         traced = traced_copy(root, given)
         if check:
-            batched = check_agreement(traced, reference, args, kwargs)
+            batched = check_agreement(traced, partial(private_copy, model), args, kwargs)
     except TraceError as error:
         untraced = str(error)
-        traced, modes = trace_islands(copy.deepcopy(reference), args, kwargs, error)
+        traced, modes = trace_islands(private_copy(model), args, kwargs, error)
         if check:
-            batched = check_agreement(traced, reference, args, kwargs)
+            batched = check_agreement(traced, partial(private_copy, model), args, kwargs)
     spec_args, spec_kwargs = pytree.tree_map(lambda v: _spec(v, bool(untraced)), (args, kwargs))
     set_info(traced, TraceInfo(source, spec_args, spec_kwargs, untraced=untraced, modes=modes, batched=batched))
     seal(traced)
