@@ -96,16 +96,14 @@ def classifier(
         UsageError: it cannot be built, does not take the images, or has other classes.
     """
     images = torch.zeros(2, data.channels, data.image_size, data.image_size)
+    source = None
     if isinstance(model, str):
         known = catalogue.parse(model).entry is not None
         keywords = {"num_classes": len(data.classes)} if known else {}
-        module = catalogue.build(model, **keywords, weights=weights, trust=trust, seed=seed)
-        traced = trace(module, images, source=catalogue.canonical(model, **keywords, weights=weights))
-    elif is_traced(model):
-        traced = copy.deepcopy(model)
-    else:
-        traced = trace(model, images)
-    _refuse_misfit(traced, images, data, what)
+        source = catalogue.canonical(model, **keywords, weights=weights)
+        model = catalogue.build(model, **keywords, weights=weights, trust=trust, seed=seed)
+    _refuse_misfit(model, images, data, what)
+    traced = copy.deepcopy(model) if is_traced(model) else trace(model, images, source=source)
     (traced_with, *_), _named = example_inputs(traced)
     if traced_with.shape[1:] != images.shape[1:]:
         with_info(traced, args=(TensorSpec(tuple(images.shape), images.dtype),))

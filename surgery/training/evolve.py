@@ -28,8 +28,9 @@ from surgery.training.data.loading import loader
 from surgery.training.descent import check_scored
 from surgery.training.evaluation import evaluate
 from surgery.training.history import History, Score
-from surgery.training.loop import train_in_place
+from surgery.training.loop import train
 from surgery.training.modes import device_of, in_mode, mixed_seed, plain_modes, random_state, seed_everything
+from surgery.training.resume import plain_identity
 from surgery.training.run import LossFn
 
 PAPER = EvolveSettings(
@@ -155,11 +156,13 @@ def evolve(
     if generations > 1:
         reset_hypothesis(module, masks, **options)  # what cannot be drawn again is refused before the training
     drawn = {name: value for name, value in options.items() if name != "fresh"}
-    evolved = {"kind": settings.kind, "split_rate": dict(rate) if isinstance(rate, Mapping) else rate, **drawn}
+    evolved = {"kind": settings.kind, "split_rate": rate, **drawn}
+    if checkpoint is not None:
+        plain_identity(evolved)  # what it cannot store is refused before the training
     score = score or (lambda network: evaluate(network, data.test, workers=settings.workers))
 
     def train_one(network: nn.Module, task: str, number: int, total: int) -> tuple[nn.Module, Generation]:
-        history = train_in_place(
+        history = train(
             network,
             data,
             settings.training(epochs=total, seed=mixed_seed(settings.seed, number)),
@@ -179,7 +182,7 @@ def evolve(
         return recalibrated(carved, data, settings.batch_size, seed=settings.seed) if settings.recalibrate else carved
 
     found = []
-    network = copy.deepcopy(module)
+    network = module
     for number in range(generations):
         if number:
             network = reset_hypothesis(network, masks, seed=mixed_seed(settings.seed, number), **options)
@@ -187,7 +190,7 @@ def evolve(
         found.append(generation)
     long_module, long = None, None
     if settings.long:
-        long_module, long = train_one(copy.deepcopy(module), "long", 0, generations * settings.epochs)
+        long_module, long = train_one(module, "long", 0, generations * settings.epochs)
     carved = fit_hypothesis(network) if settings.kind == "kels" else None
     return Evolution(network, carved, masks, tuple(found), long, long_module)
 

@@ -81,27 +81,6 @@ def train(
     Example:
         >>> trained = surgery.train(model, surgery.load_data("digits"), epochs=3, lr=0.1).module
     """
-    options: dict[str, Any] = {"grow": grow, "first_step": first_step, "last_step": last_step, "loss_fn": loss_fn}
-    options |= {"after_step": after_step, "checkpoint": checkpoint, "identity": identity}
-    return train_in_place(copy.deepcopy(model), data, settings, **options, progress=progress, task=task)
-
-
-def train_in_place(
-    model: nn.Module,
-    data: Data,
-    settings: TrainSettings,
-    *,
-    grow: Mapping[int, Growth] | None = None,
-    first_step: int = 0,
-    last_step: int | None = None,
-    loss_fn: LossFn | None = None,
-    after_step: Callable[[nn.Module], None] | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    identity: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-    task: str = "train",
-) -> History:
-    """`train`, of the model itself: for procedures that made it and own it. One that grows is `History.module`."""
     settings = settings.training()
     check_data(data)
     check_trainable(model)
@@ -121,7 +100,7 @@ def train_in_place(
     engine.wait()  # a process may not write what another one has not read yet
     if file is not None and engine.main:
         file.prepare()
-    model.to(engine.device)
+    model = copy.deepcopy(model).to(engine.device)
     make = OPTIMIZERS[settings.optimizer]
     run = Run(
         model=model,
@@ -180,7 +159,7 @@ def label_loss(output: Any, labels: Tensor, label_smoothing: float = 0.0) -> Ten
 def _identity(model: nn.Module, data: Data, plan: Sequence[Phase]) -> dict[str, Any]:
     """What is trained on what, for a checkpoint to be recognised by."""
     growths = [
-        [s.first, count(s.images), *map(str, (g.widen, g.deepen, g.state, g.widen_options, g.deepen_options))]
+        [s.first, count(s.images), g.widen, g.deepen, g.state, str(g.widen_options), str(g.deepen_options)]
         for s in plan
         if (g := s.growth) is not None
     ]

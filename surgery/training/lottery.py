@@ -6,9 +6,8 @@ Connectivity and the Lottery Ticket Hypothesis", ICML 2020. Knowledge Evolution 
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,15 @@ from torch import Tensor, nn
 from surgery.errors import UsageError, whole_number
 from surgery.operations.tickets import hold_masked, magnitude_masks, rewind
 from surgery.progress import Progress
+from surgery.selectors import Where
 from surgery.settings import LotterySettings, accepts, renamed
 from surgery.training.data.data import Data
 from surgery.training.descent import check_scored
 from surgery.training.evaluation import evaluate
 from surgery.training.history import History, Score
-from surgery.training.loop import train_in_place
+from surgery.training.loop import train
 from surgery.training.modes import plain_modes
+from surgery.training.resume import plain_identity
 from surgery.training.run import LossFn, steps_of_epoch
 
 
@@ -77,7 +78,7 @@ def lottery(
     rounds: int = 1,
     settings: LotterySettings = LotterySettings(),
     *,
-    whole: Collection[str] = (),
+    whole: Where = (),
     loss_fn: LossFn | None = None,
     score: Callable[[nn.Module], Score] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -117,18 +118,18 @@ def lottery(
         raise UsageError(f"rewind_to is {rewind_to}: it must be below {total}, the steps of this training")
     pruning: dict[str, Any] = {"scope": settings.scope, "vectors": settings.vectors, "whole": whole}
     magnitude_masks(module, sparsity, **pruning)  # what cannot be pruned so is refused before the training
+    if checkpoint is not None:
+        plain_identity(pruning)  # what it cannot store is refused before the training, too
     score = score or (lambda network: evaluate(network, data.test, workers=settings.workers))
 
     def train_one(network: nn.Module, task: str, kept: Mapping[str, Any] | None = None, **steps: Any) -> History:
         file = None if checkpoint is None else Path(checkpoint) / f"{task}.pt"
         known = {**(identity or {}), **(kept or {})}
         options: dict[str, Any] = {"loss_fn": loss_fn, "progress": progress, "task": task, **steps}
-        return train_in_place(network, data, settings, checkpoint=file, identity=known, **options)
+        return train(network, data, settings, checkpoint=file, identity=known, **options)
 
-    early = copy.deepcopy(module)
-    if rewind_to:
-        train_one(early, "early", last_step=rewind_to)
-    network, history = train_one(copy.deepcopy(module), "dense").without_module()
+    early = train_one(module, "early", last_step=rewind_to).module if rewind_to else module
+    network, history = train_one(module, "dense").without_module()
     tickets = [Ticket(0.0, score(network), history)]
     masks: dict[str, Tensor] = {}
     for number in range(1, rounds + 1):
@@ -136,7 +137,7 @@ def lottery(
         masks = magnitude_masks(network, pruned, within=masks, **pruning)
         network = rewind(module, early, masks)
         hold = hold_masked(network, masks)
-        kept = {**pruning, "whole": [*whole], "sparsity": pruned}
+        kept = {**pruning, "sparsity": pruned}
         trained = train_one(network, f"ticket-{number}", kept, first_step=rewind_to, after_step=hold)
         network, history = trained.without_module()
         tickets.append(Ticket(pruned, score(network), history))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,10 +133,7 @@ class Checkpoint:
 
     @property
     def _identity(self) -> str:
-        try:
-            return json.dumps(dict(self.identity), default=_number)
-        except TypeError as error:
-            raise UsageError(f"what identifies a training must be plain JSON data: {error}") from error
+        return json.dumps(plain_identity(self.identity))
 
 
 @dataclass(frozen=True)
@@ -169,11 +166,36 @@ def is_finished(path: Path) -> bool:
         return False
 
 
-def _number(value: object) -> Any:
-    """A number of numpy's as one of Python's."""
+def plain_identity(identity: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return what identifies a training as plain JSON data; selectors of layers may be keys and values in it.
+
+    Raises:
+        UsageError: a value that a later run cannot be compared by, such as a class or a function.
+    """
+    return {
+        key if isinstance(key, str) else json.dumps(_plain(key, str(key))): _plain(value, str(key))
+        for key, value in identity.items()
+    }
+
+
+def _plain(value: Any, key: str) -> Any:
+    if isinstance(value, Mapping):
+        return plain_identity(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(part, key) for part in value]
     if isinstance(value, np.generic):
         return value.item()
-    raise TypeError(f"{value!r} is not")
+    if isinstance(value, Set):
+        return sorted(_plain(part, key) for part in value)
+    if callable(value) and not isinstance(value, nn.Module):
+        name = getattr(value, "__name__", repr(value))
+        raise UsageError(
+            f"a checkpoint cannot store {name}: select layers by text, such as 'layer3', 'layer*.conv2' or "
+            "'nn.Conv2d', or pass no checkpoint"
+        )
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise UsageError(f"what identifies a training must be plain JSON data: {key!r} is {value!r}")
 
 
 def _from_json(content: Mapping[str, Any]) -> Progressed:

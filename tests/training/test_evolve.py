@@ -17,7 +17,7 @@ from surgery.training.data.data import Data, Normalisation, load_data
 from surgery.training.evaluation import evaluate
 from surgery.training.evolve import PAPER, evolve, recalibrated
 from surgery.training.history import Score
-from surgery.training.loop import train_in_place
+from surgery.training.loop import train
 from tests.helpers import assert_same, killed_after
 from tests.zoo import SMALL, digits_net
 
@@ -50,11 +50,11 @@ def test_a_generation_begins_with_the_fit_hypothesis_of_the_last_and_new_numbers
 
     def watched(network, *args, **settings):
         starts.append(copy.deepcopy(network.state_dict()))
-        history = train_in_place(network, *args, **settings)
-        ends.append(copy.deepcopy(network.state_dict()))
+        history = train(network, *args, **settings)
+        ends.append(history.module.state_dict())
         return history
 
-    monkeypatch.setattr(evolving, "train_in_place", watched)
+    monkeypatch.setattr(evolving, "train", watched)
     before = copy.deepcopy(model.state_dict())
     found = evolve(model, digits, 0.5, 3, kind=kind, **QUICK)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -131,9 +131,9 @@ def test_each_generation_trains_with_the_settings_and_a_seed_of_its_own(digits, 
 
     def watched(network, data, given, **options):
         seen.append(given)
-        return train_in_place(network, data, given.training(lr=0.01), **options)
+        return train(network, data, given.training(lr=0.01), **options)
 
-    monkeypatch.setattr(evolving, "train_in_place", watched)
+    monkeypatch.setattr(evolving, "train", watched)
     evolve(model, digits, 0.5, 2, settings)
     assert [replace(given, seed=0) for given in seen] == [settings.training()] * 2
     assert seen[0].seed != seen[1].seed

@@ -12,7 +12,7 @@ import surgery
 from surgery.training import lottery as lotteries
 from surgery.training.evaluation import evaluate
 from surgery.training.history import Score
-from surgery.training.loop import train, train_in_place
+from surgery.training.loop import train
 from surgery.training.lottery import lottery
 from tests.helpers import assert_same, killed_after
 
@@ -56,9 +56,9 @@ def test_a_ticket_begins_with_the_weights_of_the_step_and_the_images_and_rates_f
 
     def watched(network, *args, **settings):
         starts[settings["task"]] = copy.deepcopy(network.state_dict())
-        return train_in_place(network, *args, **settings)
+        return train(network, *args, **settings)
 
-    monkeypatch.setattr(lotteries, "train_in_place", watched)
+    monkeypatch.setattr(lotteries, "train", watched)
     found = lottery(model, digits, 0.5, 1, rewind_to=5, **QUICK)
     early = copy.deepcopy(model)
     early = train(early, digits, last_step=5, **QUICK).module
@@ -119,6 +119,17 @@ def test_a_ticket_of_other_settings_is_refused_in_words(digits, model, tmp_path)
     lottery(model, digits, 0.5, 1, checkpoint=tmp_path, **QUICK)
     with pytest.raises(surgery.UsageError, match="scope layer and not global"):
         lottery(model, digits, 0.5, 1, scope="global", checkpoint=tmp_path, **QUICK)
+
+
+def test_weights_held_at_zero_stay_so_in_the_module_that_a_training_returns(digits, model):
+    masks = surgery.magnitude_masks(model, 0.5)
+    ticket = surgery.rewind(model, model, masks)
+    before = copy.deepcopy(ticket)
+    trained = train(ticket, digits, after_step=surgery.hold_masked(ticket, masks), **QUICK).module
+    assert_same(ticket, before)
+    for name, parameter in trained.named_parameters():
+        assert not parameter[~masks[name]].any()
+        assert not torch.equal(parameter, before.get_parameter(name))
 
 
 def test_the_callers_modes_do_not_matter(digits, model):

@@ -14,8 +14,10 @@ from torch import nn
 import surgery
 from surgery import Growth
 from surgery.training.data.data import load_data
+from surgery.training.evolve import evolve
 from surgery.training.history import History
 from surgery.training.loop import train
+from surgery.training.lottery import lottery
 from tests.helpers import assert_same, killed_after
 
 DIGITS = 160
@@ -170,6 +172,30 @@ def no_step(*_):
 def test_an_identity_that_is_no_json_data_is_refused_before_the_training(digits, tmp_path):
     with pytest.raises(surgery.UsageError, match="what identifies a training must be plain JSON data"):
         train(net(), digits, epochs=1, loss_fn=no_step, checkpoint=tmp_path / "a.pt", identity={"teacher": net()})
+
+
+def test_layers_may_be_selected_by_text_in_what_a_checkpoint_stores(digits, tmp_path):
+    def grown(selector, path):
+        growth = Growth(widen={selector: 1.5})
+        return train(traced(), digits, epochs=2, grow={1: growth}, checkpoint=path).module
+
+    whole = grown("nn.Conv2d", None)
+    assert_same(grown("nn.Conv2d", tmp_path / "text.pt"), whole)
+    assert_same(grown("nn.Conv2d", tmp_path / "text.pt"), whole)
+    assert_same(grown(("nn.Conv2d",), tmp_path / "several.pt"), whole)
+    assert_same(grown(nn.Conv2d, None), whole)
+
+
+@pytest.mark.parametrize(("selector", "name"), [(nn.Conv2d, "Conv2d"), (lambda name, _: name == "0", "<lambda>")])
+def test_a_class_or_predicate_cannot_be_stored_in_a_checkpoint(digits, tmp_path, selector, name):
+    refused = pytest.raises(surgery.UsageError, match=f"a checkpoint cannot store {name}: select layers by text, such")
+    quick = {"epochs": 1, "loss_fn": no_step, "checkpoint": tmp_path / "run"}
+    with refused:
+        train(traced(), digits, grow={0: Growth(widen={selector: 1.5})}, **quick)
+    with refused:
+        evolve(traced(), digits, {selector: 0.5}, 2, **quick)
+    with refused:
+        lottery(traced(), digits, 0.5, whole=selector, **quick)
 
 
 def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_training(digits, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import UsageError
+from surgery.graph.traced import TracedModule
 from surgery.progress import Progress
 from surgery.selectors import Where
 from surgery.settings import DistillSettings, accepts, renamed
@@ -27,7 +27,7 @@ from surgery.training.distilling.observed import Observed, observe
 from surgery.training.engine import Engine
 from surgery.training.evaluation import evaluate
 from surgery.training.history import History, Score
-from surgery.training.loop import classification_loss, label_loss, train_in_place
+from surgery.training.loop import classification_loss, label_loss, train
 from surgery.training.modes import plain_modes
 from surgery.training.resume import is_finished
 from surgery.training.run import Batch, LossFn
@@ -145,7 +145,7 @@ def distill(
             cast(Any, module).to(memory_format=torch.channels_last)
     before, teacher_score = (evaluate(module, data.test, workers=settings.workers) for module in (student, teacher))
     hints = history = None
-    learned = copy.deepcopy(student)
+    learned = student
     if pair is not None:
         hints = teaching.give_hints(pair)
         learned = pair.restore(student)
@@ -194,7 +194,7 @@ class _Teaching:
     def give_hints(self, pair: HintPair) -> History:
         """Train the pair's student: stage 1."""
         settings, file = self._settings, self._file("hints")
-        _, history = train_in_place(
+        trained, history = train(
             pair.student,
             self._taught_by(pair.teacher, "hints", file),
             settings.training(
@@ -209,6 +209,7 @@ class _Teaching:
             progress=self._progress,
             task="hints",
         ).without_module()
+        pair.student = cast(TracedModule, trained)
         return history
 
     def give_outputs(
@@ -218,7 +219,7 @@ class _Teaching:
         settings, file = self._settings, self._file("student")
         if observed is not None:
             observed.take(student)
-        _, history = train_in_place(
+        trained, history = train(
             student if observed is None else observed.student,
             self._data if observed is None else self._taught_by(observed.teacher, "distill", file),
             settings.training(),
@@ -232,7 +233,9 @@ class _Teaching:
             progress=self._progress,
             task="distill",
         ).without_module()
-        return student if observed is None else observed.restore(student), history
+        if observed is None:
+            return trained, history
+        return replace(observed, student=cast(TracedModule, trained)).restore(student), history
 
     def _file(self, name: str) -> Path | None:
         return None if self._folder is None else self._folder / f"{name}.pt"

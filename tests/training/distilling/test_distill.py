@@ -17,7 +17,7 @@ from surgery.training.data.data import load_data
 from surgery.training.distilling import distill as distilling
 from surgery.training.distilling.objectives import DKD, KD, RKD, Hint
 from surgery.training.evaluation import evaluate
-from surgery.training.loop import train, train_in_place
+from surgery.training.loop import train
 from tests.helpers import assert_same, killed_after
 from tests.training.test_engine import run
 
@@ -218,9 +218,9 @@ def test_channels_may_be_innermost_in_memory_while_learning(digits, teacher, mon
     def watched(network, *args, **settings):
         weight = network.get_parameter("0.weight")
         innermost.append(weight.is_contiguous(memory_format=torch.channels_last))
-        return train_in_place(network, *args, **settings)
+        return train(network, *args, **settings)
 
-    monkeypatch.setattr(distilling, "train_in_place", watched)
+    monkeypatch.setattr(distilling, "train", watched)
     settings = {**SMALL, "optimizer": "sgd", "lr": 1e-4, "objectives": (KD(), Hint(guided="4", hint="3", weight=0.1))}
     plain, last = (distill(student, teacher, digits, channels_last=flag, **settings) for flag in (False, True))
     for stage in ("hints", "history"):
