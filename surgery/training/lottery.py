@@ -34,9 +34,9 @@ class Ticket:
     """One round.
 
     Attributes:
-        sparsity: the fraction of weights that is pruned; 0 in the first round.
+        sparsity: fraction of weights that is pruned; 0 in the first round.
         score: of the network after its training.
-        history: of that.
+        history: of its training.
     """
 
     sparsity: float
@@ -50,10 +50,10 @@ class Ticket:
 
 @dataclass(frozen=True)
 class Lottery:
-    """What `surgery.lottery` returns.
+    """The result of `surgery.lottery`.
 
     Attributes:
-        module: a copy of the network that was given: the last ticket, trained; its pruned weights are 0.
+        module: a new module, the last ticket after its training; its pruned weights are 0.
         masks: of the last ticket.
         tickets: the first is the dense network.
     """
@@ -85,17 +85,18 @@ def lottery(
     identity: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Lottery:
-    """Train, keep the largest weights, set these back to what they were at step ``rewind_to``, and train on from there.
+    """Train, keep the largest weights, rewind them to step ``rewind_to``, and train again.
 
-    Each round prunes the same fraction of what is left, so that the last has ``sparsity``. A ticket sees the images in
-    the order, and at the learning rates, that the dense network had from that step on.
+    Each round prunes the same fraction of the remaining weights, so that the last one has ``sparsity``. From step
+    ``rewind_to`` on, a ticket sees the same images in the same order, at the same learning rates, as the dense network
+    (Frankle and Carbin, ICLR 2019; Frankle et al., ICML 2020).
 
     Args:
         module: a traced module, as initialised. It is not changed.
-        sparsity: the fraction of weights that is pruned in the end, in [0, 1).
-        rounds: how often to prune and train again.
+        sparsity: final fraction of pruned weights, in [0, 1).
+        rounds: number of times to prune and train again.
         settings: see `surgery.LotterySettings`; its fields may be given as keywords.
-        whole: parameters that are not pruned, as in `surgery.magnitude_masks`.
+        whole: layers or parameters that are not pruned, as in `surgery.magnitude_masks`.
         loss_fn, identity: as in `surgery.train`.
         score: of a network, by default its accuracy on the test images.
         checkpoint: a folder from which an interrupted run resumes, to the same weights.
@@ -117,9 +118,8 @@ def lottery(
     if 0 < total <= rewind_to:
         raise UsageError(f"rewind_to is {rewind_to}: it must be below {total}, the steps of this training")
     pruning: dict[str, Any] = {"scope": settings.scope, "vectors": settings.vectors, "whole": whole}
-    magnitude_masks(module, sparsity, **pruning)  # what cannot be pruned so is refused before the training
-    if checkpoint is not None:
-        plain_identity(pruning)  # what it cannot store is refused before the training, too
+    magnitude_masks(module, sparsity, **pruning)  # refuses before the training, as the next line does
+    plain_identity(pruning if checkpoint is not None else {})
     score = score or (lambda network: evaluate(network, data.test, workers=settings.workers))
 
     def train_one(network: nn.Module, task: str, kept: Mapping[str, Any] | None = None, **steps: Any) -> History:

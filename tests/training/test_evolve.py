@@ -1,4 +1,4 @@
-"""Knowledge Evolution: what a generation keeps, draws anew and scores; breaks; baselines; all kinds of models."""
+"""Knowledge Evolution: what a generation keeps, draws again and scores; breaks; baselines; all kinds of models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from surgery.settings import EvolveSettings
 from surgery.training import evolve as evolving
 from surgery.training.data.data import Data, Normalisation, load_data
 from surgery.training.evaluation import evaluate
-from surgery.training.evolve import PAPER, evolve, recalibrated
+from surgery.training.evolve import PAPER, evolve, recalibrate
 from surgery.training.history import Score
 from surgery.training.loop import train
 from tests.helpers import assert_same, killed_after
@@ -99,10 +99,10 @@ def test_the_long_baseline_is_plain_training_for_as_many_epochs(digits, model):
     assert report["long"]["dense"]["total"] == 200
 
 
-def test_statistics_of_the_slim_network_are_measured_anew_where_asked(digits, model):
+def test_statistics_of_the_slim_network_are_measured_again_where_asked(digits, model):
     found = evolve(model, digits, 0.5, 1, recalibrate=True, **QUICK)
     plain = surgery.slim(found.module, 0.5)
-    assert_same(found.slim, recalibrated(plain, digits, 64))
+    assert_same(found.slim, recalibrate(plain, digits, 64))
     assert not torch.allclose(found.slim.get_buffer("1.running_mean"), plain.get_buffer("1.running_mean"))
     images = torch.stack([image for image, _ in digits.train])
     with torch.no_grad():
@@ -115,13 +115,13 @@ def test_statistics_measured_on_augmented_images_follow_from_the_seed_alone(mode
     data = load_data("digits", limit=50, augment="flip-crop")
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        first = recalibrated(model, data)
+        first = recalibrate(model, data)
         torch.manual_seed(2)
         state = torch.get_rng_state()
-        assert_same(recalibrated(model, data), first)
+        assert_same(recalibrate(model, data), first)
         assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(
-        recalibrated(model, data, seed=1).get_buffer("1.running_mean"), first.get_buffer("1.running_mean")
+        recalibrate(model, data, seed=1).get_buffer("1.running_mean"), first.get_buffer("1.running_mean")
     )
 
 
@@ -140,7 +140,7 @@ def test_each_generation_trains_with_the_settings_and_a_seed_of_its_own(digits, 
     assert (PAPER.peak_lr, PAPER.decay, PAPER.batch_size, PAPER.label_smoothing) == (0.256, 1e-4, 32, 0.1)
 
 
-def test_what_is_drawn_anew_can_be_chosen(digits, model):
+def test_what_is_drawn_again_can_be_chosen(digits, model):
     kept = evolve(model, digits, 0.5, 2, reset={"norms": False, "statistics": False}, **{**QUICK, "lr": 1e-12})
     assert torch.allclose(kept.module.get_parameter("1.weight"), model.get_parameter("1.weight"), atol=1e-6)
     with pytest.raises(surgery.UsageError, match="generations must be a whole number"):
@@ -161,7 +161,7 @@ def test_an_image_that_is_left_over_has_no_variance_to_measure():
     model = surgery.trace(nn.Sequential(*layers), torch.zeros(2, 3, 8, 8))
     found = evolve(model, own(images(9), images(4)), 0.5, 2, epochs=1, batch_size=4, recalibrate=True)
     assert found.slim.get_buffer("2.num_batches_tracked") == 2
-    assert_same(recalibrated(model, own(images(9), [])), recalibrated(model, own(images(9), []), 9))
+    assert_same(recalibrate(model, own(images(9), [])), recalibrate(model, own(images(9), []), 9))
 
 
 class Branched(nn.Module):
@@ -182,7 +182,7 @@ def test_measuring_statistics_leaves_modes_momentum_and_what_is_not_run_as_they_
     module.aux.running_mean.fill_(3.0)
     module.norm.eval()
     model = surgery.trace(module, torch.zeros(2, 3, 8, 8))
-    result = recalibrated(model, own(images(8), []), 4)
+    result = recalibrate(model, own(images(8), []), 4)
     assert [layer.training for layer in result.modules()] == [layer.training for layer in model.modules()]
     assert result.norm.momentum == 0.1
     assert torch.equal(result.aux.running_mean, model.aux.running_mean)
@@ -195,7 +195,7 @@ def test_statistics_are_measured_on_the_batches_that_the_data_make():
     model = surgery.trace(nn.Sequential(nn.BatchNorm2d(3)), torch.zeros(2, 3, 8, 8))
     doubled = own(images(4), [], collate=lambda items: (2 * torch.stack([image for image, _ in items]),))
     mean = torch.stack([image for image, _ in images(4)]).mean((0, 2, 3))
-    assert torch.allclose(recalibrated(model, doubled).get_buffer("0.running_mean"), 2 * mean, atol=1e-6)
+    assert torch.allclose(recalibrate(model, doubled).get_buffer("0.running_mean"), 2 * mean, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -204,9 +204,9 @@ def test_statistics_are_measured_on_the_batches_that_the_data_make():
         ({"seed": -1}, "seed must be a whole number of at least 0, not -1"),
         ({"seed": 1.5}, r"seed must be a whole number of at least 0, not 1\.5"),
         ({"kind": "wels", "recalibrate": True}, "recalibrate is for the slim network, and WELS gives none"),
-        ({"reset": {"seed": 3}}, "each generation draws by a seed of its own"),
-        ({"reset": {"fresh": digits_net()}}, "with one model as fresh= all generations would draw the same"),
-        ({"reset": "norms"}, "reset= has options of reset_hypothesis by name, and is not 'norms'"),
+        ({"reset": {"seed": 3}}, "each generation has its own seed"),
+        ({"reset": {"fresh": digits_net()}}, "with a model as fresh=, all generations would draw the same"),
+        ({"reset": "norms"}, "reset must be a mapping of options of reset_hypothesis, not 'norms'"),
         ({"data": own(images(4), [])}, "data set 'own' has no test images: pass score=, or data that have some"),
     ],
     ids=["negative seed", "half a seed", "WELS", "seed of the reset", "one new model", "no options", "no test images"],

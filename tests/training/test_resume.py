@@ -152,7 +152,7 @@ def test_a_checkpoint_for_other_images_is_refused(tmp_path, augment):
     assert train(net(), ours, epochs=1, checkpoint=path).steps == 1
 
 
-def test_what_items_have_beside_image_and_label_is_no_matter_for_a_checkpoint(digits, tmp_path):
+def test_what_items_have_next_to_image_and_label_does_not_matter_for_a_checkpoint(digits, tmp_path):
     items = [(image, label, "a name", {"index": k}) for k, (image, label) in enumerate(digits.train)]
     settings = {"epochs": 1, "checkpoint": tmp_path / "training.pt"}
     first = train(net(), digits, **settings)

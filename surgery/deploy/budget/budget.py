@@ -23,7 +23,7 @@ from surgery.axes.groups import DimensionGroup
 from surgery.counting.cost import cost
 from surgery.deploy.budget.clock import Clock, Timer
 from surgery.deploy.budget.judge import judge
-from surgery.deploy.budget.parts import parts, slimmed_alone
+from surgery.deploy.budget.parts import find_parts, slim_each_alone
 from surgery.deploy.budget.predict import Array, Latency, Layers, Linear
 from surgery.deploy.budget.widths import Levels, Widths
 from surgery.deploy.measure.jobs import Runner
@@ -122,7 +122,7 @@ def slim_to_budget(
             `surgery.cost` counts (``bytes`` are those of parameters and buffers).
         data: damage is the increase of the loss on up to 512 of its *training* images when a part is slimmed alone;
             without data it is the share of the part's weights that goes, by their squares.
-        by: what has a rate of its own: each ``"group"``, or ``"stage"`` (`surgery.deploy.budget.parts.parts`).
+        by: what has a rate of its own: each ``"group"``, or ``"stage"`` (`surgery.deploy.budget.parts.find_parts`).
         importance: which channels are kept, as in `surgery.slim`; ``"magnitude"`` suits a trained model.
         round_to: widths are rounded up to a multiple of it. By default, for latency, 8, 16 or 32 if models of such
             widths were measured to be faster for their size, and 1 elsewhere.
@@ -140,14 +140,14 @@ def slim_to_budget(
     Example:
         >>> slim = surgery.slim_to_budget(traced, latency_ms=5.0, data=data, importance="magnitude").module
     """
-    kind, limit = _budget(latency_ms=latency_ms, macs=macs, params=params, bytes=bytes)
+    kind, limit = _read_budget(latency_ms=latency_ms, macs=macs, params=params, bytes=bytes)
     tell = progress or (lambda task, done, total: None)
-    found = parts(module, by)
+    found = find_parts(module, by)
     clock = Clock(settings.timing(), timer)
     least, multiple = settings.least, 1 if round_to is None else whole_number("round_to", round_to, 1)
     space = Widths(module, found, least, multiple, importance)
 
-    before = _taken(module, kind, clock)
+    before = _measure(module, kind, clock)
     common: dict[str, Any] = {"kind": kind, "limit": limit, "importance": importance}
     if before <= limit:
         common |= dict.fromkeys(("before", "predicted", "measured"), before)
@@ -159,16 +159,16 @@ def slim_to_budget(
         predict: Latency | Linear
         if kind == "latency_ms":
             dense = stack.enter_context(clock.ready(module))
-            predict, before, space.round_to = _probed(module, dense, space, clock, before, round_to, tell)
-            measure = partial(_latency_of, dense, before=before, limit=limit, clock=clock)
+            predict, before, space.round_to = _probe(module, dense, space, clock, before, round_to, tell)
+            measure = partial(_measure_latency, dense, before=before, limit=limit, clock=clock)
         else:
-            predict, measure = _counting(space.layers, module, kind), partial(_counted, kind=kind)
-        damage = _damage(module, found, data, space, tell)
+            predict, measure = _predict_count(space.layers, module, kind), partial(_count, kind=kind)
+        damage = _measure_damage(module, found, data, space, tell)
         space.prepare(damage)
         search = _Search(space, predict, measure, limit, settings.tolerance, KINDS[kind])
         levels, trial = search.run(settings.rounds, tell)
     return Budgeted(
-        module=space.made(levels),
+        module=space.make(levels),
         before=before,
         predicted=trial.predicted,
         measured=trial.measured,
@@ -180,7 +180,7 @@ def slim_to_budget(
     )
 
 
-def _budget(**given: float | None) -> tuple[str, float]:
+def _read_budget(**given: float | None) -> tuple[str, float]:
     """The kind of the one budget that is given, and its limit."""
     budgets = {kind: value for kind, value in given.items() if value is not None}
     if len(budgets) != 1:
@@ -205,15 +205,15 @@ def refuse_unreachable(
     Models are what `slim_to_budget` makes of ``module`` with the same settings, whatever its weights. What is counted
     is exact; a latency is refused where two measurements of it are above 1.5 times its limit.
     """
-    rates = {group.name: least for groups in parts(module, "group").values() for group in groups}
+    rates = {group.name: least for groups in find_parts(module, "group").values() for group in groups}
     smallest = slim(module, rates, round_to=round_to, importance=importance)
     taken: dict[str, float] = {}
     for kind, limit in limits:
         most = limit * (_SLACK if kind == "latency_ms" else 1)
         if kind not in taken:
-            taken[kind] = _taken(smallest, kind, clock)
+            taken[kind] = _measure(smallest, kind, clock)
         if kind == "latency_ms" and taken[kind] > most:
-            taken[kind] = min(taken[kind], _taken(smallest, kind, clock))
+            taken[kind] = min(taken[kind], _measure(smallest, kind, clock))
         if taken[kind] > most:
             raise _unreachable(limit, taken[kind], KINDS[kind], least)
 
@@ -225,12 +225,14 @@ def _unreachable(limit: float, taken: float, unit: str, least: float) -> EditErr
     )
 
 
-def _taken(module: nn.Module, kind: str, clock: Clock) -> float:
+def _measure(module: nn.Module, kind: str, clock: Clock) -> float:
     """What the model takes of what a budget is of."""
-    return clock.times({"": module})[""].ms if kind == "latency_ms" else _counted(module, kind)
+    return clock.times({"": module})[""].ms if kind == "latency_ms" else _count(module, kind)
 
 
-def _latency_of(dense: nn.Module | Runner, module: nn.Module, *, before: float, limit: float, clock: Clock) -> float:
+def _measure_latency(
+    dense: nn.Module | Runner, module: nn.Module, *, before: float, limit: float, clock: Clock
+) -> float:
     """The latency of a module next to the dense model's, which is ``before``; the larger of two where it keeps to the
     limit."""
     with clock.ready(module) as slimmed:
@@ -242,16 +244,16 @@ def _latency_of(dense: nn.Module | Runner, module: nn.Module, *, before: float, 
     return taken
 
 
-def _counted(module: nn.Module, kind: str) -> float:
+def _count(module: nn.Module, kind: str) -> float:
     return float(getattr(cost(module), kind))
 
 
-def _counting(layers: Layers, module: nn.Module, kind: str) -> Linear:
+def _predict_count(layers: Layers, module: nn.Module, kind: str) -> Linear:
     amounts = {"macs": layers.macs, "params": layers.params, "bytes": layers.bytes}[kind]
-    return Linear(layers, amounts, _counted(module, kind) - float(amounts.sum()))
+    return Linear(layers, amounts, _count(module, kind) - float(amounts.sum()))
 
 
-def _probed(
+def _probe(
     module: nn.Module,
     dense: nn.Module | Runner,
     space: Widths,
@@ -262,14 +264,14 @@ def _probed(
 ) -> tuple[Latency, float, int]:
     """A prediction of latency, fitted to the model with each stage slimmed alone and all of them together; what the
     dense model takes, the less of ``before`` and what it took now; and the multiple that widths are best rounded to."""
-    stages, analysis = parts(module, "stage"), analyse(module)
+    stages, analysis = find_parts(module, "stage"), analyse(module)
     probes: dict[str, nn.Module | Runner] = {"dense": dense}
     kept: dict[str, Array] = {"dense": np.ones(len(space.groups))}
 
     def add(name: str, rates: Mapping[str, float] | float, multiple: int) -> None:
         options: dict[str, Any] = {"round_to": multiple, "importance": space.importance}
         probes[name] = slim(module, rates, **options)
-        kept[name] = space.kept(fit_units(analysis, module, rates, multiple))
+        kept[name] = space.kept_shares(fit_units(analysis, module, rates, multiple))
 
     for name, groups in stages.items():
         add(f"stage {name}", {g.name: 0.5 for g in groups}, space.round_to)
@@ -293,7 +295,7 @@ def _probed(
     return predict, before, next(multiple for multiple, ms in paid.items() if ms <= fast)
 
 
-def _damage(
+def _measure_damage(
     module: nn.Module,
     found: Mapping[str, Sequence[DimensionGroup]],
     data: Data | None,
@@ -306,7 +308,7 @@ def _damage(
     damage: dict[str, dict[float, float]] = {name: {} for name in found}
     before = judge(module, data.train, most=_JUDGED).loss
     for number, rate in enumerate(_RATES):
-        alone = slimmed_alone(module, found, rate, importance=space.importance)
+        alone = slim_each_alone(module, found, rate, importance=space.importance)
         for done, (name, candidate) in enumerate(alone, 1):
             damage[name][rate] = judge(candidate, data.train, most=_JUDGED).loss - before
             tell("damage", number * len(found) + done, len(_RATES) * len(found))
@@ -340,14 +342,14 @@ class _Search:
         fitting: list[tuple[float, Levels, Trial]] = []
         seen: set[tuple[int, ...]] = set()
         for number in range(rounds):
-            levels = self._space.fitted(lambda kept: self._predict(kept) * self._scale, aim)
+            levels = self._space.fit(lambda kept: self._predict(kept) * self._scale, aim)
             if tuple(levels) in seen:
                 if fitting:
                     break
                 aim *= 1 - self._tolerance
                 continue
             seen.add(tuple(levels))
-            trial = self._tried(levels)
+            trial = self._try(levels)
             tell("search", number + 1, rounds)
             if trial.measured <= self._limit:
                 fitting.append((self._space.harm(levels), levels, trial))
@@ -355,7 +357,7 @@ class _Search:
                     break
         if not fitting:
             levels = self._space.smallest
-            trial = self._tried(levels)
+            trial = self._try(levels)
             if trial.measured > self._limit:
                 raise _unreachable(self._limit, trial.measured, self._unit, self._space.levels[-1])
             fitting.append((self._space.harm(levels), levels, trial))
@@ -363,11 +365,11 @@ class _Search:
         _, levels, trial = min(fitting, key=lambda item: item[0])
         return levels, trial
 
-    def _tried(self, levels: Levels) -> Trial:
+    def _try(self, levels: Levels) -> Trial:
         """What a model takes, which corrects the prediction."""
         kept = self._space.shares(levels[:, None])
         predicted = float(self._predict(kept)[0]) * self._scale
-        module = self._space.made(levels)
+        module = self._space.make(levels)
         measured = self._measure(module)
         if isinstance(self._predict, Latency):
             self._predict.learn(kept[:, 0], measured)

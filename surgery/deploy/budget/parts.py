@@ -14,7 +14,7 @@ from surgery.errors import EditError, unknown_name
 from surgery.operations.slim import slim
 
 
-def parts(module: nn.Module, by: str) -> dict[str, tuple[DimensionGroup, ...]]:
+def find_parts(module: nn.Module, by: str) -> dict[str, tuple[DimensionGroup, ...]]:
     """The editable groups of a traced module by part, in the order of the forward pass.
 
     Args:
@@ -57,7 +57,7 @@ def _cut(names: Sequence[str]) -> Callable[[str], str]:
     return stage
 
 
-def slimmed_alone(
+def slim_each_alone(
     module: nn.Module,
     found: Mapping[str, Sequence[DimensionGroup]],
     rate: float,

@@ -17,7 +17,7 @@ from torch import nn
 from surgery.counting.cost import Cost, cost
 from surgery.deploy.budget.clock import Clock, Timer
 from surgery.deploy.budget.judge import Judged, judge
-from surgery.deploy.budget.parts import parts, slimmed_alone
+from surgery.deploy.budget.parts import find_parts, slim_each_alone
 from surgery.deploy.measure.benchmark import Ratio
 from surgery.deploy.measure.environment import Environment, environment
 from surgery.deploy.measure.ratios import noise
@@ -172,7 +172,7 @@ def sensitivity(
         module: a traced module. It is not changed.
         data: whose test images accuracy is measured on, or ``limit`` of them.
         rate: at which each part is slimmed.
-        by: what a part is: each dimension ``"group"``, or ``"stage"`` (`surgery.deploy.budget.parts.parts`).
+        by: what a part is: each dimension ``"group"``, or ``"stage"`` (`surgery.deploy.budget.parts.find_parts`).
         importance, round_to: as in `surgery.slim`.
         settings: how models are timed, see `surgery.TimingSettings`; its fields may be given as keywords.
         timer: times the models instead: from modules by name to ms by name.
@@ -190,10 +190,10 @@ def sensitivity(
     """
     if limit is not None and limit < 1:
         raise UsageError(f"limit is {limit}: it must be at least 1")
-    found = parts(module, by)
+    found = find_parts(module, by)
     slim(module, rate, round_to=round_to, importance=importance)  # what is refused is refused at once
     modules = {"": module}
-    modules.update(slimmed_alone(module, found, rate, round_to=round_to, importance=importance))
+    modules.update(slim_each_alone(module, found, rate, round_to=round_to, importance=importance))
     scores = {}
     for done, (name, candidate) in enumerate(modules.items(), 1):
         scores[name] = judge(candidate, data.test, most=limit)

@@ -47,7 +47,7 @@ class Widths:
             fit_units(self._analysis, self._module, {group.name: rate for group in self.groups}, self.round_to)
             for rate in self.levels
         ]
-        self._shares = np.array([self.kept(mask) for mask in masks])  # (levels, groups)
+        self._shares = np.array([self.kept_shares(mask) for mask in masks])  # (levels, groups)
         self._harm = np.array([self._curve(damage[name]) for name in self._parts])  # (parts, levels)
 
     def _curve(self, damage: Mapping[float, float]) -> Array:
@@ -61,7 +61,7 @@ class Widths:
         ]
         return np.maximum.accumulate(curve) + 1e-3 * (1 - np.array(self.levels))
 
-    def kept(self, masks: Mapping[DimensionGroup, Any]) -> Array:
+    def kept_shares(self, masks: Mapping[DimensionGroup, Any]) -> Array:
         """Of each group, the share of its units that masks keep."""
         return np.array([masks[group].mean() if group in masks else 1.0 for group in self.groups])
 
@@ -86,11 +86,11 @@ class Widths:
         """By group; those that stay as they are have none."""
         return {g.name: self.levels[levels[p]] for g, p in zip(self.groups, self._part, strict=True) if levels[p]}
 
-    def made(self, levels: Levels) -> nn.Module:
+    def make(self, levels: Levels) -> nn.Module:
         """The model of these widths."""
         return slim(self._module, self.rates(levels), round_to=self.round_to, importance=self.importance)
 
-    def fitted(self, predict: Callable[[Array], Array], target: float) -> Levels:
+    def fit(self, predict: Callable[[Array], Array], target: float) -> Levels:
         """Levels for which the prediction is at most ``target``, or the last of all.
 
         From the whole model down, that part is slimmed next, and as far, which saves most for its damage. What was too
@@ -101,7 +101,7 @@ class Widths:
         now = float(predict(self.shares(levels[:, None]))[0])
         while now > target and (levels < last).any():
             moves = [(p, k) for p in range(parts) for k in range(levels[p] + 1, last + 1)]
-            after = predict(self.shares(self._moved(levels, moves)))
+            after = predict(self.shares(self._move(levels, moves)))
             harm = np.array([self._harm[p, k] - self._harm[p, levels[p]] for p, k in moves])
             worth = np.minimum(now - after, now - target) / np.maximum(harm, 1e-12)
             part, level = moves[int(worth.argmax())]
@@ -112,12 +112,12 @@ class Widths:
         for part in np.argsort(-self._harm[np.arange(parts), levels]):
             moves = [(int(part), k) for k in range(levels[part])]
             if moves:
-                fits = predict(self.shares(self._moved(levels, moves))) <= target
+                fits = predict(self.shares(self._move(levels, moves))) <= target
                 levels[part] = next((k for (_, k), fit in zip(moves, fits, strict=True) if fit), levels[part])
         return levels
 
     @staticmethod
-    def _moved(levels: Levels, moves: Sequence[tuple[int, int]]) -> Levels:
+    def _move(levels: Levels, moves: Sequence[tuple[int, int]]) -> Levels:
         """``levels`` after each of some moves, (parts, moves)."""
         moved = np.repeat(levels[:, None], len(moves), axis=1)
         moved[[part for part, _ in moves], np.arange(len(moves))] = [level for _, level in moves]

@@ -149,7 +149,7 @@ class CandidateTraining:
         }
         key = key_of(made_by)
         with self.progress.task(f"{candidate.folder}: search") as progress:
-            found = self.store.noted(key)
+            found = self.store.find_note(key)
             if found is None:
                 names = [*(["probe"] if candidate.what == "latency" else []), "damage", "search"]
                 told = parts_of(progress, f"{candidate.folder}: search", names)
@@ -164,7 +164,7 @@ class CandidateTraining:
                     progress=told,
                 )
                 self.store.note(key, result.to_dict())
-                found = self.store.noted(key)
+                found = self.store.find_note(key)
         assert found is not None
         start = slim(dense, found["rates"], round_to=found["round_to"], importance=found["importance"])
         return start, found

@@ -40,8 +40,8 @@ class Operation:
 
     def __str__(self) -> str:
         if isinstance(self.amount, Mapping):
-            return f"{self.kind}:{';'.join(f'{name}={_text(value)}' for name, value in self.amount.items())}"
-        return f"{self.kind}={_text(self.amount)}"
+            return f"{self.kind}:{';'.join(f'{name}={_format_number(value)}' for name, value in self.amount.items())}"
+        return f"{self.kind}={_format_number(self.amount)}"
 
     def apply(self, module: nn.Module, *, round_to: int, importance: str, seed: int) -> nn.Module:
         """A new module to which it is done."""
@@ -116,7 +116,7 @@ class Budget:
         return folder_name(self.name)
 
 
-def budget(what: str, text: str) -> Budget:
+def parse_budget(what: str, text: str) -> Budget:
     """The budget that a text names: a number and a unit, as in ``5ms``, ``300M`` and ``12MB``.
 
     Raises `UsageError` for text that is no number above 0 with a unit that goes with it.
@@ -161,15 +161,15 @@ def parse(text: str) -> Candidate | Budget:
     """
     what, _, limit = text.partition("=")
     if what.strip() in LIMITS:
-        return budget(what.strip(), limit)
+        return parse_budget(what.strip(), limit)
     if not re.match(r"\s*\w+\s*:", text) and what.strip() not in KINDS:
-        return of_rate(_amount(text, text))
+        return of_rate(_parse_amount(text, text))
     operations = []
     for part in text.split("+"):
         kind, separator, amount = _split(part)
         if kind not in KINDS:
             raise unknown_name("operation", kind, KINDS)
-        value = _amount(amount, text) if separator == ":" else _number(amount, text)
+        value = _parse_amount(amount, text) if separator == ":" else _parse_number(amount, text)
         if isinstance(value, Mapping) != (separator == ":"):
             raise _unreadable(text)
         if kind == "deepen" and not isinstance(value, Mapping):
@@ -181,13 +181,13 @@ def parse(text: str) -> Candidate | Budget:
     return of_rate(only.amount) if len(operations) == 1 and only.kind == "slim" else Candidate(tuple(operations))
 
 
-def plan_candidates(split_rates: Sequence[Rate], candidates: Sequence[str]) -> tuple[Candidate | Budget, ...]:
+def plan_candidates(rates: Sequence[Rate], candidates: Sequence[str]) -> tuple[Candidate | Budget, ...]:
     """The candidates of a run: rates for the whole model, from 1 downwards, and then the others as they were given.
 
     Raises:
         UsageError: one that cannot be read or is given twice.
     """
-    found: list[Candidate | Budget] = [*map(of_rate, split_rates), *map(parse, candidates)]
+    found: list[Candidate | Budget] = [*map(of_rate, rates), *map(parse, candidates)]
     names = [candidate.name for candidate in found]
     for candidate, name in zip(found, names, strict=True):
         if names.count(name) > 1:
@@ -201,20 +201,20 @@ def _split(part: str) -> tuple[str, str, str]:
     return (match[1], match[2], match[3]) if match else (part.strip(), "", "")
 
 
-def _amount(text: str, whole: str) -> Any:
+def _parse_amount(text: str, whole: str) -> Any:
     """A number, or a number for each name."""
     if "=" not in text:
-        return _number(text, whole)
+        return _parse_number(text, whole)
     values = {}
     for item in text.split(";"):
         name, _, number = item.rpartition("=")
         if not name.strip() or name.strip() in values:
             raise _unreadable(whole)
-        values[name.strip()] = _number(number, whole)
+        values[name.strip()] = _parse_number(number, whole)
     return values
 
 
-def _number(text: str, whole: str) -> int | float:
+def _parse_number(text: str, whole: str) -> int | float:
     try:
         return int(text)
     except ValueError:
@@ -232,7 +232,7 @@ def _unreadable(text: str) -> UsageError:
     return UsageError(f"candidate {text!r} is not of the form RATE, LAYER=RATE;LAYER=RATE, {_FORM}")
 
 
-def _text(value: float) -> str:
+def _format_number(value: float) -> str:
     """A number as short as it can be read back; a factor stays one: 2.0, and not 2 channels."""
     return (
         str(value) if isinstance(value, int) else f"{value:g}" if value != int(value) or value <= 1 else f"{value:.1f}"

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
-from surgery.deploy.curve.layout import Box, placed, reach, short
+from surgery.deploy.curve.layout import Box, place_labels, reach, short
 from surgery.deploy.curve.points import Point, Tradeoff, pareto
 from surgery.units import counted, mebibytes, quantity
 
@@ -84,7 +84,7 @@ def _axis(key: str, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for point in shown
     ]
     sizes = [(float(_LETTER * len(point["label"])), float(_LINE)) for point in shown]
-    labels = placed(dots, sizes, _AREA, radius=_RADIUS)
+    labels = place_labels(dots, sizes, _AREA, radius=_RADIUS)
     return {
         "title": _AXES[key],
         "reach": limit,
@@ -117,11 +117,11 @@ def _point(point: Point, *, on_front: bool) -> dict[str, Any]:
             quantity(point.macs),
             mebibytes(file),
         ],
-        "told": told(point),
+        "told": _figures(point),
     }
 
 
-def told(point: Point) -> list[tuple[str, str]]:
+def _figures(point: Point) -> list[tuple[str, str]]:
     """All figures of a point, as people read them."""
     low, high = point.score.interval()
     speedup = point.speedup

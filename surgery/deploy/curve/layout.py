@@ -25,7 +25,7 @@ class Box:
     right: float
     bottom: float
 
-    def shared(self, other: Box) -> float:
+    def overlap(self, other: Box) -> float:
         """The area that two have in common."""
         wide = min(self.right, other.right) - max(self.left, other.left)
         high = min(self.bottom, other.bottom) - max(self.top, other.top)
@@ -60,7 +60,7 @@ def short(text: str, most: int = LONGEST) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def placed(
+def place_labels(
     points: Sequence[tuple[float, float]],
     sizes: Sequence[tuple[float, float]],
     area: Box,
@@ -84,7 +84,7 @@ def placed(
         others = [*dots, *taken, *(label.box for label in found)]
         tries = list(_around(x, y, width, height, radius))
         costs = [
-            label.box.area - label.box.shared(area) + sum(label.box.shared(other) for other in others)
+            label.box.area - label.box.overlap(area) + sum(label.box.overlap(other) for other in others)
             for label in tries
         ]
         found.append(tries[costs.index(min(costs))])

@@ -13,7 +13,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import Bbox, BboxBase
 
-from surgery.deploy.curve.layout import Box, placed, reach, short
+from surgery.deploy.curve.layout import Box, place_labels, reach, short
 from surgery.deploy.curve.points import Point, Tradeoff
 from surgery.units import counted, mebibytes, quantity
 
@@ -100,7 +100,7 @@ def _names(figure: Figure, axes: Axes, result: Tradeoff) -> None:
     height = figure.bbox.height
     dots = [(x, height - y) for x, y in axes.transData.transform([label.xy for label in labels]).tolist()]
     legend = axes.get_legend()
-    found = placed(
+    found = place_labels(
         dots,
         [(box.width, box.height) for box in (label.get_window_extent() for label in labels)],
         _flipped(axes.bbox, height),

@@ -66,7 +66,7 @@ class Store:
         """Where the checkpoints are of a training that is not over."""
         return self._folder / f"{key}.training"
 
-    def noted(self, key: str) -> dict[str, Any] | None:
+    def find_note(self, key: str) -> dict[str, Any] | None:
         """What was noted under a key, by this run or an earlier one."""
         return self._notes.get(key)
 

@@ -1,4 +1,4 @@
-"""Distillation: a student learns from a teacher, first by hints from its middle, then from its outputs (FitNets)."""
+"""Distillation: a student learns from a teacher's hints, then from its outputs (FitNets)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from surgery.selectors import Where
 from surgery.settings import DistillSettings, accepts, renamed
 from surgery.taps.hints import HintPair, attach_hint, hint_loss
 from surgery.taps.pairing import Guided
-from surgery.training.data.cache import cache_bytes, cached_outputs, open_cache
+from surgery.training.data.cache import cache_bytes, cache_outputs, open_cache
 from surgery.training.data.data import Data, Derived
 from surgery.training.data.fingerprint import is_deterministic, module_digest
 from surgery.training.descent import check_data, check_trainable
@@ -33,21 +33,21 @@ from surgery.training.resume import is_finished
 from surgery.training.run import Batch, LossFn
 
 MEMORY_LIMIT = 2 * 2**30
-"""Bytes that a teacher's outputs may take where ``cache`` is ``"auto"``."""
+"""Bytes that a teacher's outputs may take with ``cache="auto"``."""
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """What `surgery.distill` returns.
+    """The result of `surgery.distill`. Scores are on the test images.
 
     Attributes:
-        module: the trained copy of the student, without regressors, heads and taps.
+        module: the trained student, a new module without regressors, heads and taps.
         names: the guided layers and hints of stage 1.
-        hints: how stage 1 went: its losses are hint losses.
-        history: how stage 2 went.
-        teacher_score: of the teacher, on the test images.
-        before: of the student as it was given.
-        score: of the student that came out.
+        hints: the record of stage 1, with hint losses; None if it was skipped.
+        history: the record of stage 2; None if it was skipped.
+        teacher_score: score of the teacher.
+        before: score of the student as it was given.
+        score: score of the trained student.
     """
 
     module: nn.Module = field(repr=False, compare=False)
@@ -62,7 +62,7 @@ class Distillation:
 
     @property
     def seconds(self) -> float:
-        """What both stages took."""
+        """Time of both stages."""
         return sum(stage.seconds for stage in (self.hints, self.history) if stage is not None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,33 +94,34 @@ def distill(
 ) -> Distillation:
     """Teach a student what a teacher knows, in the two stages of FitNets (Romero et al., ICLR 2015, section 2.4).
 
-    In stage 1 the student learns, as far as its guided layer and through a regressor, to predict the teacher's hint
+    In stage 1 the layers up to the guided layer, and a regressor behind it, learn to predict the teacher's hint
     (`surgery.attach_hint`, equation 3). In stage 2 the whole student learns labels and the teacher's softened outputs
-    (`KD`, equation 2), its weight lambda going from 4 to 1. In both the teacher is frozen, in ``eval()``.
+    (`KD`, equation 2), whose weight lambda decays from 4 to 1. The teacher is frozen, in ``eval()``.
 
     ``objectives`` replace `KD`, or add to it. The joint variant of later toolkits, hints and labels at once, is
     ``hint_epochs=0, objectives=(KD(), Hint())``.
 
     Args:
-        student, teacher: traced modules that take the same images, with as many classes. Neither is changed. The
-            student trains on its device, or under ``accelerate launch`` in all processes (`surgery.train`).
-        settings: see `surgery.DistillSettings`; its fields may be given as keywords. ``cache`` says whether the
-            teacher's outputs for the training images are computed once: ``"memory"`` keeps them there, a path in
-            folders at it (reused by later runs with this teacher), ``"none"`` computes them in each step. ``"auto"`` is
-            ``"memory"`` where the images are the same each time they are read (not augmented), and the outputs take up
-            to 2 GiB; otherwise ``"none"``. With ``channels_last`` the result has the memory format of ``student``.
+        student, teacher: traced modules that take the same images, with the same number of classes. Neither is changed.
+            The student trains on its device, or under ``accelerate launch`` in all processes (`surgery.train`).
+        data: images (N, C, H, W) and labels, as of `surgery.load_data`.
+        settings: see `surgery.DistillSettings`; its fields may be given as keywords. ``cache`` says where the teacher's
+            outputs for the training images are kept: ``"memory"``; a path, for folders that later runs with this
+            teacher reuse; ``"none"``, to compute them in each step. ``"auto"`` is ``"memory"`` for images that are the
+            same each time they are read (not augmented) and outputs of up to 2 GiB, else ``"none"``. With
+            ``channels_last`` the result still has the memory format of ``student``.
         guided, hint: as in `surgery.attach_hint`; by default the middle layers.
-        objectives: what the student learns in stage 2 besides labels (`surgery.training.distilling.objectives`), one or
-            several; with none it learns labels alone.
-        checkpoint: a folder from which an interrupted run resumes, to the same weights (`surgery.train`).
+        objectives: one or several things to learn in stage 2 next to labels
+            (`surgery.training.distilling.objectives`); with none, labels alone.
+        checkpoint: a folder from which an interrupted run resumes to the same weights (`surgery.train`).
 
     Returns:
-        The trained student as ``.module``, without regressors, heads and taps; with both histories and scores.
+        The trained student as ``.module``, with the records of both stages and scores.
 
     Raises:
-        UsageError: a setting out of range, networks that do not go together, a cache of images that change, another
+        UsageError: a setting out of range, networks that do not fit together, a cache of images that change, another
             run's checkpoint.
-        EditError: layers that cannot be guided or give a hint.
+        EditError: layers that cannot be guided, or have no hint to give.
         FloatingPointError: a loss stops being a number.
 
     Example:
@@ -163,14 +164,14 @@ def distill(
 
 
 class _Pairs(Derived):
-    """Images and labels alone: what else items have would be taken for the teacher's outputs."""
+    """Images and labels alone: further parts of items would be taken for the teacher's outputs."""
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         return self.images[index][:2]
 
 
 class _Teaching:
-    """The two stages, each on the training images, with the teacher's outputs next to them where these are cached."""
+    """The two stages, each on the training images, with cached outputs of the teacher where there are any."""
 
     def __init__(
         self,
@@ -203,7 +204,7 @@ class _Teaching:
                 label_smoothing=0.0,
                 test_each_epoch=False,
             ),
-            loss_fn=_hint_objective(pair.teacher),
+            loss_fn=_hint_loss(pair.teacher),
             checkpoint=file,
             identity={**self._identity, "names": [list(names) for names in pair.names]},
             progress=self._progress,
@@ -223,7 +224,7 @@ class _Teaching:
             student if observed is None else observed.student,
             self._data if observed is None else self._taught_by(observed.teacher, "distill", file),
             settings.training(),
-            loss_fn=_objective(observed, settings.label_weight, settings.label_smoothing),
+            loss_fn=_output_loss(observed, settings.label_weight, settings.label_smoothing),
             checkpoint=file,
             identity={
                 **self._identity,
@@ -241,13 +242,13 @@ class _Teaching:
         return None if self._folder is None else self._folder / f"{name}.pt"
 
     def _taught_by(self, teacher: nn.Module, task: str, checkpoint: Path | None) -> Data:
-        """The data of a stage; without outputs, too, where the checkpoint says that it is finished."""
+        """The data of a stage, with the teacher's outputs unless it is finished or computes them in each step."""
         teacher.to(self._engine.device)
         where = self._where(teacher, task)
         if where is None or (checkpoint is not None and is_finished(checkpoint)):
             return self._pairs
         if where == "memory" or self._engine.main:
-            images = cached_outputs(
+            images = cache_outputs(
                 teacher,
                 self._pairs.train,
                 where=where,
@@ -272,14 +273,14 @@ class _Teaching:
         return cache if cache == "memory" else Path(cache) / task
 
 
-def _hint_objective(teacher: nn.Module) -> LossFn:
+def _hint_loss(teacher: nn.Module) -> LossFn:
     def loss_fn(model: nn.Module, batch: Batch, epoch: float) -> Tensor:
-        return hint_loss(_tuple(model(batch[0])), _outputs(teacher, batch))
+        return hint_loss(_as_tuple(model(batch[0])), _teacher_outputs(teacher, batch))
 
     return loss_fn
 
 
-def _objective(observed: Observed | None, label_weight: float, label_smoothing: float) -> LossFn:
+def _output_loss(observed: Observed | None, label_weight: float, label_smoothing: float) -> LossFn:
     if observed is None:
         labels_alone = classification_loss(label_smoothing)
         return lambda model, batch, epoch: label_weight * labels_alone(model, batch, epoch)
@@ -287,20 +288,20 @@ def _objective(observed: Observed | None, label_weight: float, label_smoothing: 
     def loss_fn(model: nn.Module, batch: Batch, epoch: float) -> Tensor:
         images, labels, *_ = batch
         output, values = model(images)
-        loss = observed.loss(values, _outputs(observed.teacher, batch), labels, epoch)
+        loss = observed.loss(values, _teacher_outputs(observed.teacher, batch), labels, epoch)
         return loss + label_weight * label_loss(output, labels, label_smoothing) if label_weight else loss
 
     return loss_fn
 
 
-def _outputs(teacher: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
-    """The teacher's for a batch: cached next to its images, or computed now."""
+def _teacher_outputs(teacher: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+    """The teacher's outputs for a batch: the cached ones, or computed now."""
     images, _, *cached = batch
     if cached:
         return tuple(cached)
     with torch.no_grad():
-        return _tuple(teacher(images))
+        return _as_tuple(teacher(images))
 
 
-def _tuple(outputs: Any) -> tuple[Tensor, ...]:
+def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)

@@ -10,7 +10,7 @@ from torch import nn
 
 import surgery
 from surgery.deploy.budget.clock import Clock
-from surgery.deploy.budget.parts import parts
+from surgery.deploy.budget.parts import find_parts
 from surgery.deploy.measure.benchmark import compare
 from surgery.errors import EditError, UsageError
 from surgery.training.data.data import load_data
@@ -262,9 +262,9 @@ def test_stages_are_the_outermost_containers_of_which_there_are_several(source, 
     with torch.device("meta"):
         model = surgery.models.build(source)
     module = surgery.trace(model.eval(), torch.zeros(2, 3, 224, 224, device="meta"))
-    found = parts(module, "stage")
+    found = find_parts(module, "stage")
     assert list(found) == expected
-    assert sum(map(len, found.values())) == len(parts(module, "group"))
+    assert sum(map(len, found.values())) == len(find_parts(module, "group"))
 
 
 def test_a_model_without_channels_to_choose_is_refused():

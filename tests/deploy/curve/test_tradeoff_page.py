@@ -181,7 +181,7 @@ def test_names_on_the_page_lie_on_no_other_name_over_any_axis(result):
     for axis in axes.values():
         boxes = [Box(**label["box"]) for label in axis["labels"].values()]
         assert len(boxes) == len(CROWD)
-        assert all(one.shared(other) == 0 for one, other in itertools.combinations(boxes, 2))
+        assert all(one.overlap(other) == 0 for one, other in itertools.combinations(boxes, 2))
     assert page(crowd(result)) == text
 
 
@@ -194,7 +194,7 @@ def test_a_name_stands_below_and_to_the_right_where_there_is_room_and_a_line_lea
     (left,) = placed([(390, 200)], [(40, 10)], area, radius=5)
     assert left.side == -1
     first, _ = placed([(200, 200), (230, 207)], [(40, 10)] * 2, area, radius=5)
-    assert first.box.shared(Box(225, 202, 235, 212)) == 0
+    assert first.box.overlap(Box(225, 202, 235, 212)) == 0
     last = placed([(200, 200)] * 9, [(40, 10)] * 9, area, radius=5)[-1]
     assert last.tie == (last.box.left, last.box.top)
 

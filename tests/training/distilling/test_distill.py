@@ -110,7 +110,7 @@ def test_stage_two_begins_with_the_weights_of_stage_one(digits, teacher):
     ],
     ids=str,
 )
-def test_objectives_are_learned_beside_labels(digits, teacher, objectives):
+def test_objectives_are_learned_next_to_labels(digits, teacher, objectives):
     student = traced(thin)
     found = distill(student, teacher, digits, hint_epochs=0, epochs=6, objectives=objectives, lr=0.01)
     assert found.hints is None
@@ -182,13 +182,13 @@ def test_a_killed_run_ends_with_the_same_weights(digits, teacher, tmp_path, task
 
 
 class Softened(surgery.Objective):
-    """An objective of one's own, which is no dataclass."""
+    """A user's objective that is not a dataclass."""
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
 
-    def compared(self, student, teacher, seed):
-        return KD().compared(student, teacher, seed)
+    def compare(self, student, teacher, seed):
+        return KD().compare(student, teacher, seed)
 
     def loss(self, *values):
         return self.weight * KD().loss(*values)
@@ -246,7 +246,7 @@ def test_mixed_precision(digits, teacher):
         ({"label_weight": "1"}, "label_weight must be a number of at least 0, not '1'"),
         ({"label_weight": 0, "objectives": ()}, "no objectives, and label_weight is 0: there is nothing to learn"),
         ({"label_smoothing": 2}, "label_smoothing must be a number of at least 0 and at most 1, not 2"),
-        ({"objectives": "kd"}, r"'k' is no objective: pass one such as surgery\.KD\(\)"),
+        ({"objectives": "kd"}, r"'k' is not an objective: pass one such as surgery\.KD\(\)"),
         ({"guided": "layer9"}, "layer9"),
         ({"optimizer": "lion"}, "unknown optimizer 'lion'"),
         ({"cache": ""}, "cache"),

@@ -522,7 +522,7 @@ class Cosine(Objective):
     guided: str
     weight: float = 2.0
 
-    def compared(self, student, teacher, seed):
+    def compare(self, student, teacher, seed):
         return Compared(((student.tap(self.guided), teacher.tap(self.guided)),))
 
     def loss(self, ours, theirs, labels, epoch, epochs):
@@ -602,7 +602,7 @@ def test_other_classes_are_refused_where_logits_are_compared(student, x):
         with pytest.raises(UsageError) as raised:
             observe(student, other, objective, epochs=3)
         assert str(raised.value) == (
-            "the student tells 5 classes apart and the teacher 7: logits have to be of the same"
+            "the student has 5 classes and the teacher 7: logits can only be compared for equal numbers"
         )
     assert loss_of(observe(student, other, [AttentionTransfer(), RKD()], epochs=3), x).isfinite()
 
