@@ -1,4 +1,4 @@
-"""A tradeoff run as one interactive page: a file that needs nothing else, and no network."""
+"""A tradeoff run as one interactive, self-contained page."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _AXES = {
 }
 
 _AREA = Box(70, 24, 930, 440)
-"""Of the chart, within its 960 x 500 pixels."""
+"""Area of the chart within its 960 x 500 pixels."""
 
 _RADIUS, _LETTER, _LINE = 7, 9, 16
-"""Of a dot; and how wide a letter of its label is, and how high: at the most, for the reader's fonts are not known."""
+"""Radius of a dot; largest width and height of a letter, since the reader's fonts are unknown. In pixels."""
 
 
 def page(result: Tradeoff) -> str:
-    """The text of an HTML file: the curve, each point's figures where the pointer rests on it, and the same as a table.
+    """Write the text of an HTML file: the curve, the figures of each point under the pointer, and a table of them.
 
-    What accuracy is drawn over can be chosen: latency, MACs, parameters, file or memory. ``#NAME`` behind its address
-    opens it with the figures of that point shown.
+    The reader can choose the axis: latency, MACs, parameters, file or memory. ``#NAME`` behind the address shows the
+    figures of that point.
     """
-    text = json.dumps(_content(result)).replace("<", "\\u003c")  # nothing in it may end the script that it stands in
+    text = json.dumps(_content(result)).replace("<", "\\u003c")  # data must not end the script element
     return files("surgery.deploy.curve").joinpath("chart.html").read_text().replace("{{data}}", text)
 
 
@@ -67,7 +67,7 @@ def _content(result: Tradeoff) -> dict[str, Any]:
 
 
 def _axis(key: str, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Accuracy over ``key``: how far the axes reach, and where in the chart each point and its label are."""
+    """Accuracy over ``key``: the ranges of the axes, and the positions of points and labels."""
     shown = [point for point in points if point[key]["at"] is not None]
     best = pareto([(point[key]["at"], point["accuracy"]["at"]) for point in shown])
     shown = [shown[k] for k in best] + [point for k, point in enumerate(shown) if k not in best]
@@ -122,7 +122,7 @@ def _point(point: Point, *, on_front: bool) -> dict[str, Any]:
 
 
 def _figures(point: Point) -> list[tuple[str, str]]:
-    """All figures of a point, as people read them."""
+    """All figures of a point, as text."""
     low, high = point.score.interval()
     speedup = point.speedup
     stages = [f"{stage}: {counted(len(history.epochs), 'epoch')}" for stage, history in point.training.items()]

@@ -1,4 +1,4 @@
-"""The picture of a tradeoff run: accuracy over latency, the Pareto front, and what each point costs."""
+"""The picture of a tradeoff run: accuracy over latency, the Pareto front, and the costs of each point."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MARKER = 10
 
 
 def draw(result: Tradeoff, path: Path) -> None:
-    """Draw ``result`` to a PNG at ``path``. No window is opened and no global state of matplotlib is used."""
+    """Draw ``result`` to a PNG at ``path``, without a window or global state of matplotlib."""
     rows = len(result.points)
     layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12)
     figure = Figure(figsize=(9, 5.4 + 0.28 * rows), dpi=160, layout=layout, facecolor="white")
@@ -55,7 +55,7 @@ def _chart(axes: Axes, result: Tradeoff) -> None:
 
 
 def _point(axes: Axes, point: Point, limit: float, *, on_front: bool) -> None:
-    """A dot with its bars; an arrow where one goes on beyond the ``limit`` of the axis."""
+    """Draw a dot with its bars; an arrow where a bar exceeds the ``limit`` of the axis."""
     colour = _FRONT if on_front else _DOMINATED
     x, y = point.latency.p50_ms, point.score.accuracy
     low, high = point.score.interval()
@@ -77,7 +77,7 @@ def _point(axes: Axes, point: Point, limit: float, *, on_front: bool) -> None:
 
 
 def _names(figure: Figure, axes: Axes, result: Tradeoff) -> None:
-    """Each point's name next to it. The figure is laid out first, for places are found in its pixels."""
+    """Write each point's name next to it. The figure is laid out first: places are in its pixels."""
     points = [*result.front, *(p for p in result.points if p not in result.front)]
     labels = [
         axes.annotate(
@@ -119,7 +119,7 @@ def _names(figure: Figure, axes: Axes, result: Tradeoff) -> None:
 
 
 def _flipped(box: BboxBase, height: float) -> Box:
-    """A box of matplotlib's, whose y grows upwards."""
+    """Convert a box of matplotlib, whose y grows upwards."""
     return Box(box.x0, height - box.y1, box.x1, height - box.y0)
 
 

@@ -146,8 +146,8 @@ def _method(result: Tradeoff) -> str:
         slimmed += "; the other candidates are named after what was done to it"
     how = (
         f"The dense model was {trained} on {data.train_images} images of {data.image_size} x {data.image_size}. "
-        f"{slimmed}, and the result was {_describe_tuning(settings)}; at 1 nothing is removed. Accuracy is measured on the "
-        f"ONNX file, in ONNX Runtime, on {data.test_images} test images that no training saw; its interval is Wilson's."
+        f"{slimmed}, and the result was {_describe_tuning(settings)}; at 1 nothing is removed. Accuracy is measured on "
+        f"the ONNX file, in ONNX Runtime, on {data.test_images} unseen test images, with Wilson's interval."
     )
     timing = (
         f"Latency is measured on the ONNX file, one image at a time, on the CPU with {threads}. "

@@ -24,18 +24,18 @@ from surgery.training.history import History
 from surgery.training.loop import train
 
 Trained = tuple[nn.Module, Mapping[str, History]]
-"""A module, and how it was trained, by stage; no stages where it was not."""
+"""A module, and the records of its training by stage; empty if it was not trained."""
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """How a candidate is trained: all that its weights depend on, except its own and the dense model's.
+    """How a candidate is trained.
 
     Attributes:
         teach: one of `surgery.settings.TEACHERS`.
-        settings: of the training, by SGD; for ``evolve``, of each generation. None: none.
-        hint_epochs: for ``hints``, those of stage 1.
-        generations: for ``evolve``.
+        settings: settings of the training, by SGD; for ``evolve``, of each generation. None: no training.
+        hint_epochs: for ``hints``, epochs of stage 1.
+        generations: for ``evolve``, their number.
     """
 
     teach: str
@@ -45,20 +45,20 @@ class Lesson:
 
     @classmethod
     def of(cls, settings: TradeoffSettings) -> Lesson:
-        """What ``settings`` say of the training of candidates."""
+        """The lesson that ``settings`` ask for."""
         epochs, common = settings.finetune_epochs, {"lr": settings.lr, "batch_size": settings.batch_size}
         own = TrainSettings(epochs=epochs, seed=settings.seed, **common) if epochs else None  # type: ignore[arg-type]
         return cls(settings.teach, own, settings.hint_epochs, settings.generations)
 
     def identity(self) -> dict[str, Any]:
-        """What tells one lesson from another, as plain JSON data."""
+        """The identity of a lesson, as plain JSON data."""
         own = {"hints": {"hint_epochs": self.hint_epochs}, "evolve": {"generations": self.generations}}
         settings = self.settings.identity() if self.settings else None
         return {"teach": self.teach, "settings": settings, **own.get(self.teach, {})}
 
     @property
     def passes(self) -> float:
-        """Epochs of all stages together."""
+        """Number of epochs of all stages together."""
         extra = self.hint_epochs if self.teach == "hints" else 0
         times = self.generations if self.teach == "evolve" else 1
         return self.settings.epochs * times + extra if self.settings else 0
@@ -72,7 +72,7 @@ class Lesson:
         round_to: int = 1,
         importance: str = "prefix",
     ) -> None:
-        """Raise what `give` would, before anything is trained."""
+        """Raise the errors of `give` before anything is trained."""
         if self.settings is None:
             return
         if self.teach == "evolve":
@@ -94,9 +94,9 @@ class Lesson:
         progress: Progress,
         task: str,
     ) -> Trained:
-        """Train a copy of ``module``, the candidate as it was carved from ``dense``; neither is changed.
+        """Train a copy of ``module``, the candidate made from ``dense``. Neither is changed.
 
-        ``checkpoint`` is a folder from which it goes on where it was cut off.
+        An interrupted training resumes from the folder ``checkpoint``.
         """
         settings = self.settings
         if settings is None:

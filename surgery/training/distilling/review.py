@@ -34,7 +34,7 @@ class Review(nn.Module):
         super().__init__()
         if not channels or len(channels) != len(shapes):
             raise UsageError(
-                f"{len(channels)} maps of the student and {len(shapes)} of the teacher: give equal numbers, at least one"
+                f"{len(channels)} maps of the student and {len(shapes)} of the teacher: pass equal numbers, at least 1"
             )
         width = min(512, channels[-1])
         last = len(channels) - 1

@@ -118,8 +118,8 @@ def test_budgets_are_numbers_with_units(text, expected):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("latency=fast", "a budget of latency is a number above 0, and one of ms, s, us if need be, not 'fast'"),
-        ("macs=3ms", "a budget of macs is a number above 0, and one of k, M, G if need be, not '3ms'"),
+        ("latency=fast", "a budget of latency is a number above 0 with an optional unit (ms, s, us), not 'fast'"),
+        ("macs=3ms", "a budget of macs is a number above 0 with an optional unit (k, M, G), not '3ms'"),
         ("params=0", "a budget of params is a number above 0"),
         ("bytes=-3", "a budget of bytes is a number above 0"),
     ],

@@ -86,5 +86,5 @@ def test_unequal_numbers_of_maps_are_refused(channels, shapes):
     with pytest.raises(UsageError) as raised:
         Review(channels, shapes)
     assert str(raised.value) == (
-        f"{len(channels)} maps of the student and {len(shapes)} of the teacher: give equal numbers, at least one"
+        f"{len(channels)} maps of the student and {len(shapes)} of the teacher: pass equal numbers, at least 1"
     )
