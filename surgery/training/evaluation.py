@@ -22,6 +22,7 @@ def evaluate(
     *,
     batch_size: int = 250,
     workers: int = 0,
+    engine: Engine | None = None,
     progress: Progress | None = None,
     task: str = "evaluate",
 ) -> Score:
@@ -33,6 +34,7 @@ def evaluate(
         images: items (image, label), as of `surgery.load_data`.
         batch_size: images in one call.
         workers: processes that read images.
+        engine: the processes that share the images; by default this one scores them all.
         progress: called after each batch, with ``task``.
 
     Returns:
@@ -41,20 +43,6 @@ def evaluate(
     Example:
         >>> surgery.evaluate(traced, data.test).accuracy
     """
-    return score_with(predict, images, None, batch_size=batch_size, workers=workers, progress=progress, task=task)
-
-
-def score_with(
-    predict: nn.Module | Callable[[Tensor], Tensor],
-    images: Images,
-    engine: Engine | None,
-    *,
-    batch_size: int = 250,
-    workers: int = 0,
-    progress: Progress | None = None,
-    task: str = "evaluate",
-) -> Score:
-    """Like `evaluate`; with an engine each process takes a share of the images."""
     processes = engine.processes if engine else 1
     batches = loader(images, math.ceil(batch_size / processes) * processes, workers)
     batches = engine.share(batches) if engine else batches

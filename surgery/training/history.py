@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -48,6 +49,11 @@ class Epoch:
     lr: float
     score: Score | None
     seconds: float
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Epoch:
+        """Read an epoch from the plain JSON data of `History.to_dict`."""
+        return cls(**{**content, "score": content["score"] and Score(**content["score"])})
 
 
 @dataclass(frozen=True)

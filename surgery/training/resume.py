@@ -195,7 +195,6 @@ def _plain(value: Any, key: str) -> Any:
 
 
 def _read_progress(content: Mapping[str, Any]) -> Progressed:
-    epochs = [Epoch(**{**epoch, "score": _score(epoch["score"])}) for epoch in content["epochs"]]
     growths = [
         Grown(
             **{
@@ -204,13 +203,9 @@ def _read_progress(content: Mapping[str, Any]) -> Progressed:
                 "before": growth["before"] and Cost(**growth["before"]),
                 "after": growth["after"] and Cost(**growth["after"]),
                 "check": growth["check"] and Verification(**growth["check"]),
-                "score": _score(growth["score"]),
+                "score": growth["score"] and Score(**growth["score"]),
             }
         )
         for growth in content["growths"]
     ]
-    return Progressed(**{**content, "epochs": epochs, "growths": growths})
-
-
-def _score(content: Mapping[str, Any] | None) -> Score | None:
-    return None if content is None else Score(**content)
+    return Progressed(**{**content, "epochs": [*map(Epoch.from_dict, content["epochs"])], "growths": growths})

@@ -18,7 +18,7 @@ from surgery.training.data.data import Data, Images, count
 from surgery.training.data.loading import EpochOrder, loader
 from surgery.training.descent import SCHEDULES, set_rate
 from surgery.training.engine import Engine
-from surgery.training.evaluation import score_with
+from surgery.training.evaluation import evaluate
 from surgery.training.growth import Growth, grow_model, record_growth
 from surgery.training.history import Epoch, History, Score
 from surgery.training.modes import in_mode, seed_everything
@@ -147,7 +147,7 @@ class Run:
         return float(self.settings.peak_lr * SCHEDULES[self.settings.schedule](self.at.steps / self.total))
 
     def _score(self) -> Score:
-        return score_with(self.model, self.data.test, self.engine, workers=self.settings.workers)
+        return evaluate(self.model, self.data.test, workers=self.settings.workers, engine=self.engine)
 
     def _save(self) -> None:
         self._check()

@@ -54,8 +54,7 @@ def _content(result: Tradeoff) -> dict[str, Any]:
     return {
         "title": f"{result.name} on {data.source}: speed and accuracy",
         "noise": result.too_noisy and f"The machine was {result.too_noisy}.",
-        "said": f"ONNX Runtime, CPU, {threads}, one image of {data.image_size} x "
-        f"{data.image_size} at a time; {data.test_images} test images",
+        "said": result.conditions,
         "area": asdict(_AREA),
         "radius": _RADIUS,
         "axes": {key: _axis(key, points) for key in _AXES if any(p[key]["at"] is not None for p in points)},
@@ -112,7 +111,7 @@ def _point(point: Point, *, on_front: bool) -> dict[str, Any]:
             point.name,
             f"{point.score.accuracy:.2%}",
             f"{point.latency.p50_ms:.3f}",
-            "1" if point.speedup is None else f"{point.speedup.value:.2f}",
+            point.gain,
             quantity(point.params),
             quantity(point.macs),
             mebibytes(file),
@@ -124,7 +123,10 @@ def _point(point: Point, *, on_front: bool) -> dict[str, Any]:
 def _figures(point: Point) -> list[tuple[str, str]]:
     """All figures of a point, as text."""
     low, high = point.score.interval()
-    speedup = point.speedup
+    budget = []
+    if point.budget is not None:
+        limit, *found = (point.budget_text(float(point.budget[name])) for name in ("limit", "predicted", "measured"))
+        budget = [("budget", limit), ("predicted, measured", ", ".join(found))]
     stages = [f"{stage}: {counted(len(history.epochs), 'epoch')}" for stage, history in point.training.items()]
     return [
         ("accuracy", f"{point.score.accuracy:.2%}"),
@@ -134,23 +136,15 @@ def _figures(point: Point) -> list[tuple[str, str]]:
         ("p25 – p75", f"{point.quantile_ms(0.25):.3f} – {point.quantile_ms(0.75):.3f} ms"),
         ("p90, p99", f"{point.latency.p90_ms:.3f}, {point.latency.p99_ms:.3f} ms"),
         ("throughput", f"{point.latency.throughput:,.1f} images/s"),
-        ("speed-up", "1" if speedup is None else f"{speedup.value:.2f} ({speedup.low:.2f} – {speedup.high:.2f})"),
+        ("speed-up", point.gain_with_interval),
         ("parameters", quantity(point.params)),
         ("MACs", quantity(point.macs)),
         ("ONNX file", mebibytes(point.latency.file_bytes)),
         ("peak memory", mebibytes(point.latency.peak_memory_bytes)),
-        *_budget(point),
+        *budget,
         ("trained", ", ".join(stages) or "no more"),
         ("files", point.folder),
     ]
-
-
-def _budget(point: Point) -> list[tuple[str, str]]:
-    if point.budget is None:
-        return []
-    shown = (lambda value: f"{value:.3f} ms") if point.budget["kind"] == "latency_ms" else quantity
-    limit, predicted, measured = (shown(float(point.budget[name])) for name in ("limit", "predicted", "measured"))
-    return [("budget", limit), ("predicted, measured", f"{predicted}, {measured}")]
 
 
 def _exact(value: float | None) -> dict[str, float | None]:

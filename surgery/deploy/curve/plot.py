@@ -15,7 +15,7 @@ from matplotlib.transforms import Bbox, BboxBase
 
 from surgery.deploy.curve.layout import Box, place_labels, reach, short
 from surgery.deploy.curve.points import Point, Tradeoff
-from surgery.units import counted, mebibytes, quantity
+from surgery.units import mebibytes, quantity
 
 _FRONT, _DOMINATED, _INK, _FAINT = "#0b6e99", "#b4b4b4", "#222222", "#8a8a8a"
 _ALARM = "#9a3412"
@@ -124,18 +124,13 @@ def _flipped(box: BboxBase, height: float) -> Box:
 
 
 def _frame(axes: Axes, result: Tradeoff) -> None:
-    data, threads = result.data, counted(result.points[0].latency.threads, "thread")
-    said = (
-        f"ONNX Runtime, CPU, {threads}, one {data.image_size} x {data.image_size} image at "
-        f"a time; {data.test_images} test images"
-    )
     warned = textwrap.wrap(f"The machine was {result.too_noisy}.", 120) if result.too_noisy else []
-    lines = [(said, _FAINT), *((line, _ALARM) for line in warned)]
+    lines = [(result.conditions, _FAINT), *((line, _ALARM) for line in warned)]
     for number, (line, colour) in enumerate(reversed(lines)):
         place = (0, 8 + 12 * number)
         axes.annotate(line, (0, 1), place, "axes fraction", "offset points", fontsize=9, color=colour)
     axes.set_title(
-        f"{result.name} on {data.source}: accuracy over latency, by {_what(result)}",
+        f"{result.name} on {result.data.source}: accuracy over latency, by {_what(result)}",
         loc="left",
         fontsize=14,
         pad=12 + 12 * len(lines),
@@ -166,7 +161,7 @@ def _table(axes: Axes, result: Tradeoff) -> None:
             short(p.name, 24),
             f"{p.score.accuracy:.1%}",
             f"{p.latency.p50_ms:.2f} ms",
-            "1" if p.speedup is None else f"{p.speedup.value:.2f}",
+            p.gain,
             quantity(p.params),
             quantity(p.macs),
             mebibytes(p.latency.file_bytes),

@@ -15,6 +15,7 @@ from surgery.models import short
 from surgery.settings import TradeoffSettings
 from surgery.training.data.data import Data, Normalisation
 from surgery.training.history import History, Score
+from surgery.units import counted, quantity
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,21 @@ class Point:
     def over(self) -> bool:
         """Whether the model exceeds its budget."""
         return self.budget is not None and self.takes is not None and self.takes > self.budget["limit"]
+
+    @property
+    def gain(self) -> str:
+        """The speed-up as text, without its interval."""
+        return "1" if self.speedup is None else f"{self.speedup.value:.2f}"
+
+    @property
+    def gain_with_interval(self) -> str:
+        """The speed-up as text, with its interval."""
+        return self.gain if self.speedup is None else f"{self.gain} ({self.speedup.low:.2f} – {self.speedup.high:.2f})"
+
+    def budget_text(self, value: float) -> str:
+        """A value in the unit of the budget, as text."""
+        latency = self.budget is not None and self.budget["kind"] == "latency_ms"
+        return f"{value:.3f} ms" if latency else quantity(value)
 
     @property
     def history(self) -> History | None:
@@ -136,6 +152,12 @@ class Tradeoff:
     def name(self) -> str:
         """The model's name, without the rest of its source."""
         return short(self.source)
+
+    @property
+    def conditions(self) -> str:
+        """How points were timed and scored, in a line."""
+        side, threads = self.data.image_size, counted(self.points[0].latency.threads, "thread")
+        return f"ONNX Runtime, CPU, {threads}, one {side} x {side} image at a time; {self.data.test_images} test images"
 
     @property
     def front(self) -> tuple[Point, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from surgery.deploy.curve.html import page
 from surgery.deploy.curve.plot import draw
-from surgery.deploy.curve.points import Point, Tradeoff
+from surgery.deploy.curve.points import Tradeoff
 from surgery.folders import write_table
 from surgery.settings import TEACHERS, TradeoffSettings
 from surgery.units import counted, mebibytes, quantity
@@ -58,7 +58,7 @@ def _finding(result: Tradeoff) -> str:
         return said + " None of the others is faster."
     return said + (
         f" At {fastest.name} it is {fastest.score.accuracy:.1%} in {fastest.latency.p50_ms:.2f} ms: "
-        f"{_speedup(fastest)} times as fast, with {fastest.params / first.params:.1%} of the parameters."
+        f"{fastest.gain_with_interval} times as fast, with {fastest.params / first.params:.1%} of the parameters."
     )
 
 
@@ -72,7 +72,7 @@ def _points_table(result: Tradeoff) -> str:
             f"{point.latency.p50_ms:.3f}",
             f"{point.quantile_ms(0.25):.3f} – {point.quantile_ms(0.75):.3f}",
             f"{point.latency.p99_ms:.3f}",
-            _speedup(point),
+            point.gain_with_interval,
             quantity(point.params),
             quantity(point.macs),
             mebibytes(point.latency.file_bytes),
@@ -104,12 +104,11 @@ def _budgets(result: Tradeoff) -> list[str]:
     for point in result.points:
         if point.budget is None or point.takes is None:
             continue
-        shown = (lambda value: f"{value:.3f} ms") if point.budget["kind"] == "latency_ms" else quantity
         rows.append(
             [
                 point.name,
-                *(shown(point.budget[name]) for name in ("before", "predicted", "measured")),
-                f"{shown(point.takes)}{'' if not point.over else ' **(above the budget)**'}",
+                *(point.budget_text(point.budget[name]) for name in ("before", "predicted", "measured")),
+                f"{point.budget_text(point.takes)}{'' if not point.over else ' **(above the budget)**'}",
                 str(len(point.budget["trials"])),
                 str(point.budget["round_to"]),
             ]
@@ -125,12 +124,6 @@ def _budgets(result: Tradeoff) -> list[str]:
         "not named kept all channels."
     )
     return ["## Budgets", _table(header, rows), said, "\n".join(rates)]
-
-
-def _speedup(point: Point) -> str:
-    if point.speedup is None:
-        return "1"
-    return f"{point.speedup.value:.2f} ({point.speedup.low:.2f} – {point.speedup.high:.2f})"
 
 
 def _method(result: Tradeoff) -> str:

@@ -86,7 +86,11 @@ class Store:
             return None
         record = _read(place / RECORD)
         score = record["score"] and Score(**record["score"])
-        return Kept(place, {stage: _history(content) for stage, content in record["training"].items()}, score)
+        training = {
+            stage: History(tuple(map(Epoch.from_dict, content["epochs"])), content["steps"])
+            for stage, content in record["training"].items()
+        }
+        return Kept(place, training, score)
 
     def keep(self, key: str, training: Mapping[str, History], score: Score | None, made_by: Mapping[str, Any]) -> Kept:
         """Mark the model in its folder as complete, and remove its checkpoints."""
@@ -150,8 +154,3 @@ def _plain(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read ({error}): remove its folder to train that model again") from error
     assert isinstance(content, dict)
     return content
-
-
-def _history(content: Mapping[str, Any]) -> History:
-    epochs = [Epoch(**{**e, "score": e["score"] and Score(**e["score"])}) for e in content["epochs"]]
-    return History(tuple(epochs), content["steps"])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -133,7 +134,13 @@ def distill(
         raise UsageError("no objectives, and label_weight is 0: there is nothing to learn in stage 2")
     check_data(data)
     check_trainable(student)
-    teaching = _Teaching(student, teacher, data, settings, checkpoint, progress)
+    engine = Engine(next(student.parameters()).device, settings.precision)
+    identity = {
+        "teacher": module_digest(teacher),
+        "regressor": settings.regressor,
+        "channels_last": settings.channels_last,
+    }
+    teaching = _Teaching(data, settings, engine, identity, checkpoint, progress)
     pair = observed = None
     if settings.hint_epochs:
         pair = attach_hint(student, teacher, guided, hint, regressor=settings.regressor, seed=settings.seed)
@@ -164,37 +171,31 @@ def distill(
 
 
 class _Pairs(Derived):
-    """Images and labels alone: further parts of items would be taken for the teacher's outputs."""
+    """Images and labels alone."""
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         return self.images[index][:2]
 
 
+@dataclass(frozen=True)
 class _Teaching:
     """The two stages, each on the training images, with cached outputs of the teacher where there are any."""
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        data: Data,
-        settings: DistillSettings,
-        checkpoint: str | os.PathLike[str] | None,
-        progress: Progress | None,
-    ) -> None:
-        self._engine = Engine(next(student.parameters()).device, settings.precision)
-        self._data, self._pairs, self._settings = data, replace(data, train=_Pairs(data.train)), settings
-        self._folder = None if checkpoint is None else Path(checkpoint)
-        self._progress = progress
-        self._identity = {
-            "teacher": module_digest(teacher),
-            "regressor": settings.regressor,
-            "channels_last": settings.channels_last,
-        }
+    data: Data
+    settings: DistillSettings
+    engine: Engine
+    identity: Mapping[str, Any]
+    checkpoint: str | os.PathLike[str] | None
+    progress: Progress | None
+
+    @cached_property
+    def pairs(self) -> Data:
+        """The data, without further parts of training items: they would be taken for the teacher's outputs."""
+        return replace(self.data, train=_Pairs(self.data.train))
 
     def give_hints(self, pair: HintPair) -> History:
         """Train the pair's student: stage 1."""
-        settings, file = self._settings, self._file("hints")
+        settings, file = self.settings, self._file("hints")
         trained, history = train(
             pair.student,
             self._taught_by(pair.teacher, "hints", file),
@@ -206,8 +207,8 @@ class _Teaching:
             ),
             loss_fn=_hint_loss(pair.teacher),
             checkpoint=file,
-            identity={**self._identity, "names": [list(names) for names in pair.names]},
-            progress=self._progress,
+            identity={**self.identity, "names": [list(names) for names in pair.names]},
+            progress=self.progress,
             task="hints",
         ).without_module()
         pair.student = cast(TracedModule, trained)
@@ -217,21 +218,21 @@ class _Teaching:
         self, student: nn.Module, observed: Observed | None, objectives: Sequence[Objective]
     ) -> tuple[nn.Module, History]:
         """Train the student, or its observed copy: stage 2."""
-        settings, file = self._settings, self._file("student")
+        settings, file = self.settings, self._file("student")
         if observed is not None:
             observed.take(student)
         trained, history = train(
             student if observed is None else observed.student,
-            self._data if observed is None else self._taught_by(observed.teacher, "distill", file),
+            self.data if observed is None else self._taught_by(observed.teacher, "distill", file),
             settings.training(),
             loss_fn=_output_loss(observed, settings.label_weight, settings.label_smoothing),
             checkpoint=file,
             identity={
-                **self._identity,
+                **self.identity,
                 "label_weight": settings.label_weight,
                 "objectives": [repr(objective) for objective in objectives],
             },
-            progress=self._progress,
+            progress=self.progress,
             task="distill",
         ).without_module()
         if observed is None:
@@ -239,35 +240,35 @@ class _Teaching:
         return replace(observed, student=cast(TracedModule, trained)).restore(student), history
 
     def _file(self, name: str) -> Path | None:
-        return None if self._folder is None else self._folder / f"{name}.pt"
+        return None if self.checkpoint is None else Path(self.checkpoint) / f"{name}.pt"
 
     def _taught_by(self, teacher: nn.Module, task: str, checkpoint: Path | None) -> Data:
         """The data of a stage, with the teacher's outputs unless it is finished or computes them in each step."""
-        teacher.to(self._engine.device)
+        teacher.to(self.engine.device)
         where = self._where(teacher, task)
         if where is None or (checkpoint is not None and is_finished(checkpoint)):
-            return self._pairs
-        if where == "memory" or self._engine.main:
+            return self.pairs
+        if where == "memory" or self.engine.main:
             images = cache_outputs(
                 teacher,
-                self._pairs.train,
+                self.pairs.train,
                 where=where,
-                batch_size=self._settings.batch_size,
-                workers=self._settings.workers,
-                progress=self._progress if self._engine.main else None,
+                batch_size=self.settings.batch_size,
+                workers=self.settings.workers,
+                progress=self.progress if self.engine.main else None,
                 task=f"{task}: cache",
             )
-        self._engine.wait()
-        if where != "memory" and not self._engine.main:
-            images = open_cache(where, self._pairs.train)
-        return replace(self._pairs, train=images)
+        self.engine.wait()
+        if where != "memory" and not self.engine.main:
+            images = open_cache(where, self.pairs.train)
+        return replace(self.pairs, train=images)
 
     def _where(self, teacher: nn.Module, task: str) -> str | os.PathLike[str] | None:
-        cache = self._settings.cache
+        cache = self.settings.cache
         if cache == "none":
             return None
         if cache == "auto":
-            images = self._pairs.train
+            images = self.pairs.train
             fits = is_deterministic(images) and cache_bytes(teacher, images) <= MEMORY_LIMIT
             return "memory" if fits else None
         return cache if cache == "memory" else Path(cache) / task

@@ -24,6 +24,9 @@ from surgery.taps.regressors import REGRESSORS
 from surgery.training.distilling import losses
 from surgery.training.distilling.review import Review
 
+Values = Sequence[Tensor]
+"""Values of one network, one for each pair that an objective compares."""
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -55,9 +58,7 @@ class Objective(ABC):
         """Choose the values to compare. ``seed`` draws the initial weights of a head."""
 
     @abstractmethod
-    def loss(
-        self, ours: Sequence[Tensor], theirs: Sequence[Tensor], labels: Tensor, epoch: float, epochs: int
-    ) -> Tensor:
+    def loss(self, ours: Values, theirs: Values, labels: Tensor, epoch: float, epochs: int) -> Tensor:
         """Compute the weighted loss, a scalar, the mean over the batch.
 
         Args:
@@ -105,9 +106,7 @@ class KD(Objective):
     def compare(self, student: TappedNetwork, teacher: TappedNetwork, seed: int) -> Compared:
         return _compare_logits(student, teacher)
 
-    def loss(
-        self, ours: Sequence[Tensor], theirs: Sequence[Tensor], labels: Tensor, epoch: float, epochs: int
-    ) -> Tensor:
+    def loss(self, ours: Values, theirs: Values, labels: Tensor, epoch: float, epochs: int) -> Tensor:
         lambda_ = losses.linear_decay(self.weight, self.final_weight, self.decay_epochs or epochs)
         form = _FORMS[self.form]
         return lambda_(epoch) * form(ours[0], theirs[0], self.temperature, standardise=self.standardise)
@@ -139,9 +138,7 @@ class DKD(Objective):
     def compare(self, student: TappedNetwork, teacher: TappedNetwork, seed: int) -> Compared:
         return _compare_logits(student, teacher)
 
-    def loss(
-        self, ours: Sequence[Tensor], theirs: Sequence[Tensor], labels: Tensor, epoch: float, epochs: int
-    ) -> Tensor:
+    def loss(self, ours: Values, theirs: Values, labels: Tensor, epoch: float, epochs: int) -> Tensor:
         weight = self.weight * _warm_up(epoch, self.warmup_epochs)
         settings = {"alpha": self.alpha, "beta": self.beta, "temperature": self.temperature}
         return weight * losses.dkd(ours[0], theirs[0], labels, **settings)
@@ -177,9 +174,7 @@ class Hint(Objective):
         found = [regressor_between(student, teacher, pair, self.regressor, seed + k) for k, pair in enumerate(pairs)]
         return Compared(tuple(pair for _, pair in found), Each([regressor for regressor, _ in found]))
 
-    def loss(
-        self, ours: Sequence[Tensor], theirs: Sequence[Tensor], labels: Tensor, epoch: float, epochs: int
-    ) -> Tensor:
+    def loss(self, ours: Values, theirs: Values, labels: Tensor, epoch: float, epochs: int) -> Tensor:
         return self.weight * losses.mean_squared_error(ours, theirs)
 
 
@@ -213,9 +208,7 @@ class AttentionTransfer(Objective):
         pairs = stage_pairs(student, teacher, self.guided, self.hint)
         return Compared(tuple(as_maps(student, teacher, pair) for pair in pairs))
 
-    def loss(
-        self, ours: Sequence[Tensor], theirs: Sequence[Tensor], labels: Tensor, epoch: float, epochs: int
-    ) -> Tensor:
+    def loss(self, ours: Values, theirs: Values, labels: Tensor, epoch: float, epochs: int) -> Tensor:
         return self.weight * losses.attention_transfer(ours, theirs)
 
 
@@ -248,9 +241,7 @@ class ReviewKD(Objective):
         review = Review([student.shape(g)[1] for g, _ in pairs], [(c, h, w) for _, c, h, w in shapes], seed)
         return Compared(tuple(pairs), review)
 
-    def loss(
-        self, ours: Sequence[Tensor], theirs: Sequence[Tensor], labels: Tensor, epoch: float, epochs: int
-    ) -> Tensor:
+    def loss(self, ours: Values, theirs: Values, labels: Tensor, epoch: float, epochs: int) -> Tensor:
         return self.weight * _warm_up(epoch, self.warmup_epochs) * losses.hierarchical_context(ours, theirs)
 
 
@@ -274,9 +265,7 @@ class RKD(Objective):
     def compare(self, student: TappedNetwork, teacher: TappedNetwork, seed: int) -> Compared:
         return Compared(((student.embedding(), teacher.embedding()),))
 
-    def loss(
-        self, ours: Sequence[Tensor], theirs: Sequence[Tensor], labels: Tensor, epoch: float, epochs: int
-    ) -> Tensor:
+    def loss(self, ours: Values, theirs: Values, labels: Tensor, epoch: float, epochs: int) -> Tensor:
         weights = {"distance_weight": self.distance_weight, "angle_weight": self.angle_weight}
         return self.weight * losses.rkd(ours[0], theirs[0], **weights)
 

@@ -112,7 +112,7 @@ def test_a_second_run_with_one_more_candidate_trains_only_that_one(whole, tmp_pa
     assert result.settings.teach == "kd"
 
 
-def test_a_model_with_other_weights_or_other_data_is_trained_anew(whole, tmp_path):
+def test_a_model_with_other_weights_or_other_data_is_trained_again(whole, tmp_path):
     other = tiny()
     with torch.no_grad():
         other[4].bias[0] += 1
