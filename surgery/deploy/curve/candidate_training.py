@@ -62,7 +62,7 @@ class CandidateTraining:
 
     def __init__(self, store: Store, data: Data, settings: TradeoffSettings, progress: RunProgress) -> None:
         self.store, self.data, self.settings, self.progress = store, data, settings, progress
-        self.lesson = Lesson.of(settings)
+        self.lesson = Lesson(settings)
         self.identity = data_identity(data)
         self.reused: list[str] = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -182,15 +183,21 @@ def plan_candidates(rates: Sequence[Rate], candidates: Sequence[str]) -> tuple[C
     """The candidates of a run: rates for the whole model, in falling order, then the others as given.
 
     Raises:
-        UsageError: a candidate that cannot be parsed, or is given twice.
+        UsageError: no candidate, one that cannot be parsed or is given twice, or two for one folder.
     """
     found: list[Candidate | Budget] = [*map(of_rate, rates), *map(parse, candidates)]
-    names = [candidate.name for candidate in found]
-    for candidate, name in zip(found, names, strict=True):
-        if names.count(name) > 1:
-            what = "candidate" if candidate.uniform_rate is None else "split rate"
-            raise UsageError(f"{what} {name} is given more than once")
-    return tuple(sorted(found, key=lambda c: -(c.uniform_rate or 0)))
+    found.sort(key=lambda one: -(one.uniform_rate or 0))
+    if not found:
+        raise UsageError("no split rates were given: pass at least one in (0, 1]")
+    names, folders = Counter(one.name for one in found), Counter(one.folder for one in found)
+    for one in found:
+        if names[one.name] > 1:
+            what = "candidate" if one.uniform_rate is None else "split rate"
+            raise UsageError(f"{what} {one.name} is given more than once")
+    for one in found:
+        if folders[one.folder] > 1:
+            raise UsageError(f"two candidates would be written to {one.folder!r}: leave out {one.name!r}")
+    return tuple(found)
 
 
 def _split(part: str) -> tuple[str, str, str]:

@@ -29,58 +29,49 @@ Trained = tuple[nn.Module, Mapping[str, History]]
 
 @dataclass(frozen=True)
 class Lesson:
-    """How a candidate is trained.
+    """How the candidates of a run with these ``settings`` are trained."""
 
-    Attributes:
-        teach: one of `surgery.settings.TEACHERS`.
-        settings: settings of the training, by SGD; for ``evolve``, of each generation. None: no training.
-        hint_epochs: for ``hints``, epochs of stage 1.
-        generations: for ``evolve``, their number.
-    """
+    settings: TradeoffSettings
 
-    teach: str
-    settings: TrainSettings | None
-    hint_epochs: int = 1
-    generations: int = 3
-
-    @classmethod
-    def of(cls, settings: TradeoffSettings) -> Lesson:
-        """The lesson that ``settings`` ask for."""
-        epochs, common = settings.finetune_epochs, {"lr": settings.lr, "batch_size": settings.batch_size}
-        own = TrainSettings(epochs=epochs, seed=settings.seed, **common) if epochs else None  # type: ignore[arg-type]
-        return cls(settings.teach, own, settings.hint_epochs, settings.generations)
+    @property
+    def training(self) -> TrainSettings | None:
+        """Settings of the training, by SGD; for ``evolve``, of each generation. None: no training."""
+        given = self.settings
+        if not given.finetune_epochs:
+            return None
+        return TrainSettings(epochs=given.finetune_epochs, seed=given.seed, lr=given.lr, batch_size=given.batch_size)
 
     def identity(self) -> dict[str, Any]:
         """The identity of a lesson, as plain JSON data."""
-        own = {"hints": {"hint_epochs": self.hint_epochs}, "evolve": {"generations": self.generations}}
-        settings = self.settings.identity() if self.settings else None
-        return {"teach": self.teach, "settings": settings, **own.get(self.teach, {})}
+        teach, training = self.settings.teach, self.training
+        own = {
+            "hints": {"hint_epochs": self.settings.hint_epochs},
+            "evolve": {"generations": self.settings.generations},
+        }
+        return {"teach": teach, "settings": training and training.identity(), **own.get(teach, {})}
 
     @property
-    def passes(self) -> float:
+    def passes(self) -> int:
         """Number of epochs of all stages together."""
-        extra = self.hint_epochs if self.teach == "hints" else 0
-        times = self.generations if self.teach == "evolve" else 1
-        return self.settings.epochs * times + extra if self.settings else 0
+        given = self.settings
+        if not given.finetune_epochs:
+            return 0
+        return {
+            "hints": given.finetune_epochs + given.hint_epochs,
+            "evolve": given.finetune_epochs * given.generations,
+        }.get(given.teach, given.finetune_epochs)
 
-    def refuse(
-        self,
-        candidate: Candidate | Budget,
-        module: nn.Module,
-        dense: nn.Module,
-        *,
-        round_to: int = 1,
-        importance: str = "prefix",
-    ) -> None:
+    def refuse(self, candidate: Candidate | Budget, module: nn.Module, dense: nn.Module) -> None:
         """Raise the errors of `give` before anything is trained."""
-        if self.settings is None:
+        given = self.settings
+        if self.training is None:
             return
-        if self.teach == "evolve":
-            if candidate.rate is None or round_to > 1 or importance != "prefix":
+        if given.teach == "evolve":
+            if candidate.rate is None or given.round_to > 1 or given.importance != "prefix":
                 what = f"candidate {candidate.name!r}" if candidate.rate is None else "round_to and importance"
                 raise UsageError(f"Knowledge Evolution carves at split rates alone: leave out {what}")
             reset_hypothesis(dense, split_masks(dense, candidate.rate))
-        elif self.teach == "hints":
+        elif given.teach == "hints":
             attach_hint(module, dense)
 
     def give(
@@ -98,23 +89,23 @@ class Lesson:
 
         An interrupted training resumes from the folder ``checkpoint``.
         """
-        settings = self.settings
+        teach, settings = self.settings.teach, self.training
         if settings is None:
             return module, {}
-        if self.teach == "evolve" and candidate.rate is not None:
-            names = [f"generation-{number + 1}" for number in range(self.generations)]
+        if teach == "evolve" and candidate.rate is not None:
+            names = [f"generation-{number + 1}" for number in range(self.settings.generations)]
             evolution = evolve(
                 dense,
                 data,
                 candidate.rate,
-                self.generations,
+                self.settings.generations,
                 EvolveSettings.of(settings, {"recalibrate": True}),
                 checkpoint=checkpoint,
                 progress=parts_of(progress, task, names),
             )
             assert evolution.slim is not None
             return evolution.slim, {n: g.history for n, g in zip(names, evolution.generations, strict=True)}
-        if self.teach == "labels":
+        if teach == "labels":
             history = train(module, data, settings, checkpoint=checkpoint / "model.pt", progress=progress, task=task)
             trained, history = history.without_module()
             return trained, {"train": history}
@@ -122,7 +113,7 @@ class Lesson:
             module,
             dense,
             data,
-            DistillSettings.of(settings, {"hint_epochs": self.hint_epochs if self.teach == "hints" else 0}),
+            DistillSettings.of(settings, {"hint_epochs": self.settings.hint_epochs if teach == "hints" else 0}),
             checkpoint=checkpoint,
             progress=parts_of(progress, task, ["hints: cache", "hints", "distill: cache", "distill"]),
         )

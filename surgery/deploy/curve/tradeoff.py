@@ -100,7 +100,7 @@ def tradeoff(
             raise UsageError(f"{folder} has no trained models to reuse: it holds no {MARKER}")
     if settings.importance not in IMPORTANCE:
         raise unknown_name("importance", settings.importance, IMPORTANCE)
-    plan = _plan(rates, candidates)
+    plan = plan_candidates(rates, candidates)
     weights = catalogue.parse(source, weights=settings.weights).weights if isinstance(source, str) else "as given"
     size = {"data_root": settings.data_root, "image_size": settings.image_size, "limit": settings.limit}
     data = data_for({"the model": source}, dataset, **size)  # type: ignore[arg-type]
@@ -138,17 +138,6 @@ def tradeoff(
     return result
 
 
-def _plan(rates: Sequence[Rate], candidates: Sequence[str]) -> tuple[Candidate | Budget, ...]:
-    plan = plan_candidates(rates, candidates)
-    if not plan:
-        raise UsageError("no split rates were given: pass at least one in (0, 1]")
-    folders = [candidate.folder for candidate in plan]
-    for candidate in plan:
-        if folders.count(candidate.folder) > 1:
-            raise UsageError(f"two candidates would be written to {candidate.folder!r}: leave out {candidate.name!r}")
-    return plan
-
-
 def _task_weights(
     dense: nn.Module, plan: Sequence[Candidate | Budget], data: Data, settings: TradeoffSettings
 ) -> dict[str, float]:
@@ -156,7 +145,7 @@ def _task_weights(
 
     Every candidate is made once, so that an impossible one is refused before the training.
     """
-    lesson = Lesson.of(settings)
+    lesson = Lesson(settings)
     macs_per_second, export, measurement, search = 3e10, 10.0, 5.0, 120.0
     common: dict[str, Any] = {"round_to": settings.round_to, "importance": settings.importance}
     epoch_of_one_mac = 3 * data.counts[0] / macs_per_second  # a forward pass, and a backward pass of twice its cost
@@ -169,8 +158,8 @@ def _task_weights(
             weights[f"{candidate.folder}: search"] = search if candidate.what == "latency" else export
         else:
             module = candidate.apply(dense, **common, seed=settings.seed)
-        lesson.refuse(candidate, module, dense, **common)
-        macs = whole if lesson.teach == "evolve" else cost(module).macs
+        lesson.refuse(candidate, module, dense)
+        macs = whole if settings.teach == "evolve" else cost(module).macs
         weights[f"{candidate.folder}: fine-tune"] = lesson.passes * macs * epoch_of_one_mac
         weights[f"{candidate.folder}: export and score"] = export
     return {**weights, "measure": measurement * len(plan)}
