@@ -140,7 +140,7 @@ def test_each_generation_trains_with_the_settings_and_a_seed_of_its_own(digits, 
     assert (PAPER.peak_lr, PAPER.decay, PAPER.batch_size, PAPER.label_smoothing) == (0.256, 1e-4, 32, 0.1)
 
 
-def test_what_is_drawn_again_can_be_chosen(digits, model):
+def test_the_parts_to_initialise_again_can_be_chosen(digits, model):
     kept = evolve(model, digits, 0.5, 2, reset={"norms": False, "statistics": False}, **{**QUICK, "lr": 1e-12})
     assert torch.allclose(kept.module.get_parameter("1.weight"), model.get_parameter("1.weight"), atol=1e-6)
     with pytest.raises(surgery.UsageError, match="generations must be a whole number"):
@@ -177,7 +177,7 @@ class Branched(nn.Module):
         return x + self.aux(x) if self.training else x
 
 
-def test_measuring_statistics_leaves_modes_momentum_and_what_is_not_run_as_they_were():
+def test_measuring_statistics_leaves_modes_momentum_and_unused_norms_as_they_were():
     module = Branched()
     module.aux.running_mean.fill_(3.0)
     module.norm.eval()
@@ -211,7 +211,7 @@ def test_statistics_are_measured_on_the_batches_that_the_data_make():
     ],
     ids=["negative seed", "half a seed", "WELS", "seed of the reset", "one new model", "no options", "no test images"],
 )
-def test_what_cannot_be_is_refused_before_the_training(digits, model, settings, message):
+def test_invalid_arguments_are_refused_before_the_training(digits, model, settings, message):
     def never(*_):
         raise AssertionError("it trains")
 
@@ -230,7 +230,7 @@ def test_a_checkpoint_of_other_settings_is_refused_in_words(digits, model, tmp_p
         evolve(model, digits, 0.5, 2, identity={"loss": "second"}, **settings)
 
 
-def test_the_callers_modes_do_not_matter(digits, model):
+def test_the_modes_of_the_caller_do_not_matter(digits, model):
     usual = evolve(model, digits, 0.5, 2, recalibrate=True, **QUICK)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         found = evolve(model, digits, 0.5, 2, recalibrate=True, **QUICK)
@@ -265,7 +265,7 @@ def test_all_kinds_of_models_evolve(name, size):
 
 
 @pytest.mark.parametrize("name", ["vision transformer", "swin"])
-def test_transformers_of_ones_own_evolve_where_a_new_one_can_be_made(name):
+def test_users_transformers_evolve_if_a_new_one_can_be_made(name):
     make, [(_, _, height, width)] = SMALL[name]
     model = surgery.trace(make(), torch.zeros(2, 3, height, width))
     images = [(torch.randn(3, height, width), k) for k in range(4)]
@@ -275,7 +275,7 @@ def test_transformers_of_ones_own_evolve_where_a_new_one_can_be_made(name):
     assert surgery.cost(found.slim).params < 0.6 * surgery.cost(found.module).params
 
 
-def test_a_detector_evolves_with_a_loss_and_a_score_of_its_own():
+def test_a_detector_evolves_with_its_own_loss_and_score():
     source = "fasterrcnn_mobilenet_v3_large_320_fpn?num_classes=2"
     data = detection()
     model = surgery.trace(catalogue.build(source, seed=0), catalogue.example_inputs(source), source=source)

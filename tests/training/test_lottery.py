@@ -87,7 +87,7 @@ def test_a_killed_run_ends_with_the_same_weights(digits, model, tmp_path):
     assert [t.history.epochs[0].loss for t in found.tickets] == [t.history.epochs[0].loss for t in whole.tickets]
 
 
-def test_steps_that_there_are_not_are_refused(digits, model):
+def test_steps_out_of_range_are_refused(digits, model):
     with pytest.raises(surgery.UsageError, match="rewind_to is 12: it must be below 12, the steps of this training"):
         lottery(model, digits, 0.5, 1, rewind_to=12, **QUICK)
     with pytest.raises(surgery.UsageError, match="steps 0 to 13 are outside of the 12 steps"):
@@ -102,12 +102,12 @@ def test_steps_that_there_are_not_are_refused(digits, model):
 
 
 @pytest.mark.parametrize("setting", ["grow", "first_step", "last_step", "after_step", "task"])
-def test_what_the_lottery_decides_on_is_not_to_be_set(digits, model, setting):
+def test_arguments_that_the_lottery_sets_itself_are_refused(digits, model, setting):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{setting}'"):
         lottery(model, digits, 0.5, 1, **{setting: None}, **QUICK)
 
 
-def test_a_ticket_has_the_score_that_is_asked_for(digits, model):
+def test_a_ticket_is_scored_by_the_given_function(digits, model):
     untested = replace(digits, test=[])
     found = lottery(model, untested, 0.5, 1, score=lambda network: Score(1, 2), **QUICK)
     assert [ticket.score for ticket in found.tickets] == [Score(1, 2)] * 2
@@ -132,7 +132,7 @@ def test_weights_held_at_zero_stay_so_in_the_module_that_a_training_returns(digi
         assert not torch.equal(parameter, before.get_parameter(name))
 
 
-def test_the_callers_modes_do_not_matter(digits, model):
+def test_the_modes_of_the_caller_do_not_matter(digits, model):
     usual = lottery(model, digits, 0.5, 1, **QUICK)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert_same(lottery(model, digits, 0.5, 1, **QUICK).module, usual.module)

@@ -48,7 +48,7 @@ def widths(module: nn.Module) -> list[int]:
         ("deepen:2=1", "deepen:2=1", "deepen-2=1", [8, 16]),
     ],
 )
-def test_text_names_a_candidate_and_its_name_is_such_text(dense, text, name, folder, expected):
+def test_the_name_of_a_candidate_parses_back(dense, text, name, folder, expected):
     candidate = parse(text)
     assert (candidate.name, candidate.folder) == (name, folder)
     assert parse(candidate.name) == candidate
@@ -91,7 +91,7 @@ def test_rates_for_the_whole_model_come_first_from_1_downwards():
         ("2=1.5", "split rate 1.5 is outside (0, 1]"),
     ],
 )
-def test_text_that_names_no_candidate_is_refused(text, message):
+def test_text_that_is_not_a_candidate_is_refused(text, message):
     with pytest.raises(UsageError) as caught:
         parse(text)
     assert str(caught.value).startswith(message)

@@ -98,7 +98,7 @@ def test_the_page_fetches_nothing(result):
     assert not re.search(r"https?:|\b(src|href)=|@import|url\(", text)
 
 
-def test_a_machine_that_was_too_noisy_is_said_on_every_page(result, tmp_path):
+def test_a_noisy_machine_is_reported_on_every_page(result, tmp_path):
     assert content(page(result))["noise"] == ""
     noisy = replace(result, check=Ratio(0.8, 0.75, 0.9, 0.95, 10))
     said = (

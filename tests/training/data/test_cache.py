@@ -76,7 +76,7 @@ def expected(teacher, images):
         return teacher(images.tensors[0])
 
 
-def test_items_are_the_image_its_label_and_what_the_teacher_gives_in_eval(where):
+def test_items_are_the_image_its_label_and_the_teachers_outputs_in_eval(where):
     images, teacher = make_images(), make_teacher().train()
     cached = cache_outputs(teacher, images, where=where, batch_size=8)
     features, logits = expected(teacher, images)
@@ -141,20 +141,20 @@ def test_outputs_may_be_one_number_for_each_image(where):
     assert cached[0][2].shape == ()
 
 
-def test_what_is_read_can_be_changed_without_changing_the_cache(where):
+def test_changing_an_item_does_not_change_the_cache(where):
     cached = cache_outputs(make_teacher(1), make_images(), where=where)
     first = cached[0][2].clone()
     cached[0][2].zero_()
     assert torch.equal(cached[0][2], first)
 
 
-def test_progress_is_told_by_the_batch(where):
+def test_progress_is_reported_for_each_batch(where):
     calls = []
     cache_outputs(make_teacher(), make_images(), where=where, batch_size=20, progress=counting(calls), task="hints")
     assert calls == [("hints", 1, 2), ("hints", 2, 2)]
 
 
-def test_what_a_cache_takes_is_what_its_files_hold(tmp_path):
+def test_cache_bytes_equal_the_contents_of_its_files(tmp_path):
     images, teacher = make_images(), make_teacher()
     cache_outputs(teacher, images, where=tmp_path / "cache")
     arrays = [np.load(file) for file in (tmp_path / "cache").glob("*.npy")]
@@ -258,7 +258,7 @@ def test_the_same_layers_in_another_graph_are_another_teacher():
     assert digest(torch.add) == digest(torch.add) != digest(torch.mul)
 
 
-def test_an_interrupted_run_leaves_no_outputs_and_nothing_that_is_taken_for_complete(tmp_path):
+def test_an_interrupted_run_leaves_no_outputs_and_no_complete_cache(tmp_path):
     def interrupt(task, done, total):
         if done == 2:
             raise KeyboardInterrupt
@@ -273,7 +273,7 @@ def test_an_interrupted_run_leaves_no_outputs_and_nothing_that_is_taken_for_comp
 
 
 @pytest.mark.parametrize("over", ["nothing", "the same", "another"])
-def test_a_killed_run_leaves_nothing_that_is_taken_for_complete(tmp_path, over):
+def test_a_killed_run_leaves_no_complete_cache(tmp_path, over):
     folder = tmp_path / "cache"
     if over != "nothing":
         write_cache(make_teacher(seed=0 if over == "the same" else 1), make_images(), folder)
@@ -331,7 +331,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
     assert (folder / "output-0.npy").read_text() == "years of work"
 
 
-def test_there_must_be_a_cache_of_these_images_to_be_opened(tmp_path):
+def test_only_a_cache_of_the_same_images_is_opened(tmp_path):
     with pytest.raises(UsageError, match=f"nothing is not a cache of a teacher's outputs: it has no {MARKER}"):
         open_cache(tmp_path / "nothing", make_images())
     write_cache(make_teacher(), make_images(), tmp_path / "cache")
@@ -349,7 +349,7 @@ def test_images_that_augmentation_changes_are_refused(where, augment):
     assert where == "memory" or not where.exists()
 
 
-def test_whether_images_are_the_same_when_read_again_is_found_without_touching_random_states():
+def test_checking_images_for_random_changes_leaves_random_states_alone():
     class Noisy(TensorDataset):
         draw = staticmethod(lambda: torch.rand(()).item())
 
@@ -382,7 +382,7 @@ def test_whether_images_are_the_same_when_read_again_is_found_without_touching_r
         (lambda x: (), "from 2 images the teacher makes nothing: only a tensor"),
     ],
 )
-def test_a_teacher_that_gives_no_rows_is_refused(where, gives, message):
+def test_a_teacher_without_a_row_for_each_image_is_refused(where, gives, message):
     class Odd(nn.Module):
         def forward(self, x):
             return gives(x)
@@ -396,7 +396,7 @@ def test_no_images_are_refused(where):
         cache_outputs(make_teacher(), make_images(0), where=where)
 
 
-def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_too_little_space_is_reported_before_anything_is_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(22_000))
     with pytest.raises(UsageError, match=r"the teacher's outputs take 0.022 MiB, and .*cache has 0.021 MiB left"):

@@ -127,7 +127,7 @@ def test_without_objectives_it_is_plain_training(digits, teacher):
     assert_same(found.module, student)
 
 
-def test_labels_may_count_for_nothing(digits, teacher):
+def test_the_weight_of_labels_may_be_zero(digits, teacher):
     student = traced(thin)
     given = distill(student, teacher, digits, hint_epochs=0, epochs=1, label_weight=0.0)
     images = [(image, (label + 3) % 10) for image, label in digits.train]
@@ -194,7 +194,7 @@ class Softened(surgery.Objective):
         return self.weight * KD().loss(*values)
 
 
-def test_a_run_with_an_objective_of_ones_own_goes_on_too(digits, teacher, tmp_path):
+def test_a_run_with_a_users_objective_resumes_too(digits, teacher, tmp_path):
     student, settings = traced(thin), {"hint_epochs": 0, "epochs": 1, "checkpoint": tmp_path}
     first = distill(student, teacher, digits, objectives=Softened(0.5), **settings)
     assert_same(distill(student, teacher, digits, objectives=Softened(0.5), **settings).module, first.module)
@@ -265,7 +265,7 @@ def test_a_student_without_anything_to_train_is_refused(digits, teacher):
 
 @pytest.mark.parametrize("cache", ["none", "memory"])
 @pytest.mark.parametrize("hint_epochs", [0, 1])
-def test_what_else_items_have_is_not_taken_for_the_teachers_outputs(digits, teacher, cache, hint_epochs):
+def test_further_parts_of_items_are_not_used_as_the_teachers_outputs(digits, teacher, cache, hint_epochs):
     student, settings = traced(thin), {**SMALL, "hint_epochs": hint_epochs, "epochs": 1, "cache": cache}
     items = [(image, label, torch.arange(10.0)) for image, label in digits.train]
     expected = distill(student, teacher, digits, **settings)
@@ -292,7 +292,7 @@ def test_labels_alone_have_their_weight_too(digits, teacher):
 @pytest.mark.parametrize(
     "around", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["inference", "autocast"]
 )
-def test_the_callers_modes_do_not_matter(digits, teacher, around):
+def test_the_modes_of_the_caller_do_not_matter(digits, teacher, around):
     student, settings = traced(thin), {**SMALL, "hint_epochs": 1, "epochs": 1}
     expected = distill(student, teacher, digits, **settings)
     with around():
