@@ -124,7 +124,7 @@ class TrainSettings(Settings):
     workers: int = option(0, "Processes that read images; 0 reads them in this one.", result=False, least=0)
     test_each_epoch: bool = option(False, "Score on the test images after each epoch.", result=False)
     checkpoint_every: int | None = option(
-        None, "Be able to resume after so many steps, and after each epoch.", result=False, least=1, metavar="STEPS"
+        None, "Steps between checkpoints; there is one after each epoch too.", result=False, least=1, metavar="STEPS"
     )
 
     @property
@@ -214,7 +214,7 @@ class TimingSettings(Settings):
     warmup: float = option(5.0, "Seconds of warm-up, at most.", least=0)
     min_runs: int = option(100, "Queries of each model, at least.", least=1)
     min_seconds: float = option(1.0, "Seconds spent on each model, at least.", least=0)
-    sessions: int = option(10, "How often each model is set up afresh: 1, or to compare over them 6 or more.", least=1)
+    sessions: int = option(10, "Times that each model is set up: 1, or at least 6 to compare over them.", least=1)
     confidence: float = option(0.95, "Confidence of the intervals of ratios.", above=0, below=1)
     memory: bool = option(True, "Measure peak memory too, in a separate process (some seconds).")
     seed: int = option(0, "Seed of the orders and the resamples.", least=0)
@@ -238,7 +238,7 @@ class TradeoffSettings(Settings):
     """How the models of a speed/accuracy curve are made, trained and timed."""
 
     round_to: int = option(1, "Round widths up to a multiple of this.", least=1)
-    importance: str = option("prefix", "Which channels are kept, as in surgery.slim.")
+    importance: str = option("prefix", "Channels to keep, as in surgery.slim.")
     epochs: int = option(5, "Passes over the data for the dense model; 0 takes it as is.", least=0)
     finetune_epochs: int = option(3, "Passes over the data for each candidate.", least=0)
     teach: str = option(
@@ -253,7 +253,7 @@ class TradeoffSettings(Settings):
     data_root: str | os.PathLike[str] | None = option(
         None, "Folder of torchvision's data sets.", result=False, metavar="DIR"
     )
-    limit: int | None = option(None, "Use so many training and test images at most.", least=1)
+    limit: int | None = option(None, "Largest number of training, and of test, images.", least=1)
     threads: int | None = option(None, "Threads of one query. [default: all usable cores]", least=1)
     seed: int = option(0, "Seed of everything random, initial weights included.", least=0)
 

@@ -200,7 +200,7 @@ def _settings_table(result: Tradeoff) -> str:
         "optimiser": f"SGD, Nesterov momentum 0.9, one-cycle, peak rate {settings.lr:g}, batch {settings.batch_size}",
         "seed": str(settings.seed),
         "time for the whole run": f"{result.seconds:.0f} s",
-        "taken over from earlier runs": ", ".join(result.reused) or "nothing",
+        "reused from earlier runs": ", ".join(result.reused) or "nothing",
     }
     return _table(["setting", "value"], [[key, value] for key, value in rows.items()])
 
