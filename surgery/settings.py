@@ -74,8 +74,7 @@ class Settings:
     """Base of all settings. Each field is checked when an instance is made."""
 
     def __post_init__(self) -> None:
-        for one in _fields(self):
-            object.__setattr__(self, one.name, _check_field(one, getattr(self, one.name)))
+        check_fields(self)
 
     @classmethod
     def of(cls, settings: Settings | None, changes: Mapping[str, Any]) -> Self:
@@ -313,25 +312,37 @@ def renamed(name: str, old: str) -> Any:
     return property(read, doc=f"The old name of ``{name}``.")
 
 
+def check_fields(instance: Any, of: str = "") -> None:
+    """Check the fields of a new frozen dataclass against their `option`, and store them as plain Python.
+
+    Args:
+        of: follows the name of a field in messages, such as ``" of KD"``.
+
+    Raises:
+        UsageError: says what the field may be.
+    """
+    for one in (one for one in fields(instance) if one.metadata):
+        object.__setattr__(instance, one.name, _check_field(one, one.name + of, getattr(instance, one.name)))
+
+
 def _fields(settings: Settings) -> Sequence[Field[Any]]:
     return fields(settings)  # type: ignore[arg-type]
 
 
-def _check_field(one: Field[Any], value: Any) -> Any:
-    """Return the value as plain Python, or raise a `UsageError` that says what the field may be."""
+def _check_field(one: Field[Any], name: str, value: Any) -> Any:
     kind, *others = str(one.type).split(" | ")
     if value is None and "None" in others:
         return None
     if "choices" in one.metadata and value not in one.metadata["choices"]:
-        raise unknown_name(one.name.replace("_", " "), value, one.metadata["choices"])
+        raise unknown_name(name.replace("_", " "), value, one.metadata["choices"])
     if kind == "bool" and not isinstance(value, bool):
-        raise UsageError(f"{one.name} must be True or False, not {value!r}")
+        raise UsageError(f"{name} must be True or False, not {value!r}")
     if kind == "str" and not (isinstance(value, (str, os.PathLike)) and os.fspath(value)):
-        raise UsageError(f"{one.name} must be a text that is not empty, not {value!r}")
-    return _check_number(one, kind, value) if kind in ("int", "float") else value
+        raise UsageError(f"{name} must be a text that is not empty, not {value!r}")
+    return _check_number(one, name, kind, value) if kind in ("int", "float") else value
 
 
-def _check_number(one: Field[Any], kind: str, value: Any) -> int | float:
+def _check_number(one: Field[Any], name: str, kind: str, value: Any) -> int | float:
     wanted = Integral if kind == "int" else Real
     rule = one.metadata
     fits = isinstance(value, wanted) and not isinstance(value, bool) and math.isfinite(value)
@@ -340,5 +351,5 @@ def _check_number(one: Field[Any], kind: str, value: Any) -> int | float:
         said = {"least": "of at least", "above": "above", "most": "at most", "below": "below"}
         bounds = " and ".join(f"{words} {rule[key]}" for key, words in said.items() if key in rule)
         what = "a whole number" if kind == "int" else "a number"
-        raise UsageError(f"{one.name} must be {what} {bounds or 'that is finite'}, not {value!r}")
+        raise UsageError(f"{name} must be {what} {bounds or 'that is finite'}, not {value!r}")
     return int(value) if kind == "int" else float(value)

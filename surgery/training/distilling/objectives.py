@@ -7,16 +7,15 @@ An objective says which values of the two networks it compares, and computes a l
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
-from surgery.errors import UsageError, unknown_name, whole_number
+from surgery.errors import UsageError
 from surgery.selectors import Where
+from surgery.settings import check_fields, option
 from surgery.taps.hints import hint_taps, regressor_between
 from surgery.taps.network import Tap, TappedNetwork
 from surgery.taps.pairing import Guided, as_maps, stage_pairs
@@ -45,6 +44,8 @@ class Compared:
 class Objective(ABC):
     """What a student learns from a teacher: the values to compare, and a loss.
 
+    A subclass that is a frozen dataclass can have checked settings (`surgery.settings.option`).
+
     Example:
         >>> class Logits(surgery.Objective):
         ...     def compare(self, student, teacher, seed):
@@ -52,6 +53,9 @@ class Objective(ABC):
         ...     def loss(self, ours, theirs, labels, epoch, epochs):
         ...         return torch.nn.functional.mse_loss(ours[0], theirs[0])
     """
+
+    def __post_init__(self) -> None:
+        check_fields(self, f" of {type(self).__name__}")
 
     @abstractmethod
     def compare(self, student: TappedNetwork, teacher: TappedNetwork, seed: int) -> Compared:
@@ -74,34 +78,25 @@ class Objective(ABC):
         return f"{type(self).__qualname__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
 
+_FORMS = {"cross-entropy": losses.kd_cross_entropy, "divergence": losses.kd_divergence}
+
+
 @dataclass(frozen=True)
 class KD(Objective):
     """The teacher's softened distribution, as in FitNets (Romero et al., ICLR 2015, equation 2): temperature 3, and a
     weight lambda that decays linearly from 4 to 1, over all epochs or ``decay_epochs``.
-
-    Attributes:
-        temperature: tau, the divisor of both logits.
-        weight, final_weight: lambda at the beginning and at the end.
-        decay_epochs: epochs in which lambda decays; 500 in the paper, and 150 on MNIST.
-        form: ``"cross-entropy"``, the paper's, or ``"divergence"``, tau^2 KL (Hinton et al., 2015).
-        standardise: standardise logits first (Sun et al., CVPR 2024; with the divergence, a temperature of 2 and a
-            weight of 9).
     """
 
-    temperature: float = 3.0
-    weight: float = 4.0
-    final_weight: float = 1.0
-    decay_epochs: int | None = None
-    form: str = "cross-entropy"
-    standardise: bool = False
-
-    def __post_init__(self) -> None:
-        _check_numbers(self, "temperature", above=True)
-        _check_numbers(self, "weight", "final_weight")
-        if self.decay_epochs is not None:
-            whole_number("decay_epochs of KD", self.decay_epochs, 1)
-        if self.form not in _FORMS:
-            raise unknown_name("form of KD", self.form, _FORMS)
+    temperature: float = option(3.0, "Tau, the divisor of both logits.", above=0)
+    weight: float = option(4.0, "Lambda at the beginning.", least=0)
+    final_weight: float = option(1.0, "Lambda at the end.", least=0)
+    decay_epochs: int | None = option(None, "Epochs in which lambda decays; 500 in the paper, 150 on MNIST.", least=1)
+    form: str = option(
+        "cross-entropy", "cross-entropy, the paper's, or divergence, tau^2 KL (Hinton et al., 2015).", choices=_FORMS
+    )
+    standardise: bool = option(
+        False, "Standardise logits first (Sun et al., CVPR 2024; with divergence, a temperature of 2, a weight of 9)."
+    )
 
     def compare(self, student: TappedNetwork, teacher: TappedNetwork, seed: int) -> Compared:
         return _compare_logits(student, teacher)
@@ -112,28 +107,15 @@ class KD(Objective):
         return lambda_(epoch) * form(ours[0], theirs[0], self.temperature, standardise=self.standardise)
 
 
-_FORMS = {"cross-entropy": losses.kd_cross_entropy, "divergence": losses.kd_divergence}
-
-
 @dataclass(frozen=True)
 class DKD(Objective):
-    """Decoupled distillation (Zhao et al., CVPR 2022): see `losses.dkd`. The defaults are the authors'.
+    """Decoupled distillation (Zhao et al., CVPR 2022): see `losses.dkd`. The defaults are the authors'."""
 
-    Attributes:
-        alpha, beta: the weights of the label's class against all others, and of the others among each other.
-        temperature: tau, the divisor of both logits.
-        weight: of the loss. It rises linearly from 0 in ``warmup_epochs``.
-    """
-
-    alpha: float = 1.0
-    beta: float = 8.0
-    temperature: float = 4.0
-    weight: float = 1.0
-    warmup_epochs: float = 20
-
-    def __post_init__(self) -> None:
-        _check_numbers(self, "temperature", above=True)
-        _check_numbers(self, "alpha", "beta", "weight", "warmup_epochs")
+    alpha: float = option(1.0, "Weight of the label's class against all others.", least=0)
+    beta: float = option(8.0, "Weight of the others among each other.", least=0)
+    temperature: float = option(4.0, "Tau, the divisor of both logits.", above=0)
+    weight: float = option(1.0, "Of the loss. It rises linearly from 0 in warmup_epochs.", least=0)
+    warmup_epochs: float = option(20.0, "Epochs until the weight is reached.", least=0)
 
     def compare(self, student: TappedNetwork, teacher: TappedNetwork, seed: int) -> Compared:
         return _compare_logits(student, teacher)
@@ -155,19 +137,12 @@ class Hint(Objective):
         guided: a layer or container of the student, several, or a mapping from guided layers to hints; by default the
             layer in the middle.
         hint: as many layers or containers of the teacher; by default the layer in the middle.
-        weight: of the loss.
-        regressor: ``"auto"``, ``"conv"``, ``"fc"`` or ``"none"``.
     """
 
     guided: Guided = None
     hint: Where | None = None
-    weight: float = 100.0
-    regressor: str = "auto"
-
-    def __post_init__(self) -> None:
-        _check_numbers(self, "weight")
-        if self.regressor not in REGRESSORS:
-            raise unknown_name("regressor", self.regressor, REGRESSORS)
+    weight: float = option(100.0, "Of the loss.", least=0)
+    regressor: str = option("auto", f"From guided layer to hint: {', '.join(REGRESSORS)}.", choices=REGRESSORS)
 
     def compare(self, student: TappedNetwork, teacher: TappedNetwork, seed: int) -> Compared:
         pairs = hint_taps(student, teacher, self.guided, self.hint)
@@ -194,15 +169,11 @@ class AttentionTransfer(Objective):
         guided: layers or containers of the student, or a mapping from them to the teacher's; by default the ends of
             the common number of stages of both networks. Tokens are laid out as maps.
         hint: as many layers or containers of the teacher.
-        weight: of the loss.
     """
 
     guided: Guided = None
     hint: Where | None = None
-    weight: float = 1000.0
-
-    def __post_init__(self) -> None:
-        _check_numbers(self, "weight")
+    weight: float = option(1000.0, "Of the loss.", least=0)
 
     def compare(self, student: TappedNetwork, teacher: TappedNetwork, seed: int) -> Compared:
         pairs = stage_pairs(student, teacher, self.guided, self.hint)
@@ -221,16 +192,12 @@ class ReviewKD(Objective):
         guided: layers or containers of the student, or a mapping from them to the teacher's; by default the ends of
             the common number of stages of both networks, and the inputs of the classifiers.
         hint: as many layers or containers of the teacher.
-        weight: of the loss. It rises linearly from 0 in ``warmup_epochs``.
     """
 
     guided: Guided = None
     hint: Where | None = None
-    weight: float = 5.0
-    warmup_epochs: float = 20
-
-    def __post_init__(self) -> None:
-        _check_numbers(self, "weight", "warmup_epochs")
+    weight: float = option(5.0, "Of the loss. It rises linearly from 0 in warmup_epochs.", least=0)
+    warmup_epochs: float = option(20.0, "Epochs until the weight is reached.", least=0)
 
     def compare(self, student: TappedNetwork, teacher: TappedNetwork, seed: int) -> Compared:
         pairs = stage_pairs(student, teacher, self.guided, self.hint)
@@ -249,18 +216,11 @@ class ReviewKD(Objective):
 class RKD(Objective):
     """Relations between the samples of a batch, by the inputs of the classifiers (Park et al., CVPR 2019): see
     `losses.rkd`. The weights of the parts are the authors'.
-
-    Attributes:
-        weight: of the loss.
-        distance_weight, angle_weight: of its two parts.
     """
 
-    weight: float = 1.0
-    distance_weight: float = 25.0
-    angle_weight: float = 50.0
-
-    def __post_init__(self) -> None:
-        _check_numbers(self, "weight", "distance_weight", "angle_weight")
+    weight: float = option(1.0, "Of the loss.", least=0)
+    distance_weight: float = option(25.0, "Of distances.", least=0)
+    angle_weight: float = option(50.0, "Of angles.", least=0)
 
     def compare(self, student: TappedNetwork, teacher: TappedNetwork, seed: int) -> Compared:
         return Compared(((student.embedding(), teacher.embedding()),))
@@ -278,16 +238,6 @@ def _compare_logits(student: TappedNetwork, teacher: TappedNetwork) -> Compared:
             f"the student has {ours} classes and the teacher {theirs}: logits can only be compared for equal numbers"
         )
     return Compared((pair,))
-
-
-def _check_numbers(objective: Objective, *names: str, above: bool = False) -> None:
-    """Check that settings are finite numbers of at least 0, or ``above`` 0."""
-    for name in names:
-        value: Any = getattr(objective, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value < 0 or (above and value == 0):
-            least = "above 0" if above else "of at least 0"
-            raise UsageError(f"{name} of {type(objective).__name__} must be a number {least}, not {value!r}")
 
 
 def _warm_up(epoch: float, epochs: float) -> float:

@@ -551,7 +551,7 @@ def test_a_new_objective_is_one_class(student, teacher, x):
         (lambda: DKD(beta="8"), "beta of DKD must be a number of at least 0, not '8'"),
         (lambda: DKD(warmup_epochs=-1), "warmup_epochs of DKD must be a number of at least 0, not -1"),
         (lambda: Hint(weight=True), "weight of Hint must be a number of at least 0, not True"),
-        (lambda: Hint(regressor="linear"), "unknown regressor 'linear': one of 'auto', 'conv', 'fc', 'none'"),
+        (lambda: Hint(regressor="linear"), "unknown regressor of Hint 'linear': one of 'auto', 'conv', 'fc', 'none'"),
         (lambda: AttentionTransfer(weight=-1), "weight of AttentionTransfer must be a number of at least 0, not -1"),
         (lambda: RKD(angle_weight=-1), "angle_weight of RKD must be a number of at least 0, not -1"),
         (lambda: ReviewKD(warmup_epochs=None), "warmup_epochs of ReviewKD must be a number of at least 0, not None"),
