@@ -1,4 +1,4 @@
-"""The one protocol by which work tells how far it is."""
+"""The protocol by which a task reports its progress."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told how far a task is. The library never draws; whoever calls it may."""
+    """Receives the progress of a task. The library itself never draws."""
 
     def __call__(self, task: str, done: int, total: int) -> None: ...

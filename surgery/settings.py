@@ -1,7 +1,7 @@
-"""Settings as frozen dataclasses: the Python API, the command line and the identity of a resumed run read them.
+"""Settings as frozen dataclasses, which the Python API, the command line and the identity of a resumed run share.
 
-Each field says its range and its help text once. A function that takes ``settings`` takes their fields by name as well:
-``train(model, data, epochs=3)`` is ``train(model, data, TrainSettings(epochs=3))``.
+Each field states its range and its help text once. A function that takes ``settings`` also takes their fields as
+keywords: ``train(model, data, epochs=3)`` equals ``train(model, data, TrainSettings(epochs=3))``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from surgery.errors import UsageError, unknown_name
 
 
 class Usual(NamedTuple):
-    """The peak learning rate and the weight decay that an optimizer has by default."""
+    """The default peak learning rate and weight decay of an optimizer."""
 
     lr: float
     weight_decay: float
@@ -31,14 +31,14 @@ OPTIMIZERS: Mapping[str, Usual] = {
     "adamw": Usual(1e-3, 1e-2),
     "rmsprop": Usual(1e-3, 0.0),
 }
-"""SGD with Nesterov momentum; AdamW, whose first beta is ``momentum``; RMSProp, where it is the decay of the mean
-square (the FitNets paper's)."""
+"""SGD with Nesterov momentum; AdamW with ``momentum`` as its first beta; RMSProp with ``momentum`` as the decay of the
+mean square (the optimizer of the FitNets paper)."""
 
 SCHEDULES = ("one-cycle", "cosine", "warmup-cosine", "constant")
 """Learning rate schedules: see `surgery.training.descent.SCHEDULES`."""
 
 PRECISIONS = ("no", "bf16", "fp16")
-"""Mixed precision: none, or what layers compute in where that is safe, with weights and losses in float32."""
+"""Mixed precision: none, or the dtype of layers where it is safe. Weights and losses stay in float32."""
 
 RUNTIMES = (
     "onnxruntime",
@@ -48,7 +48,7 @@ RUNTIMES = (
     "torch-compile",
     "torch-cuda-graphs",
 )
-"""What runs a model that is timed: see `surgery.deploy.measure.runners`."""
+"""Runtimes that a model can be timed in: see `surgery.deploy.measure.runners`."""
 
 TEACHERS: Mapping[str, str] = {
     "labels": "on labels",
@@ -56,7 +56,7 @@ TEACHERS: Mapping[str, str] = {
     "hints": "on hints from the dense model's middle, then on labels and its softened outputs (FitNets)",
     "evolve": "as the fit-hypothesis of the dense model, which evolves in generations (Knowledge Evolution)",
 }
-"""What a candidate of a tradeoff learns from, by name, in words that follow "trained"."""
+"""What a candidate of a tradeoff learns from. Reports put each text after the word "trained"."""
 
 
 def option(default: Any, help: str, *, result: bool = True, **rule: Any) -> Any:
@@ -64,22 +64,21 @@ def option(default: Any, help: str, *, result: bool = True, **rule: Any) -> Any:
 
     Args:
         help: one sentence, for the command line and the documentation.
-        result: whether the result depends on it; what it does not depend on may change when a run is resumed.
+        result: whether the result depends on it. Other fields may change when a run is resumed.
         rule: ``least``, ``above``, ``most``, ``below`` or ``choices``; ``metavar`` for the command line.
     """
     return field(default=default, metadata={"help": help, "result": result, **rule})
 
 
 class Settings:
-    """Base of all settings: checks each field when it is made."""
+    """Base of all settings. Each field is checked when an instance is made."""
 
     def __post_init__(self) -> None:
-        for one in _fields(self):
-            object.__setattr__(self, one.name, _checked(one, getattr(self, one.name)))
+        check_fields(self)
 
     @classmethod
     def of(cls, settings: Settings | None, changes: Mapping[str, Any]) -> Self:
-        """``settings``, or the defaults, with ``changes``; settings of a base class give the fields that they have."""
+        """``settings``, or the defaults, with ``changes``. Settings of a base class fill the fields that they have."""
         if settings is None:
             return cls(**changes)
         if isinstance(settings, cls):
@@ -94,14 +93,14 @@ class Settings:
         return {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in values.items()}
 
     def identity(self) -> dict[str, Any]:
-        """The fields that the result depends on, as plain JSON data: what a resumed run must have alike."""
+        """The fields that the result depends on, as plain JSON data. A resumed run must have the same."""
         kept = {one.name for one in _fields(self) if one.metadata["result"]}
         return {name: value for name, value in self.to_dict().items() if name in kept}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(Settings):
-    """How a model is trained; the fields are the keywords of `surgery.train`, and the options of the command line.
+    """How a model is trained. The fields are the keywords of `surgery.train` and options of the command line.
 
     Example:
         >>> surgery.train(model, data, TrainSettings(epochs=3, optimizer="adamw", lr=1e-3))
@@ -110,12 +109,12 @@ class TrainSettings(Settings):
     epochs: int = option(10, "Passes over the training images.", least=1)
     optimizer: str = option("sgd", f"{', '.join(OPTIMIZERS)}.", choices=OPTIMIZERS)
     lr: float | None = option(None, "Peak learning rate. [default: usual with the optimizer]", above=0)
-    batch_size: int = option(64, "Images of one training step, of all processes together.", least=2)
-    momentum: float = option(0.9, "Of SGD; the first beta of adamw, the decay of rmsprop.", least=0, below=1)
+    batch_size: int = option(64, "Images of one training step, all processes together.", least=2)
+    momentum: float = option(0.9, "Momentum of SGD; first beta of adamw; decay of rmsprop.", least=0, below=1)
     weight_decay: float | None = option(
-        None, "Of weights, not of biases and norms. [default: usual with the optimizer]", least=0
+        None, "Decay of weights; biases and norms have none. [default: usual with the optimizer]", least=0
     )
-    label_smoothing: float = option(0.0, "Of the labels, from 0 to 1.", least=0, most=1)
+    label_smoothing: float = option(0.0, "Smoothing of the labels, from 0 to 1.", least=0, most=1)
     schedule: str = option("one-cycle", f"{', '.join(SCHEDULES)}.", choices=SCHEDULES)
     seed: int = option(0, "Seed of everything random.", least=0)
     precision: str | None = option(
@@ -124,33 +123,33 @@ class TrainSettings(Settings):
     workers: int = option(0, "Processes that read images; 0 reads them in this one.", result=False, least=0)
     test_each_epoch: bool = option(False, "Score on the test images after each epoch.", result=False)
     checkpoint_every: int | None = option(
-        None, "Be able to resume after so many steps, and after each epoch.", result=False, least=1, metavar="STEPS"
+        None, "Steps between checkpoints; there is one after each epoch too.", result=False, least=1, metavar="STEPS"
     )
 
     @property
     def peak_lr(self) -> float:
-        """The peak learning rate: the optimizer's usual one unless ``lr`` is given."""
+        """The peak learning rate: ``lr``, or the default of the optimizer."""
         return OPTIMIZERS[self.optimizer].lr if self.lr is None else self.lr
 
     @property
     def decay(self) -> float:
-        """The weight decay: the optimizer's usual one unless ``weight_decay`` is given."""
+        """The weight decay: ``weight_decay``, or the default of the optimizer."""
         return OPTIMIZERS[self.optimizer].weight_decay if self.weight_decay is None else self.weight_decay
 
     def identity(self) -> dict[str, Any]:
-        """The fields that the weights depend on, with the rate and the decay that are used."""
+        """The fields that the weights depend on, with the effective learning rate and weight decay."""
         return {**super().identity(), "lr": self.peak_lr, "weight_decay": self.decay}
 
     def training(self, **changes: Any) -> TrainSettings:
-        """These fields of `TrainSettings` alone, with ``changes``: what `surgery.train` takes."""
+        """Return the fields of `TrainSettings` alone, with ``changes``, for `surgery.train`."""
         return TrainSettings(**{**{one.name: getattr(self, one.name) for one in fields(TrainSettings)}, **changes})
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillSettings(TrainSettings):
-    """How a student is taught, in the two stages of FitNets: `TrainSettings` for both, and what is said here.
+    """How a student is taught in the two stages of FitNets. `TrainSettings` apply to both.
 
-    The optimizer is AdamW by default: a hint's loss is as large as its layer, and Adam's steps do not depend on that.
+    The default optimizer is AdamW: a hint's loss grows with the size of its layer, and Adam's steps do not.
     """
 
     epochs: int = option(10, "Passes over the data in stage 2, labels and losses; 0 skips it.", least=0)
@@ -174,16 +173,16 @@ class DistillSettings(TrainSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class EvolveSettings(TrainSettings):
-    """How a network evolves: `TrainSettings` for each generation, and what is said here."""
+    """How a network evolves. `TrainSettings` apply to each generation."""
 
     epochs: int = option(10, "Passes over the data in each generation.", least=1)
     kind: str = option(
         "kels",
-        "What is kept: kels, channels, or wels, scattered weights (without a slim model).",
+        "Fit-hypothesis: kels (channels) or wels (scattered weights, no slim model).",
         choices=("kels", "wels"),
     )
     recalibrate: bool = option(False, "Measure the slim model's BatchNorm statistics on training images.")
-    long: bool = option(False, "Also train as many epochs at once, for comparison.")
+    long: bool = option(False, "Also train for all epochs in one go, for comparison.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -193,69 +192,67 @@ class EvolveSettings(TrainSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class LotterySettings(TrainSettings):
-    """How lottery tickets are trained: `TrainSettings` for each, and what is said here."""
+    """How lottery tickets are trained. `TrainSettings` apply to each."""
 
-    rewind_to: int = option(0, "The training step whose weights the ticket takes; 0 is the initialisation.", least=0)
+    rewind_to: int = option(0, "Training step whose weights the ticket takes; 0 is the initialisation.", least=0)
     scope: str = option("layer", "Where weights are compared: layer or global.", choices=("layer", "global"))
     vectors: bool = option(False, "Prune biases and norms as well.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimingSettings(Settings):
-    """How models are timed; the fields are the keywords of `surgery.benchmark`, and the options of the command line.
+    """How models are timed. The fields are the keywords of `surgery.benchmark` and options of the command line.
 
-    Warming up ends as soon as the median of five runs is within 5% of the median of the five before.
+    Warm-up ends when the median of five runs is within 5% of the median of the five before.
     """
 
     runtime: str = option("onnxruntime", f"{', '.join(RUNTIMES)}.", choices=RUNTIMES)
     batch_size: int = option(1, "Samples of one query, axis 0 of the inputs.", least=1)
     threads: int | None = option(None, "Threads of one query. [default: all usable cores]", least=1)
     device: str = option("cpu", "cpu or cuda.", choices=("cpu", "cuda"))
-    warmup: float = option(5.0, "Seconds to warm up for, at the most.", least=0)
-    min_runs: int = option(100, "Queries of each model, at the least.", least=1)
-    min_seconds: float = option(1.0, "Seconds spent on each model, at the least.", least=0)
-    sessions: int = option(10, "How often each model is set up afresh: 1, or to compare over them 6 or more.", least=1)
-    confidence: float = option(0.95, "Of the intervals of ratios.", above=0, below=1)
-    memory: bool = option(True, "Measure peak memory too, in a process of its own (some seconds).")
+    warmup: float = option(5.0, "Seconds of warm-up, at most.", least=0)
+    min_runs: int = option(100, "Queries of each model, at least.", least=1)
+    min_seconds: float = option(1.0, "Seconds spent on each model, at least.", least=0)
+    sessions: int = option(10, "Times that each model is set up: 1, or at least 6 to compare over them.", least=1)
+    confidence: float = option(0.95, "Confidence of the intervals of ratios.", above=0, below=1)
+    memory: bool = option(True, "Measure peak memory too, in a separate process (some seconds).")
     seed: int = option(0, "Seed of the orders and the resamples.", least=0)
 
     def timing(self, **changes: Any) -> TimingSettings:
-        """These fields of `TimingSettings` alone, with ``changes``: what `surgery.benchmark` takes."""
+        """Return the fields of `TimingSettings` alone, with ``changes``, for `surgery.benchmark`."""
         return TimingSettings(**{**{one.name: getattr(self, one.name) for one in fields(TimingSettings)}, **changes})
 
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetSettings(TimingSettings):
-    """How a model that keeps to a budget is searched for: how models are timed, and what is said here."""
+    """How to search for a model that keeps to a budget. `TimingSettings` say how models are timed."""
 
-    least: float = option(0.125, "The rate below which no part is slimmed.", above=0, most=1)
-    tolerance: float = option(
-        0.05, "A model that takes at least 1 - tolerance of the budget is not improved on.", above=0, most=1
-    )
-    rounds: int = option(8, "Models that are made and measured on the way, at the most.", least=1)
+    least: float = option(0.125, "Lowest rate at which a part is slimmed.", above=0, most=1)
+    tolerance: float = option(0.05, "Stop at a model that takes at least 1 - tolerance of the budget.", above=0, most=1)
+    rounds: int = option(8, "Models to make and measure on the way, at most.", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TradeoffSettings(Settings):
-    """What the models of a curve are, and how they are trained and timed."""
+    """How the models of a speed/accuracy curve are made, trained and timed."""
 
     round_to: int = option(1, "Round widths up to a multiple of this.", least=1)
-    importance: str = option("prefix", "Which channels are kept, as in surgery.slim.")
-    epochs: int = option(5, "Passes over the data for the dense model; 0: take it as is.", least=0)
+    importance: str = option("prefix", "Channels to keep, as in surgery.slim.")
+    epochs: int = option(5, "Passes over the data for the dense model; 0 takes it as is.", least=0)
     finetune_epochs: int = option(3, "Passes over the data for each candidate.", least=0)
     teach: str = option(
         "labels", f"What candidates learn from: {', '.join(TEACHERS)}; the dense model teaches.", choices=TEACHERS
     )
     hint_epochs: int = option(1, "For hints: passes over the data for stage 1.", least=1)
-    generations: int = option(3, "For evolve: how many, of --finetune-epochs each.", least=1)
+    generations: int = option(3, "For evolve: number of generations, of --finetune-epochs each.", least=1)
     lr: float = option(0.02, "Peak learning rate, of SGD.", above=0)
     batch_size: int = option(64, "Images of one training step.", least=2)
     image_size: int | None = option(None, "Side in pixels. [default: the data's own]", least=1)
     weights: str | None = option(None, "torchvision's weights: none, DEFAULT or one by name.", metavar="NAME")
     data_root: str | os.PathLike[str] | None = option(
-        None, "Where torchvision's data sets are kept.", result=False, metavar="DIR"
+        None, "Folder of torchvision's data sets.", result=False, metavar="DIR"
     )
-    limit: int | None = option(None, "Use so many training and test images at most.", least=1)
+    limit: int | None = option(None, "Largest number of training, and of test, images.", least=1)
     threads: int | None = option(None, "Threads of one query. [default: all usable cores]", least=1)
     seed: int = option(0, "Seed of everything random, initial weights included.", least=0)
 
@@ -265,7 +262,7 @@ R = TypeVar("R", covariant=True)
 
 
 class _Accepts(Protocol, Generic[P, R]):
-    """A function that takes the fields of its settings by name, too."""
+    """A function that also takes the fields of its settings as keywords."""
 
     @overload
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
@@ -274,12 +271,12 @@ class _Accepts(Protocol, Generic[P, R]):
 
 
 def accepts(kind: type[Settings], **renamed: str) -> Callable[[Callable[P, R]], _Accepts[P, R]]:
-    """Let a function take fields of its ``settings``, of this ``kind``, as keywords.
+    """Let a function take the fields of its ``settings`` as keywords.
 
-    The function is called with ``settings`` of this kind in any case: defaults where none are given.
+    The function always receives ``settings`` of this ``kind``: the defaults where none are given.
 
     Args:
-        renamed: keywords by their old names, which are taken with a `DeprecationWarning`.
+        renamed: current keyword by old name; the old name still works, with a `DeprecationWarning`.
     """
     names = {one.name for one in fields(kind)}  # type: ignore[arg-type]
 
@@ -306,7 +303,7 @@ def accepts(kind: type[Settings], **renamed: str) -> Callable[[Callable[P, R]], 
 
 
 def renamed(name: str, old: str) -> Any:
-    """A property for a result's attribute that is called ``name`` now, under its ``old`` name."""
+    """A property under the ``old`` name of the attribute ``name``; reading it warns."""
 
     def read(self: Any) -> Any:
         warnings.warn(f"{type(self).__name__}.{old} is now .{name}", DeprecationWarning, stacklevel=2)
@@ -315,25 +312,37 @@ def renamed(name: str, old: str) -> Any:
     return property(read, doc=f"The old name of ``{name}``.")
 
 
+def check_fields(instance: Any, of: str = "") -> None:
+    """Check the fields of a new frozen dataclass against their `option`, and store them as plain Python.
+
+    Args:
+        of: follows the name of a field in messages, such as ``" of KD"``.
+
+    Raises:
+        UsageError: says what the field may be.
+    """
+    for one in (one for one in fields(instance) if one.metadata):
+        object.__setattr__(instance, one.name, _check_field(one, one.name + of, getattr(instance, one.name)))
+
+
 def _fields(settings: Settings) -> Sequence[Field[Any]]:
     return fields(settings)  # type: ignore[arg-type]
 
 
-def _checked(one: Field[Any], value: Any) -> Any:
-    """The value as a plain Python one; a `UsageError` that says what the field may be."""
+def _check_field(one: Field[Any], name: str, value: Any) -> Any:
     kind, *others = str(one.type).split(" | ")
     if value is None and "None" in others:
         return None
     if "choices" in one.metadata and value not in one.metadata["choices"]:
-        raise unknown_name(one.name.replace("_", " "), value, one.metadata["choices"])
+        raise unknown_name(name.replace("_", " "), value, one.metadata["choices"])
     if kind == "bool" and not isinstance(value, bool):
-        raise UsageError(f"{one.name} must be True or False, not {value!r}")
+        raise UsageError(f"{name} must be True or False, not {value!r}")
     if kind == "str" and not (isinstance(value, (str, os.PathLike)) and os.fspath(value)):
-        raise UsageError(f"{one.name} must be a text that is not empty, not {value!r}")
-    return _number(one, kind, value) if kind in ("int", "float") else value
+        raise UsageError(f"{name} must be a text that is not empty, not {value!r}")
+    return _check_number(one, name, kind, value) if kind in ("int", "float") else value
 
 
-def _number(one: Field[Any], kind: str, value: Any) -> int | float:
+def _check_number(one: Field[Any], name: str, kind: str, value: Any) -> int | float:
     wanted = Integral if kind == "int" else Real
     rule = one.metadata
     fits = isinstance(value, wanted) and not isinstance(value, bool) and math.isfinite(value)
@@ -342,5 +351,5 @@ def _number(one: Field[Any], kind: str, value: Any) -> int | float:
         said = {"least": "of at least", "above": "above", "most": "at most", "below": "below"}
         bounds = " and ".join(f"{words} {rule[key]}" for key, words in said.items() if key in rule)
         what = "a whole number" if kind == "int" else "a number"
-        raise UsageError(f"{one.name} must be {what} {bounds or 'that is finite'}, not {value!r}")
+        raise UsageError(f"{name} must be {what} {bounds or 'that is finite'}, not {value!r}")
     return int(value) if kind == "int" else float(value)

@@ -40,13 +40,13 @@ def test_no_public_function_has_more_than_12_parameters(function):
     assert len(inspect.signature(function).parameters) <= 12
 
 
-def test_the_names_in_settings_are_those_of_what_carries_them_out():
+def test_every_choice_in_settings_has_an_implementation():
     assert OPTIMIZERS.keys() == descent.OPTIMIZERS.keys()
     assert set(SCHEDULES) == descent.SCHEDULES.keys()
     assert set(RUNTIMES) == RUNNERS.keys()
 
 
-def test_defaults_agree_wherever_a_setting_is_meant():
+def test_settings_of_the_same_name_have_the_same_default():
     """Only what a procedure counts, and the optimizer of hints, differ."""
     usual = surgery.TrainSettings()
     for kind in (surgery.DistillSettings, surgery.EvolveSettings, surgery.LotterySettings):
@@ -85,7 +85,7 @@ def test_an_old_keyword_works_with_a_warning():
         takes("a", old=2, new=3)
 
 
-def test_settings_of_a_training_are_those_of_a_procedure_that_trains():
+def test_settings_of_a_procedure_contain_those_of_its_trainings():
     plain = surgery.TrainSettings(epochs=3, lr=0.5)
     assert surgery.EvolveSettings.of(plain, {"long": True}) == surgery.EvolveSettings(epochs=3, lr=0.5, long=True)
     with pytest.raises(surgery.UsageError, match=r"settings must be a surgery\.TrainSettings, not"):

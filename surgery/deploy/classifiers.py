@@ -1,4 +1,4 @@
-"""A data set and classifiers that go together: images of a size that all models take, models with its classes."""
+"""A data set and classifiers that fit together: images of a size that all models take, models with its classes."""
 
 from __future__ import annotations
 
@@ -26,17 +26,24 @@ def data_for(
     limit: int | None = None,
     augment: str = "none",
 ) -> Data:
-    """The data at an image size, and with channels, that all models take: what they were traced with, or their
-    catalogue entries allow.
+    """Load data at an image size, and with channels, that all models take.
+
+    A traced module takes images as in its example inputs; a model of the catalogue, what its entry allows.
 
     Args:
-        models: what `surgery.models.build` takes, or modules; each by what it is called in messages.
-        dataset: what `load_data` takes; so are the others.
-        image_size: side in pixels; by default the data's own, or the least that the models take where that is more.
+        models: text for `surgery.models.build`, or modules, by their names in messages.
+        dataset, data_root, limit, augment: as in `surgery.load_data`.
+        image_size: side in pixels; by default the data's own, but at least the minimum of the models.
+
+    Returns:
+        The data set.
 
     Raises:
-        UsageError: a model that takes anything but single images, models that take images of different sizes or
-            channels, and what `load_data` raises.
+        UsageError: a model that does not take single images, models that take images of different sizes or channels;
+            also as `surgery.load_data`.
+
+    Example:
+        >>> data = surgery.data_for({"the model": "torchvision:resnet18"}, "digits")
     """
     least, sizes, channels = 1, {}, {}
     for what, model in models.items():
@@ -62,7 +69,7 @@ def data_for(
         found = " and ".join(
             f"{what} takes images of {counted(number, 'channel')}" for what, number in channels.items()
         )
-        raise UsageError(f"{found}: there are no images for all")
+        raise UsageError(f"{found}: no images fit all of them")
     image_size = image_size or next(iter(sizes.values()), None)
     return load_data(
         dataset,
@@ -84,28 +91,33 @@ def classifier(
     trust: bool = False,
     seed: int = 0,
 ) -> nn.Module:
-    """The traced model in evaluation mode, checked to classify the data's images into the data's classes.
+    """Trace a model, and check that it classifies the data's images into the data's classes.
 
     Args:
-        model: what `surgery.models.build` takes, or a module, of which a copy is made. A model of the catalogue is
-            built with as many classes as the data has.
-        what: what it is called in messages.
+        model: text for `surgery.models.build`, or a module, which is copied. A model of the catalogue is built with the
+            number of classes of the data.
+        data: the data set.
+        what: the name of the model in messages.
         weights, trust, seed: as in `surgery.models.build`.
 
+    Returns:
+        A traced module in evaluation mode.
+
     Raises:
-        UsageError: it cannot be built, does not take the images, or has other classes.
+        UsageError: the model cannot be built, does not take the images, or has a different number of classes.
+
+    Example:
+        >>> traced = surgery.classifier("torchvision:resnet18", data)
     """
     images = torch.zeros(2, data.channels, data.image_size, data.image_size)
+    source = None
     if isinstance(model, str):
         known = catalogue.parse(model).entry is not None
         keywords = {"num_classes": len(data.classes)} if known else {}
-        module = catalogue.build(model, **keywords, weights=weights, trust=trust, seed=seed)
-        traced = trace(module, images, source=catalogue.canonical(model, **keywords, weights=weights))
-    elif is_traced(model):
-        traced = copy.deepcopy(model)
-    else:
-        traced = trace(model, images)
-    _refuse_misfit(traced, images, data, what)
+        source = catalogue.canonical(model, **keywords, weights=weights)
+        model = catalogue.build(model, **keywords, weights=weights, trust=trust, seed=seed)
+    _refuse_misfit(model, images, data, what)
+    traced = copy.deepcopy(model) if is_traced(model) else trace(model, images, source=source)
     (traced_with, *_), _named = example_inputs(traced)
     if traced_with.shape[1:] != images.shape[1:]:
         with_info(traced, args=(TensorSpec(tuple(images.shape), images.dtype),))

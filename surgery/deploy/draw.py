@@ -1,9 +1,8 @@
 """A drawing of a model's dimension groups: layers from top to bottom, and one line for each group.
 
-A box is a layer, that is, a parameter of two or more axes; its colour is that of the group it writes. The line of a
-group runs next to the boxes past all that read it and write it, as a track through its stations: a dot where a layer
-writes the channels, a ring where it reads them. Grey and hatched is what cannot be edited. Each box and each line tells
-its figures where the pointer rests on it. The picture is one SVG file that needs nothing else.
+A box is a layer: a parameter of two or more axes, in the colour of the group that it writes. The line of a group runs
+past all layers that write it (a dot) or read it (a ring). Parts that cannot be edited are grey and hatched. Boxes and
+lines show their figures under the pointer. The picture is one self-contained SVG file.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from surgery.units import counted, quantity
 
 _ROW, _LANE, _TOP, _LEFT = 24, 13, 92, 16
 _BOX = 17
-"""Height of a box, in the pixels of the picture, as are the figures above: of a row, between lines, of the margins."""
+"""Height of a box. Above: of a row, between lines, of the margins. All in pixels."""
 
 _HUES = "0b6bcb c2410c 15803d a21caf b91c1c 0e7490 a16207 4f46e5 be185d 4d7c0f 7c3aed 0f766e 9a3412 1d4ed8"
 _COLOURS = tuple(f"#{hue}" for hue in _HUES.split())
@@ -50,25 +49,31 @@ def draw_groups(
     title: str,
     subtitle: str = "",
 ) -> str:
-    """The text of an SVG file that shows the dimension groups of a traced module.
+    """Draw the dimension groups of a traced module as an SVG file.
 
     Args:
         module: the traced module.
-        groups: what `surgery.dimension_groups` says of it.
-        costs: what `surgery.counting.group_cost.group_costs` says of them.
-        macs: MACs by parameter, in the order of the forward pass, as `surgery.counting.cost.weight_macs` gives them.
+        groups: its groups, of `surgery.dimension_groups`.
+        costs: their costs, of `surgery.group_costs`.
+        macs: MACs by parameter in the order of the forward pass, of `surgery.weight_macs`.
         title: the line on top.
         subtitle: the line below it.
+
+    Returns:
+        The text of the file.
+
+    Example:
+        >>> groups = surgery.dimension_groups(traced)
+        >>> costs = surgery.group_costs(traced, groups)
+        >>> svg = surgery.draw_groups(traced, groups, costs, surgery.weight_macs(traced), title="ResNet-18")
     """
     rows = _rows(module, groups, macs)
-    tracks = _tracks(groups, rows)
-    picture = _Picture(rows, tracks, costs)
-    return picture.svg(title, subtitle)
+    return _Picture(rows, _tracks(groups, rows), costs).svg(title, subtitle)
 
 
 @dataclass
 class _Row:
-    """A layer: a parameter of two or more axes, and where in the picture it stands."""
+    """A layer: a parameter of two or more axes, and its place in the picture."""
 
     name: str
     layer: str
@@ -82,7 +87,7 @@ class _Row:
 
 @dataclass
 class _Track:
-    """A dimension group, the rows it runs past with what it does there, and the column of its line."""
+    """A dimension group, its roles by row, and the column of its line."""
 
     group: DimensionGroup
     stations: dict[int, set[str]]
@@ -99,7 +104,7 @@ class _Track:
 
 
 def _rows(module: nn.Module, groups: Sequence[DimensionGroup], macs: Mapping[str, int]) -> dict[str, _Row]:
-    """A row for each parameter, by its name, in the order of the forward pass as far as that is known."""
+    """A row for each parameter, by name, in the order of the forward pass where it is known."""
     held = {member.name for group in groups for member in group.members}
     called = {name: place for place, name in enumerate(name for name in macs if name)}
     order: list[tuple[tuple[int, int], str, nn.Parameter]] = []
@@ -107,7 +112,7 @@ def _rows(module: nn.Module, groups: Sequence[DimensionGroup], macs: Mapping[str
     for number, (name, parameter) in enumerate(module.named_parameters()):
         if parameter.ndim < 2 or name not in held:
             continue
-        behind = called.get(name, behind)  # what is not called stands behind what is registered before it
+        behind = called.get(name, behind)  # a parameter that is not called follows the one registered before it
         order.append(((behind, number), name, parameter))
     order.sort(key=lambda item: item[0])
     rows = {}
@@ -119,7 +124,7 @@ def _rows(module: nn.Module, groups: Sequence[DimensionGroup], macs: Mapping[str
 
 
 def _shape(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
-    """``3x3  64 → 128`` for a convolution, the sizes of the axes for anything else."""
+    """``3x3  64 → 128`` for a convolution, else the sizes of the axes."""
     sizes = list(parameter.shape)
     path, _, kind = name.rpartition(".")
     layer = module.get_submodule(path)
@@ -134,7 +139,7 @@ def _shape(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
 
 
 def _tracks(groups: Sequence[DimensionGroup], rows: Mapping[str, _Row]) -> list[_Track]:
-    """A track for each group that touches a row; the shortest run closest to the boxes."""
+    """A track for each group that touches a row; short ones are closest to the boxes."""
     tracks: list[_Track] = []
     for group in groups:
         stations: dict[int, set[str]] = {}
@@ -161,7 +166,7 @@ def _tracks(groups: Sequence[DimensionGroup], rows: Mapping[str, _Row]) -> list[
 
 
 def _colour(tracks: Sequence[_Track]) -> None:
-    """Give each group that can be edited a colour that no other has near it."""
+    """Give each editable group a colour that differs from its neighbours'."""
     done: list[_Track] = []
     for number, track in enumerate(sorted(tracks, key=lambda t: (t.first, t.last))):
         if not track.group.editable:
@@ -218,7 +223,7 @@ class _Picture:
         )
 
     def _bands(self, width: int) -> list[str]:
-        """A faint band behind every other block of layers: those that have their container in common."""
+        """A faint band behind every second block of layers; a block shares its container."""
         bands: list[str] = []
         dark, previous = False, None
         for row in self.rows:
@@ -276,10 +281,10 @@ class _Picture:
             y = self._y(place)
             marks.append(f'<path class="tie" d="M{x} {y - 3}H{self.labels - 4}" stroke="{track.colour}"/>')
             marks.append(f'<text x="{self.labels}" y="{y + 1}" style="fill: {track.colour}">{escape(text)}</text>')
-        return f'<g class="group"><title>{escape(self._told(track.group))}</title>{"".join(marks)}</g>'
+        return f'<g class="group"><title>{escape(self._describe_group(track.group))}</title>{"".join(marks)}</g>'
 
     def _labels(self) -> dict[int, tuple[str, int]]:
-        """For each track by its id, the text next to it and the row it stands in: the first that is free."""
+        """The label of each track, by its id, and the first free row for it."""
         taken: set[int] = set()
         labels = {}
         for track in sorted(self.tracks, key=lambda t: (t.first, t.group.name not in {r.layer for r in self.rows})):
@@ -293,7 +298,7 @@ class _Picture:
             labels[id(track)] = (f"{group.name}: {group.size}{units} · {figures}", place)
         return labels
 
-    def _told(self, group: DimensionGroup) -> str:
+    def _describe_group(self, group: DimensionGroup) -> str:
         cost = self.costs[group.name]
         shown = [f"  {member.role}: {member}" for member in group.members[:12]]
         more = len(group.members) - len(shown)
@@ -316,7 +321,7 @@ class _Picture:
 
 
 def _container(layer: str) -> str:
-    """The block that a layer stands in: its path up to the last number, or its first name."""
+    """The block of a layer: its path up to the last number, or its first name."""
     parts = layer.split(".")[:-1]
     while len(parts) > 1 and not parts[-1].isdigit() and not any(c.isdigit() for c in parts[-1]):
         parts.pop()

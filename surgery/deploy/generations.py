@@ -1,4 +1,4 @@
-"""The picture of an evolution: accuracy of the dense and the slim network by generation, and of what it is held to."""
+"""The picture of an evolution: accuracy of the dense and the slim network by generation, and of baselines."""
 
 from __future__ import annotations
 
@@ -19,9 +19,16 @@ DENSE, SLIM, LONG, TICKET, FAINT = "#0b6e99", "#d08c2f", "#555555", "#7a5ca8", "
 
 
 def draw_generations(found: Evolution, tickets: Lottery | None, path: Path, *, title: str) -> None:
-    """Draw what `surgery.evolve` found, with the score of a lottery ticket, to a PNG at ``path``.
+    """Draw the accuracies of an evolution to a PNG, without a window or global state of matplotlib.
 
-    No window is opened and no global state of matplotlib is used.
+    Args:
+        found: the result of `surgery.evolve`.
+        tickets: the result of `surgery.lottery`, whose last score is drawn, or None.
+        path: the file to write.
+        title: the line on top.
+
+    Example:
+        >>> surgery.draw_generations(surgery.evolve(traced, data), None, Path("generations.png"), title="ResNet-18")
     """
     figure = Figure(figsize=(8, 4.8), dpi=160, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
@@ -41,7 +48,7 @@ def draw_generations(found: Evolution, tickets: Lottery | None, path: Path, *, t
 
 
 def frame(axes: Axes, generations: int, ylabel: str) -> None:
-    """Labels and scales of a picture of generations."""
+    """Set labels and scales of a picture of generations."""
     axes.set_xlabel("generation")
     axes.set_ylabel(ylabel)
     axes.set_xlim(0.5, generations + 0.5)
@@ -52,7 +59,7 @@ def frame(axes: Axes, generations: int, ylabel: str) -> None:
 
 
 def _curve(axes: Axes, scores: Sequence[Score], colour: str, label: str, shift: float) -> None:
-    """Shifted a little to the side, so that bars at one place can be told apart."""
+    """Draw scores with error bars, shifted a little to the side so that bars do not overlap."""
     heights = [score.accuracy for score in scores]
     below = [score.accuracy - score.interval()[0] for score in scores]
     above = [score.interval()[1] - score.accuracy for score in scores]

@@ -31,11 +31,11 @@ OPTIMIZERS: Mapping[str, Callable[[list[dict[str, Any]], float, float], Optimize
     "adamw": _adamw,
     "rmsprop": _rmsprop,
 }
-"""What makes each of `surgery.settings.OPTIMIZERS` from parameter groups, the peak learning rate and momentum."""
+"""Makers of `surgery.settings.OPTIMIZERS`, from parameter groups, the peak learning rate and momentum."""
 
 
 def _one_cycle(t: float) -> float:
-    """A cosine rise from a 25th of the peak over the first quarter, then a cosine fall to zero."""
+    """Rise by a cosine from 1/25 of the peak in the first quarter, then fall by a cosine to zero."""
     rise = 0.25
     if t < rise:
         return 1 - 0.48 * (1 + math.cos(math.pi * t / rise))
@@ -47,7 +47,7 @@ def _cosine(t: float) -> float:
 
 
 def _warmup_cosine(t: float) -> float:
-    """A rise from a fifth over the first 40th (5 epochs of 200), then a cosine fall to zero: Knowledge Evolution's."""
+    """Rise from 1/5 in the first 40th (5 epochs of 200), then fall by a cosine to zero, as Knowledge Evolution does."""
     rise = 0.025
     return 0.2 + 0.8 * t / rise if t < rise else _cosine((t - rise) / (1 - rise))
 
@@ -62,11 +62,11 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {
     "warmup-cosine": _warmup_cosine,
     "constant": _constant,
 }
-"""The learning rate as a fraction of its peak, from the fraction of the training that is done."""
+"""The learning rate as a fraction of its peak, by the fraction of the training that is done."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """What is trained: weights, which decay, and vectors (biases, norms), which do not."""
+    """The trainable parameters: weights, which decay, and vectors (biases, norms), which do not."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
@@ -92,6 +92,6 @@ def check_data(data: Data) -> None:
 
 
 def check_scored(data: Data, score: object) -> None:
-    """Raise `UsageError` where there is nothing to score a model by."""
+    """Raise `UsageError` if there is nothing to score a model with."""
     if score is None and data.counts[1] == 0:
         raise UsageError(f"data set {data.source!r} has no test images: pass score=, or data that have some")

@@ -1,4 +1,4 @@
-"""What a training runs on: one device or several processes, in full or mixed precision, through `accelerate`."""
+"""Where a training runs: on one device or in several processes, in full or mixed precision, through `accelerate`."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ _DATA_PARALLEL = (
 
 
 class Engine:
-    """Where training steps run. In a plain process that is the model's own device; under ``accelerate launch``, one
-    process of several, each of which takes its share of every batch (data parallelism).
+    """Where training steps run: on the model's device in a plain process; under ``accelerate launch``, in several
+    processes that share every batch (data parallelism).
 
     Attributes:
         device: of models and batches.
         precision: one of `surgery.settings.PRECISIONS`.
-        processes: how many there are.
-        rank: which one this is, from 0.
+        processes: number of processes.
+        rank: number of this process, from 0.
     """
 
     def __init__(self, device: torch.device, precision: str | None = None) -> None:
         """
         Args:
-            device: what a plain process runs on; under ``accelerate launch`` each process has its own.
-            precision: one of `surgery.settings.PRECISIONS`; by default that of ``accelerate launch``, or none.
+            device: the device of a plain process; under ``accelerate launch`` each process has its own.
+            precision: one of `surgery.settings.PRECISIONS`; by default the one of ``accelerate launch``, or none.
 
         Raises:
-            UsageError: an unknown precision, one that the device does not have, or a launch that shards the model.
+            UsageError: an unknown precision, one that the device lacks, or a launch that shards the model.
         """
         if precision is not None and precision not in PRECISIONS:
             raise unknown_name("precision", precision, PRECISIONS)
@@ -57,12 +57,12 @@ class Engine:
 
     @property
     def main(self) -> bool:
-        """Whether this process is the one that writes and reports."""
+        """Whether this process writes and reports."""
         return bool(self.rank == 0)
 
-    def stepper(self, objective: nn.Module, optimizer: Optimizer) -> Callable[..., float]:
-        """A function that takes one step: from the arguments of ``objective``, which computes the scalar loss, to that
-        loss, its mean over the processes."""
+    def make_step(self, objective: nn.Module, optimizer: Optimizer) -> Callable[..., float]:
+        """Make a function that takes one step: from the arguments of ``objective``, which computes the scalar loss, to
+        the mean of this loss over the processes."""
         self._accelerator.free_memory()
         prepared, descent = self._accelerator.prepare(objective, optimizer)
 
@@ -76,36 +76,36 @@ class Engine:
         return step
 
     def mean(self, value: Tensor) -> float:
-        """Of a scalar of each process."""
+        """The mean of a scalar over the processes."""
         return float(self._accelerator.reduce(value, "mean") if self.processes > 1 else value)
 
-    def shared(self, loader: DataLoader[Any]) -> DataLoader[Any]:
-        """A loader that gives this process its share of each of ``loader``'s batches."""
+    def share(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+        """Return a loader that gives this process its share of each batch of ``loader``."""
         if self.processes == 1:
             return loader
         return cast("DataLoader[Any]", self._accelerator.prepare_data_loader(loader, device_placement=False))
 
-    def gathered(self, values: Tensor) -> Tensor:
-        """What all processes have of a batch of `shared`, of which none counts twice."""
+    def gather(self, values: Tensor) -> Tensor:
+        """Gather the values of all processes for a batch of `share`, each sample once."""
         return cast(Tensor, self._accelerator.gather_for_metrics(values)) if self.processes > 1 else values
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait for all processes."""
         self._accelerator.wait_for_everyone()
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
-        """Of the loss, in float16."""
+        """The scaler of the loss, in float16."""
         return cast("torch.amp.GradScaler | None", self._accelerator.scaler)
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes and reports: the only one, or the first under ``accelerate launch``."""
+    """Whether this process writes and reports: the only one, or the first under ``accelerate launch``."""
     return bool(PartialState().is_main_process)
 
 
 def _accelerator(device: torch.device, precision: str) -> Accelerator:
-    """Accelerate's settings are global in a process: those of before give way where they are others."""
+    """Make the accelerator. Its settings are global in a process: earlier ones are reset where they differ."""
     known = PartialState._shared_state
     if known and not PartialState().use_distributed and PartialState().device.type != device.type:
         AcceleratorState._reset_state(reset_partial_state=True)

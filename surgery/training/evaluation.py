@@ -1,4 +1,4 @@
-"""How many images a model classifies correctly."""
+"""The number of images that a model classifies correctly."""
 
 from __future__ import annotations
 
@@ -22,44 +22,37 @@ def evaluate(
     *,
     batch_size: int = 250,
     workers: int = 0,
+    engine: Engine | None = None,
     progress: Progress | None = None,
     task: str = "evaluate",
 ) -> Score:
-    """Count the images whose label is the largest of ``predict``'s outputs (N, classes).
+    """Count the images whose label has the largest of ``predict``'s outputs (N, classes).
 
     Args:
-        predict: a module, which runs in evaluation mode and keeps its own mode, or any function, such as a session of
-            another runtime.
-        images: items of an image (C, H, W) and its label.
+        predict: a module, which runs in evaluation mode and gets its own mode back, or any function from images
+            (N, C, H, W) to outputs, such as a session of another runtime.
+        images: items (image, label), as of `surgery.load_data`.
+        batch_size: images in one call.
         workers: processes that read images.
+        engine: the processes that share the images; by default this one scores them all.
+        progress: called after each batch, with ``task``.
 
     Returns:
-        The `Score`: how many are right, of how many.
+        The number of correct images, and of all.
+
+    Example:
+        >>> surgery.evaluate(traced, data.test).accuracy
     """
-    return score_with(predict, images, None, batch_size=batch_size, workers=workers, progress=progress, task=task)
-
-
-def score_with(
-    predict: nn.Module | Callable[[Tensor], Tensor],
-    images: Images,
-    engine: Engine | None,
-    *,
-    batch_size: int = 250,
-    workers: int = 0,
-    progress: Progress | None = None,
-    task: str = "evaluate",
-) -> Score:
-    """`evaluate`; with an engine each of its processes takes a share of the images."""
     processes = engine.processes if engine else 1
     batches = loader(images, math.ceil(batch_size / processes) * processes, workers)
-    batches = engine.shared(batches) if engine else batches
+    batches = engine.share(batches) if engine else batches
     device = device_of(predict)
     correct = total = 0
     with in_mode(predict, training=False), torch.inference_mode():
         for done, (batch, labels, *_) in enumerate(batches, 1):
             right = predict(batch.to(device)).argmax(1)
             right = right == labels.to(right.device)
-            right = engine.gathered(right) if engine else right
+            right = engine.gather(right) if engine else right
             correct += int(right.sum())
             total += len(right)
             if progress is not None:

@@ -1,7 +1,7 @@
-"""Knowledge Evolution: a network is trained in generations, and a slim one grows up inside of it (KELS, WELS).
+"""Knowledge Evolution: a network is trained in generations, with a slim network inside of it (KELS, WELS).
 
-Taha, Shrivastava, Davis, CVPR 2021. Each generation keeps the fit-hypothesis, draws the rest again, and trains all of
-it. Nothing is masked in between, so a step costs what a plain step costs.
+Taha, Shrivastava, Davis, CVPR 2021. Each generation keeps the fit-hypothesis, initialises the rest again, and trains
+the whole network. No mask is applied during training, so a step costs the same as a plain step.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from surgery.training.data.loading import loader
 from surgery.training.descent import check_scored
 from surgery.training.evaluation import evaluate
 from surgery.training.history import History, Score
-from surgery.training.loop import train_in_place
+from surgery.training.loop import train
 from surgery.training.modes import device_of, in_mode, mixed_seed, plain_modes, random_state, seed_everything
+from surgery.training.resume import plain_identity
 from surgery.training.run import LossFn
 
 PAPER = EvolveSettings(
@@ -45,10 +46,10 @@ class Generation:
     """One generation.
 
     Attributes:
-        dense: the score of the whole network after it.
-        slim: that of the fit-hypothesis on its own: of the slim network (KELS), or of the network with the rest
-            switched off (WELS).
-        history: how it was trained.
+        dense: score of the whole network.
+        slim: score of the fit-hypothesis alone: the slim network (KELS), or the network with the rest switched off
+            (WELS).
+        history: the record of its training.
     """
 
     dense: Score
@@ -62,15 +63,15 @@ class Generation:
 
 @dataclass(frozen=True)
 class Evolution:
-    """What `surgery.evolve` returns.
+    """The result of `surgery.evolve`.
 
     Attributes:
-        module: a copy of the network that was given, after the last generation.
-        slim: the slim network inside of it; none for WELS.
+        module: a new module, the network after the last generation.
+        slim: the slim network inside of it; None for WELS.
         masks: the fit-hypothesis.
-        generations: the first is that of the network as it was given.
-        long: the same network trained as many epochs in one go, nothing reset; where it was asked for.
-        long_module: what that gave.
+        generations: one record for each generation.
+        long: with ``long=True``, the record of as many epochs in one go without a reset.
+        long_module: the module of ``long``.
     """
 
     module: nn.Module = field(repr=False, compare=False)
@@ -85,12 +86,12 @@ class Evolution:
 
     @property
     def score(self) -> Score:
-        """Of the network after the last generation."""
+        """Score of the network after the last generation."""
         return self.generations[-1].dense
 
     @property
     def slim_score(self) -> Score:
-        """Of its fit-hypothesis."""
+        """Score of its fit-hypothesis."""
         return self.generations[-1].slim
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,23 +118,23 @@ def evolve(
     identity: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Evolution:
-    """Train a network in generations (section 3).
+    """Train a network in generations (Knowledge Evolution, Taha et al., CVPR 2021, section 3).
 
-    The first generation trains the network as it is given. Each later one keeps the fit-hypothesis, draws the rest
-    again, and trains all of it with a new optimizer and a new schedule, on the images in another order.
+    The first generation trains the network as it is given. Each later one keeps the fit-hypothesis, initialises the
+    rest again, and trains the whole network with a new optimizer and schedule, on the images in another order.
 
     Args:
         module: a traced module. It is not changed.
-        rate: the share of each layer's channels (KELS), or weights (WELS), in the fit-hypothesis.
-        generations: how many.
+        rate: fraction of each layer's channels (KELS), or weights (WELS), in the fit-hypothesis.
+        generations: number of generations.
         settings: see `surgery.EvolveSettings`; its fields may be given as keywords. `PAPER` has the authors' values.
-            With ``recalibrate`` the slim network is scored, and returned, with statistics of the training images.
-        reset: options of `surgery.reset_hypothesis`: what is drawn again, and how. All of it, by default, as in a new
-            network: a module of one's own must be traced with ``source=``, or come with ``fresh=`` here, a function
-            that makes a new one, unless its layers' classes say how they are initialised. Each generation draws by
-            a seed of its own.
+            With ``recalibrate`` the slim network is scored and returned with BatchNorm statistics of the training
+            images.
+        reset: options of `surgery.reset_hypothesis`. By default the whole reset-hypothesis is drawn as in a new
+            network. A user's own module must be traced with ``source=``, or come with ``fresh=``, a function that
+            makes a new one, unless its layers' classes initialise themselves. Each generation has its own seed.
         loss_fn: as in `surgery.train`.
-        score: of a network, by default its accuracy on the test images.
+        score: scores a network; by default its accuracy on the test images.
         checkpoint: a folder from which an interrupted run resumes, to the same weights.
         identity: as in `surgery.train`: extra JSON data that distinguishes checkpoints.
 
@@ -141,8 +142,8 @@ def evolve(
         The last generation as ``.module``, its slim network, and the record of each generation.
 
     Raises:
-        UsageError: a setting out of range, no images to score on, another run's checkpoint, or parameters that nothing
-            says how to initialise.
+        UsageError: a setting out of range, no images to score on, another run's checkpoint, or parameters without a
+            known initialisation.
         FloatingPointError: the loss stops being a number.
 
     Example:
@@ -153,13 +154,14 @@ def evolve(
     masks = split_masks(module, rate, kind=settings.kind, seed=settings.seed)
     options = _reset_options(reset or {}, generations)
     if generations > 1:
-        reset_hypothesis(module, masks, **options)  # what cannot be drawn again is refused before the training
+        reset_hypothesis(module, masks, **options)  # refuses before the training
     drawn = {name: value for name, value in options.items() if name != "fresh"}
-    evolved = {"kind": settings.kind, "split_rate": dict(rate) if isinstance(rate, Mapping) else rate, **drawn}
+    evolved = {"kind": settings.kind, "split_rate": rate, **drawn}
+    plain_identity(evolved if checkpoint is not None else {})  # so does this
     score = score or (lambda network: evaluate(network, data.test, workers=settings.workers))
 
     def train_one(network: nn.Module, task: str, number: int, total: int) -> tuple[nn.Module, Generation]:
-        history = train_in_place(
+        history = train(
             network,
             data,
             settings.training(epochs=total, seed=mixed_seed(settings.seed, number)),
@@ -176,10 +178,10 @@ def evolve(
         if settings.kind == "wels":
             return masked(network, masks)
         carved = slim(network, rate)
-        return recalibrated(carved, data, settings.batch_size, seed=settings.seed) if settings.recalibrate else carved
+        return recalibrate(carved, data, settings.batch_size, seed=settings.seed) if settings.recalibrate else carved
 
     found = []
-    network = copy.deepcopy(module)
+    network = module
     for number in range(generations):
         if number:
             network = reset_hypothesis(network, masks, seed=mixed_seed(settings.seed, number), **options)
@@ -187,28 +189,28 @@ def evolve(
         found.append(generation)
     long_module, long = None, None
     if settings.long:
-        long_module, long = train_one(copy.deepcopy(module), "long", 0, generations * settings.epochs)
+        long_module, long = train_one(module, "long", 0, generations * settings.epochs)
     carved = fit_hypothesis(network) if settings.kind == "kels" else None
     return Evolution(network, carved, masks, tuple(found), long, long_module)
 
 
 def _reset_options(reset: Mapping[str, Any], generations: int) -> dict[str, Any]:
-    """Options of `reset_hypothesis`, such that each generation draws other numbers."""
+    """Check options of `reset_hypothesis`: each generation must draw different numbers."""
     if not isinstance(reset, Mapping):
-        raise UsageError(f"reset= has options of reset_hypothesis by name, and is not {reset!r}")
+        raise UsageError(f"reset must be a mapping of options of reset_hypothesis, not {reset!r}")
     if "seed" in reset:
-        raise UsageError("each generation draws by a seed of its own, which follows from seed=: leave it out of reset=")
+        raise UsageError("each generation has its own seed, which follows from seed=: leave it out of reset=")
     if isinstance(reset.get("fresh"), nn.Module) and generations > 2:
-        raise UsageError("with one model as fresh= all generations would draw the same: pass a function that makes one")
+        raise UsageError("with a model as fresh=, all generations would draw the same: pass a function that makes one")
     return dict(reset)
 
 
 @plain_modes()
-def recalibrated(model: nn.Module, data: Data, batch_size: int = 64, *, seed: int = 0) -> nn.Module:
+def recalibrate(model: nn.Module, data: Data, batch_size: int = 64, *, seed: int = 0) -> nn.Module:
     """Return a copy whose BatchNorm statistics are the means over the batches of training images.
 
-    Only the BatchNorms are in training mode: dropout is off, and a detector needs no targets. One that does not run
-    keeps its statistics. A last batch of one image, which has no variance, is skipped.
+    Only BatchNorms are in training mode: dropout is off, and a detector needs no targets. A BatchNorm that does not
+    run keeps its statistics. A last batch of one image, which has no variance, is skipped.
 
     Args:
         seed: of augmentation.

@@ -1,7 +1,7 @@
-"""Growing in the middle of training: a wider and deeper model, and more data (Net2Net's lifelong learning).
+"""Growth during training: a wider and deeper model, and more data (Net2Net's lifelong learning).
 
-Chen, Goodfellow, Shlens 2016, section 1: a system that goes on learning is given more data and needs more capacity, and
-should not start over each time.
+Chen, Goodfellow, Shlens 2016, section 1: a system that keeps learning gets more data and needs more capacity, without
+a new start each time.
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ from surgery.training.history import Grown, Score
 
 @dataclass(frozen=True)
 class Growth:
-    """What grows before an epoch: the model in width, then in depth, and the training images.
+    """Growth before an epoch: of the model in width, then in depth, and of the training images.
 
     Attributes:
         widen: as in `surgery.widen`.
         deepen: as in `surgery.deepen`.
-        images: the training images from then on: another data set, or the fraction in (0, 1] of the whole of
-            ``data.train``. A fraction is one of each class, drawn by the training's seed; a larger one contains a
-            smaller one.
-        state: what the optimiser's state of further copies begins with: ``"copied"`` or ``"zero"``
-            (`surgery.transfer_optimizer`).
-        widen_options: more for `surgery.widen`. The symmetry between copies is broken by ``"zero-sum"`` noise unless
-            ``break_symmetry`` says otherwise; the seed is the training's unless ``seed`` does.
-        deepen_options: more for `surgery.deepen`.
+        images: the training images from then on: another data set, or a fraction in (0, 1] of ``data.train``. A
+            fraction is drawn from each class by the training's seed; a larger one contains a smaller one.
+        state: initial optimizer state of further copies, ``"copied"`` or ``"zero"`` (`surgery.transfer_optimizer`).
+        widen_options: options of `surgery.widen`. By default ``break_symmetry="zero-sum"``, and the training's seed.
+        deepen_options: options of `surgery.deepen`.
+
+    With a checkpoint, layers are selected by text: a class or predicate cannot be stored in it.
+
+    Example:
+        >>> surgery.train(traced, data, grow={4: surgery.Growth(widen={"layer3": 1.5}, deepen={"layer4": 1})})
     """
 
     widen: float | Mapping[str, Width] | None = None
@@ -48,7 +50,7 @@ class Growth:
     deepen_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.deepen, Iterator):  # a rehearsal would use it up
+        if isinstance(self.deepen, Iterator):  # the rehearsal would exhaust it
             object.__setattr__(self, "deepen", tuple(self.deepen))
 
     @property
@@ -57,10 +59,7 @@ class Growth:
 
 
 def grow_model(model: nn.Module, growth: Growth, seed: int) -> nn.Module:
-    """``model`` after ``growth``; the same object where only the data grows.
-
-    Raises what `surgery.widen` and `surgery.deepen` do.
-    """
+    """Grow ``model``; return the same object where only the data grows. Raises as `surgery.widen` and `deepen`."""
     if growth.widen is not None:
         options = {"break_symmetry": "zero-sum", "seed": seed, **growth.widen_options}
         model = widen(model, growth.widen, **options)
@@ -72,7 +71,7 @@ def grow_model(model: nn.Module, growth: Growth, seed: int) -> nn.Module:
 def record_growth(
     epoch: int, images: int, before: nn.Module, after: nn.Module, batch: Tensor, score: Score | None, started: float
 ) -> Grown:
-    """What the growth before ``epoch`` did, which began at the time ``started``; ``batch`` is of images."""
+    """Record the growth before ``epoch``, which began at time ``started``, on a ``batch`` of images."""
     if after is before:
         return Grown(epoch, images, (), None, None, None, score, time.perf_counter() - started)
     steps = Recipe(None, recipe(after).steps[len(recipe(before).steps) :])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from surgery.settings import renamed
 
 @dataclass(frozen=True)
 class Score:
-    """How many of the test images were classified correctly."""
+    """Number of test images that were classified correctly, and of all."""
 
     correct: int
     total: int
@@ -26,7 +27,7 @@ class Score:
         return self.correct / self.total
 
     def interval(self, z: float = 1.96) -> tuple[float, float]:
-        """Wilson's interval for the accuracy; ``z`` is the normal quantile, 1.96 for 95 %."""
+        """Wilson's interval of the accuracy; ``z`` is the normal quantile, 1.96 for 95 %."""
         n, p = self.total, self.accuracy
         centre = p + z * z / (2 * n)
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -34,14 +35,14 @@ class Score:
         return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
     def guessed(self, classes: int) -> bool:
-        """Whether this is no better than guessing: the interval goes down to one in ``classes``."""
+        """Whether the score is no better than guessing: the interval contains ``1 / classes``, or lies below."""
         return self.interval()[0] <= 1 / classes
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over the training images: how many there were, mean loss, learning rate at its end, score on the test
-    images, seconds."""
+    """One pass over the training images: their number, mean loss, learning rate at the end, score on the test images,
+    seconds."""
 
     images: int
     loss: float
@@ -49,20 +50,24 @@ class Epoch:
     score: Score | None
     seconds: float
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Epoch:
+        """Read an epoch from the plain JSON data of `History.to_dict`."""
+        return cls(**{**content, "score": content["score"] and Score(**content["score"])})
+
 
 @dataclass(frozen=True)
 class Grown:
-    """What a growth did, and that it changed nothing else.
+    """The record of a growth, with proof that the outputs did not change.
 
     Attributes:
-        epoch: the epoch that it came before, counted from 0.
-        images: the number of training images from then on.
-        steps: the steps of the recipe, as in its JSON; none where only the data grew, and then nothing is compared.
-        before: what one image costs before.
-        after: and after.
-        check: the model's outputs after against those before, on one batch of training images in ``eval()``.
-        score: on the test images at step 0, where each epoch is scored.
-        seconds: what growing and comparing took.
+        epoch: the epoch after it, counted from 0.
+        images: number of training images from then on.
+        steps: the steps of the recipe, as in its JSON; empty where only the data grew.
+        before, after: costs of one image; None where only the data grew.
+        check: outputs after against outputs before, on one batch of training images in ``eval()``; None likewise.
+        score: on the test images right after it, if each epoch is scored.
+        seconds: time to grow and compare.
     """
 
     epoch: int
@@ -81,12 +86,12 @@ class Grown:
 
 @dataclass(frozen=True)
 class History:
-    """What `surgery.train` returns.
+    """The result of `surgery.train`.
 
     Attributes:
-        epochs: what happened, epoch by epoch.
-        steps: steps of the optimizer.
-        growths: how the model and the data grew.
+        epochs: the record of each epoch.
+        steps: number of optimizer steps.
+        growths: the record of each growth.
     """
 
     epochs: tuple[Epoch, ...]
@@ -101,7 +106,7 @@ class History:
         """The trained model: a new module.
 
         Raises:
-            UsageError: this is the history of one stage of a longer procedure, whose result holds the module.
+            UsageError: this is one stage of a longer procedure, whose result holds the module.
         """
         if self.trained is None:
             raise UsageError("this history is of one stage: the result of the whole procedure holds the module")
@@ -112,7 +117,7 @@ class History:
         return sum(epoch.seconds for epoch in self.epochs) + sum(growth.seconds for growth in self.growths)
 
     def without_module(self) -> tuple[nn.Module, History]:
-        """The trained model, and the history alone, which may be kept without keeping the model in memory."""
+        """The trained model, and the history without it, to keep without the memory of the model."""
         return self.module, replace(self, trained=None)
 
     def to_dict(self) -> dict[str, Any]:

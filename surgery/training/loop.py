@@ -1,7 +1,6 @@
-"""One training loop for every procedure of this package.
+"""The training loop of every procedure of this package.
 
-A `LossFn` decides what is learned; the loop (`run.py`) only steps. A procedure such as distillation brings its own
-loss.
+A `LossFn` decides what is learned; the loop (`run.py`) only steps. A procedure such as distillation has its own loss.
 """
 
 from __future__ import annotations
@@ -49,59 +48,39 @@ def train(
 ) -> History:
     """Train a copy of ``model`` on ``data.train``. The model itself is not changed.
 
-    It trains on the model's device. Under ``accelerate launch`` each process takes its share of every batch: the same
-    batches and the same losses, up to rounding, as in one process. (BatchNorm normalises by each process's share, and
-    dropout draws in each by itself; the model should be the same in all of them.) Gradients and precision are the
-    loop's own, whatever ``no_grad`` or ``autocast`` it is called in.
+    Training runs on the model's device. Under ``accelerate launch`` the processes share every batch: batches and losses
+    are the same as in one process, up to rounding. (BatchNorm normalises by each process's share, and each process
+    draws its own dropout; pass the same model in all of them.) Gradients and precision do not depend on a ``no_grad``
+    or ``autocast`` around the call.
 
     Args:
+        model: any module that classifies the images; traced, if it grows.
+        data: images (N, C, H, W) and labels, as of `surgery.load_data`.
         settings: see `surgery.TrainSettings`. Its fields may be given as keywords, which take precedence. ``one-cycle``
             warms up over the first quarter of the steps and anneals to zero, ``cosine`` begins at ``lr``.
-        grow: what grows before which epoch, counted from 0: ``{0: Growth(images=0.3), 4: Growth(images=1.0,
-            widen=1.5)}``. The optimizer's state follows the weights, and the schedule, a fraction of all steps to come,
-            goes on. What cannot grow is refused before the training begins.
-        first_step, last_step: train as if ``first_step`` steps had been taken, and no further than ``last_step``: the
-            images and learning rates are those of the whole training. The optimizer begins without state.
-        loss_fn: `classification_loss` unless given.
-        after_step: called with the model in training after each step.
-        checkpoint: a file that is written after each epoch, and from which an interrupted training resumes, to the same
-            weights; a finished one is not repeated. Resumed in the middle of an epoch, images that are augmented in
-            ``workers`` are not what they would have been.
+        grow: growths by the epoch, from 0, that they come before: ``{0: Growth(images=0.3), 4: Growth(images=1.0,
+            widen=1.5)}``. The optimizer's state follows the weights, and the schedule continues over all planned steps.
+            An impossible growth is refused before the training.
+        first_step, last_step: train only these steps of the whole training, with its images and learning rates. The
+            optimizer begins without state.
+        loss_fn: the loss; by default `classification_loss`.
+        after_step: called with the model in training after each step, such as `surgery.hold_masked`.
+        checkpoint: a file, written after each epoch, from which an interrupted training resumes to the same weights; a
+            finished training is not repeated. If it resumes within an epoch, images that ``workers`` augment differ.
         identity: extra JSON data that distinguishes checkpoints, such as the settings of ``loss_fn``.
         progress: called after each step, with ``task``.
 
     Returns:
-        What happened, with the trained model, in the mode of ``model``, as ``.module``.
+        The record of the training, with the trained model, in the mode of ``model``, as ``.module``.
 
     Raises:
         UsageError: nothing to train or to train on, a setting out of range, another training's checkpoint, or one that
-            cannot be written; and what `surgery.widen` and `surgery.deepen` raise.
+            cannot be written; also as `surgery.widen` and `surgery.deepen`.
         FloatingPointError: the loss stops being a number.
 
     Example:
         >>> trained = surgery.train(model, surgery.load_data("digits"), epochs=3, lr=0.1).module
     """
-    options: dict[str, Any] = {"grow": grow, "first_step": first_step, "last_step": last_step, "loss_fn": loss_fn}
-    options |= {"after_step": after_step, "checkpoint": checkpoint, "identity": identity}
-    return train_in_place(copy.deepcopy(model), data, settings, **options, progress=progress, task=task)
-
-
-def train_in_place(
-    model: nn.Module,
-    data: Data,
-    settings: TrainSettings,
-    *,
-    grow: Mapping[int, Growth] | None = None,
-    first_step: int = 0,
-    last_step: int | None = None,
-    loss_fn: LossFn | None = None,
-    after_step: Callable[[nn.Module], None] | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    identity: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-    task: str = "train",
-) -> History:
-    """`train`, of the model itself: for procedures that made it and own it. One that grows is `History.module`."""
     settings = settings.training()
     check_data(data)
     check_trainable(model)
@@ -118,10 +97,10 @@ def train_in_place(
         own = {**settings.identity(), "steps": list(steps), "precision": engine.precision}
         file = Checkpoint(Path(checkpoint), {**own, **_identity(model, data, plan), **(identity or {})})
     saved = None if file is None else file.read()
-    engine.wait()  # a process may not write what another one has not read yet
+    engine.wait()  # no process may write before all have read
     if file is not None and engine.main:
         file.prepare()
-    model.to(engine.device)
+    model = copy.deepcopy(model).to(engine.device)
     make = OPTIMIZERS[settings.optimizer]
     run = Run(
         model=model,
@@ -139,24 +118,24 @@ def train_in_place(
         saved=saved,
     )
     with random_state(engine.device):
-        return run.through(plan)
+        return run.complete(plan)
 
 
 def _steps(first: int, last: int | None, total: int, *, grows: bool) -> tuple[int, int]:
-    """The first step, and the one after the last, of a training of ``total`` steps."""
+    """Check the first step, and the one after the last, of a training of ``total`` steps."""
     first = whole_number("first_step", first, 0)
     last = total if last is None else whole_number("last_step", last, 1)
     if not first < last <= total:
-        raise UsageError(f"steps {first} to {last} are not among the {total} of this training")
+        raise UsageError(f"steps {first} to {last} are outside of the {total} steps of this training")
     if grows and last - first < total:
-        raise UsageError("a training that grows has all of its steps: leave out first_step and last_step")
+        raise UsageError("a training that grows takes all of its steps: leave out first_step and last_step")
     return first, last
 
 
 def classification_loss(label_smoothing: float = 0.0) -> LossFn:
-    """Cross-entropy; auxiliary classifiers, which some models return with their logits in training, count as well.
+    """Cross-entropy of the logits and of auxiliary classifiers, which some models return in training.
 
-    Their weights are those of the papers: 0.3 each for two (GoogLeNet), 0.4 for one (Inception v3).
+    The weights of auxiliary classifiers are the papers': 0.3 each for two (GoogLeNet), 0.4 for one (Inception v3).
     """
 
     def loss_fn(model: nn.Module, batch: Batch, epoch: float = 0.0) -> Tensor:
@@ -167,7 +146,7 @@ def classification_loss(label_smoothing: float = 0.0) -> LossFn:
 
 
 def label_loss(output: Any, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """`classification_loss` of what a model returned: logits (N, classes), or a tuple of them and auxiliary ones."""
+    """`classification_loss` of a model's output: logits (N, classes), or a tuple of them and auxiliary logits."""
     logits, *others = output if isinstance(output, tuple) else (output,)
     auxiliary = [other for other in others if other is not None]
     weight = 0.4 if len(auxiliary) == 1 else 0.3
@@ -178,9 +157,9 @@ def label_loss(output: Any, labels: Tensor, label_smoothing: float = 0.0) -> Ten
 
 
 def _identity(model: nn.Module, data: Data, plan: Sequence[Phase]) -> dict[str, Any]:
-    """What is trained on what, for a checkpoint to be recognised by."""
+    """The model, data and growths by which a checkpoint is recognised."""
     growths = [
-        [s.first, count(s.images), *map(str, (g.widen, g.deepen, g.state, g.widen_options, g.deepen_options))]
+        [s.first, count(s.images), g.widen, g.deepen, g.state, str(g.widen_options), str(g.deepen_options)]
         for s in plan
         if (g := s.growth) is not None
     ]

@@ -6,9 +6,8 @@ Connectivity and the Lottery Ticket Hypothesis", ICML 2020. Knowledge Evolution 
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,15 @@ from torch import Tensor, nn
 from surgery.errors import UsageError, whole_number
 from surgery.operations.tickets import hold_masked, magnitude_masks, rewind
 from surgery.progress import Progress
+from surgery.selectors import Where
 from surgery.settings import LotterySettings, accepts, renamed
 from surgery.training.data.data import Data
 from surgery.training.descent import check_scored
 from surgery.training.evaluation import evaluate
 from surgery.training.history import History, Score
-from surgery.training.loop import train_in_place
+from surgery.training.loop import train
 from surgery.training.modes import plain_modes
+from surgery.training.resume import plain_identity
 from surgery.training.run import LossFn, steps_of_epoch
 
 
@@ -33,9 +34,9 @@ class Ticket:
     """One round.
 
     Attributes:
-        sparsity: the fraction of weights that is pruned; 0 in the first round.
+        sparsity: fraction of weights that is pruned; 0 in the first round.
         score: of the network after its training.
-        history: of that.
+        history: of its training.
     """
 
     sparsity: float
@@ -49,10 +50,10 @@ class Ticket:
 
 @dataclass(frozen=True)
 class Lottery:
-    """What `surgery.lottery` returns.
+    """The result of `surgery.lottery`.
 
     Attributes:
-        module: a copy of the network that was given: the last ticket, trained; its pruned weights are 0.
+        module: a new module, the last ticket after its training; its pruned weights are 0.
         masks: of the last ticket.
         tickets: the first is the dense network.
     """
@@ -77,24 +78,25 @@ def lottery(
     rounds: int = 1,
     settings: LotterySettings = LotterySettings(),
     *,
-    whole: Collection[str] = (),
+    whole: Where = (),
     loss_fn: LossFn | None = None,
     score: Callable[[nn.Module], Score] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     identity: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Lottery:
-    """Train, keep the largest weights, set these back to what they were at step ``rewind_to``, and train on from there.
+    """Train, keep the largest weights, rewind them to step ``rewind_to``, and train again.
 
-    Each round prunes the same fraction of what is left, so that the last has ``sparsity``. A ticket sees the images in
-    the order, and at the learning rates, that the dense network had from that step on.
+    Each round prunes the same fraction of the remaining weights, so that the last one has ``sparsity``. From step
+    ``rewind_to`` on, a ticket sees the same images in the same order, at the same learning rates, as the dense network
+    (Frankle and Carbin, ICLR 2019; Frankle et al., ICML 2020).
 
     Args:
         module: a traced module, as initialised. It is not changed.
-        sparsity: the fraction of weights that is pruned in the end, in [0, 1).
-        rounds: how often to prune and train again.
+        sparsity: final fraction of pruned weights, in [0, 1).
+        rounds: number of times to prune and train again.
         settings: see `surgery.LotterySettings`; its fields may be given as keywords.
-        whole: parameters that are not pruned, as in `surgery.magnitude_masks`.
+        whole: layers or parameters that are not pruned, as in `surgery.magnitude_masks`.
         loss_fn, identity: as in `surgery.train`.
         score: of a network, by default its accuracy on the test images.
         checkpoint: a folder from which an interrupted run resumes, to the same weights.
@@ -116,19 +118,18 @@ def lottery(
     if 0 < total <= rewind_to:
         raise UsageError(f"rewind_to is {rewind_to}: it must be below {total}, the steps of this training")
     pruning: dict[str, Any] = {"scope": settings.scope, "vectors": settings.vectors, "whole": whole}
-    magnitude_masks(module, sparsity, **pruning)  # what cannot be pruned so is refused before the training
+    magnitude_masks(module, sparsity, **pruning)  # refuses before the training, as the next line does
+    plain_identity(pruning if checkpoint is not None else {})
     score = score or (lambda network: evaluate(network, data.test, workers=settings.workers))
 
     def train_one(network: nn.Module, task: str, kept: Mapping[str, Any] | None = None, **steps: Any) -> History:
         file = None if checkpoint is None else Path(checkpoint) / f"{task}.pt"
         known = {**(identity or {}), **(kept or {})}
         options: dict[str, Any] = {"loss_fn": loss_fn, "progress": progress, "task": task, **steps}
-        return train_in_place(network, data, settings, checkpoint=file, identity=known, **options)
+        return train(network, data, settings, checkpoint=file, identity=known, **options)
 
-    early = copy.deepcopy(module)
-    if rewind_to:
-        train_one(early, "early", last_step=rewind_to)
-    network, history = train_one(copy.deepcopy(module), "dense").without_module()
+    early = train_one(module, "early", last_step=rewind_to).module if rewind_to else module
+    network, history = train_one(module, "dense").without_module()
     tickets = [Ticket(0.0, score(network), history)]
     masks: dict[str, Tensor] = {}
     for number in range(1, rounds + 1):
@@ -136,7 +137,7 @@ def lottery(
         masks = magnitude_masks(network, pruned, within=masks, **pruning)
         network = rewind(module, early, masks)
         hold = hold_masked(network, masks)
-        kept = {**pruning, "whole": [*whole], "sparsity": pruned}
+        kept = {**pruning, "sparsity": pruned}
         trained = train_one(network, f"ticket-{number}", kept, first_step=rewind_to, after_step=hold)
         network, history = trained.without_module()
         tickets.append(Ticket(pruned, score(network), history))

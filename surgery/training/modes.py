@@ -1,4 +1,4 @@
-"""What a training sets for a while and puts back: modes of modules, gradients, autocast and random state."""
+"""State that a training sets and restores: modes of modules, gradients, autocast and random numbers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import nn
 
 @contextmanager
 def plain_modes() -> Iterator[None]:
-    """Within it gradients are on and nothing is autocast, whatever the caller has set.
+    """Turn gradients on and autocast off, whatever the caller has set.
 
-    What is autocast within keeps no weights in half precision: they would stay what they are as long as any autocast
-    of the caller's lasts, and no step would be seen.
+    The autocast cache is off too: half-precision copies of weights would outlive each step for as long as an autocast
+    of the caller lasts.
     """
     off: dict[str, Any] = {"enabled": False, "cache_enabled": False}
     with torch.inference_mode(False), torch.autocast("cpu", **off), torch.autocast("cuda", **off):
@@ -25,18 +25,18 @@ def plain_modes() -> Iterator[None]:
 
 @contextmanager
 def random_state(device: torch.device) -> Iterator[None]:
-    """Within it torch's random state may be changed at will: the one of before is restored."""
+    """Restore torch's random state at the end."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
 
 
 def seed_everything(*numbers: int) -> None:
-    """Seed torch's generators by several numbers, such as a seed, a process and a step."""
+    """Seed torch's generators with several numbers, such as a seed, a process and a step."""
     torch.manual_seed(mixed_seed(*numbers))
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One seed for several numbers; other numbers give an unrelated one."""
+    """One seed from several numbers; different numbers give unrelated seeds."""
     return int(np.random.SeedSequence([abs(number) for number in numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -47,7 +47,7 @@ def device_of(model: object) -> torch.device:
 
 @contextmanager
 def in_mode(model: object, *, training: bool) -> Iterator[None]:
-    """The model in one mode, and each of its submodules back in its own mode afterwards."""
+    """Put the model in one mode; at the end each submodule gets its own mode back."""
     if not isinstance(model, nn.Module):
         yield
         return

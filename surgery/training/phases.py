@@ -1,4 +1,4 @@
-"""The phases of a training that grows: which epochs it has between growths, and on which images."""
+"""The phases of a training that grows: the epochs between growths, and their images."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from torch import nn
 from torch.utils.data import Subset
 
 from surgery.errors import UsageError, unknown_name
-from surgery.training.data.data import Data, Images, count, labels_of
+from surgery.training.data.data import Data, Images, count, labels_of, stratified_split
 from surgery.training.growth import Growth, grow_model
 from surgery.training.optimizer import NEW
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Epochs of a training in which nothing grows, and the growth before them."""
+    """Consecutive epochs of a training without growth, and the growth before them."""
 
     first: int
     epochs: int
@@ -27,11 +26,11 @@ class Phase:
 
 
 def plan_phases(data: Data, epochs: int, grow: Mapping[int, Growth], seed: int) -> tuple[Phase, ...]:
-    """The phases of a training of ``epochs`` epochs that grows before those that ``grow`` has.
+    """Plan a training of ``epochs`` epochs with the growths of ``grow``, each before its epoch.
 
     Raises:
-        UsageError: an epoch that there is not, a growth of nothing, an unknown ``state``, a fraction out of range,
-            fewer images than before, or fewer than 2.
+        UsageError: an epoch out of range, an empty growth, an unknown ``state``, a fraction out of range, fewer images
+            than before, or fewer than 2.
     """
     if not isinstance(grow, Mapping) or not all(isinstance(growth, Growth) for growth in grow.values()):
         raise UsageError(f"grow is a mapping from epochs to surgery.Growth, not {grow!r}")
@@ -47,7 +46,7 @@ def plan_phases(data: Data, epochs: int, grow: Mapping[int, Growth], seed: int) 
     for first, end in itertools.pairwise([*sorted({0, *grow}), epochs]):
         step = grow.get(first)
         if step is not None and step.images is not None:
-            before, images = images, _images(data, step.images, first, seed)
+            before, images = images, _choose_images(data, step.images, first, seed)
             if result and count(images) < count(before):
                 raise UsageError(
                     f"before epoch {first} the training images would go from {count(before)} to {count(images)}: "
@@ -60,26 +59,19 @@ def plan_phases(data: Data, epochs: int, grow: Mapping[int, Growth], seed: int) 
 
 
 def rehearse(model: nn.Module, plan: Sequence[Phase], seed: int) -> None:
-    """Let ``model`` grow as planned, so that what cannot be done is refused before the training and not in it."""
+    """Grow ``model`` as planned, so that an impossible growth is refused before the training."""
     for phase in plan:
         if phase.growth is not None:
             model = grow_model(model, phase.growth, seed)
 
 
-def _images(data: Data, wanted: float | Images, epoch: int, seed: int) -> Images:
+def _choose_images(data: Data, wanted: float | Images, epoch: int, seed: int) -> Images:
+    """The images from ``epoch`` on. A fraction is drawn from each class; a larger one contains a smaller one."""
     if not isinstance(wanted, (int, float)):
         return wanted
     if not 0 < wanted <= 1:
         raise UsageError(f"the fraction of images from epoch {epoch} on is {wanted}: it must be above 0 and at most 1")
-    return data.train if wanted == 1 else _fraction(data.train, wanted, seed)
-
-
-def _fraction(images: Images, fraction: float, seed: int) -> Images:
-    """So much of each class, at least one image; those of a smaller fraction are among those of a larger one."""
-    labels = labels_of(images)
-    random = np.random.default_rng(seed)
-    chosen: list[int] = []
-    for label in np.unique(labels):
-        members = random.permutation(np.flatnonzero(labels == label))
-        chosen += members[: max(1, round(fraction * len(members)))].tolist()
-    return Subset(images, sorted(chosen))
+    if wanted == 1:
+        return data.train
+    _, chosen = stratified_split(labels_of(data.train).tolist(), fraction=wanted, seed=seed)
+    return Subset(data.train, chosen)

@@ -1,10 +1,10 @@
-"""The file from which an interrupted training resumes: all that the rest of it depends on, written between steps."""
+"""The file from which an interrupted training resumes, written between steps."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,17 @@ _FORMAT = 1
 
 @dataclass
 class Progressed:
-    """How far a training is.
+    """The progress of a training.
 
     Attributes:
-        steps: optimiser steps done, with those that are left out at the beginning.
-        skipped: epochs that are left out at the beginning.
-        epochs: the epochs that are over.
-        growths: and the growths.
-        within: steps done of the epoch that is not over, with those that are left out.
-        counted: without them.
-        summed: the sum of their losses.
-        seconds: what they took.
+        steps: steps done, including skipped ones.
+        skipped: epochs skipped at the beginning.
+        epochs: records of finished epochs.
+        growths: records of growths.
+        within: steps done of the current epoch, including skipped ones.
+        counted: steps taken of the current epoch.
+        summed: sum of their losses.
+        seconds: time they took.
     """
 
     steps: int = 0
@@ -48,23 +48,19 @@ class Progressed:
 
     @property
     def epoch(self) -> int:
-        """The number of the epoch that is not over."""
+        """The number of the current epoch."""
         return self.skipped + len(self.epochs)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file that a training is continued from, and what identifies the training."""
+    """A file from which a training resumes, and what identifies the training."""
 
     path: Path
     identity: Mapping[str, Any]
 
     def prepare(self) -> None:
-        """Make the folder of the file, and see that it can be written to.
-
-        Raises:
-            UsageError: it cannot.
-        """
+        """Make the folder of the file. Raise `UsageError` if it cannot be written to."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._part.touch()
@@ -79,10 +75,10 @@ class Checkpoint:
         optimizer: Optimizer | None,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
-        """Replace the file. Without an optimiser it is that of a training that is over.
+        """Replace the file. Without an optimizer it marks a finished training.
 
         Raises:
-            OSError: it cannot be written, as on a full disk; the file of before is still there.
+            OSError: it cannot be written, as on a full disk; the earlier file is kept.
         """
         state = {
             "format": _FORMAT,
@@ -97,15 +93,15 @@ class Checkpoint:
             os.replace(self._part, self.path)
         except BaseException as error:
             self._part.unlink(missing_ok=True)
-            if isinstance(error, RuntimeError):  # what torch makes of a disk that is full
+            if isinstance(error, RuntimeError):  # what torch raises on a full disk
                 raise OSError(f"the checkpoint {self.path} cannot be written: {error}") from error
             raise
 
     def read(self) -> Saved | None:
-        """What the file has; None where there is none.
+        """Read the file; None if it does not exist.
 
         Raises:
-            UsageError: it cannot be read, or is of another training; or the identity is no JSON data.
+            UsageError: it cannot be read, or belongs to another training; or the identity is not JSON data.
         """
         now = json.loads(self._identity)
         if not self.path.exists():
@@ -124,24 +120,21 @@ class Checkpoint:
                 f"{self.path} is the checkpoint of another training, with {', '.join(other) or 'other settings'}: "
                 "resume with the same settings, or remove it to start over"
             )
-        return Saved(_from_json(json.loads(state["progressed"])), state)
+        return Saved(_read_progress(json.loads(state["progressed"])), state)
 
     @property
     def _part(self) -> Path:
-        """Where the file is written before it takes its place."""
+        """The file that is written before it replaces the checkpoint."""
         return self.path.with_name(f"{self.path.name}.part")
 
     @property
     def _identity(self) -> str:
-        try:
-            return json.dumps(dict(self.identity), default=_number)
-        except TypeError as error:
-            raise UsageError(f"what identifies a training must be plain JSON data: {error}") from error
+        return json.dumps(plain_identity(self.identity))
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint has."""
+    """The content of a checkpoint."""
 
     progressed: Progressed
     _state: Mapping[str, Any]
@@ -151,7 +144,7 @@ class Saved:
         return self._state["optimizer"] is None
 
     def restore(self, model: nn.Module, optimizer: Optimizer | None, scaler: torch.amp.GradScaler | None) -> None:
-        """Give the model, the optimiser and the scaler the state that they had."""
+        """Load the state of the model, the optimizer and the scaler."""
         model.load_state_dict(self._state["model"])
         if optimizer is not None and not self.finished:
             optimizer.load_state_dict(self._state["optimizer"])
@@ -160,24 +153,48 @@ class Saved:
 
 
 def is_finished(path: Path) -> bool:
-    """Whether the training that writes this checkpoint is over."""
+    """Whether this checkpoint marks a finished training."""
     if not path.exists():
         return False
     try:
         return bool(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["optimizer"] is None)
-    except Exception:  # what is no checkpoint is refused when it is read
+    except Exception:  # `Checkpoint.read` refuses the file
         return False
 
 
-def _number(value: object) -> Any:
-    """A number of numpy's as one of Python's."""
+def plain_identity(identity: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return what identifies a training as plain JSON data; selectors of layers may be keys and values in it.
+
+    Raises:
+        UsageError: a value that a later run cannot be compared by, such as a class or a function.
+    """
+    return {
+        key if isinstance(key, str) else json.dumps(_plain(key, str(key))): _plain(value, str(key))
+        for key, value in identity.items()
+    }
+
+
+def _plain(value: Any, key: str) -> Any:
+    if isinstance(value, Mapping):
+        return plain_identity(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(part, key) for part in value]
     if isinstance(value, np.generic):
         return value.item()
-    raise TypeError(f"{value!r} is not")
+    if isinstance(value, Set):
+        return sorted(_plain(part, key) for part in value)
+    if callable(value) and not isinstance(value, nn.Module):
+        name = getattr(value, "__name__", repr(value))
+        raise UsageError(
+            f"a checkpoint cannot store {name}: select layers by text, such as 'layer3', 'layer*.conv2' or "
+            "'nn.Conv2d', or pass no checkpoint"
+        )
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise UsageError(f"what identifies a training must be plain JSON data: {key!r} is {value!r}")
 
 
-def _from_json(content: Mapping[str, Any]) -> Progressed:
-    epochs = [Epoch(**{**epoch, "score": _score(epoch["score"])}) for epoch in content["epochs"]]
+def _read_progress(content: Mapping[str, Any]) -> Progressed:
     growths = [
         Grown(
             **{
@@ -186,13 +203,9 @@ def _from_json(content: Mapping[str, Any]) -> Progressed:
                 "before": growth["before"] and Cost(**growth["before"]),
                 "after": growth["after"] and Cost(**growth["after"]),
                 "check": growth["check"] and Verification(**growth["check"]),
-                "score": _score(growth["score"]),
+                "score": growth["score"] and Score(**growth["score"]),
             }
         )
         for growth in content["growths"]
     ]
-    return Progressed(**{**content, "epochs": epochs, "growths": growths})
-
-
-def _score(content: Mapping[str, Any] | None) -> Score | None:
-    return None if content is None else Score(**content)
+    return Progressed(**{**content, "epochs": [*map(Epoch.from_dict, content["epochs"])], "growths": growths})

@@ -1,4 +1,4 @@
-"""A training under way: its steps, its growths, and where it goes on from."""
+"""A training in progress: its steps, its growths, and the point from which it resumes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from surgery.training.data.data import Data, Images, count
 from surgery.training.data.loading import EpochOrder, loader
 from surgery.training.descent import SCHEDULES, set_rate
 from surgery.training.engine import Engine
-from surgery.training.evaluation import score_with
+from surgery.training.evaluation import evaluate
 from surgery.training.growth import Growth, grow_model, record_growth
 from surgery.training.history import Epoch, History, Score
 from surgery.training.modes import in_mode, seed_everything
@@ -27,16 +27,16 @@ from surgery.training.phases import Phase
 from surgery.training.resume import Checkpoint, Progressed, Saved
 
 Batch = tuple[Any, ...]
-"""Images (N, C, H, W), labels (N,), and what else the items of the data set have; or what ``Data.collate`` makes."""
+"""Images (N, C, H, W), labels (N,), and further parts of items; or what ``Data.collate`` makes."""
 
 LossFn = Callable[[nn.Module, Batch, float], Tensor]
-"""From a model in training mode, a batch on its device, and the number of epochs done so far, with the fraction of the
-one it is in, to the scalar loss to descend: a mean over the samples."""
+"""From a model in training mode, a batch on its device, and the number of epochs done (a fraction within an epoch) to
+the scalar loss, a mean over the samples."""
 
 
 @dataclass
 class Run:
-    """A training under way; ``steps`` are its first one and the one after its last."""
+    """A training in progress; ``steps`` are its first step and the one after its last."""
 
     model: nn.Module
     descent: Optimizer
@@ -52,9 +52,11 @@ class Run:
     task: str
     saved: Saved | None
 
-    def through(self, plan: Sequence[Phase]) -> History:
-        """From the beginning, or from where it was cut off, to the end."""
-        self.at = self.saved.progressed if self.saved else self._beginning(plan[0])
+    def complete(self, plan: Sequence[Phase]) -> History:
+        """Run from the beginning, or from the checkpoint, to the end."""
+        skipped, within = divmod(self.steps[0], steps_of_epoch(plan[0].images, self.settings.batch_size))
+        start = Progressed(steps=self.steps[0], skipped=skipped, within=within)
+        self.at = self.saved.progressed if self.saved else start
         growths = list(self.at.growths)
         for phase in plan:
             if phase.growth is not None:
@@ -78,13 +80,8 @@ class Run:
         """Whether all steps are done."""
         return bool(self.at.steps >= self.steps[1])
 
-    def _beginning(self, phase: Phase) -> Progressed:
-        first = self.steps[0]
-        skipped, within = divmod(first, steps_of_epoch(phase.images, self.settings.batch_size))
-        return Progressed(steps=first, skipped=skipped, within=within)
-
     def _restore(self) -> None:
-        """What the checkpoint has, once the model has grown to the size that it had."""
+        """Load the checkpoint, once the model has grown to its size."""
         if self.saved is not None:
             self.saved.restore(self.model, self.descent, self.engine.scaler)
             self.saved = None
@@ -107,13 +104,13 @@ class Run:
         self.at.growths.append(record)
 
     def _train(self, phase: Phase) -> None:
-        """The epochs of a phase that are still to come."""
+        """Train the remaining epochs of a phase."""
         order = EpochOrder(phase.images, self.settings.seed)
         whole = loader(
             phase.images, self.settings.batch_size, self.settings.workers, order=order, collate=self.data.collate
         )
-        batches = self.engine.shared(whole)
-        step = self.engine.stepper(_Objective(self.model, self.loss_fn), self.descent)
+        batches = self.engine.share(whole)
+        step = self.engine.make_step(_Objective(self.model, self.loss_fn), self.descent)
         with in_mode(self.model, training=True):
             while self.at.epoch < phase.first + phase.epochs and not self.over:
                 started = time.perf_counter() - self.at.seconds
@@ -126,7 +123,7 @@ class Run:
                 self._save()
 
     def _steps(self, batches: Iterator[Batch], step: Callable[..., float], count: int, started: float) -> None:
-        """The steps of an epoch that are still to come."""
+        """Take the remaining steps of an epoch."""
         seed, rank, device = self.settings.seed, self.engine.rank, self.engine.device
         every = self.settings.checkpoint_every
         while self.at.within < count and not self.over:
@@ -150,7 +147,7 @@ class Run:
         return float(self.settings.peak_lr * SCHEDULES[self.settings.schedule](self.at.steps / self.total))
 
     def _score(self) -> Score:
-        return score_with(self.model, self.data.test, self.engine, workers=self.settings.workers)
+        return evaluate(self.model, self.data.test, workers=self.settings.workers, engine=self.engine)
 
     def _save(self) -> None:
         self._check()
@@ -165,7 +162,7 @@ class Run:
 
 
 class _Objective(nn.Module):
-    """The loss as a module, so that what wraps modules wraps the whole of a step and nothing touches the model."""
+    """The loss as a module: wrappers of data parallelism wrap the whole step and leave the model alone."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
         super().__init__()
@@ -176,5 +173,5 @@ class _Objective(nn.Module):
 
 
 def steps_of_epoch(images: Images, batch_size: int) -> int:
-    """Steps of an epoch."""
+    """Number of steps of an epoch."""
     return count(images) // min(batch_size, count(images))

@@ -121,14 +121,14 @@ def test_a_student_that_was_saved_goes_on_learning_and_keeps_its_recipe(run):
     assert student.state_dict().keys() == surgery.load("slim", trust=True).state_dict().keys()
 
 
-def test_a_teacher_that_guesses_is_said_to(run):
+def test_a_teacher_that_guesses_is_reported(run):
     _, out, _ = run("distill", STUDENT, TEACHER, *ON_DIGITS, "--hint-epochs", "0", "--epochs", "1", "--out", "made")
     assert "the teacher is no better than guessing: train it (--teacher-epochs)" in out
     assert "no better than guessing" not in run(*ONCE, "--out", "better")[1]
 
 
 @pytest.mark.parametrize(("task", "step"), [("teacher", 7), ("hints: cache", 2), ("hints", 3), ("distill", 6)])
-def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_student(run, monkeypatch, task, step):
+def test_an_interrupted_run_says_how_to_resume_and_ends_with_the_same_student(run, monkeypatch, task, step):
     assert run(*ONCE, "--out", "whole")[0] == 0
     with monkeypatch.context() as patched:
         interrupt(patched, task, step)
@@ -144,7 +144,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_student(run
     assert not Path("cut.unfinished").exists()
 
 
-def test_a_killed_run_goes_on_in_another_process(run, empty_folder):
+def test_a_killed_run_resumes_in_another_process(run, empty_folder):
     code = f"""
         import os
         from surgery.cli import main, teach
@@ -160,7 +160,7 @@ def test_a_killed_run_goes_on_in_another_process(run, empty_folder):
     assert same_tensors(weights_of("whole"), weights_of("cut"))
 
 
-def test_a_command_with_other_settings_does_not_go_on_with_the_run_of_before(run, monkeypatch):
+def test_a_command_with_other_settings_does_not_resume_an_earlier_run(run, monkeypatch):
     with monkeypatch.context() as patched:
         interrupt(patched, "hints", 1)
         assert run(*ONCE, "--out", "made")[0] == 130
@@ -237,7 +237,7 @@ def test_several_processes_print_and_write_once(empty_folder):
         (["kd"], {"hint": Hint("a", "b"), "weight": ["hint=7"]}, (KD(), Hint("a", "b", weight=7.0)), None),
     ],
 )
-def test_losses_by_name_have_the_settings_that_were_asked_for(names, options, expected, label_weight):
+def test_losses_by_name_have_the_given_settings(names, options, expected, label_weight):
     hint = options.pop("hint", None)
     assert objectives(LossOptions(loss=names, **options), hint) == (expected, label_weight)
 
@@ -380,7 +380,7 @@ TAUGHT = [*LONG, "--teacher-epochs", "1"]
         ([STUDENT, TEACHER, *TAUGHT, "--augment", "flip", "--cache", "kept"], "the images change from one reading to "),
     ],
 )
-def test_what_cannot_be_is_one_clear_line_and_exit_code_2_and_writes_nothing(
+def test_an_invalid_command_prints_one_line_exits_with_2_and_writes_nothing(
     run, empty_folder, monkeypatch, arguments, message
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

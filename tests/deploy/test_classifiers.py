@@ -37,7 +37,7 @@ def test_images_are_as_large_as_the_least_that_all_models_take():
         assert data_for(models, "digits", limit=2).image_size == least
 
 
-def test_models_for_images_of_different_sizes_need_a_size_to_be_told():
+def test_models_for_images_of_different_sizes_need_a_given_size():
     models = {"the student": traced(12), "the teacher": "vit_b_32?image_size=64"}
     message = (
         r"the student takes images of 12 x 12 and the teacher takes images of 64 x 64: choose a size for all "
@@ -80,7 +80,7 @@ def test_a_traced_model_is_copied_and_its_example_inputs_become_those_of_the_dat
         ),
     ],
 )
-def test_a_model_that_does_not_fit_the_data_is_refused_by_what_it_is_called(model, message):
+def test_a_model_that_does_not_fit_the_data_is_refused_by_name(model, message):
     data = surgery.load_data("digits", limit=2)
     with pytest.raises(UsageError, match=message):
         classifier(model(), data, what="the teacher")

@@ -111,7 +111,7 @@ def test_mixed_precision_is_the_same_in_the_callers_autocast(enabled):
     assert not torch.equal(model[4].weight, net()[4].weight)
 
 
-def test_precisions_that_there_are_not_are_refused():
+def test_unknown_and_unsupported_precisions_are_refused():
     with pytest.raises(surgery.UsageError, match="unknown precision 'bf15'; did you mean 'bf16'"):
         Engine(torch.device("cpu"), "bf15")
     with pytest.raises(surgery.UsageError, match="the precision fp16 needs a GPU: on a CPU use bf16"):

@@ -1,4 +1,4 @@
-"""Knowledge Evolution: what a generation keeps, draws anew and scores; breaks; baselines; all kinds of models."""
+"""Knowledge Evolution: what a generation keeps, draws again and scores; breaks; baselines; all kinds of models."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from surgery.settings import EvolveSettings
 from surgery.training import evolve as evolving
 from surgery.training.data.data import Data, Normalisation, load_data
 from surgery.training.evaluation import evaluate
-from surgery.training.evolve import PAPER, evolve, recalibrated
+from surgery.training.evolve import PAPER, evolve, recalibrate
 from surgery.training.history import Score
-from surgery.training.loop import train_in_place
+from surgery.training.loop import train
 from tests.helpers import assert_same, killed_after
 from tests.zoo import SMALL, digits_net
 
@@ -50,11 +50,11 @@ def test_a_generation_begins_with_the_fit_hypothesis_of_the_last_and_new_numbers
 
     def watched(network, *args, **settings):
         starts.append(copy.deepcopy(network.state_dict()))
-        history = train_in_place(network, *args, **settings)
-        ends.append(copy.deepcopy(network.state_dict()))
+        history = train(network, *args, **settings)
+        ends.append(history.module.state_dict())
         return history
 
-    monkeypatch.setattr(evolving, "train_in_place", watched)
+    monkeypatch.setattr(evolving, "train", watched)
     before = copy.deepcopy(model.state_dict())
     found = evolve(model, digits, 0.5, 3, kind=kind, **QUICK)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -99,10 +99,10 @@ def test_the_long_baseline_is_plain_training_for_as_many_epochs(digits, model):
     assert report["long"]["dense"]["total"] == 200
 
 
-def test_statistics_of_the_slim_network_are_measured_anew_where_asked(digits, model):
+def test_statistics_of_the_slim_network_are_measured_again_where_asked(digits, model):
     found = evolve(model, digits, 0.5, 1, recalibrate=True, **QUICK)
     plain = surgery.slim(found.module, 0.5)
-    assert_same(found.slim, recalibrated(plain, digits, 64))
+    assert_same(found.slim, recalibrate(plain, digits, 64))
     assert not torch.allclose(found.slim.get_buffer("1.running_mean"), plain.get_buffer("1.running_mean"))
     images = torch.stack([image for image, _ in digits.train])
     with torch.no_grad():
@@ -115,13 +115,13 @@ def test_statistics_measured_on_augmented_images_follow_from_the_seed_alone(mode
     data = load_data("digits", limit=50, augment="flip-crop")
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        first = recalibrated(model, data)
+        first = recalibrate(model, data)
         torch.manual_seed(2)
         state = torch.get_rng_state()
-        assert_same(recalibrated(model, data), first)
+        assert_same(recalibrate(model, data), first)
         assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(
-        recalibrated(model, data, seed=1).get_buffer("1.running_mean"), first.get_buffer("1.running_mean")
+        recalibrate(model, data, seed=1).get_buffer("1.running_mean"), first.get_buffer("1.running_mean")
     )
 
 
@@ -131,16 +131,16 @@ def test_each_generation_trains_with_the_settings_and_a_seed_of_its_own(digits, 
 
     def watched(network, data, given, **options):
         seen.append(given)
-        return train_in_place(network, data, given.training(lr=0.01), **options)
+        return train(network, data, given.training(lr=0.01), **options)
 
-    monkeypatch.setattr(evolving, "train_in_place", watched)
+    monkeypatch.setattr(evolving, "train", watched)
     evolve(model, digits, 0.5, 2, settings)
     assert [replace(given, seed=0) for given in seen] == [settings.training()] * 2
     assert seen[0].seed != seen[1].seed
     assert (PAPER.peak_lr, PAPER.decay, PAPER.batch_size, PAPER.label_smoothing) == (0.256, 1e-4, 32, 0.1)
 
 
-def test_what_is_drawn_anew_can_be_chosen(digits, model):
+def test_the_parts_to_initialise_again_can_be_chosen(digits, model):
     kept = evolve(model, digits, 0.5, 2, reset={"norms": False, "statistics": False}, **{**QUICK, "lr": 1e-12})
     assert torch.allclose(kept.module.get_parameter("1.weight"), model.get_parameter("1.weight"), atol=1e-6)
     with pytest.raises(surgery.UsageError, match="generations must be a whole number"):
@@ -161,7 +161,7 @@ def test_an_image_that_is_left_over_has_no_variance_to_measure():
     model = surgery.trace(nn.Sequential(*layers), torch.zeros(2, 3, 8, 8))
     found = evolve(model, own(images(9), images(4)), 0.5, 2, epochs=1, batch_size=4, recalibrate=True)
     assert found.slim.get_buffer("2.num_batches_tracked") == 2
-    assert_same(recalibrated(model, own(images(9), [])), recalibrated(model, own(images(9), []), 9))
+    assert_same(recalibrate(model, own(images(9), [])), recalibrate(model, own(images(9), []), 9))
 
 
 class Branched(nn.Module):
@@ -177,12 +177,12 @@ class Branched(nn.Module):
         return x + self.aux(x) if self.training else x
 
 
-def test_measuring_statistics_leaves_modes_momentum_and_what_is_not_run_as_they_were():
+def test_measuring_statistics_leaves_modes_momentum_and_unused_norms_as_they_were():
     module = Branched()
     module.aux.running_mean.fill_(3.0)
     module.norm.eval()
     model = surgery.trace(module, torch.zeros(2, 3, 8, 8))
-    result = recalibrated(model, own(images(8), []), 4)
+    result = recalibrate(model, own(images(8), []), 4)
     assert [layer.training for layer in result.modules()] == [layer.training for layer in model.modules()]
     assert result.norm.momentum == 0.1
     assert torch.equal(result.aux.running_mean, model.aux.running_mean)
@@ -195,7 +195,7 @@ def test_statistics_are_measured_on_the_batches_that_the_data_make():
     model = surgery.trace(nn.Sequential(nn.BatchNorm2d(3)), torch.zeros(2, 3, 8, 8))
     doubled = own(images(4), [], collate=lambda items: (2 * torch.stack([image for image, _ in items]),))
     mean = torch.stack([image for image, _ in images(4)]).mean((0, 2, 3))
-    assert torch.allclose(recalibrated(model, doubled).get_buffer("0.running_mean"), 2 * mean, atol=1e-6)
+    assert torch.allclose(recalibrate(model, doubled).get_buffer("0.running_mean"), 2 * mean, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -204,14 +204,14 @@ def test_statistics_are_measured_on_the_batches_that_the_data_make():
         ({"seed": -1}, "seed must be a whole number of at least 0, not -1"),
         ({"seed": 1.5}, r"seed must be a whole number of at least 0, not 1\.5"),
         ({"kind": "wels", "recalibrate": True}, "recalibrate is for the slim network, and WELS gives none"),
-        ({"reset": {"seed": 3}}, "each generation draws by a seed of its own"),
-        ({"reset": {"fresh": digits_net()}}, "with one model as fresh= all generations would draw the same"),
-        ({"reset": "norms"}, "reset= has options of reset_hypothesis by name, and is not 'norms'"),
+        ({"reset": {"seed": 3}}, "each generation has its own seed"),
+        ({"reset": {"fresh": digits_net()}}, "with a model as fresh=, all generations would draw the same"),
+        ({"reset": "norms"}, "reset must be a mapping of options of reset_hypothesis, not 'norms'"),
         ({"data": own(images(4), [])}, "data set 'own' has no test images: pass score=, or data that have some"),
     ],
     ids=["negative seed", "half a seed", "WELS", "seed of the reset", "one new model", "no options", "no test images"],
 )
-def test_what_cannot_be_is_refused_before_the_training(digits, model, settings, message):
+def test_invalid_arguments_are_refused_before_the_training(digits, model, settings, message):
     def never(*_):
         raise AssertionError("it trains")
 
@@ -230,7 +230,7 @@ def test_a_checkpoint_of_other_settings_is_refused_in_words(digits, model, tmp_p
         evolve(model, digits, 0.5, 2, identity={"loss": "second"}, **settings)
 
 
-def test_the_callers_modes_do_not_matter(digits, model):
+def test_the_modes_of_the_caller_do_not_matter(digits, model):
     usual = evolve(model, digits, 0.5, 2, recalibrate=True, **QUICK)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         found = evolve(model, digits, 0.5, 2, recalibrate=True, **QUICK)
@@ -265,7 +265,7 @@ def test_all_kinds_of_models_evolve(name, size):
 
 
 @pytest.mark.parametrize("name", ["vision transformer", "swin"])
-def test_transformers_of_ones_own_evolve_where_a_new_one_can_be_made(name):
+def test_users_transformers_evolve_if_a_new_one_can_be_made(name):
     make, [(_, _, height, width)] = SMALL[name]
     model = surgery.trace(make(), torch.zeros(2, 3, height, width))
     images = [(torch.randn(3, height, width), k) for k in range(4)]
@@ -275,7 +275,7 @@ def test_transformers_of_ones_own_evolve_where_a_new_one_can_be_made(name):
     assert surgery.cost(found.slim).params < 0.6 * surgery.cost(found.module).params
 
 
-def test_a_detector_evolves_with_a_loss_and_a_score_of_its_own():
+def test_a_detector_evolves_with_its_own_loss_and_score():
     source = "fasterrcnn_mobilenet_v3_large_320_fpn?num_classes=2"
     data = detection()
     model = surgery.trace(catalogue.build(source, seed=0), catalogue.example_inputs(source), source=source)

@@ -104,7 +104,7 @@ def test_every_parameter_of_the_grown_model_learns_and_copies_part(digits):
         assert (stem[new] - stem[old_unit]).abs().max() > 1e-4  # 1e-8, from rounding, with even shares
 
 
-def test_the_symmetry_of_copies_is_broken_by_zero_sum_noise_unless_told_otherwise(digits):
+def test_the_symmetry_of_copies_is_broken_by_zero_sum_noise_by_default(digits):
     for options, kind in (({}, "zero-sum"), ({"break_symmetry": "uneven"}, None), ({"break_symmetry": None}, None)):
         growth = Growth(widen=1.5, widen_options=options)
         model = train(plain(), digits, epochs=1, grow={0: growth}).module
@@ -137,7 +137,7 @@ def test_the_same_seed_grows_and_trains_the_same_weights_and_another_seed_others
     assert not same_tensors(runs[0], runs[2])
 
 
-def test_what_the_state_of_new_channels_begins_with_is_a_choice(digits):
+def test_the_initial_state_of_new_channels_can_be_chosen(digits):
     runs = [
         state(train(plain(), digits, epochs=2, grow={1: Growth(widen=1.5, state=new)}).module)
         for new in ("copied", "zero")
@@ -235,7 +235,7 @@ def test_another_data_set_can_take_the_place_of_the_first(digits):
     assert [epoch.images for epoch in history.epochs] == [400, 1438]
 
 
-def test_what_is_recorded_is_plain_data_that_can_be_replayed(digits):
+def test_the_record_is_plain_data_that_can_be_replayed(digits):
     model = plain()
     grow = {1: Growth(images=1.0), 2: Growth(widen=1.5, deepen=["0"])}
     history = train(model, digits, epochs=3, grow=grow, test_each_epoch=True)
@@ -286,7 +286,7 @@ def test_data_alone_grow_for_a_model_that_was_not_traced(digits):
         ({2: Growth(widen=2.0, state="none")}, "unknown state of new channels 'none'"),
     ],
 )
-def test_what_cannot_grow_is_refused_before_the_training(digits, grow, message):
+def test_an_impossible_growth_is_refused_before_the_training(digits, grow, message):
     def no_step(*_):
         raise AssertionError("training began")
 

@@ -132,7 +132,7 @@ def test_label_smoothing_reaches_the_loss():
     assert smoothed > plain
 
 
-def test_progress_is_told_of_every_step(digits):
+def test_progress_is_reported_for_every_step(digits):
     calls = []
     train(small_net(), digits, epochs=2, batch_size=500, progress=lambda *call: calls.append(call), task="fit")
     assert calls == [("fit", step, 4) for step in (1, 2, 3, 4)]
@@ -175,7 +175,7 @@ def test_a_function_can_be_evaluated_like_a_module(digits):
     assert module_score.total == 359
 
 
-def test_wilsons_interval_is_that_of_the_textbook():
+def test_wilsons_interval_equals_the_textbooks():
     low, high = Score(correct=8, total=10).interval()
     assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
     assert Score(10, 10).interval()[1] == pytest.approx(1)
@@ -219,7 +219,7 @@ def test_a_model_with_nothing_to_train_is_refused(digits):
     [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
     ids=["no_grad", "inference_mode", "autocast"],
 )
-def test_gradients_and_precision_are_those_of_the_loop_whatever_it_is_called_in(digits, around):
+def test_gradients_and_precision_do_not_depend_on_the_context_of_the_call(digits, around):
     expected, model = small_net(), small_net()
     expected = train(expected, digits, epochs=1).module
     with around():
@@ -230,6 +230,6 @@ def test_gradients_and_precision_are_those_of_the_loop_whatever_it_is_called_in(
     assert after == before
 
 
-def test_a_loss_that_is_no_number_stops_the_training(digits):
+def test_a_loss_that_is_not_finite_stops_the_training(digits):
     with pytest.raises(FloatingPointError, match=r"the loss of fit is nan after 22 steps: lower lr"):
         train(small_net(), digits, epochs=2, loss_fn=lambda net, *_: net[0].weight.sum() * float("nan"), task="fit")

@@ -12,7 +12,7 @@ import surgery
 from surgery.training import lottery as lotteries
 from surgery.training.evaluation import evaluate
 from surgery.training.history import Score
-from surgery.training.loop import train, train_in_place
+from surgery.training.loop import train
 from surgery.training.lottery import lottery
 from tests.helpers import assert_same, killed_after
 
@@ -56,9 +56,9 @@ def test_a_ticket_begins_with_the_weights_of_the_step_and_the_images_and_rates_f
 
     def watched(network, *args, **settings):
         starts[settings["task"]] = copy.deepcopy(network.state_dict())
-        return train_in_place(network, *args, **settings)
+        return train(network, *args, **settings)
 
-    monkeypatch.setattr(lotteries, "train_in_place", watched)
+    monkeypatch.setattr(lotteries, "train", watched)
     found = lottery(model, digits, 0.5, 1, rewind_to=5, **QUICK)
     early = copy.deepcopy(model)
     early = train(early, digits, last_step=5, **QUICK).module
@@ -87,13 +87,13 @@ def test_a_killed_run_ends_with_the_same_weights(digits, model, tmp_path):
     assert [t.history.epochs[0].loss for t in found.tickets] == [t.history.epochs[0].loss for t in whole.tickets]
 
 
-def test_steps_that_there_are_not_are_refused(digits, model):
+def test_steps_out_of_range_are_refused(digits, model):
     with pytest.raises(surgery.UsageError, match="rewind_to is 12: it must be below 12, the steps of this training"):
         lottery(model, digits, 0.5, 1, rewind_to=12, **QUICK)
-    with pytest.raises(surgery.UsageError, match="steps 0 to 13 are not among the 12 of this training"):
+    with pytest.raises(surgery.UsageError, match="steps 0 to 13 are outside of the 12 steps"):
         model = train(model, digits, last_step=13, **QUICK).module
     grow = {1: surgery.Growth(images=1.0)}
-    with pytest.raises(surgery.UsageError, match="a training that grows has all of its steps"):
+    with pytest.raises(surgery.UsageError, match="a training that grows takes all of its steps"):
         model = train(model, digits, last_step=3, grow=grow, **QUICK).module
     with pytest.raises(surgery.UsageError, match="rounds must be a whole number"):
         lottery(model, digits, 0.5, 0, **QUICK)
@@ -102,12 +102,12 @@ def test_steps_that_there_are_not_are_refused(digits, model):
 
 
 @pytest.mark.parametrize("setting", ["grow", "first_step", "last_step", "after_step", "task"])
-def test_what_the_lottery_decides_on_is_not_to_be_set(digits, model, setting):
+def test_arguments_that_the_lottery_sets_itself_are_refused(digits, model, setting):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{setting}'"):
         lottery(model, digits, 0.5, 1, **{setting: None}, **QUICK)
 
 
-def test_a_ticket_has_the_score_that_is_asked_for(digits, model):
+def test_a_ticket_is_scored_by_the_given_function(digits, model):
     untested = replace(digits, test=[])
     found = lottery(model, untested, 0.5, 1, score=lambda network: Score(1, 2), **QUICK)
     assert [ticket.score for ticket in found.tickets] == [Score(1, 2)] * 2
@@ -121,7 +121,18 @@ def test_a_ticket_of_other_settings_is_refused_in_words(digits, model, tmp_path)
         lottery(model, digits, 0.5, 1, scope="global", checkpoint=tmp_path, **QUICK)
 
 
-def test_the_callers_modes_do_not_matter(digits, model):
+def test_weights_held_at_zero_stay_so_in_the_module_that_a_training_returns(digits, model):
+    masks = surgery.magnitude_masks(model, 0.5)
+    ticket = surgery.rewind(model, model, masks)
+    before = copy.deepcopy(ticket)
+    trained = train(ticket, digits, after_step=surgery.hold_masked(ticket, masks), **QUICK).module
+    assert_same(ticket, before)
+    for name, parameter in trained.named_parameters():
+        assert not parameter[~masks[name]].any()
+        assert not torch.equal(parameter, before.get_parameter(name))
+
+
+def test_the_modes_of_the_caller_do_not_matter(digits, model):
     usual = lottery(model, digits, 0.5, 1, **QUICK)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert_same(lottery(model, digits, 0.5, 1, **QUICK).module, usual.module)

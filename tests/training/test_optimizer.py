@@ -191,7 +191,7 @@ def test_without_parameters_of_as_many_dims_inserted_ones_join_the_largest_group
     assert not any(p is deep.get_parameter("2.bias") for p in carried.param_groups[0]["params"])
 
 
-def test_the_new_optimiser_trains_what_was_inserted_and_leaves_what_the_old_one_did_not_hold(net):
+def test_the_new_optimizer_trains_inserted_layers_and_skips_parameters_that_the_old_one_skipped(net):
     optimizer = optim.AdamW([p for name, p in net.named_parameters() if not name.startswith("fc")])
     steps(net, optimizer, 1)
     deep = surgery.deepen(surgery.widen(net, 1.5), ["norm1"])
@@ -291,7 +291,7 @@ def test_nothing_given_is_changed_and_nothing_is_shared(net):
     assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
 
 
-def test_one_that_has_not_stepped_has_no_state(net):
+def test_an_optimizer_that_has_not_stepped_has_no_state(net):
     wide = surgery.widen(net, 1.5)
     carried = transfer_optimizer(optim.AdamW(net.parameters()), net, wide)
     assert type(carried) is optim.AdamW
@@ -299,7 +299,7 @@ def test_one_that_has_not_stepped_has_no_state(net):
     assert [p.shape for p in carried.param_groups[0]["params"]] == [p.shape for p in wide.parameters()]
 
 
-def test_what_cannot_follow_is_refused(net):
+def test_state_that_cannot_follow_is_refused(net):
     wide = surgery.widen(net, 1.5)
     with pytest.raises(surgery.UsageError, match=r"group 0 of the optimizer holds a parameter of shape \(9, 3, 3, 3\)"):
         transfer_optimizer(optim.SGD(wide.parameters()), net, wide)

@@ -14,8 +14,10 @@ from torch import nn
 import surgery
 from surgery import Growth
 from surgery.training.data.data import load_data
+from surgery.training.evolve import evolve
 from surgery.training.history import History
 from surgery.training.loop import train
+from surgery.training.lottery import lottery
 from tests.helpers import assert_same, killed_after
 
 DIGITS = 160
@@ -88,7 +90,7 @@ def test_augmented_images_are_the_same_after_a_break_in_an_epoch(tmp_path):
 
 
 @pytest.mark.parametrize("steps", [2, 3, 5])
-def test_a_model_that_grows_goes_on_at_the_size_that_it_had(digits, tmp_path, steps):
+def test_a_growing_model_resumes_at_the_size_it_had(digits, tmp_path, steps):
     grow = {0: Growth(images=0.5), 1: Growth(images=1.0, widen={"0": 1.5}), 2: Growth(widen={"0": 2.0})}
     settings = {"epochs": EPOCHS, "batch_size": 64, "optimizer": "adamw", "grow": grow, "test_each_epoch": True}
     expected = train(traced(), digits, **settings)
@@ -103,7 +105,7 @@ def test_a_model_that_grows_goes_on_at_the_size_that_it_had(digits, tmp_path, st
         assert replace(ours, seconds=0.0) == replace(theirs, seconds=0.0)
 
 
-def test_what_is_over_is_not_done_again(digits, tmp_path):
+def test_a_finished_training_is_not_repeated(digits, tmp_path):
     first, second = net(), net()
     path = tmp_path / "of" / "a" / "run.pt"
     before = train(first, digits, epochs=1, checkpoint=path)
@@ -150,14 +152,14 @@ def test_a_checkpoint_for_other_images_is_refused(tmp_path, augment):
     assert train(net(), ours, epochs=1, checkpoint=path).steps == 1
 
 
-def test_what_items_have_beside_image_and_label_is_no_matter_for_a_checkpoint(digits, tmp_path):
+def test_what_items_have_next_to_image_and_label_does_not_matter_for_a_checkpoint(digits, tmp_path):
     items = [(image, label, "a name", {"index": k}) for k, (image, label) in enumerate(digits.train)]
     settings = {"epochs": 1, "checkpoint": tmp_path / "training.pt"}
     first = train(net(), digits, **settings)
     assert train(net(), replace(digits, train=items), **settings) == first
 
 
-def test_numbers_of_numpys_identify_a_training_as_pythons_do(digits, tmp_path):
+def test_numpy_numbers_identify_a_training_like_python_numbers(digits, tmp_path):
     settings = {"epochs": 1, "checkpoint": tmp_path / "training.pt"}
     first = train(net(), digits, seed=np.int64(3), lr=np.float32(0.5), **settings)
     assert train(net(), digits, seed=3, lr=0.5, **settings) == first
@@ -167,9 +169,33 @@ def no_step(*_):
     raise AssertionError("a step was taken")
 
 
-def test_an_identity_that_is_no_json_data_is_refused_before_the_training(digits, tmp_path):
+def test_an_identity_that_is_not_json_data_is_refused_before_the_training(digits, tmp_path):
     with pytest.raises(surgery.UsageError, match="what identifies a training must be plain JSON data"):
         train(net(), digits, epochs=1, loss_fn=no_step, checkpoint=tmp_path / "a.pt", identity={"teacher": net()})
+
+
+def test_layers_may_be_selected_by_text_in_what_a_checkpoint_stores(digits, tmp_path):
+    def grown(selector, path):
+        growth = Growth(widen={selector: 1.5})
+        return train(traced(), digits, epochs=2, grow={1: growth}, checkpoint=path).module
+
+    whole = grown("nn.Conv2d", None)
+    assert_same(grown("nn.Conv2d", tmp_path / "text.pt"), whole)
+    assert_same(grown("nn.Conv2d", tmp_path / "text.pt"), whole)
+    assert_same(grown(("nn.Conv2d",), tmp_path / "several.pt"), whole)
+    assert_same(grown(nn.Conv2d, None), whole)
+
+
+@pytest.mark.parametrize(("selector", "name"), [(nn.Conv2d, "Conv2d"), (lambda name, _: name == "0", "<lambda>")])
+def test_a_class_or_predicate_cannot_be_stored_in_a_checkpoint(digits, tmp_path, selector, name):
+    refused = pytest.raises(surgery.UsageError, match=f"a checkpoint cannot store {name}: select layers by text, such")
+    quick = {"epochs": 1, "loss_fn": no_step, "checkpoint": tmp_path / "run"}
+    with refused:
+        train(traced(), digits, grow={0: Growth(widen={selector: 1.5})}, **quick)
+    with refused:
+        evolve(traced(), digits, {selector: 0.5}, 2, **quick)
+    with refused:
+        lottery(traced(), digits, 0.5, whole=selector, **quick)
 
 
 def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_training(digits, tmp_path):
@@ -202,7 +228,7 @@ def test_a_disk_that_is_full_costs_neither_the_checkpoint_nor_more_space(digits,
     assert_same(resumed, whole)
 
 
-def test_what_is_no_checkpoint_is_refused(digits, tmp_path):
+def test_a_file_that_is_not_a_checkpoint_is_refused(digits, tmp_path):
     path = tmp_path / "training.pt"
     path.write_text("nothing")
     with pytest.raises(surgery.UsageError, match="is not a checkpoint of a training"):

@@ -1,4 +1,4 @@
-"""The clock that models on the way to a budget are timed with: the one of `surgery.compare`, or the user's own."""
+"""The clock of a search for a budget: `surgery.compare`, or the user's own timer."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ from surgery.progress import Progress
 from surgery.settings import TimingSettings
 
 Timer = Callable[[Mapping[str, nn.Module]], Mapping[str, float]]
-"""From modules by name to what one query of each takes, in ms."""
+"""From modules by name to the latency of one query of each, in ms."""
 
 _TOGETHER = 6
-"""Models that are timed in one run, so that not all need be in memory at once."""
+"""Models that are timed in one run, so that not all are in memory at once."""
 
 
 @dataclass(frozen=True)
 class Timed:
-    """What one query takes.
+    """The latency of one query.
 
     Attributes:
-        ms: its median, in ms.
-        over_first: the same over what the first model takes, which was timed along with it: what slows the machine
-            for a while slows both, and drops out.
-        ratio: where they took turns, ``over_first`` with its interval; the first's own is that to itself, where it
-            was checked (A/A).
-        iqr_ms: where they took turns, the interquartile range.
+        ms: the median.
+        over_first: the ratio to the first model, timed in the same run: a slow phase of the machine slows both, and
+            cancels out.
+        ratio: ``over_first`` with its interval; for the first model, the A/A check, if one was made. None with a timer.
+        iqr_ms: the interquartile range; None with a timer.
     """
 
     ms: float
@@ -43,12 +42,12 @@ class Timed:
 
 @dataclass(frozen=True)
 class Clock:
-    """How models are timed, on the machine they are to run on.
+    """How models are timed.
 
     Attributes:
         settings: as in `surgery.benchmark`.
-        timer: replaces `surgery.compare`: how long queries take on another machine, say.
-        check: measure the first model against itself as well, once.
+        timer: replaces `surgery.compare`, for example by latencies of another machine.
+        check: also measure the first model against itself, once.
     """
 
     settings: TimingSettings = TimingSettings()
@@ -57,7 +56,7 @@ class Clock:
 
     @contextmanager
     def ready(self, module: nn.Module) -> Iterator[nn.Module | Runner]:
-        """What to give to `times` for a module that it is to time more than once: exported, say, but once only."""
+        """Prepare a module, for example by an export, for several calls of `times`."""
         if self.timer is not None:
             yield module
         else:
@@ -67,7 +66,7 @@ class Clock:
                 yield runner
 
     def times(self, modules: Mapping[str, nn.Module | Runner], progress: Progress | None = None) -> dict[str, Timed]:
-        """The median latency of each; all take turns with the first, a few at a time."""
+        """Measure the latency of each model. All take turns with the first, a few at a time."""
         tell = progress or (lambda task, done, total: None)
         if self.timer is not None:
             taken = self.timer({name: module for name, module in modules.items() if isinstance(module, nn.Module)})
@@ -77,7 +76,10 @@ class Clock:
         (first, baseline), *others = modules.items()
         found: dict[str, Timed] = {}
         chunks = [others[k : k + _TOGETHER] for k in range(0, len(others), _TOGETHER)] or [[]]
-        done, steps = 0, len(others) + 2 * len(chunks)  # each model is set up, the first in each chunk, which is timed
+        done, steps = (
+            0,
+            len(others) + 2 * len(chunks),
+        )  # set up each; time each chunk
         for chunk in chunks:
             compared = compare(
                 {first: baseline, **dict(chunk)},

@@ -1,4 +1,4 @@
-"""The judgement on a slimmed model: its score and its loss on some images."""
+"""Score and loss of a slimmed model on some images."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from surgery.training.modes import device_of, in_mode
 
 @dataclass(frozen=True)
 class Judged:
-    """How many images a model classifies correctly, and its mean cross-entropy."""
+    """The score of a model, and its mean cross-entropy."""
 
     score: Score
     loss: float
 
 
 def judge(module: nn.Module, images: Images, *, most: int | None = None, batch_size: int = 250) -> Judged:
-    """The score and the loss on the images, or on ``most`` of them, taken from all over the data set."""
+    """Measure score and loss on the images, or on ``most`` of them from all over the data set."""
     total = count(images)
     if most is not None and total > most:
         images = Subset(images, [total * k // most for k in range(most)])

@@ -1,4 +1,4 @@
-"""Parts of a model that are slimmed by themselves: its dimension groups, or its stages."""
+"""Parts of a model that are slimmed separately: its dimension groups, or its stages."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from surgery.errors import EditError, unknown_name
 from surgery.operations.slim import slim
 
 
-def parts(module: nn.Module, by: str) -> dict[str, tuple[DimensionGroup, ...]]:
-    """The editable groups of a traced module by part, in the order of the forward pass.
+def find_parts(module: nn.Module, by: str) -> dict[str, tuple[DimensionGroup, ...]]:
+    """Find the editable groups of a traced module by part, in the order of the forward pass.
 
     Args:
-        by: ``"group"``: each is a part. ``"stage"``: those whose names begin with the same container, of the outermost
-            containers of which there are four or more (``layer1`` … ``layer4`` of a ResNet).
+        by: ``"group"``: each group is a part. ``"stage"``: a part is all groups in one container, on the outermost
+            level with four or more containers (``layer1`` … ``layer4`` of a ResNet).
 
     Raises:
         UsageError: another ``by``.
@@ -38,7 +38,7 @@ def parts(module: nn.Module, by: str) -> dict[str, tuple[DimensionGroup, ...]]:
 
 
 def _cut(names: Sequence[str]) -> Callable[[str], str]:
-    """From a layer's name to its stage's: the largest container is opened until there are four or more."""
+    """Map a layer's name to its stage's: open the largest container until there are four or more."""
     inside = ""
     while True:
         depth = inside.count(".")
@@ -57,7 +57,7 @@ def _cut(names: Sequence[str]) -> Callable[[str], str]:
     return stage
 
 
-def slimmed_alone(
+def slim_each_alone(
     module: nn.Module,
     found: Mapping[str, Sequence[DimensionGroup]],
     rate: float,
@@ -65,6 +65,6 @@ def slimmed_alone(
     round_to: int = 1,
     importance: str = "prefix",
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Each part's name with the model in which it alone is slimmed."""
+    """Yield each part's name with the model in which it alone is slimmed."""
     for name, groups in found.items():
         yield name, slim(module, {g.name: rate for g in groups}, round_to=round_to, importance=importance)

@@ -1,4 +1,4 @@
-"""Sensitivity: what each part of a model is worth, in accuracy, and what it costs, in time."""
+"""Sensitivity: the worth of each part of a model, in accuracy, and its cost, in time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import nn
 from surgery.counting.cost import Cost, cost
 from surgery.deploy.budget.clock import Clock, Timer
 from surgery.deploy.budget.judge import Judged, judge
-from surgery.deploy.budget.parts import parts, slimmed_alone
+from surgery.deploy.budget.parts import find_parts, slim_each_alone
 from surgery.deploy.measure.benchmark import Ratio
 from surgery.deploy.measure.environment import Environment, environment
 from surgery.deploy.measure.ratios import noise
@@ -35,18 +35,17 @@ _INK, _LOSS, _TIME = "#222222", "#b3452c", "#0b6e99"
 
 @dataclass(frozen=True)
 class Slimmed:
-    """A model in which one part was slimmed and nothing else, and which was not trained since.
+    """A model with one part slimmed, not trained since.
 
     Attributes:
         name: the part.
-        groups: the dimension groups in it.
-        judged: its score and loss on the test images.
-        cost: on paper.
+        groups: the dimension groups of the part.
+        judged: score and loss on the test images.
+        cost: MACs, parameters and bytes.
         latency_ms: median latency of one query.
-        over_dense: the same over the whole model's.
-        ratio: ``over_dense`` with its interval; the whole model's own is the A/A check. None where another clock timed
-            them.
-        iqr_ms: the interquartile range of latency; None likewise.
+        over_dense: latency relative to the dense model.
+        ratio: ``over_dense`` with its interval; for the dense model the A/A check. None with a timer.
+        iqr_ms: interquartile range of latency; None with a timer.
     """
 
     name: str
@@ -61,13 +60,13 @@ class Slimmed:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What slimming each part alone does.
+    """The effect of slimming each part alone.
 
     Attributes:
-        source: of the model.
-        data: its name.
-        classes: how many it has.
-        rate, importance, by: how each part was slimmed, and what a part is.
+        source: source of the model.
+        data: name of the data set.
+        classes: number of classes.
+        rate, importance, by: as given to `surgery.sensitivity`.
         dense: the model as it is.
         rows: one for each part, in the order of the forward pass.
     """
@@ -83,26 +82,26 @@ class Sensitivity:
     environment: Environment
 
     def drop(self, row: Slimmed) -> float:
-        """How much accuracy is lost, as a fraction of the test images."""
+        """The loss of accuracy, as a fraction of the test images."""
         return self.dense.judged.score.accuracy - row.judged.score.accuracy
 
     def saved(self, row: Slimmed) -> float:
-        """What share of the whole model's latency is saved; below 0 it became slower."""
+        """The saved fraction of the dense model's latency; negative if it became slower."""
         return 1 - row.over_dense
 
     @property
     def name(self) -> str:
-        """The model's name without what its source says besides it."""
+        """The model's name, without the rest of its source."""
         return short(self.source)
 
     @property
     def too_noisy(self) -> str:
-        """That the machine was too noisy for these latencies, if the A/A check shows it; else empty."""
+        """A sentence if the A/A check shows that the machine was too noisy for these latencies; else empty."""
         return noise(self.dense.ratio, "the whole model")
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """What a reader should know before the figures, in sentences."""
+        """Sentences that a reader should see before the figures."""
         found = [f"the machine was {self.too_noisy}"] if self.too_noisy else []
         if self.dense.judged.score.guessed(self.classes):
             found.append("the model is no better than guessing: train it (--epochs)")
@@ -163,26 +162,27 @@ def sensitivity(
     timer: Timer | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:
-    """Slim each part of a trained model alone, and measure what accuracy that costs and what time it saves.
+    """Slim each part of a trained model alone, and measure the loss of accuracy and the saving of time.
 
-    Nothing is trained in between, so this is the damage before fine-tuning: it says what parts are worth relative to
-    each other. What several parts lose together is not the sum of what each does.
+    Nothing is trained in between: the damage before fine-tuning ranks the parts. The damage of several parts together
+    is not the sum of their separate damages.
 
     Args:
         module: a traced module. It is not changed.
-        data: whose test images accuracy is measured on, or ``limit`` of them.
-        rate: at which each part is slimmed.
-        by: what a part is: each dimension ``"group"``, or ``"stage"`` (`surgery.deploy.budget.parts.parts`).
+        data: its test images, or ``limit`` of them, give the accuracy.
+        rate: the rate at which each part is slimmed.
+        by: a part is each dimension ``"group"``, or each ``"stage"`` (`surgery.deploy.budget.parts.find_parts`).
         importance, round_to: as in `surgery.slim`.
+        limit: largest number of test images.
         settings: how models are timed, see `surgery.TimingSettings`; its fields may be given as keywords.
-        timer: times the models instead: from modules by name to ms by name.
-        progress: told of ``"score"`` and ``"time"``.
+        timer: from modules by name to ms by name; replaces the measurement.
+        progress: called with ``"score"`` and ``"time"``.
 
     Returns:
         A row for each part, in the order of the forward pass.
 
     Raises:
-        UsageError: a rate outside (0, 1], or another unknown setting.
+        UsageError: a rate outside (0, 1], or an unknown setting.
         EditError: nothing in the model can be slimmed.
 
     Example:
@@ -190,10 +190,10 @@ def sensitivity(
     """
     if limit is not None and limit < 1:
         raise UsageError(f"limit is {limit}: it must be at least 1")
-    found = parts(module, by)
-    slim(module, rate, round_to=round_to, importance=importance)  # what is refused is refused at once
+    found = find_parts(module, by)
+    slim(module, rate, round_to=round_to, importance=importance)  # refuses at once
     modules = {"": module}
-    modules.update(slimmed_alone(module, found, rate, round_to=round_to, importance=importance))
+    modules.update(slim_each_alone(module, found, rate, round_to=round_to, importance=importance))
     scores = {}
     for done, (name, candidate) in enumerate(modules.items(), 1):
         scores[name] = judge(candidate, data.test, most=limit)
@@ -219,14 +219,22 @@ def sensitivity(
 
 
 def write_sensitivity(result: Sensitivity, folder: Path) -> None:
-    """Write ``sensitivity.csv``, ``.json`` and ``.png`` into ``folder``."""
+    """Write ``sensitivity.csv``, ``.json`` and ``.png``.
+
+    Args:
+        result: what `surgery.sensitivity` returned.
+        folder: an existing folder.
+
+    Example:
+        >>> surgery.write_sensitivity(surgery.sensitivity(traced, data), Path("runs"))
+    """
     write_table(result.to_rows(), folder / "sensitivity.csv")
     (folder / "sensitivity.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
     _draw(result, folder / "sensitivity.png")
 
 
 def _draw(result: Sensitivity, path: Path) -> None:
-    """Two bars for each part, one above the other: what is lost and what is saved."""
+    """Draw two bars for each part: lost accuracy and saved time."""
     count = len(result.rows)
     doubts = [line for doubt in result.doubts for line in textwrap.wrap(doubt, 120)]
     layout = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1)

@@ -1,4 +1,4 @@
-"""The widths that a model can be given, each part of it its own, and which of them keep to a prediction."""
+"""The widths that a model can be slimmed to, by part, and a choice of them that keeps to a predicted cost."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from surgery.operations.masks import unit_scores
 from surgery.operations.slim import fit_units, slim
 
 _STEPS = 16
-"""Rates lie so many to 1."""
+"""Number of steps between the rates 0 and 1."""
 
 Levels = np.ndarray[Any, np.dtype[np.int64]]
-"""One for each part: 0 for as it is, and further ones for less."""
+"""A level for each part: 0 keeps it as it is, higher levels are narrower."""
 
 
 class Widths:
-    """The widths that a model can be given, and what slimming each part damages."""
+    """The widths that a model can be slimmed to, and the damage of slimming each part."""
 
     def __init__(
         self,
@@ -42,16 +42,16 @@ class Widths:
         self.levels = [*(1 - k / _STEPS for k in range(steps)), least]
 
     def prepare(self, damage: Mapping[str, Mapping[float, float]]) -> None:
-        """Take ``round_to`` as settled, and the damage at a few rates; in between it is interpolated."""
+        """Set the damage at a few rates, between which it is interpolated. ``round_to`` must not change afterwards."""
         masks = [
             fit_units(self._analysis, self._module, {group.name: rate for group in self.groups}, self.round_to)
             for rate in self.levels
         ]
-        self._shares = np.array([self.kept(mask) for mask in masks])  # (levels, groups)
+        self._shares = np.array([self.kept_shares(mask) for mask in masks])  # (levels, groups)
         self._harm = np.array([self._curve(damage[name]) for name in self._parts])  # (parts, levels)
 
     def _curve(self, damage: Mapping[float, float]) -> Array:
-        """Damage by level: never less for less, and a little more in any case, so that no channel goes for nothing."""
+        """Damage by level: monotonic, with a small slope everywhere, so that no channel is removed for nothing."""
         rates = sorted(damage)
         known = [*(max(0.0, damage[rate]) for rate in rates), 0.0]
         slope = (known[0] - known[1]) / (rates[1] - rates[0])
@@ -61,12 +61,12 @@ class Widths:
         ]
         return np.maximum.accumulate(curve) + 1e-3 * (1 - np.array(self.levels))
 
-    def kept(self, masks: Mapping[DimensionGroup, Any]) -> Array:
-        """Of each group, the share of its units that masks keep."""
+    def kept_shares(self, masks: Mapping[DimensionGroup, Any]) -> Array:
+        """The share of each group's units that masks keep."""
         return np.array([masks[group].mean() if group in masks else 1.0 for group in self.groups])
 
     def weights_lost(self, rates: Sequence[float]) -> dict[str, dict[float, float]]:
-        """Of each part, by rate, the share of its weights' squares that goes."""
+        """The share of each part's squared weights that is removed, by rate."""
         scores = unit_scores(self._module, self._analysis, "magnitude")
         lost: dict[str, dict[float, float]] = {name: {} for name in self._parts}
         for rate in rates:
@@ -78,30 +78,30 @@ class Widths:
         return lost
 
     def shares(self, levels: Levels) -> Array:
-        """For levels of parts (parts, N), the shares of units kept (groups, N)."""
+        """From levels of parts (parts, N) to kept shares of units (groups, N)."""
         own = levels[self._part]
         return np.asarray(np.take_along_axis(self._shares.T, own, axis=1))
 
     def rates(self, levels: Levels) -> dict[str, float]:
-        """By group; those that stay as they are have none."""
+        """The rate of each group that is slimmed."""
         return {g.name: self.levels[levels[p]] for g, p in zip(self.groups, self._part, strict=True) if levels[p]}
 
-    def made(self, levels: Levels) -> nn.Module:
-        """The model of these widths."""
+    def make(self, levels: Levels) -> nn.Module:
+        """Make the model of these widths."""
         return slim(self._module, self.rates(levels), round_to=self.round_to, importance=self.importance)
 
-    def fitted(self, predict: Callable[[Array], Array], target: float) -> Levels:
-        """Levels for which the prediction is at most ``target``, or the last of all.
+    def fit(self, predict: Callable[[Array], Array], target: float) -> Levels:
+        """Find levels for which the prediction is at most ``target``, or the highest levels.
 
-        From the whole model down, that part is slimmed next, and as far, which saves most for its damage. What was too
-        much is given back at the end.
+        A greedy search from the whole model: each move slims the part, to the level, that saves most for its damage.
+        At the end, each part gets back the widths that the target allows.
         """
         parts, last = self._harm.shape[0], len(self.levels) - 1
         levels = np.zeros(parts, dtype=np.int64)
         now = float(predict(self.shares(levels[:, None]))[0])
         while now > target and (levels < last).any():
             moves = [(p, k) for p in range(parts) for k in range(levels[p] + 1, last + 1)]
-            after = predict(self.shares(self._moved(levels, moves)))
+            after = predict(self.shares(self._move(levels, moves)))
             harm = np.array([self._harm[p, k] - self._harm[p, levels[p]] for p, k in moves])
             worth = np.minimum(now - after, now - target) / np.maximum(harm, 1e-12)
             part, level = moves[int(worth.argmax())]
@@ -112,22 +112,22 @@ class Widths:
         for part in np.argsort(-self._harm[np.arange(parts), levels]):
             moves = [(int(part), k) for k in range(levels[part])]
             if moves:
-                fits = predict(self.shares(self._moved(levels, moves))) <= target
+                fits = predict(self.shares(self._move(levels, moves))) <= target
                 levels[part] = next((k for (_, k), fit in zip(moves, fits, strict=True) if fit), levels[part])
         return levels
 
     @staticmethod
-    def _moved(levels: Levels, moves: Sequence[tuple[int, int]]) -> Levels:
-        """``levels`` after each of some moves, (parts, moves)."""
+    def _move(levels: Levels, moves: Sequence[tuple[int, int]]) -> Levels:
+        """``levels`` after each of the moves (parts, moves)."""
         moved = np.repeat(levels[:, None], len(moves), axis=1)
         moved[[part for part, _ in moves], np.arange(len(moves))] = [level for _, level in moves]
         return moved
 
     def harm(self, levels: Levels) -> float:
-        """The damage to all parts together."""
+        """The sum of the damage to all parts."""
         return float(self._harm[np.arange(len(levels)), levels].sum())
 
     @property
     def smallest(self) -> Levels:
-        """The last level of each part."""
+        """The highest level of each part."""
         return np.full(self._harm.shape[0], len(self.levels) - 1, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Training, exporting and scoring the models of a curve, each of them once."""
+"""Train, export and score the models of a curve, each of them once."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from surgery.training.loop import train
 ONNX_FILE = "model.onnx"
 
 CHECK = "check budgets"
-"""The task in which budgets that cannot be kept are refused."""
+"""The task that refuses unreachable budgets."""
 
 
 @dataclass(frozen=True)
 class Dense:
-    """The dense model, trained, and where it is kept if it was."""
+    """The dense model after its training, and its folder; None if it was not trained."""
 
     module: nn.Module
     history: History | None
@@ -46,7 +46,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Measured:
-    """A model of the curve, trained, saved, exported and scored, but not yet timed."""
+    """A model of the curve that is trained, saved, exported and scored, but not timed."""
 
     candidate: Candidate | Budget
     folder: Path
@@ -54,20 +54,20 @@ class Measured:
     score: Score
     training: Mapping[str, History]
     budget: Mapping[str, Any] | None
-    """How its widths were found, where it was slimmed to a budget."""
+    """How its widths were found, if it was slimmed to a budget."""
 
 
 class CandidateTraining:
-    """Trains the models of a run, or finds them trained."""
+    """Trains the models of a run, or finds them in earlier runs."""
 
     def __init__(self, store: Store, data: Data, settings: TradeoffSettings, progress: RunProgress) -> None:
         self.store, self.data, self.settings, self.progress = store, data, settings, progress
-        self.lesson = Lesson.of(settings)
+        self.lesson = Lesson(settings)
         self.identity = data_identity(data)
         self.reused: list[str] = []
 
     def refuse_unreachable(self, plan: Sequence[Candidate | Budget], dense: nn.Module) -> None:
-        """Raise `EditError` for a budget that no model can keep to, before anything is trained: sizes do not change."""
+        """Raise `EditError` for a budget that no model can keep to. Training does not change sizes."""
         settings = self.settings
         limits = [(LIMITS[candidate.what], candidate.limit) for candidate in plan if isinstance(candidate, Budget)]
         if limits:
@@ -78,7 +78,7 @@ class CandidateTraining:
                 )
 
     def dense(self, module: nn.Module) -> Dense:
-        """The dense model, a copy of ``module`` trained; or as an earlier run left it."""
+        """Train a copy of ``module``, the dense model, or load it from an earlier run."""
         settings = self.settings
         common: dict[str, Any] = {"epochs": settings.epochs, "lr": settings.lr, "batch_size": settings.batch_size}
         made_by = {"model": module_digest(module), "data": self.identity, **common, "seed": settings.seed}
@@ -103,7 +103,7 @@ class CandidateTraining:
             return Dense(trained, history, self.store.keep(key, {"train": history}, None, made_by).folder)
 
     def candidate(self, candidate: Candidate | Budget, dense: nn.Module) -> Measured:
-        """The candidate, made of the trained dense model and trained on; or as an earlier run left it."""
+        """Make the candidate from the trained dense model and train it, or load it from an earlier run."""
         start, found = self._start(candidate, dense)
         made_by = {
             "model": module_digest(start),
@@ -134,7 +134,7 @@ class CandidateTraining:
         return Measured(candidate, kept.folder, cost(start), kept.score, kept.training, found)
 
     def _start(self, candidate: Candidate | Budget, dense: nn.Module) -> tuple[nn.Module, Mapping[str, Any] | None]:
-        """The candidate as it is before it is trained; for a budget, with how its widths were found."""
+        """Make the candidate before its training; for a budget, also say how its widths were found."""
         settings = self.settings
         common: dict[str, Any] = {"round_to": settings.round_to, "importance": settings.importance}
         if isinstance(candidate, Candidate):
@@ -149,7 +149,7 @@ class CandidateTraining:
         }
         key = key_of(made_by)
         with self.progress.task(f"{candidate.folder}: search") as progress:
-            found = self.store.noted(key)
+            found = self.store.find_note(key)
             if found is None:
                 names = [*(["probe"] if candidate.what == "latency" else []), "damage", "search"]
                 told = parts_of(progress, f"{candidate.folder}: search", names)
@@ -164,7 +164,7 @@ class CandidateTraining:
                     progress=told,
                 )
                 self.store.note(key, result.to_dict())
-                found = self.store.noted(key)
+                found = self.store.find_note(key)
         assert found is not None
         start = slim(dense, found["rates"], round_to=found["round_to"], importance=found["importance"])
         return start, found
@@ -177,7 +177,7 @@ class CandidateTraining:
 
 
 def _onnx_classifier(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
-    """The ONNX file as a function from images to logits, run by ONNX Runtime on the CPU."""
+    """A function from images to logits that runs the ONNX file in ONNX Runtime on the CPU."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -1,9 +1,10 @@
-"""What a model is made into before it is measured: candidates, as text that people write and as operations."""
+"""Candidates of a curve: as text that people write, and as operations on the dense model."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from surgery.operations.widen import widen
 KINDS = ("slim", "widen", "deepen")
 
 LIMITS: Mapping[str, str] = {"latency": "latency_ms", "macs": "macs", "params": "params", "bytes": "bytes"}
-"""What a budget is written as, and what `surgery.slim_to_budget` calls it."""
+"""Kinds of budgets in text, and the keyword of `surgery.slim_to_budget` for each."""
 
 _COUNTS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
 _UNITS: Mapping[str, Mapping[str, float]] = {
@@ -33,18 +34,18 @@ _FORM = "OPERATION=NUMBER or OPERATION:LAYER=NUMBER;LAYER=NUMBER, several joined
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation: ``kind`` is one of `KINDS`, ``amount`` what it takes: a number, or one for each of some layers."""
+    """An operation: ``kind`` is one of `KINDS`, ``amount`` a number, or a number for each of some layers."""
 
     kind: str
     amount: float | Mapping[str, Any]
 
     def __str__(self) -> str:
         if isinstance(self.amount, Mapping):
-            return f"{self.kind}:{';'.join(f'{name}={_text(value)}' for name, value in self.amount.items())}"
-        return f"{self.kind}={_text(self.amount)}"
+            return f"{self.kind}:{';'.join(f'{name}={_format_number(value)}' for name, value in self.amount.items())}"
+        return f"{self.kind}={_format_number(self.amount)}"
 
     def apply(self, module: nn.Module, *, round_to: int, importance: str, seed: int) -> nn.Module:
-        """A new module to which it is done."""
+        """Apply the operation, and return a new module."""
         amount: Any = self.amount
         if self.kind == "slim":
             return slim(module, amount, round_to=round_to, importance=importance)
@@ -55,19 +56,19 @@ class Operation:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model of a curve: what is done to the dense one."""
+    """A model of a curve: the operations on the dense model."""
 
     operations: tuple[Operation, ...]
 
     @property
     def rate(self) -> Rate | None:
-        """The split rate, where it is slimmed and nothing else."""
+        """The split rate of a model that is only slimmed."""
         only = self.operations[0]
         return only.amount if len(self.operations) == 1 and only.kind == "slim" else None
 
     @property
     def uniform_rate(self) -> float | None:
-        """The split rate, where it is one for the whole model."""
+        """The split rate, if it is one number for the whole model."""
         return None if isinstance(self.rate, Mapping) else self.rate
 
     @property
@@ -82,7 +83,7 @@ class Candidate:
         return f"rate-{self.name}" if self.uniform_rate is not None else folder_name(self.name)
 
     def apply(self, dense: nn.Module, *, round_to: int = 1, importance: str = "prefix", seed: int = 0) -> nn.Module:
-        """The candidate, carved and grown from the dense model, not trained further."""
+        """Make the candidate from the dense model, without training."""
         module = dense
         for operation in self.operations:
             module = operation.apply(module, round_to=round_to, importance=importance, seed=seed)
@@ -91,11 +92,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Budget:
-    """A model of a curve: the dense one slimmed until it takes no more than it may (`surgery.slim_to_budget`).
+    """A model of a curve: the dense model slimmed to a budget (`surgery.slim_to_budget`).
 
     Attributes:
         what: one of `LIMITS`.
-        limit: in ms, or what is counted.
+        limit: in ms, or a count.
         text: the limit as it was written, with its unit.
     """
 
@@ -116,10 +117,10 @@ class Budget:
         return folder_name(self.name)
 
 
-def budget(what: str, text: str) -> Budget:
-    """The budget that a text names: a number and a unit, as in ``5ms``, ``300M`` and ``12MB``.
+def parse_budget(what: str, text: str) -> Budget:
+    """Parse a budget: a number and a unit, as in ``5ms``, ``300M`` and ``12MB``.
 
-    Raises `UsageError` for text that is no number above 0 with a unit that goes with it.
+    Raises `UsageError` for text that is not a number above 0 with a fitting unit.
     """
     match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     try:
@@ -128,20 +129,17 @@ def budget(what: str, text: str) -> Budget:
         limit = 0.0
     if limit <= 0:
         units = ", ".join(unit for unit in _UNITS[what] if unit)
-        raise UsageError(f"a budget of {what} is a number above 0, and one of {units} if need be, not {text!r}")
+        raise UsageError(f"a budget of {what} is a number above 0 with an optional unit ({units}), not {text!r}")
     return Budget(what, limit, text.strip())
 
 
 def folder_name(text: str) -> str:
-    """``text`` with nothing in it that file systems or shells would read otherwise."""
+    """``text`` without characters that are special to file systems or shells."""
     return re.sub(r"[^\w.=]+", "-", text.replace("*", "x")).strip("-.")
 
 
 def of_rate(rate: Rate) -> Candidate:
-    """The candidate that is slimmed at a rate.
-
-    Raises `UsageError` for a rate outside (0, 1].
-    """
+    """The candidate that is slimmed at a rate. Raises `UsageError` for a rate outside (0, 1]."""
     for value in rate.values() if isinstance(rate, Mapping) else [rate]:
         if not 0 < value <= 1:
             raise UsageError(f"split rate {value:g} is outside (0, 1]")
@@ -149,27 +147,27 @@ def of_rate(rate: Rate) -> Candidate:
 
 
 def parse(text: str) -> Candidate | Budget:
-    """The candidate that a text names.
+    """Parse a candidate.
 
-    A number is a split rate, and ``LAYER=RATE;LAYER=RATE`` one for each of some layers, containers or globs. Any other
-    candidate is operations joined by ``+`` and done in this order, each ``OPERATION=NUMBER`` for the whole model or
-    ``OPERATION:LAYER=NUMBER;...`` for some layers: ``widen=1.5``, ``slim:layer4=0.5+deepen:layer3=1``. A budget is what
-    there is one of (`LIMITS`): ``latency=5ms``.
+    A number is a split rate, and ``LAYER=RATE;LAYER=RATE`` a rate for each of some layers, containers or globs. Other
+    candidates are operations in this order, joined by ``+``: ``OPERATION=NUMBER`` for the whole model, or
+    ``OPERATION:LAYER=NUMBER;...`` for some layers: ``widen=1.5``, ``slim:layer4=0.5+deepen:layer3=1``. A budget
+    names its kind (`LIMITS`): ``latency=5ms``.
 
     Raises:
-        UsageError: the text is none of these.
+        UsageError: the text has none of these forms.
     """
     what, _, limit = text.partition("=")
     if what.strip() in LIMITS:
-        return budget(what.strip(), limit)
+        return parse_budget(what.strip(), limit)
     if not re.match(r"\s*\w+\s*:", text) and what.strip() not in KINDS:
-        return of_rate(_amount(text, text))
+        return of_rate(_parse_amount(text, text))
     operations = []
     for part in text.split("+"):
         kind, separator, amount = _split(part)
         if kind not in KINDS:
             raise unknown_name("operation", kind, KINDS)
-        value = _amount(amount, text) if separator == ":" else _number(amount, text)
+        value = _parse_amount(amount, text) if separator == ":" else _parse_number(amount, text)
         if isinstance(value, Mapping) != (separator == ":"):
             raise _unreadable(text)
         if kind == "deepen" and not isinstance(value, Mapping):
@@ -181,19 +179,25 @@ def parse(text: str) -> Candidate | Budget:
     return of_rate(only.amount) if len(operations) == 1 and only.kind == "slim" else Candidate(tuple(operations))
 
 
-def plan_candidates(split_rates: Sequence[Rate], candidates: Sequence[str]) -> tuple[Candidate | Budget, ...]:
-    """The candidates of a run: rates for the whole model, from 1 downwards, and then the others as they were given.
+def plan_candidates(rates: Sequence[Rate], candidates: Sequence[str]) -> tuple[Candidate | Budget, ...]:
+    """The candidates of a run: rates for the whole model, in falling order, then the others as given.
 
     Raises:
-        UsageError: one that cannot be read or is given twice.
+        UsageError: no candidate, one that cannot be parsed or is given twice, or two for one folder.
     """
-    found: list[Candidate | Budget] = [*map(of_rate, split_rates), *map(parse, candidates)]
-    names = [candidate.name for candidate in found]
-    for candidate, name in zip(found, names, strict=True):
-        if names.count(name) > 1:
-            what = "candidate" if candidate.uniform_rate is None else "split rate"
-            raise UsageError(f"{what} {name} is given more than once")
-    return tuple(sorted(found, key=lambda c: -(c.uniform_rate or 0)))
+    found: list[Candidate | Budget] = [*map(of_rate, rates), *map(parse, candidates)]
+    found.sort(key=lambda one: -(one.uniform_rate or 0))
+    if not found:
+        raise UsageError("no split rates were given: pass at least one in (0, 1]")
+    names, folders = Counter(one.name for one in found), Counter(one.folder for one in found)
+    for one in found:
+        if names[one.name] > 1:
+            what = "candidate" if one.uniform_rate is None else "split rate"
+            raise UsageError(f"{what} {one.name} is given more than once")
+    for one in found:
+        if folders[one.folder] > 1:
+            raise UsageError(f"two candidates would be written to {one.folder!r}: leave out {one.name!r}")
+    return tuple(found)
 
 
 def _split(part: str) -> tuple[str, str, str]:
@@ -201,20 +205,20 @@ def _split(part: str) -> tuple[str, str, str]:
     return (match[1], match[2], match[3]) if match else (part.strip(), "", "")
 
 
-def _amount(text: str, whole: str) -> Any:
-    """A number, or a number for each name."""
+def _parse_amount(text: str, whole: str) -> Any:
+    """Parse a number, or a number for each name."""
     if "=" not in text:
-        return _number(text, whole)
+        return _parse_number(text, whole)
     values = {}
     for item in text.split(";"):
         name, _, number = item.rpartition("=")
         if not name.strip() or name.strip() in values:
             raise _unreadable(whole)
-        values[name.strip()] = _number(number, whole)
+        values[name.strip()] = _parse_number(number, whole)
     return values
 
 
-def _number(text: str, whole: str) -> int | float:
+def _parse_number(text: str, whole: str) -> int | float:
     try:
         return int(text)
     except ValueError:
@@ -232,8 +236,8 @@ def _unreadable(text: str) -> UsageError:
     return UsageError(f"candidate {text!r} is not of the form RATE, LAYER=RATE;LAYER=RATE, {_FORM}")
 
 
-def _text(value: float) -> str:
-    """A number as short as it can be read back; a factor stays one: 2.0, and not 2 channels."""
+def _format_number(value: float) -> str:
+    """The shortest text of a number that parses back; a factor stays one: 2.0, not 2 channels."""
     return (
         str(value) if isinstance(value, int) else f"{value:g}" if value != int(value) or value <= 1 else f"{value:.1f}"
     )

@@ -1,4 +1,4 @@
-"""A tradeoff run as one interactive page: a file that needs nothing else, and no network."""
+"""A tradeoff run as one interactive, self-contained page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
-from surgery.deploy.curve.layout import Box, placed, reach, short
+from surgery.deploy.curve.layout import Box, place_labels, reach, short
 from surgery.deploy.curve.points import Point, Tradeoff, pareto
 from surgery.units import counted, mebibytes, quantity
 
@@ -21,19 +21,19 @@ _AXES = {
 }
 
 _AREA = Box(70, 24, 930, 440)
-"""Of the chart, within its 960 x 500 pixels."""
+"""Area of the chart within its 960 x 500 pixels."""
 
 _RADIUS, _LETTER, _LINE = 7, 9, 16
-"""Of a dot; and how wide a letter of its label is, and how high: at the most, for the reader's fonts are not known."""
+"""Radius of a dot; largest width and height of a letter, since the reader's fonts are unknown. In pixels."""
 
 
 def page(result: Tradeoff) -> str:
-    """The text of an HTML file: the curve, each point's figures where the pointer rests on it, and the same as a table.
+    """Write the text of an HTML file: the curve, the figures of each point under the pointer, and a table of them.
 
-    What accuracy is drawn over can be chosen: latency, MACs, parameters, file or memory. ``#NAME`` behind its address
-    opens it with the figures of that point shown.
+    The reader can choose the axis: latency, MACs, parameters, file or memory. ``#NAME`` behind the address shows the
+    figures of that point.
     """
-    text = json.dumps(_content(result)).replace("<", "\\u003c")  # nothing in it may end the script that it stands in
+    text = json.dumps(_content(result)).replace("<", "\\u003c")  # data must not end the script element
     return files("surgery.deploy.curve").joinpath("chart.html").read_text().replace("{{data}}", text)
 
 
@@ -54,8 +54,7 @@ def _content(result: Tradeoff) -> dict[str, Any]:
     return {
         "title": f"{result.name} on {data.source}: speed and accuracy",
         "noise": result.too_noisy and f"The machine was {result.too_noisy}.",
-        "said": f"ONNX Runtime, CPU, {threads}, one image of {data.image_size} x "
-        f"{data.image_size} at a time; {data.test_images} test images",
+        "said": result.conditions,
         "area": asdict(_AREA),
         "radius": _RADIUS,
         "axes": {key: _axis(key, points) for key in _AXES if any(p[key]["at"] is not None for p in points)},
@@ -67,7 +66,7 @@ def _content(result: Tradeoff) -> dict[str, Any]:
 
 
 def _axis(key: str, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Accuracy over ``key``: how far the axes reach, and where in the chart each point and its label are."""
+    """Accuracy over ``key``: the ranges of the axes, and the positions of points and labels."""
     shown = [point for point in points if point[key]["at"] is not None]
     best = pareto([(point[key]["at"], point["accuracy"]["at"]) for point in shown])
     shown = [shown[k] for k in best] + [point for k, point in enumerate(shown) if k not in best]
@@ -84,7 +83,7 @@ def _axis(key: str, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for point in shown
     ]
     sizes = [(float(_LETTER * len(point["label"])), float(_LINE)) for point in shown]
-    labels = placed(dots, sizes, _AREA, radius=_RADIUS)
+    labels = place_labels(dots, sizes, _AREA, radius=_RADIUS)
     return {
         "title": _AXES[key],
         "reach": limit,
@@ -112,19 +111,22 @@ def _point(point: Point, *, on_front: bool) -> dict[str, Any]:
             point.name,
             f"{point.score.accuracy:.2%}",
             f"{point.latency.p50_ms:.3f}",
-            "1" if point.speedup is None else f"{point.speedup.value:.2f}",
+            point.gain,
             quantity(point.params),
             quantity(point.macs),
             mebibytes(file),
         ],
-        "told": told(point),
+        "told": _figures(point),
     }
 
 
-def told(point: Point) -> list[tuple[str, str]]:
-    """All figures of a point, as people read them."""
+def _figures(point: Point) -> list[tuple[str, str]]:
+    """All figures of a point, as text."""
     low, high = point.score.interval()
-    speedup = point.speedup
+    budget = []
+    if point.budget is not None:
+        limit, *found = (point.budget_text(float(point.budget[name])) for name in ("limit", "predicted", "measured"))
+        budget = [("budget", limit), ("predicted, measured", ", ".join(found))]
     stages = [f"{stage}: {counted(len(history.epochs), 'epoch')}" for stage, history in point.training.items()]
     return [
         ("accuracy", f"{point.score.accuracy:.2%}"),
@@ -134,23 +136,15 @@ def told(point: Point) -> list[tuple[str, str]]:
         ("p25 – p75", f"{point.quantile_ms(0.25):.3f} – {point.quantile_ms(0.75):.3f} ms"),
         ("p90, p99", f"{point.latency.p90_ms:.3f}, {point.latency.p99_ms:.3f} ms"),
         ("throughput", f"{point.latency.throughput:,.1f} images/s"),
-        ("speed-up", "1" if speedup is None else f"{speedup.value:.2f} ({speedup.low:.2f} – {speedup.high:.2f})"),
+        ("speed-up", point.gain_with_interval),
         ("parameters", quantity(point.params)),
         ("MACs", quantity(point.macs)),
         ("ONNX file", mebibytes(point.latency.file_bytes)),
         ("peak memory", mebibytes(point.latency.peak_memory_bytes)),
-        *_budget(point),
+        *budget,
         ("trained", ", ".join(stages) or "no more"),
         ("files", point.folder),
     ]
-
-
-def _budget(point: Point) -> list[tuple[str, str]]:
-    if point.budget is None:
-        return []
-    shown = (lambda value: f"{value:.3f} ms") if point.budget["kind"] == "latency_ms" else quantity
-    limit, predicted, measured = (shown(float(point.budget[name])) for name in ("limit", "predicted", "measured"))
-    return [("budget", limit), ("predicted, measured", f"{predicted}, {measured}")]
 
 
 def _exact(value: float | None) -> dict[str, float | None]:

@@ -1,4 +1,4 @@
-"""Where things stand in the charts of a curve: how far an axis reaches, and labels that do not lie on each other."""
+"""Layout of the charts of a curve: ranges of axes, and labels that do not overlap."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 LONGEST = 28
-"""Letters of the longest label."""
+"""Number of letters of the longest label."""
 
 _RINGS = 8
-"""How many distances from its point a label is tried at, each a line of text further out."""
+"""Number of distances from its point at which a label is tried, a line of text apart."""
 
 _SIDES = ((1, 1), (-1, -1), (1, -1), (-1, 1), (0, 1), (0, -1), (1, 0), (-1, 0))
-"""To the right or left, below or above; the first two leave a front free that rises to the right."""
+"""Right or left, below or above; the first two leave a front free that rises to the right."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Box:
     right: float
     bottom: float
 
-    def shared(self, other: Box) -> float:
-        """The area that two have in common."""
+    def overlap(self, other: Box) -> float:
+        """The common area of two boxes."""
         wide = min(self.right, other.right) - max(self.left, other.left)
         high = min(self.bottom, other.bottom) - max(self.top, other.top)
         return max(0.0, wide) * max(0.0, high)
@@ -38,11 +38,11 @@ class Box:
 
 @dataclass(frozen=True)
 class Label:
-    """Where a label stands.
+    """The place of a label.
 
     Attributes:
-        side: 1 where it is to the right of its point, -1 to the left, 0 in the middle.
-        tie: where a line from the point should end, where it is so far off that there should be one; else None.
+        side: 1 if it is to the right of its point, -1 to the left, 0 in the middle.
+        tie: end of a line from the point, if the label is far from it; else None.
     """
 
     box: Box
@@ -51,16 +51,16 @@ class Label:
 
 
 def reach(medians: Sequence[float], highs: Sequence[float]) -> float:
-    """How far an axis from 0 goes: past all medians, and past the upper ends of their bars that are not far beyond."""
+    """The end of an axis from 0: past all medians, and past the upper ends of their bars unless these are far out."""
     return 1.1 * min(max(highs), 1.2 * max(medians)) or 1.0
 
 
 def short(text: str, most: int = LONGEST) -> str:
-    """The text, or so much of it as fits into ``most`` letters."""
+    """The text, cut off at ``most`` letters."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def placed(
+def place_labels(
     points: Sequence[tuple[float, float]],
     sizes: Sequence[tuple[float, float]],
     area: Box,
@@ -68,15 +68,16 @@ def placed(
     radius: float,
     taken: Sequence[Box] = (),
 ) -> list[Label]:
-    """A place for the label of each point, where it lies on no other label and no point, and within the area.
+    """Find a place for the label of each point, within the area and without overlap with other labels or points.
 
-    Labels are placed one after the other, the first the most freely; where no place is free, the one is taken that has
-    the least in common with what is there. The same points give the same places.
+    Labels are placed one after the other. If no place is free, the one with the least overlap is used. The same points
+    give the same places.
 
     Args:
-        points, sizes: where each point is, and how wide and high its label is.
-        radius: of the dots at the points.
-        taken: what labels should not lie on either.
+        points: positions of the points.
+        sizes: width and height of each label.
+        radius: radius of the dots at the points.
+        taken: further boxes to avoid.
     """
     dots = [Box(x - radius, y - radius, x + radius, y + radius) for x, y in points]
     found: list[Label] = []
@@ -84,7 +85,7 @@ def placed(
         others = [*dots, *taken, *(label.box for label in found)]
         tries = list(_around(x, y, width, height, radius))
         costs = [
-            label.box.area - label.box.shared(area) + sum(label.box.shared(other) for other in others)
+            label.box.area - label.box.overlap(area) + sum(label.box.overlap(other) for other in others)
             for label in tries
         ]
         found.append(tries[costs.index(min(costs))])
@@ -92,7 +93,7 @@ def placed(
 
 
 def _around(x: float, y: float, width: float, height: float, radius: float) -> Iterator[Label]:
-    """Places for a label of the point (x, y), the best first."""
+    """Places for the label of the point (x, y), the best first."""
     for ring, (right, below) in itertools.product(range(_RINGS), _SIDES):
         out = ring * height
         aside = 1.4 * radius + (out / 2 if below else out)

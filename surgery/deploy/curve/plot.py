@@ -1,4 +1,4 @@
-"""The picture of a tradeoff run: accuracy over latency, the Pareto front, and what each point costs."""
+"""The picture of a tradeoff run: accuracy over latency, the Pareto front, and the costs of each point."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import Bbox, BboxBase
 
-from surgery.deploy.curve.layout import Box, placed, reach, short
+from surgery.deploy.curve.layout import Box, place_labels, reach, short
 from surgery.deploy.curve.points import Point, Tradeoff
-from surgery.units import counted, mebibytes, quantity
+from surgery.units import mebibytes, quantity
 
 _FRONT, _DOMINATED, _INK, _FAINT = "#0b6e99", "#b4b4b4", "#222222", "#8a8a8a"
 _ALARM = "#9a3412"
@@ -24,7 +24,7 @@ _MARKER = 10
 
 
 def draw(result: Tradeoff, path: Path) -> None:
-    """Draw ``result`` to a PNG at ``path``. No window is opened and no global state of matplotlib is used."""
+    """Draw ``result`` to a PNG at ``path``, without a window or global state of matplotlib."""
     rows = len(result.points)
     layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12)
     figure = Figure(figsize=(9, 5.4 + 0.28 * rows), dpi=160, layout=layout, facecolor="white")
@@ -55,7 +55,7 @@ def _chart(axes: Axes, result: Tradeoff) -> None:
 
 
 def _point(axes: Axes, point: Point, limit: float, *, on_front: bool) -> None:
-    """A dot with its bars; an arrow where one goes on beyond the ``limit`` of the axis."""
+    """Draw a dot with its bars; an arrow where a bar exceeds the ``limit`` of the axis."""
     colour = _FRONT if on_front else _DOMINATED
     x, y = point.latency.p50_ms, point.score.accuracy
     low, high = point.score.interval()
@@ -77,7 +77,7 @@ def _point(axes: Axes, point: Point, limit: float, *, on_front: bool) -> None:
 
 
 def _names(figure: Figure, axes: Axes, result: Tradeoff) -> None:
-    """Each point's name next to it. The figure is laid out first, for places are found in its pixels."""
+    """Write each point's name next to it. The figure is laid out first: places are in its pixels."""
     points = [*result.front, *(p for p in result.points if p not in result.front)]
     labels = [
         axes.annotate(
@@ -100,7 +100,7 @@ def _names(figure: Figure, axes: Axes, result: Tradeoff) -> None:
     height = figure.bbox.height
     dots = [(x, height - y) for x, y in axes.transData.transform([label.xy for label in labels]).tolist()]
     legend = axes.get_legend()
-    found = placed(
+    found = place_labels(
         dots,
         [(box.width, box.height) for box in (label.get_window_extent() for label in labels)],
         _flipped(axes.bbox, height),
@@ -119,23 +119,18 @@ def _names(figure: Figure, axes: Axes, result: Tradeoff) -> None:
 
 
 def _flipped(box: BboxBase, height: float) -> Box:
-    """A box of matplotlib's, whose y grows upwards."""
+    """Convert a box of matplotlib, whose y grows upwards."""
     return Box(box.x0, height - box.y1, box.x1, height - box.y0)
 
 
 def _frame(axes: Axes, result: Tradeoff) -> None:
-    data, threads = result.data, counted(result.points[0].latency.threads, "thread")
-    said = (
-        f"ONNX Runtime, CPU, {threads}, one {data.image_size} x {data.image_size} image at "
-        f"a time; {data.test_images} test images"
-    )
     warned = textwrap.wrap(f"The machine was {result.too_noisy}.", 120) if result.too_noisy else []
-    lines = [(said, _FAINT), *((line, _ALARM) for line in warned)]
+    lines = [(result.conditions, _FAINT), *((line, _ALARM) for line in warned)]
     for number, (line, colour) in enumerate(reversed(lines)):
         place = (0, 8 + 12 * number)
         axes.annotate(line, (0, 1), place, "axes fraction", "offset points", fontsize=9, color=colour)
     axes.set_title(
-        f"{result.name} on {data.source}: accuracy over latency, by {_what(result)}",
+        f"{result.name} on {result.data.source}: accuracy over latency, by {_what(result)}",
         loc="left",
         fontsize=14,
         pad=12 + 12 * len(lines),
@@ -166,7 +161,7 @@ def _table(axes: Axes, result: Tradeoff) -> None:
             short(p.name, 24),
             f"{p.score.accuracy:.1%}",
             f"{p.latency.p50_ms:.2f} ms",
-            "1" if p.speedup is None else f"{p.speedup.value:.2f}",
+            p.gain,
             quantity(p.params),
             quantity(p.macs),
             mebibytes(p.latency.file_bytes),

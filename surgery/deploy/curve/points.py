@@ -1,4 +1,4 @@
-"""What a tradeoff run found, as data: one point for each model, and which of them are worth having."""
+"""The result of a tradeoff run as data: a point for each model, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -15,34 +15,37 @@ from surgery.models import short
 from surgery.settings import TradeoffSettings
 from surgery.training.data.data import Data, Normalisation
 from surgery.training.history import History, Score
+from surgery.units import counted, quantity
 
 
 @dataclass(frozen=True)
 class Point:
-    """One model of the curve. Accuracy and latency are those of its ONNX file."""
+    """One model of the curve. Accuracy and latency are measured on its ONNX file.
+
+    Attributes:
+        name: the operations on the dense model, as `candidates.parse` reads them: ``0.5`` for a split rate.
+        rate: the split rate; None unless it is one number for the whole model.
+        folder: folder of its checkpoint and ONNX file, relative to the run's.
+        macs: multiply-accumulates of one image.
+        speedup: latency of the first point over this one's, with its interval; None for the first.
+        training: the records of its training by stage; empty if it was not trained.
+        budget: how its widths were found, as data of `surgery.Budgeted`, if it was slimmed to a budget.
+    """
 
     name: str
-    """What was done to the dense model, as `candidates.parse` reads it: ``0.5`` for a split rate."""
     rate: float | None
-    """Split rate at which it was carved; None where it is not one for the whole model."""
     folder: str
-    """Where its checkpoint and its ONNX file are, relative to the run's folder."""
     params: int
     macs: int
-    """Multiply-accumulates of one image."""
     score: Score
     latency: BenchmarkResult
     speedup: Ratio | None
-    """Latency of the first point over this one's, with its interval; None for the first itself."""
     training: Mapping[str, History]
-    """How it was trained after it was carved, by stage; empty if it was not."""
-
     budget: Mapping[str, Any] | None = None
-    """How its widths were found, where it was slimmed to a budget: `surgery.deploy.budget.budget.Budgeted` as data."""
 
     @property
     def takes(self) -> float | None:
-        """What there is a budget of, as it was found in the end: for latency, the median of this run."""
+        """The final cost in the unit of the budget; for latency, the median of this run."""
         if self.budget is None:
             return None
         own = {"latency_ms": self.latency.p50_ms, "macs": self.macs, "params": self.params}
@@ -50,16 +53,31 @@ class Point:
 
     @property
     def over(self) -> bool:
-        """Whether it takes more than its budget."""
+        """Whether the model exceeds its budget."""
         return self.budget is not None and self.takes is not None and self.takes > self.budget["limit"]
 
     @property
+    def gain(self) -> str:
+        """The speed-up as text, without its interval."""
+        return "1" if self.speedup is None else f"{self.speedup.value:.2f}"
+
+    @property
+    def gain_with_interval(self) -> str:
+        """The speed-up as text, with its interval."""
+        return self.gain if self.speedup is None else f"{self.gain} ({self.speedup.low:.2f} – {self.speedup.high:.2f})"
+
+    def budget_text(self, value: float) -> str:
+        """A value in the unit of the budget, as text."""
+        latency = self.budget is not None and self.budget["kind"] == "latency_ms"
+        return f"{value:.3f} ms" if latency else quantity(value)
+
+    @property
     def history(self) -> History | None:
-        """How its last stage of training went; None if there was none."""
+        """The record of the last stage of training; None if there was none."""
         return list(self.training.values())[-1] if self.training else None
 
     def quantile_ms(self, q: float) -> float:
-        """Latency in ms that a fraction ``q`` of the timed queries did not exceed."""
+        """The latency in ms that a fraction ``q`` of the queries did not exceed."""
         return float(np.quantile(self.latency.samples_ms, q))
 
     def to_row(self) -> dict[str, Any]:
@@ -88,7 +106,7 @@ class Point:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """The data a run was trained and tested on; images are scaled to ``image_size`` pixels and normalised."""
+    """The data of a run; images are scaled to ``image_size`` pixels and normalised."""
 
     source: str
     train_images: int
@@ -104,46 +122,56 @@ class DataSummary:
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """A measured speed/accuracy curve; ``points`` are in order of falling split rate, and what has none comes last."""
+    """A measured speed/accuracy curve.
+
+    Attributes:
+        settings: as given, with the weights and threads that were used.
+        points: in order of falling split rate; points without a rate come last.
+        history: the training of the dense model; None if it was not trained.
+        reused: models that were loaded from an earlier run: ``dense``, and names of points.
+        check: the A/A check of latencies, the ratio of the first point to itself.
+    """
 
     source: str
     data: DataSummary
     settings: TradeoffSettings
-    """As given, with the weights and the threads that were used."""
     points: tuple[Point, ...]
     history: History | None
-    """How the dense model was trained; None if it was not."""
     reused: tuple[str, ...]
-    """What was trained by an earlier run and taken over: ``dense``, and names of points."""
     environment: Environment
     seconds: float
     command: str
     check: Ratio | None = None
-    """The A/A check of the latencies: the first point's ratio to itself."""
 
     @property
     def too_noisy(self) -> str:
-        """That the machine was too noisy for these speed-ups, if the A/A check shows it; else empty."""
+        """A sentence if the A/A check shows that the machine was too noisy for these speed-ups; else empty."""
         return noise(self.check, self.points[0].folder)
 
     @property
     def name(self) -> str:
-        """The model's name without what its source says besides it."""
+        """The model's name, without the rest of its source."""
         return short(self.source)
 
     @property
+    def conditions(self) -> str:
+        """How points were timed and scored, in a line."""
+        side, threads = self.data.image_size, counted(self.points[0].latency.threads, "thread")
+        return f"ONNX Runtime, CPU, {threads}, one {side} x {side} image at a time; {self.data.test_images} test images"
+
+    @property
     def front(self) -> tuple[Point, ...]:
-        """The Pareto front, from fast to slow: the points that no other beats in median latency and accuracy both."""
+        """The Pareto front, from fast to slow: points that no other beats in both median latency and accuracy."""
         found = pareto([(p.latency.p50_ms, p.score.accuracy) for p in self.points])
         return tuple(sorted((self.points[i] for i in found), key=lambda p: p.latency.p50_ms))
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat row for each point, with whether it is on the Pareto front."""
+        """A flat row for each point; ``pareto`` says whether it is on the front."""
         front = self.front
         return [{**point.to_row(), "pareto": point in front} for point in self.points]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, raw latency samples included, as plain JSON data."""
+        """All data, raw latency samples included, as plain JSON data."""
         points = [
             {
                 **row,

@@ -1,4 +1,4 @@
-"""A tradeoff run as files: a picture, two tables for machines, and two pages for people, one of them interactive."""
+"""The files of a tradeoff run: a picture, two tables for programs, and two pages for people, one interactive."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from surgery.deploy.curve.html import page
 from surgery.deploy.curve.plot import draw
-from surgery.deploy.curve.points import Point, Tradeoff
+from surgery.deploy.curve.points import Tradeoff
 from surgery.folders import write_table
 from surgery.settings import TEACHERS, TradeoffSettings
 from surgery.units import counted, mebibytes, quantity
@@ -47,7 +47,7 @@ def _markdown(result: Tradeoff) -> str:
 
 
 def _finding(result: Tradeoff) -> str:
-    """The curve's ends in a sentence."""
+    """The ends of the curve in a sentence."""
     first, fastest = result.points[0], result.front[0]
     what = f"At {first.name} the model" if first.rate is None else f"At split rate {first.rate:g} the model"
     said = (
@@ -58,7 +58,7 @@ def _finding(result: Tradeoff) -> str:
         return said + " None of the others is faster."
     return said + (
         f" At {fastest.name} it is {fastest.score.accuracy:.1%} in {fastest.latency.p50_ms:.2f} ms: "
-        f"{_speedup(fastest)} times as fast, with {fastest.params / first.params:.1%} of the parameters."
+        f"{fastest.gain_with_interval} times as fast, with {fastest.params / first.params:.1%} of the parameters."
     )
 
 
@@ -72,7 +72,7 @@ def _points_table(result: Tradeoff) -> str:
             f"{point.latency.p50_ms:.3f}",
             f"{point.quantile_ms(0.25):.3f} – {point.quantile_ms(0.75):.3f}",
             f"{point.latency.p99_ms:.3f}",
-            _speedup(point),
+            point.gain_with_interval,
             quantity(point.params),
             quantity(point.macs),
             mebibytes(point.latency.file_bytes),
@@ -99,17 +99,16 @@ def _points_table(result: Tradeoff) -> str:
 
 
 def _budgets(result: Tradeoff) -> list[str]:
-    """What was predicted for the models that were slimmed to budgets, and what they take."""
+    """Predictions and measurements of the models that were slimmed to budgets."""
     rows, rates = [], []
     for point in result.points:
         if point.budget is None or point.takes is None:
             continue
-        shown = (lambda value: f"{value:.3f} ms") if point.budget["kind"] == "latency_ms" else quantity
         rows.append(
             [
                 point.name,
-                *(shown(point.budget[name]) for name in ("before", "predicted", "measured")),
-                f"{shown(point.takes)}{'' if not point.over else ' **(above the budget)**'}",
+                *(point.budget_text(point.budget[name]) for name in ("before", "predicted", "measured")),
+                f"{point.budget_text(point.takes)}{'' if not point.over else ' **(above the budget)**'}",
                 str(len(point.budget["trials"])),
                 str(point.budget["round_to"]),
             ]
@@ -121,16 +120,10 @@ def _budgets(result: Tradeoff) -> list[str]:
     header = ["budget", "dense model", "predicted", "measured then", "in this run", "models tried", "multiples of"]
     said = (
         "Rates by dimension group, chosen by predicted saving over damage (the increase of the loss on training images "
-        "when a group is slimmed alone); the model was measured whole, before it was trained on. What is not named "
-        "kept all of its channels."
+        "when a group is slimmed alone). The whole model was measured before it was trained further. Groups that are "
+        "not named kept all channels."
     )
     return ["## Budgets", _table(header, rows), said, "\n".join(rates)]
-
-
-def _speedup(point: Point) -> str:
-    if point.speedup is None:
-        return "1"
-    return f"{point.speedup.value:.2f} ({point.speedup.low:.2f} – {point.speedup.high:.2f})"
 
 
 def _method(result: Tradeoff) -> str:
@@ -146,15 +139,15 @@ def _method(result: Tradeoff) -> str:
         slimmed += "; the other candidates are named after what was done to it"
     how = (
         f"The dense model was {trained} on {data.train_images} images of {data.image_size} x {data.image_size}. "
-        f"{slimmed}, and the result was {_tuned(settings)}; at 1 nothing is cut off. Accuracy is that of the ONNX file "
-        f"itself, in ONNX Runtime, on {data.test_images} test images that no training saw; its interval is Wilson's."
+        f"{slimmed}, and the result was {_describe_tuning(settings)}; at 1 nothing is removed. Accuracy is measured on "
+        f"the ONNX file, in ONNX Runtime, on {data.test_images} unseen test images, with Wilson's interval."
     )
     timing = (
-        f"Latency is that of the ONNX file, one image at a time, on the CPU with {threads}. "
+        f"Latency is measured on the ONNX file, one image at a time, on the CPU with {threads}. "
         f"All models were timed in one run, {len(result.points[0].latency.samples_ms)} queries each, taking turns in "
         f"random order, in {_sessions(result)} for which each was set up afresh. Speed-up is the geometric mean, over "
         "these, of the median ratio of latencies, with a 95% bootstrap interval"
-        f"{_checked(result)}. One MAC is one "
+        f"{_describe_check(result)}. One MAC is one "
         "multiplication and one addition; biases and norms are not counted. Peak memory is what a fresh process needs "
         "beyond its libraries to load and run the file. A point is *dominated* if another is at least as fast and at "
         "least as accurate."
@@ -166,16 +159,16 @@ def _sessions(result: Tradeoff) -> str:
     return counted(len(result.points[0].latency.session_runs), "session")
 
 
-def _checked(result: Tradeoff) -> str:
-    """What the A/A check showed, to stand behind a sentence."""
+def _describe_check(result: Tradeoff) -> str:
+    """The result of the A/A check, as the end of a sentence."""
     if result.check is None:
         return ""
     own = result.check.inverse
     return f"; the first model's to itself is {own.value:.3f} ({own.low:.3f} – {own.high:.3f})"
 
 
-def _tuned(settings: TradeoffSettings) -> str:
-    """How candidates were trained, in words."""
+def _describe_tuning(settings: TradeoffSettings) -> str:
+    """How candidates were trained, as the end of a sentence."""
     if settings.finetune_epochs == 0:
         return "not trained further"
     epochs = counted(settings.finetune_epochs, "epoch")
@@ -207,7 +200,7 @@ def _settings_table(result: Tradeoff) -> str:
         "optimiser": f"SGD, Nesterov momentum 0.9, one-cycle, peak rate {settings.lr:g}, batch {settings.batch_size}",
         "seed": str(settings.seed),
         "time for the whole run": f"{result.seconds:.0f} s",
-        "taken over from earlier runs": ", ".join(result.reused) or "nothing",
+        "reused from earlier runs": ", ".join(result.reused) or "nothing",
     }
     return _table(["setting", "value"], [[key, value] for key, value in rows.items()])
 

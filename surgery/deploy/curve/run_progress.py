@@ -1,4 +1,4 @@
-"""How far a run of many tasks is, as a whole."""
+"""The overall progress of a run of many tasks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from surgery.progress import Progress
 
 
 class RunProgress:
-    """Tells how far the run is as a whole, from how far its tasks are and how long each is likely to take."""
+    """Reports the overall progress of a run, from the progress and the expected duration of its tasks."""
 
     def __init__(self, weights: Mapping[str, float], progress: Progress | None) -> None:
         self._weights = weights
@@ -19,7 +19,7 @@ class RunProgress:
 
     @contextmanager
     def task(self, name: str) -> Iterator[Progress]:
-        """A task, from its begin to its end; what it yields can be told of its steps."""
+        """Report the begin and the end of a task; yield the callback for its steps."""
         self(name, 0, 1)
         yield self
         self(name, 1, 1)
@@ -33,7 +33,7 @@ class RunProgress:
 
 
 def parts_of(progress: Progress, whole: str, names: list[str]) -> Progress:
-    """Tells ``progress`` how far ``whole`` is, from how far its parts are, each of which counts alike."""
+    """Report the progress of ``whole`` from the progress of its parts, with equal weights."""
 
     def part(task: str, done: int, total: int) -> None:
         progress(whole, round(1000 * (names.index(task) + done / total) / len(names)), 1000)

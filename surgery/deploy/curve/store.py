@@ -1,4 +1,4 @@
-"""Models that were trained and measured before, known by all that their weights depend on."""
+"""Trained models, kept under a key of all that their weights depend on."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from surgery.training.data.fingerprint import images_digest, training_digest
 from surgery.training.history import Epoch, History, Score
 
 RECORD = "trained.json"
-"""The file by which a folder is known as that of a trained model; written last."""
+"""The file that marks the folder of a trained model; written last."""
 
 NOTE = "budget.json"
-"""The file in a model's folder that says how its widths were found."""
+"""The file in a model's folder with the search for its widths."""
 
 _PACKAGES = ("surgery", "torch", "onnxruntime")
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A model that is there already: its folder, how it was trained, by stage, and its score if it was taken."""
+    """A stored model: its folder, the records of its training by stage, and its score if there is one."""
 
     folder: Path
     training: Mapping[str, History]
     score: Score | None
 
     def into(self, module: nn.Module) -> nn.Module:
-        """A copy of the module, as it was before it was trained, with the weights that it got."""
+        """Return a copy of the module, given as before its training, with the trained weights."""
         trained = copy.deepcopy(module)
         load_weights(trained, self.folder / WEIGHTS)
         return trained
 
 
 class Store:
-    """A folder of trained models, each in one of its own by the name of its key, and older ones to take over from."""
+    """A folder with a subfolder for each trained model, named by its key; models of ``earlier`` folders are copied."""
 
     def __init__(self, folder: Path, earlier: Iterable[str | os.PathLike[str]] = ()) -> None:
         self._folder = folder
@@ -59,37 +59,41 @@ class Store:
         self._notes = {content["key"]: content for content in map(_plain, notes)}
 
     def place(self, key: str) -> Path:
-        """Where the model of a key is, or is to be written."""
+        """The folder of the model of a key."""
         return self._folder / key
 
     def unfinished(self, key: str) -> Path:
-        """Where the checkpoints are of a training that is not over."""
+        """The folder of checkpoints of an unfinished training."""
         return self._folder / f"{key}.training"
 
-    def noted(self, key: str) -> dict[str, Any] | None:
-        """What was noted under a key, by this run or an earlier one."""
+    def find_note(self, key: str) -> dict[str, Any] | None:
+        """Find the note under a key, of this run or an earlier one."""
         return self._notes.get(key)
 
     def note(self, key: str, content: Mapping[str, Any]) -> None:
-        """Note plain JSON data, with its key, for this run or a later one to go on with."""
+        """Store plain JSON data under a key, for this run or a later one."""
         self._notes[key] = {**content, "key": key}
         write_note(self._folder / f"{key}.{NOTE}", self._notes[key])
 
     def find(self, key: str) -> Kept | None:
-        """The model of a key, taken over from an earlier run if need be; None where it is still to be trained."""
+        """Find the model of a key, here or in an earlier run; None if it is not trained yet."""
         place = self.place(key)
         if not (place / RECORD).is_file() and key in self._earlier:
             shutil.rmtree(place, ignore_errors=True)
             shutil.copytree(self._earlier[key], place)
         if not all((place / name).is_file() for name in (RECORD, RECIPE, WEIGHTS)):
-            shutil.rmtree(place, ignore_errors=True)  # what was being written when the run was cut off
+            shutil.rmtree(place, ignore_errors=True)  # the run was interrupted while it wrote this
             return None
         record = _read(place / RECORD)
         score = record["score"] and Score(**record["score"])
-        return Kept(place, {stage: _history(content) for stage, content in record["training"].items()}, score)
+        training = {
+            stage: History(tuple(map(Epoch.from_dict, content["epochs"])), content["steps"])
+            for stage, content in record["training"].items()
+        }
+        return Kept(place, training, score)
 
     def keep(self, key: str, training: Mapping[str, History], score: Score | None, made_by: Mapping[str, Any]) -> Kept:
-        """Note that the model in its place is complete, and forget its checkpoints."""
+        """Mark the model in its folder as complete, and remove its checkpoints."""
         stages = {stage: history.to_dict() for stage, history in training.items()}
         record = {"key": key, "score": score and asdict(score), "training": stages, "made_by": dict(made_by)}
         write_note(self.place(key) / RECORD, record)
@@ -98,21 +102,21 @@ class Store:
 
 
 def write_note(path: Path, content: Mapping[str, Any]) -> None:
-    """Write plain JSON data, all of it or nothing."""
+    """Write plain JSON data atomically."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(part, path)
 
 
 def key_of(made_by: Mapping[str, Any]) -> str:
-    """A name for what depends on all of ``made_by``, plain JSON data, and on the versions of what computes it."""
+    """A key of ``made_by``, plain JSON data, and of the versions of the packages."""
     versions = environment().versions
     text = json.dumps([made_by, {name: versions.get(name) for name in _PACKAGES}], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def data_identity(data: Data) -> dict[str, Any]:
-    """What tells one data set from another, as plain JSON data."""
+    """The identity of a data set, as plain JSON data."""
     return {
         "source": data.source,
         "counts": list(data.counts),
@@ -125,7 +129,7 @@ def data_identity(data: Data) -> dict[str, Any]:
 
 
 def link_folder(source: Path, target: Path) -> None:
-    """``source`` also as ``target``: the same files where the file system can, copies of them elsewhere."""
+    """Make ``target`` a copy of ``source``, by hard links where the file system has them."""
 
     def link(file: str, other: str) -> None:
         try:
@@ -150,8 +154,3 @@ def _plain(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read ({error}): remove its folder to train that model again") from error
     assert isinstance(content, dict)
     return content
-
-
-def _history(content: Mapping[str, Any]) -> History:
-    epochs = [Epoch(**{**e, "score": e["score"] and Score(**e["score"])}) for e in content["epochs"]]
-    return History(tuple(epochs), content["steps"])

@@ -24,63 +24,54 @@ from surgery.training.history import History
 from surgery.training.loop import train
 
 Trained = tuple[nn.Module, Mapping[str, History]]
-"""A module, and how it was trained, by stage; no stages where it was not."""
+"""A module, and the records of its training by stage; empty if it was not trained."""
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """How a candidate is trained: all that its weights depend on, except its own and the dense model's.
+    """How the candidates of a run with these ``settings`` are trained."""
 
-    Attributes:
-        teach: one of `surgery.settings.TEACHERS`.
-        settings: of the training, by SGD; for ``evolve``, of each generation. None: none.
-        hint_epochs: for ``hints``, those of stage 1.
-        generations: for ``evolve``.
-    """
-
-    teach: str
-    settings: TrainSettings | None
-    hint_epochs: int = 1
-    generations: int = 3
-
-    @classmethod
-    def of(cls, settings: TradeoffSettings) -> Lesson:
-        """What ``settings`` say of the training of candidates."""
-        epochs, common = settings.finetune_epochs, {"lr": settings.lr, "batch_size": settings.batch_size}
-        own = TrainSettings(epochs=epochs, seed=settings.seed, **common) if epochs else None  # type: ignore[arg-type]
-        return cls(settings.teach, own, settings.hint_epochs, settings.generations)
-
-    def identity(self) -> dict[str, Any]:
-        """What tells one lesson from another, as plain JSON data."""
-        own = {"hints": {"hint_epochs": self.hint_epochs}, "evolve": {"generations": self.generations}}
-        settings = self.settings.identity() if self.settings else None
-        return {"teach": self.teach, "settings": settings, **own.get(self.teach, {})}
+    settings: TradeoffSettings
 
     @property
-    def passes(self) -> float:
-        """Epochs of all stages together."""
-        extra = self.hint_epochs if self.teach == "hints" else 0
-        times = self.generations if self.teach == "evolve" else 1
-        return self.settings.epochs * times + extra if self.settings else 0
+    def training(self) -> TrainSettings | None:
+        """Settings of the training, by SGD; for ``evolve``, of each generation. None: no training."""
+        given = self.settings
+        if not given.finetune_epochs:
+            return None
+        return TrainSettings(epochs=given.finetune_epochs, seed=given.seed, lr=given.lr, batch_size=given.batch_size)
 
-    def refuse(
-        self,
-        candidate: Candidate | Budget,
-        module: nn.Module,
-        dense: nn.Module,
-        *,
-        round_to: int = 1,
-        importance: str = "prefix",
-    ) -> None:
-        """Raise what `give` would, before anything is trained."""
-        if self.settings is None:
+    def identity(self) -> dict[str, Any]:
+        """The identity of a lesson, as plain JSON data."""
+        teach, training = self.settings.teach, self.training
+        own = {
+            "hints": {"hint_epochs": self.settings.hint_epochs},
+            "evolve": {"generations": self.settings.generations},
+        }
+        return {"teach": teach, "settings": training and training.identity(), **own.get(teach, {})}
+
+    @property
+    def passes(self) -> int:
+        """Number of epochs of all stages together."""
+        given = self.settings
+        if not given.finetune_epochs:
+            return 0
+        return {
+            "hints": given.finetune_epochs + given.hint_epochs,
+            "evolve": given.finetune_epochs * given.generations,
+        }.get(given.teach, given.finetune_epochs)
+
+    def refuse(self, candidate: Candidate | Budget, module: nn.Module, dense: nn.Module) -> None:
+        """Raise the errors of `give` before anything is trained."""
+        given = self.settings
+        if self.training is None:
             return
-        if self.teach == "evolve":
-            if candidate.rate is None or round_to > 1 or importance != "prefix":
+        if given.teach == "evolve":
+            if candidate.rate is None or given.round_to > 1 or given.importance != "prefix":
                 what = f"candidate {candidate.name!r}" if candidate.rate is None else "round_to and importance"
                 raise UsageError(f"Knowledge Evolution carves at split rates alone: leave out {what}")
             reset_hypothesis(dense, split_masks(dense, candidate.rate))
-        elif self.teach == "hints":
+        elif given.teach == "hints":
             attach_hint(module, dense)
 
     def give(
@@ -94,27 +85,27 @@ class Lesson:
         progress: Progress,
         task: str,
     ) -> Trained:
-        """Train a copy of ``module``, the candidate as it was carved from ``dense``; neither is changed.
+        """Train a copy of ``module``, the candidate made from ``dense``. Neither is changed.
 
-        ``checkpoint`` is a folder from which it goes on where it was cut off.
+        An interrupted training resumes from the folder ``checkpoint``.
         """
-        settings = self.settings
+        teach, settings = self.settings.teach, self.training
         if settings is None:
             return module, {}
-        if self.teach == "evolve" and candidate.rate is not None:
-            names = [f"generation-{number + 1}" for number in range(self.generations)]
+        if teach == "evolve" and candidate.rate is not None:
+            names = [f"generation-{number + 1}" for number in range(self.settings.generations)]
             evolution = evolve(
                 dense,
                 data,
                 candidate.rate,
-                self.generations,
+                self.settings.generations,
                 EvolveSettings.of(settings, {"recalibrate": True}),
                 checkpoint=checkpoint,
                 progress=parts_of(progress, task, names),
             )
             assert evolution.slim is not None
             return evolution.slim, {n: g.history for n, g in zip(names, evolution.generations, strict=True)}
-        if self.teach == "labels":
+        if teach == "labels":
             history = train(module, data, settings, checkpoint=checkpoint / "model.pt", progress=progress, task=task)
             trained, history = history.without_module()
             return trained, {"train": history}
@@ -122,7 +113,7 @@ class Lesson:
             module,
             dense,
             data,
-            DistillSettings.of(settings, {"hint_epochs": self.hint_epochs if self.teach == "hints" else 0}),
+            DistillSettings.of(settings, {"hint_epochs": self.settings.hint_epochs if teach == "hints" else 0}),
             checkpoint=checkpoint,
             progress=parts_of(progress, task, ["hints: cache", "hints", "distill: cache", "distill"]),
         )

@@ -1,4 +1,4 @@
-"""The main job: from a model and a data set to a measured speed/accuracy curve."""
+"""From a model and a data set to a measured speed/accuracy curve."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from surgery.settings import TimingSettings, TradeoffSettings, accepts
 from surgery.training.data.data import Data
 
 MARKER = "tradeoff.json"
-"""The file by which a folder is known as a result of `tradeoff`."""
+"""The file that marks a folder as a result of `tradeoff`."""
 
 _MEASURED_SECONDS = 2.0
-"""Spent on timing each model, at the least."""
+"""Least time to time each model."""
 
 
 @accepts(TradeoffSettings, split_rates="rates", out="directory")
@@ -54,39 +54,40 @@ def tradeoff(
     command: str | None = None,
     progress: Progress | None = None,
 ) -> Tradeoff:
-    """Train a model, make smaller or larger ones of it, train these on, export and measure each, and write it all up.
+    """Train a model, make smaller or larger candidates from it, train, export and measure each, and write a report.
 
-    Every candidate is treated alike: carved from the trained dense model (at 1.0 nothing is cut off), trained
-    ``finetune_epochs`` more, saved, and exported to ONNX. The ONNX file is what is scored on the test images, and
-    timed. Candidates are timed in one run, taking turns, one image at a time.
+    All candidates are treated alike: made from the trained dense model (at 1.0 unchanged), trained for
+    ``finetune_epochs``, saved, and exported to ONNX. The ONNX file is scored on the test images and timed. Candidates
+    are timed in one run, in turns, one image at a time.
 
-    An interrupted run resumes when it is started again, and nothing is trained twice: what an earlier run made with the
-    same settings, in ``directory`` or in ``reuse``, is taken over; only the timing is repeated.
+    An interrupted run resumes when it is started again. Models that an earlier run in ``directory`` or ``reuse``
+    trained with the same settings are reused; only the timing is repeated.
 
     Args:
-        source: what `surgery.models.build` takes, or a module, such as a loaded one; it is not modified. Its
-            classifier must have as many outputs as the data has classes; a torchvision model is built so.
-        dataset: what `surgery.load_data` takes.
-        rates: split rates, each in (0, 1], or one for each of some layers, containers or globs (``{"layer4": 0.5}``).
+        source: text for `surgery.models.build`, or a module, which is not changed. Its classifier must have an output
+            for each class of the data; a torchvision model is built so.
+        dataset: a name for `surgery.load_data`.
+        rates: split rates in (0, 1], or a rate for each of some layers, containers or globs (``{"layer4": 0.5}``).
         directory: the folder to write: ``tradeoff.png``, ``.html``, ``.csv``, ``.json``, ``report.md``, and a folder
-            for each candidate and for the dense model. It appears whole, at the end, or not at all.
-        candidates: further ones, as `surgery.deploy.curve.candidates.parse` reads them: ``"widen=1.5"``; or budgets, to
-            which `surgery.slim_to_budget` slims the trained dense model: ``"latency=5ms"``, ``"macs=300M"``.
+            for each candidate and for the dense model. It is written whole, at the end, or not at all.
+        candidates: further candidates, as `surgery.deploy.curve.candidates.parse` reads them: ``"widen=1.5"``; or
+            budgets for `surgery.slim_to_budget` of the dense model: ``"latency=5ms"``, ``"macs=300M"``.
         settings: see `surgery.TradeoffSettings`; its fields may be given as keywords. ``teach`` says what candidates
-            learn from: ``labels``, ``kd`` or ``hints`` (`surgery.distill`, the dense model being the teacher), or
-            ``evolve`` (`surgery.evolve` of it). ``round_to=1`` is, for budgets of latency, whatever is fastest.
-        reuse: folders of other runs, whose trained models are taken over.
-        force: replace ``directory`` where it is the result of an earlier run.
-        command: what the report says it was made by; by default this call.
-        progress: called with ``"all"`` for the whole run, in per mille, and with the name of each task for itself.
+            learn from: ``labels``; ``kd`` or ``hints`` (`surgery.distill`, with the dense model as teacher); ``evolve``
+            (`surgery.evolve` of the dense model). With a latency budget, ``round_to=1`` means the fastest multiple.
+        reuse: folders of other runs whose trained models are reused.
+        trust: allow ``source`` to import and run code.
+        force: replace ``directory`` if it is the result of an earlier run.
+        command: the command in the report; by default this call.
+        progress: called with ``"all"`` for the whole run, in per mille, and with the name of each task.
 
     Returns:
         A point for each candidate, with the Pareto front.
 
     Raises:
-        UsageError: anything that was asked for cannot be; nothing is written then.
-        EditError: the same for a model that cannot be made so, or be slimmed to a budget; only a latency of up to 1.5
-            times the budget may come out later, with what was trained kept for a run with another budget.
+        UsageError: an argument that cannot be satisfied; nothing is written then.
+        EditError: a candidate that cannot be made, or a budget that cannot be kept. Up to 1.5 times a latency budget,
+            this may be raised late; trained models are kept for a run with another budget.
 
     Example:
         >>> surgery.tradeoff("resnet18", dataset="mnist5k", rates=[1.0, 0.5], directory="runs/demo", epochs=2).front
@@ -99,7 +100,7 @@ def tradeoff(
             raise UsageError(f"{folder} has no trained models to reuse: it holds no {MARKER}")
     if settings.importance not in IMPORTANCE:
         raise unknown_name("importance", settings.importance, IMPORTANCE)
-    plan = _plan(rates, candidates)
+    plan = plan_candidates(rates, candidates)
     weights = catalogue.parse(source, weights=settings.weights).weights if isinstance(source, str) else "as given"
     size = {"data_root": settings.data_root, "image_size": settings.image_size, "limit": settings.limit}
     data = data_for({"the model": source}, dataset, **size)  # type: ignore[arg-type]
@@ -137,25 +138,14 @@ def tradeoff(
     return result
 
 
-def _plan(rates: Sequence[Rate], candidates: Sequence[str]) -> tuple[Candidate | Budget, ...]:
-    plan = plan_candidates(rates, candidates)
-    if not plan:
-        raise UsageError("no split rates were given: pass at least one in (0, 1]")
-    folders = [candidate.folder for candidate in plan]
-    for candidate in plan:
-        if folders.count(candidate.folder) > 1:
-            raise UsageError(f"two candidates would be written to {candidate.folder!r}: leave out {candidate.name!r}")
-    return plan
-
-
 def _task_weights(
     dense: nn.Module, plan: Sequence[Candidate | Budget], data: Data, settings: TradeoffSettings
 ) -> dict[str, float]:
-    """A guess, in seconds, at how long each task takes: only their proportions matter.
+    """Guess the seconds of each task; only their proportions matter.
 
-    It makes every candidate once, so that one that cannot be is refused before the training and not after it.
+    Every candidate is made once, so that an impossible one is refused before the training.
     """
-    lesson = Lesson.of(settings)
+    lesson = Lesson(settings)
     macs_per_second, export, measurement, search = 3e10, 10.0, 5.0, 120.0
     common: dict[str, Any] = {"round_to": settings.round_to, "importance": settings.importance}
     epoch_of_one_mac = 3 * data.counts[0] / macs_per_second  # a forward pass, and a backward pass of twice its cost
@@ -168,8 +158,8 @@ def _task_weights(
             weights[f"{candidate.folder}: search"] = search if candidate.what == "latency" else export
         else:
             module = candidate.apply(dense, **common, seed=settings.seed)
-        lesson.refuse(candidate, module, dense, **common)
-        macs = whole if lesson.teach == "evolve" else cost(module).macs
+        lesson.refuse(candidate, module, dense)
+        macs = whole if settings.teach == "evolve" else cost(module).macs
         weights[f"{candidate.folder}: fine-tune"] = lesson.passes * macs * epoch_of_one_mac
         weights[f"{candidate.folder}: export and score"] = export
     return {**weights, "measure": measurement * len(plan)}

@@ -1,4 +1,4 @@
-"""Augmentation: training images that are changed at random each time they are read."""
+"""Augmentation: random changes of training images, new each time an image is read."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from torchvision.transforms import v2
 from surgery.errors import unknown_name
 
 Transform = Callable[[Tensor], Tensor]
-"""From an image (C, H, W) to one of the same shape; random by torch's global state, which a loader seeds in workers."""
+"""From an image (C, H, W) to one of the same shape. Draws from torch's global state, seeded in workers."""
 
 
 def augmentation(name: str, size: int, black: Sequence[float]) -> Transform | None:
-    """What `AUGMENTATIONS` has by that name, for images of side ``size``; None for ``"none"``.
+    """Make the augmentation of that name (`AUGMENTATIONS`); None for ``"none"``.
 
-    ``black`` is what a channel of a black pixel has become by normalisation: what lies outside of an image.
+    Args:
+        size: side of the images, in pixels.
+        black: the normalised value of each channel of a black pixel, which fills the padding.
 
-    Raises `UsageError` for an unknown name.
+    Raises:
+        UsageError: an unknown name.
     """
     if name not in AUGMENTATIONS:
         raise unknown_name("augmentation", name, AUGMENTATIONS)
@@ -44,6 +47,6 @@ AUGMENTATIONS: Mapping[str, Callable[[int, Sequence[float]], list[Any]]] = {
     "flip": _flip,
     "flip-crop": _flip_crop,
 }
-"""``flip`` mirrors left and right half of the time. ``flip-crop`` pads an image with black by an eighth of its side and
-crops it back to its size anywhere, and then flips: what is usual on CIFAR (He et al., CVPR 2016, section 4.2: 4 pixels
-of 32)."""
+"""``flip`` mirrors left and right half of the time. ``flip-crop`` pads an image with black by an eighth of its side,
+crops it back to its size at a random place, and flips: the usual augmentation on CIFAR (He et al., CVPR 2016, section
+4.2: 4 pixels of 32)."""

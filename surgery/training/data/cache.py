@@ -1,4 +1,4 @@
-"""A teacher's outputs for all training images, computed once: kept in memory, or in a folder of .npy files."""
+"""A teacher's outputs for all training images, computed once and kept in memory or in a folder of .npy files."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from surgery.training.modes import in_mode
 from surgery.units import mebibytes
 
 MARKER = "teacher-outputs.json"
-"""The file by which a folder is known as a cache. It says whether the cache is complete, and of what."""
+"""The file that marks a folder as a cache. It says what the cache holds, and whether it is complete."""
 
 _VERSION = 1
 
 
-def cached_outputs(
+def cache_outputs(
     teacher: nn.Module,
     images: Images,
     *,
@@ -44,25 +44,27 @@ def cached_outputs(
     progress: Progress | None = None,
     task: str = "cache",
 ) -> Images:
-    """``images`` with the teacher's outputs next to them: items are (image, label, output, ...), in the same order.
+    """Add the teacher's outputs to ``images``.
 
-    The teacher runs in ``eval()`` and without gradients, on its own device; it is left as it was. Outputs are kept on
-    the CPU, in their own dtype.
+    The teacher runs in ``eval()`` and without gradients, on its own device. Outputs are kept on the CPU, in their own
+    dtype.
 
     Args:
         teacher: from images (N, C, H, W) to a tensor (N, ...) or a tuple of them, such as ``attach_hint(...).teacher``.
-        images: data whose images are the same each time they are read.
-        where: ``"memory"``, or a folder, where the outputs are written (`write_cache`) unless they are there already.
-        batch_size: images that the teacher is given at once.
+        images: images that are the same each time they are read.
+        where: ``"memory"``, or a folder to which `write_cache` writes the outputs unless they are there.
+        batch_size: images in one call of the teacher.
         workers: processes that read images.
-        progress: called after each batch; not at all where nothing has to be computed.
+        progress: called after each batch that is computed.
+
+    Returns:
+        Items (image, label, output, ...), in the order of ``images``.
 
     Raises:
-        UsageError: what `write_cache` refuses.
+        UsageError: as `write_cache`.
     """
     if where == "memory":
-        made = _described(teacher, images)
-        outputs = [torch.empty((count(images), *one.shape), dtype=one.dtype) for one in made]
+        outputs = [torch.empty((count(images), *o.shape), dtype=o.dtype) for o in _describe(teacher, images)]
         _compute(teacher, images, outputs, batch_size, workers, progress, task)
         return _InMemory(images, outputs)
     write_cache(teacher, images, where, batch_size=batch_size, workers=workers, progress=progress, task=task)
@@ -79,34 +81,37 @@ def write_cache(
     progress: Progress | None = None,
     task: str = "cache",
 ) -> bool:
-    """Write the teacher's outputs to a folder, for `open_cache`, and return whether any had to be computed.
+    """Write the teacher's outputs to a folder, for `open_cache`.
 
-    What is there is taken where it is complete, of the same images and of a teacher with the same structure and
-    weights, and where the teacher still gives the same values for the first images; it is replaced otherwise. Of
-    several processes one should write, and the others open the folder afterwards.
+    A complete cache of the same images and of a teacher with the same structure and weights is kept if the teacher
+    still gives the same values for the first images. Anything else is replaced. With several processes, let one write
+    and the others open the folder afterwards.
+
+    Returns:
+        Whether any output was computed.
 
     Raises:
-        UsageError: no images, or images that change from one reading to the next; a teacher that gives anything but
-            tensors with a row for each image; a folder with other things in it, or too little space.
+        UsageError: no images, or images that change from one reading to the next; a teacher whose outputs are not
+            tensors with a row for each image; a folder with other files in it, or too little space.
     """
     folder = Path(folder)
     refuse_folder(folder, marker=MARKER, force=True)
-    stored = _stored(folder)
-    outputs = _described(teacher, images)
+    stored = _read_marker(folder)
+    outputs = _describe(teacher, images)
     wanted = {
         "format": MARKER,
         "version": _VERSION,
         "images": {"count": count(images), "sha256": images_digest(images)},
         "teacher": module_digest(teacher),
     }
-    if _complete(folder, stored) and wanted.items() <= stored.items() and _same_values(folder, stored, outputs):
+    if _is_complete(folder, stored) and wanted.items() <= stored.items() and _same_values(folder, stored, outputs):
         return False
     _refuse_too_large(folder, sum(one.bytes for one in outputs) * count(images))
     folder.mkdir(parents=True, exist_ok=True)
     _write_marker(folder, {**wanted, "complete": False})
     for leftover in _files(folder):
         leftover.unlink(missing_ok=True)
-    run = secrets.token_hex(4)  # so that two runs that write the same folder never write the same file
+    run = secrets.token_hex(4)  # two runs on one folder must not write the same file
     files = [folder / f"output-{k}-{run}.npy" for k in range(len(outputs))]
     try:
         maps = [_new_map(f, one, count(images)) for f, one in zip(files, outputs, strict=True)]
@@ -124,22 +129,22 @@ def write_cache(
 
 
 def open_cache(folder: str | os.PathLike[str], images: Images) -> Images:
-    """``images`` with the outputs next to them that `write_cache` has written for them.
+    """Add the outputs that `write_cache` has written to ``images``.
 
-    Files are mapped when an item is first read, by each worker of a loader for itself.
+    Each worker of a loader maps the files when it first reads an item.
 
     Raises:
-        UsageError: there is no complete cache, or it is of other images.
+        UsageError: the folder holds no complete cache, or one of other images.
     """
     folder = Path(folder)
-    stored = _stored(folder)
-    if not _complete(folder, stored):
-        what = "the outputs in it are not complete" if stored else f"it has no {MARKER}"
-        raise UsageError(f"{folder} is no cache of a teacher's outputs: {what}, write them with write_cache")
+    stored = _read_marker(folder)
+    if not _is_complete(folder, stored):
+        what = "its outputs are incomplete" if stored else f"it has no {MARKER}"
+        raise UsageError(f"{folder} is not a cache of a teacher's outputs: {what}; write it with write_cache")
     found = {"count": count(images), "sha256": images_digest(images)}
     if stored["images"] != found:
         raise UsageError(
-            f"{folder} has a teacher's outputs for {stored['images']['count']} images, which are not these "
+            f"{folder} has a teacher's outputs for {stored['images']['count']} other images, not for these "
             f"{found['count']}: write them again with write_cache"
         )
     entries = stored["outputs"]
@@ -147,11 +152,22 @@ def open_cache(folder: str | os.PathLike[str], images: Images) -> Images:
 
 
 def cache_bytes(teacher: nn.Module, images: Images) -> int:
-    """What the teacher's outputs for all images take, in memory as on disk.
+    """Compute how much memory, or disk, the teacher's outputs for all images take.
 
-    Raises `UsageError` as `write_cache` does for images and teacher.
+    Args:
+        teacher: from images (N, C, H, W) to a tensor (N, ...), or a tuple of them.
+        images: images that are the same each time they are read.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        UsageError: images that change from one reading to the next, or outputs without a row for each image.
+
+    Example:
+        >>> surgery.cache_bytes(surgery.attach_hint(student, teacher).teacher, data.train)
     """
-    return sum(one.bytes for one in _described(teacher, images)) * count(images)
+    return sum(one.bytes for one in _describe(teacher, images)) * count(images)
 
 
 class _InMemory(Derived):
@@ -173,7 +189,7 @@ class _OnDisk(Derived):
         return [np.load(file, mmap_mode="r") for file in self.files]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the maps, which would be pickled as all that they hold."""
+        """Leave out the maps: pickled, they would hold all values."""
         return {name: value for name, value in self.__dict__.items() if name != "maps"}
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
@@ -183,7 +199,7 @@ class _OnDisk(Derived):
 
 @dataclass(frozen=True)
 class _Output:
-    """One of the teacher's outputs: its values for the first images."""
+    """One output of the teacher: its values for the first images."""
 
     first: Tensor
 
@@ -205,29 +221,29 @@ class _Output:
         return {"shape": list(self.shape), "dtype": str(self.dtype).removeprefix("torch.")}
 
 
-def _described(teacher: nn.Module, images: Images) -> list[_Output]:
-    """The teacher's outputs, looked at on the first two images."""
+def _describe(teacher: nn.Module, images: Images) -> list[_Output]:
+    """Run the teacher on the first two images."""
     if not count(images):
         raise UsageError("there are no images to compute the teacher's outputs for")
     if not is_deterministic(images):
         raise UsageError(
-            "the images change from one reading to the next (augmentation), so the teacher's outputs for them cannot "
-            "be kept: compute them in each step, or leave out the augmentation"
+            "the images change from one reading to the next (augmentation), so the teacher's outputs cannot be cached: "
+            "compute them in each step, or leave out the augmentation"
         )
     batch = torch.stack([torch.as_tensor(images[k][0]) for k in range(min(2, count(images)))])
     with in_mode(teacher, training=False), torch.inference_mode():
-        return [_Output(output.cpu()) for output in _outputs(teacher, batch)]
+        return [_Output(output.cpu()) for output in _run_teacher(teacher, batch)]
 
 
-def _outputs(teacher: nn.Module, batch: Tensor) -> tuple[Tensor, ...]:
+def _run_teacher(teacher: nn.Module, batch: Tensor) -> tuple[Tensor, ...]:
     held = next(iter(named_tensors(teacher).values()), batch)
     given = teacher(batch.to(held.device))
     outputs = given if isinstance(given, (tuple, list)) else (given,)
     if not outputs or not all(isinstance(o, Tensor) and o.ndim and len(o) == len(batch) for o in outputs):
         found = ", ".join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in outputs)
         raise UsageError(
-            f"from {len(batch)} images the teacher makes {found or 'nothing'}: what is kept must be a tensor, or a "
-            "tuple of tensors, with a row for each image"
+            f"from {len(batch)} images the teacher makes {found or 'nothing'}: only a tensor, or a tuple of tensors, "
+            "with a row for each image can be cached"
         )
     return tuple(outputs)
 
@@ -245,15 +261,15 @@ def _compute(
     at = 0
     with in_mode(teacher, training=False), torch.inference_mode():
         for done, (batch, *_) in enumerate(loader, 1):
-            for output, rows in zip(into, _outputs(teacher, batch), strict=True):
+            for output, rows in zip(into, _run_teacher(teacher, batch), strict=True):
                 output[at : at + len(batch)].copy_(rows)
             at += len(batch)
             if progress is not None:
                 progress(task, done, len(loader))
 
 
-def _stored(folder: Path) -> dict[str, Any]:
-    """What the folder's marker says; nothing where there is none."""
+def _read_marker(folder: Path) -> dict[str, Any]:
+    """Read the marker of the folder; empty where there is none."""
     if not (folder / MARKER).is_file():
         return {}
     try:
@@ -261,11 +277,11 @@ def _stored(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"{folder / MARKER} cannot be read ({error}): choose another folder") from error
     if not isinstance(content, dict) or content.get("format") != MARKER:
-        raise UsageError(f"{folder / MARKER} is not of a cache of a teacher's outputs: choose another folder")
+        raise UsageError(f"{folder / MARKER} does not mark a cache of a teacher's outputs: choose another folder")
     return content
 
 
-def _complete(folder: Path, stored: dict[str, Any]) -> bool:
+def _is_complete(folder: Path, stored: dict[str, Any]) -> bool:
     return bool(stored.get("complete")) and all(
         (folder / entry["file"]).is_file() and (folder / entry["file"]).stat().st_size > _bytes(entry, stored)
         for entry in stored["outputs"]
@@ -273,7 +289,7 @@ def _complete(folder: Path, stored: dict[str, Any]) -> bool:
 
 
 def _bytes(entry: dict[str, Any], stored: dict[str, Any]) -> int:
-    """Of the values in an output's file, behind its header."""
+    """Bytes of the values in an output's file, without its header."""
     return int(math.prod(entry["shape"]) * getattr(torch, entry["dtype"]).itemsize * stored["images"]["count"])
 
 
@@ -304,7 +320,7 @@ def _new_map(file: Path, output: _Output, images: int) -> np.memmap[Any, Any]:
 
 
 def _plain(dtype: torch.dtype) -> torch.dtype:
-    """The dtype itself where numpy has it, or else integers of its size, which hold its bits."""
+    """The dtype itself where numpy has it, else integers of its size for its bits."""
     try:
         torch.empty(0, dtype=dtype).numpy()
     except TypeError:
@@ -313,7 +329,7 @@ def _plain(dtype: torch.dtype) -> torch.dtype:
 
 
 def _same_values(folder: Path, stored: dict[str, Any], outputs: Sequence[_Output]) -> bool:
-    """Whether the stored rows of the first images are what the teacher gives now, up to the rounding of a device."""
+    """Whether the stored rows of the first images equal what the teacher gives now, up to rounding."""
     described = [{k: entry[k] for k in ("shape", "dtype")} for entry in stored["outputs"]]
     if described != [output.to_dict() for output in outputs]:
         return False

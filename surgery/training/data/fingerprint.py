@@ -1,4 +1,4 @@
-"""Whether images, or networks, are the same as before: digests of them."""
+"""Digests of images and networks, which tell whether they are the same as before."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from surgery.graph.traced import named_tensors
 from surgery.training.data.data import Images, count
 
 _SAMPLED = 16
-"""How many images stand for all of them."""
+"""Number of images that stand for the whole data set."""
 
 
 def is_deterministic(images: Images) -> bool:
-    """Whether some images, read twice, are the same both times: what augmentation changes cannot be cached."""
+    """Whether a sample of images is the same when it is read twice; augmented images are not."""
     with _random_states():
         return all(_digest([images[k]]) == _digest([images[k]]) for k in _sample(images))
 
 
 def images_digest(images: Images) -> str:
-    """SHA-256 of some images and their labels, taken from all over the data set."""
+    """SHA-256 of a sample of images and labels from all over the data set."""
     return _digest(images[k] for k in _sample(images))
 
 
 def training_digest(images: Images) -> str:
-    """As `images_digest`, with the labels alone where images change from one reading to the next, and without what
-    items have besides both."""
+    """Like `images_digest`, of images and labels alone; of labels alone where images change between readings."""
     first = 0 if is_deterministic(images) else 1
     with _random_states():
         torch.manual_seed(0)
@@ -43,7 +42,7 @@ def training_digest(images: Images) -> str:
 
 
 def module_digest(module: nn.Module) -> str:
-    """SHA-256 of a network's layers and their settings, the code of its graphs, its weights and its buffers."""
+    """SHA-256 of a network's layers and settings, code of graphs, parameters and buffers."""
     found = hashlib.sha256()
     for name, part in module.named_modules():
         found.update(f"{name} {type(part).__qualname__} {part.extra_repr()}".encode())
@@ -56,7 +55,7 @@ def module_digest(module: nn.Module) -> str:
 
 
 def _sample(images: Images) -> list[int]:
-    """Places all over the data set, of which the same may come twice; none where it is empty."""
+    """Positions all over the data set, possibly repeated; none where it is empty."""
     last = count(images) - 1
     return [round(last * k / (_SAMPLED - 1)) for k in range(_SAMPLED if last >= 0 else 0)]
 
@@ -66,7 +65,7 @@ def _digest(items: Iterable[tuple[Any, ...]]) -> str:
     for leaf in (leaf for item in items for leaf in pytree.tree_leaves(tuple(item))):
         try:
             part = torch.as_tensor(leaf)
-        except (TypeError, ValueError, RuntimeError):  # what an item has that is neither a tensor nor a number
+        except (TypeError, ValueError, RuntimeError):  # neither a tensor nor a number
             found.update((leaf if isinstance(leaf, str) else type(leaf).__qualname__).encode())
             continue
         found.update(f"{tuple(part.shape)} {part.dtype}".encode())
@@ -80,7 +79,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 @contextmanager
 def _random_states() -> Iterator[None]:
-    """Restores whatever state a transform may draw from."""
+    """Restore the random states that a transform may draw from."""
     own, numpys = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:

@@ -1,4 +1,4 @@
-"""Batches of images: which come when depends on the seed and the epoch alone, so that a training can be continued."""
+"""Batches of images, in an order that depends on the seed and the epoch alone, so that a training can resume."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from surgery.training.modes import mixed_seed
 
 
 class EpochOrder(Sampler[int]):
-    """A random order of the images, another in each epoch.
+    """A random order of the images, a different one in each epoch.
 
     Attributes:
         epoch: counted from 0.
-        start: the images that are left out at the beginning of this epoch, since they have been seen.
+        start: images to skip at the beginning of this epoch, which have been seen.
     """
 
     def __init__(self, images: Images, seed: int) -> None:
@@ -25,7 +25,7 @@ class EpochOrder(Sampler[int]):
         self.epoch = self.start = 0
 
     def begin(self, epoch: int, start: int, loader: DataLoader[Any]) -> None:
-        """Let the epoch that ``loader`` gives next be this one, and its workers' random numbers, too."""
+        """Set the epoch that ``loader`` gives next, and seed its workers for it."""
         self.epoch, self.start = epoch, start
         assert loader.generator is not None
         loader.generator.manual_seed(mixed_seed(self._seed, epoch))
@@ -48,9 +48,9 @@ def loader(
 ) -> DataLoader[tuple[Any, ...]]:
     """Batches of ``images``, in their own order or in ``order``.
 
-    With an order the last, smaller batch is dropped: its batch statistics would be noisier than the others'. There is
-    a generator in any case: without one, even a loader that does not shuffle draws from the global state. ``collate``
-    makes a batch of items; by default that of torch, which stacks tensors.
+    With an order the last, smaller batch is dropped: its batch statistics would be noisier. A generator is always
+    passed: without one, even a loader that does not shuffle draws from the global state. ``collate`` makes a batch of
+    items; by default tensors are stacked.
     """
     return DataLoader(
         images,

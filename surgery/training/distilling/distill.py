@@ -1,11 +1,11 @@
-"""Distillation: a student learns from a teacher, first by hints from its middle, then from its outputs (FitNets)."""
+"""Distillation: a student learns from a teacher's hints, then from its outputs (FitNets)."""
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import UsageError
+from surgery.graph.traced import TracedModule
 from surgery.progress import Progress
 from surgery.selectors import Where
 from surgery.settings import DistillSettings, accepts, renamed
 from surgery.taps.hints import HintPair, attach_hint, hint_loss
 from surgery.taps.pairing import Guided
-from surgery.training.data.cache import cache_bytes, cached_outputs, open_cache
+from surgery.training.data.cache import cache_bytes, cache_outputs, open_cache
 from surgery.training.data.data import Data, Derived
 from surgery.training.data.fingerprint import is_deterministic, module_digest
 from surgery.training.descent import check_data, check_trainable
@@ -27,27 +28,27 @@ from surgery.training.distilling.observed import Observed, observe
 from surgery.training.engine import Engine
 from surgery.training.evaluation import evaluate
 from surgery.training.history import History, Score
-from surgery.training.loop import classification_loss, label_loss, train_in_place
+from surgery.training.loop import classification_loss, label_loss, train
 from surgery.training.modes import plain_modes
 from surgery.training.resume import is_finished
 from surgery.training.run import Batch, LossFn
 
 MEMORY_LIMIT = 2 * 2**30
-"""Bytes that a teacher's outputs may take where ``cache`` is ``"auto"``."""
+"""Bytes that a teacher's outputs may take with ``cache="auto"``."""
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """What `surgery.distill` returns.
+    """The result of `surgery.distill`. Scores are on the test images.
 
     Attributes:
-        module: the trained copy of the student, without regressors, heads and taps.
+        module: the trained student, a new module without regressors, heads and taps.
         names: the guided layers and hints of stage 1.
-        hints: how stage 1 went: its losses are hint losses.
-        history: how stage 2 went.
-        teacher_score: of the teacher, on the test images.
-        before: of the student as it was given.
-        score: of the student that came out.
+        hints: the record of stage 1, with hint losses; None if it was skipped.
+        history: the record of stage 2; None if it was skipped.
+        teacher_score: score of the teacher.
+        before: score of the student as it was given.
+        score: score of the trained student.
     """
 
     module: nn.Module = field(repr=False, compare=False)
@@ -62,7 +63,7 @@ class Distillation:
 
     @property
     def seconds(self) -> float:
-        """What both stages took."""
+        """Time of both stages."""
         return sum(stage.seconds for stage in (self.hints, self.history) if stage is not None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,33 +95,34 @@ def distill(
 ) -> Distillation:
     """Teach a student what a teacher knows, in the two stages of FitNets (Romero et al., ICLR 2015, section 2.4).
 
-    In stage 1 the student learns, as far as its guided layer and through a regressor, to predict the teacher's hint
+    In stage 1 the layers up to the guided layer, and a regressor behind it, learn to predict the teacher's hint
     (`surgery.attach_hint`, equation 3). In stage 2 the whole student learns labels and the teacher's softened outputs
-    (`KD`, equation 2), its weight lambda going from 4 to 1. In both the teacher is frozen, in ``eval()``.
+    (`KD`, equation 2), whose weight lambda decays from 4 to 1. The teacher is frozen, in ``eval()``.
 
     ``objectives`` replace `KD`, or add to it. The joint variant of later toolkits, hints and labels at once, is
     ``hint_epochs=0, objectives=(KD(), Hint())``.
 
     Args:
-        student, teacher: traced modules that take the same images, with as many classes. Neither is changed. The
-            student trains on its device, or under ``accelerate launch`` in all processes (`surgery.train`).
-        settings: see `surgery.DistillSettings`; its fields may be given as keywords. ``cache`` says whether the
-            teacher's outputs for the training images are computed once: ``"memory"`` keeps them there, a path in
-            folders at it (reused by later runs with this teacher), ``"none"`` computes them in each step. ``"auto"`` is
-            ``"memory"`` where the images are the same each time they are read (not augmented), and the outputs take up
-            to 2 GiB; otherwise ``"none"``. With ``channels_last`` the result has the memory format of ``student``.
+        student, teacher: traced modules that take the same images, with the same number of classes. Neither is changed.
+            The student trains on its device, or under ``accelerate launch`` in all processes (`surgery.train`).
+        data: images (N, C, H, W) and labels, as of `surgery.load_data`.
+        settings: see `surgery.DistillSettings`; its fields may be given as keywords. ``cache`` says where the teacher's
+            outputs for the training images are kept: ``"memory"``; a path, for folders that later runs with this
+            teacher reuse; ``"none"``, to compute them in each step. ``"auto"`` is ``"memory"`` for images that are the
+            same each time they are read (not augmented) and outputs of up to 2 GiB, else ``"none"``. With
+            ``channels_last`` the result still has the memory format of ``student``.
         guided, hint: as in `surgery.attach_hint`; by default the middle layers.
-        objectives: what the student learns in stage 2 besides labels (`surgery.training.distilling.objectives`), one or
-            several; with none it learns labels alone.
-        checkpoint: a folder from which an interrupted run resumes, to the same weights (`surgery.train`).
+        objectives: one or several things to learn in stage 2 next to labels
+            (`surgery.training.distilling.objectives`); with none, labels alone.
+        checkpoint: a folder from which an interrupted run resumes to the same weights (`surgery.train`).
 
     Returns:
-        The trained student as ``.module``, without regressors, heads and taps; with both histories and scores.
+        The trained student as ``.module``, with the records of both stages and scores.
 
     Raises:
-        UsageError: a setting out of range, networks that do not go together, a cache of images that change, another
+        UsageError: a setting out of range, networks that do not fit together, a cache of images that change, another
             run's checkpoint.
-        EditError: layers that cannot be guided or give a hint.
+        EditError: layers that cannot be guided, or have no hint to give.
         FloatingPointError: a loss stops being a number.
 
     Example:
@@ -132,7 +134,13 @@ def distill(
         raise UsageError("no objectives, and label_weight is 0: there is nothing to learn in stage 2")
     check_data(data)
     check_trainable(student)
-    teaching = _Teaching(student, teacher, data, settings, checkpoint, progress)
+    engine = Engine(next(student.parameters()).device, settings.precision)
+    identity = {
+        "teacher": module_digest(teacher),
+        "regressor": settings.regressor,
+        "channels_last": settings.channels_last,
+    }
+    teaching = _Teaching(data, settings, engine, identity, checkpoint, progress)
     pair = observed = None
     if settings.hint_epochs:
         pair = attach_hint(student, teacher, guided, hint, regressor=settings.regressor, seed=settings.seed)
@@ -145,7 +153,7 @@ def distill(
             cast(Any, module).to(memory_format=torch.channels_last)
     before, teacher_score = (evaluate(module, data.test, workers=settings.workers) for module in (student, teacher))
     hints = history = None
-    learned = copy.deepcopy(student)
+    learned = student
     if pair is not None:
         hints = teaching.give_hints(pair)
         learned = pair.restore(student)
@@ -163,38 +171,32 @@ def distill(
 
 
 class _Pairs(Derived):
-    """Images and labels alone: what else items have would be taken for the teacher's outputs."""
+    """Images and labels alone."""
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         return self.images[index][:2]
 
 
+@dataclass(frozen=True)
 class _Teaching:
-    """The two stages, each on the training images, with the teacher's outputs next to them where these are cached."""
+    """The two stages, each on the training images, with cached outputs of the teacher where there are any."""
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        data: Data,
-        settings: DistillSettings,
-        checkpoint: str | os.PathLike[str] | None,
-        progress: Progress | None,
-    ) -> None:
-        self._engine = Engine(next(student.parameters()).device, settings.precision)
-        self._data, self._pairs, self._settings = data, replace(data, train=_Pairs(data.train)), settings
-        self._folder = None if checkpoint is None else Path(checkpoint)
-        self._progress = progress
-        self._identity = {
-            "teacher": module_digest(teacher),
-            "regressor": settings.regressor,
-            "channels_last": settings.channels_last,
-        }
+    data: Data
+    settings: DistillSettings
+    engine: Engine
+    identity: Mapping[str, Any]
+    checkpoint: str | os.PathLike[str] | None
+    progress: Progress | None
+
+    @cached_property
+    def pairs(self) -> Data:
+        """The data, without further parts of training items: they would be taken for the teacher's outputs."""
+        return replace(self.data, train=_Pairs(self.data.train))
 
     def give_hints(self, pair: HintPair) -> History:
         """Train the pair's student: stage 1."""
-        settings, file = self._settings, self._file("hints")
-        _, history = train_in_place(
+        settings, file = self.settings, self._file("hints")
+        trained, history = train(
             pair.student,
             self._taught_by(pair.teacher, "hints", file),
             settings.training(
@@ -203,80 +205,83 @@ class _Teaching:
                 label_smoothing=0.0,
                 test_each_epoch=False,
             ),
-            loss_fn=_hint_objective(pair.teacher),
+            loss_fn=_hint_loss(pair.teacher),
             checkpoint=file,
-            identity={**self._identity, "names": [list(names) for names in pair.names]},
-            progress=self._progress,
+            identity={**self.identity, "names": [list(names) for names in pair.names]},
+            progress=self.progress,
             task="hints",
         ).without_module()
+        pair.student = cast(TracedModule, trained)
         return history
 
     def give_outputs(
         self, student: nn.Module, observed: Observed | None, objectives: Sequence[Objective]
     ) -> tuple[nn.Module, History]:
         """Train the student, or its observed copy: stage 2."""
-        settings, file = self._settings, self._file("student")
+        settings, file = self.settings, self._file("student")
         if observed is not None:
             observed.take(student)
-        _, history = train_in_place(
+        trained, history = train(
             student if observed is None else observed.student,
-            self._data if observed is None else self._taught_by(observed.teacher, "distill", file),
+            self.data if observed is None else self._taught_by(observed.teacher, "distill", file),
             settings.training(),
-            loss_fn=_objective(observed, settings.label_weight, settings.label_smoothing),
+            loss_fn=_output_loss(observed, settings.label_weight, settings.label_smoothing),
             checkpoint=file,
             identity={
-                **self._identity,
+                **self.identity,
                 "label_weight": settings.label_weight,
                 "objectives": [repr(objective) for objective in objectives],
             },
-            progress=self._progress,
+            progress=self.progress,
             task="distill",
         ).without_module()
-        return student if observed is None else observed.restore(student), history
+        if observed is None:
+            return trained, history
+        return replace(observed, student=cast(TracedModule, trained)).restore(student), history
 
     def _file(self, name: str) -> Path | None:
-        return None if self._folder is None else self._folder / f"{name}.pt"
+        return None if self.checkpoint is None else Path(self.checkpoint) / f"{name}.pt"
 
     def _taught_by(self, teacher: nn.Module, task: str, checkpoint: Path | None) -> Data:
-        """The data of a stage; without outputs, too, where the checkpoint says that it is finished."""
-        teacher.to(self._engine.device)
+        """The data of a stage, with the teacher's outputs unless it is finished or computes them in each step."""
+        teacher.to(self.engine.device)
         where = self._where(teacher, task)
         if where is None or (checkpoint is not None and is_finished(checkpoint)):
-            return self._pairs
-        if where == "memory" or self._engine.main:
-            images = cached_outputs(
+            return self.pairs
+        if where == "memory" or self.engine.main:
+            images = cache_outputs(
                 teacher,
-                self._pairs.train,
+                self.pairs.train,
                 where=where,
-                batch_size=self._settings.batch_size,
-                workers=self._settings.workers,
-                progress=self._progress if self._engine.main else None,
+                batch_size=self.settings.batch_size,
+                workers=self.settings.workers,
+                progress=self.progress if self.engine.main else None,
                 task=f"{task}: cache",
             )
-        self._engine.wait()
-        if where != "memory" and not self._engine.main:
-            images = open_cache(where, self._pairs.train)
-        return replace(self._pairs, train=images)
+        self.engine.wait()
+        if where != "memory" and not self.engine.main:
+            images = open_cache(where, self.pairs.train)
+        return replace(self.pairs, train=images)
 
     def _where(self, teacher: nn.Module, task: str) -> str | os.PathLike[str] | None:
-        cache = self._settings.cache
+        cache = self.settings.cache
         if cache == "none":
             return None
         if cache == "auto":
-            images = self._pairs.train
+            images = self.pairs.train
             fits = is_deterministic(images) and cache_bytes(teacher, images) <= MEMORY_LIMIT
             return "memory" if fits else None
         return cache if cache == "memory" else Path(cache) / task
 
 
-def _hint_objective(teacher: nn.Module) -> LossFn:
+def _hint_loss(teacher: nn.Module) -> LossFn:
     def loss_fn(model: nn.Module, batch: Batch, epoch: float) -> Tensor:
-        return hint_loss(_tuple(model(batch[0])), _outputs(teacher, batch))
+        return hint_loss(_as_tuple(model(batch[0])), _teacher_outputs(teacher, batch))
 
     return loss_fn
 
 
-def _objective(observed: Observed | None, label_weight: float, label_smoothing: float) -> LossFn:
+def _output_loss(observed: Observed | None, label_weight: float, label_smoothing: float) -> LossFn:
     if observed is None:
         labels_alone = classification_loss(label_smoothing)
         return lambda model, batch, epoch: label_weight * labels_alone(model, batch, epoch)
@@ -284,20 +289,20 @@ def _objective(observed: Observed | None, label_weight: float, label_smoothing: 
     def loss_fn(model: nn.Module, batch: Batch, epoch: float) -> Tensor:
         images, labels, *_ = batch
         output, values = model(images)
-        loss = observed.loss(values, _outputs(observed.teacher, batch), labels, epoch)
+        loss = observed.loss(values, _teacher_outputs(observed.teacher, batch), labels, epoch)
         return loss + label_weight * label_loss(output, labels, label_smoothing) if label_weight else loss
 
     return loss_fn
 
 
-def _outputs(teacher: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
-    """The teacher's for a batch: cached next to its images, or computed now."""
+def _teacher_outputs(teacher: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+    """The teacher's outputs for a batch: the cached ones, or computed now."""
     images, _, *cached = batch
     if cached:
         return tuple(cached)
     with torch.no_grad():
-        return _tuple(teacher(images))
+        return _as_tuple(teacher(images))
 
 
-def _tuple(outputs: Any) -> tuple[Tensor, ...]:
+def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)

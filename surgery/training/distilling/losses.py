@@ -1,6 +1,6 @@
-"""The losses of distillation: what a student learns from a teacher's logits, features and attention.
+"""The losses of distillation, on a teacher's logits, features and attention.
 
-Each takes the student's tensors first and the teacher's second, gives a scalar, the mean over the batch, and passes
+Each takes the student's tensors first and the teacher's second, returns a scalar, the mean over the batch, and passes
 gradients to the student alone. Half-precision tensors are compared in float32, under autocast too.
 
 SimKD (Chen et al., CVPR 2022) needs no function here: its loss is `torch.nn.functional.mse_loss`.
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 Taps = Tensor | Sequence[Tensor]
-"""Feature maps (N, C, H, W) of one layer, or of several."""
+"""Feature maps (N, C, H, W) of one layer or several."""
 
 
 def kd_cross_entropy(student: Tensor, teacher: Tensor, temperature: float, *, standardise: bool = False) -> Tensor:
@@ -40,13 +40,13 @@ def kd_cross_entropy(student: Tensor, teacher: Tensor, temperature: float, *, st
 
     Args:
         student, teacher: logits (N, classes).
-        temperature: tau, which both are divided by.
-        standardise: whether each row is standardised before, as in `kd_divergence`.
+        temperature: tau, the divisor of both.
+        standardise: standardise each row first, as in `kd_divergence`.
 
     Raises:
         UsageError: other shapes, or a temperature that is not positive.
     """
-    student, teacher = _softened(student, teacher, temperature, standardise)
+    student, teacher = _soften(student, teacher, temperature, standardise)
     return -(teacher.softmax(1) * student.log_softmax(1)).sum(1).mean()
 
 
@@ -56,21 +56,21 @@ def kd_divergence(student: Tensor, teacher: Tensor, temperature: float, *, stand
 
     Args:
         student, teacher: logits (N, classes).
-        temperature: tau, which both are divided by.
-        standardise: whether each row is standardised before, to mean 0 and standard deviation 1 (with the divisor
-            classes - 1, as the authors' code has it), so that only relations between logits are learned (Sun et al.,
-            CVPR 2024, algorithm 1). The authors take tau 2 then, and a weight of 9. A constant row becomes zeros.
+        temperature: tau, the divisor of both.
+        standardise: standardise each row first, to mean 0 and standard deviation 1 (with the divisor classes - 1, as
+            in the authors' code), so that only relations between logits are learned (Sun et al., CVPR 2024, algorithm
+            1; there with tau 2 and a weight of 9). A constant row becomes zeros.
 
     Raises:
         UsageError: other shapes, or a temperature that is not positive.
     """
-    return temperature**2 * _kl(*_softened(student, teacher, temperature, standardise))
+    return temperature**2 * _kl(*_soften(student, teacher, temperature, standardise))
 
 
 def linear_decay(start: float, end: float, epochs: int) -> Callable[[float], float]:
-    """KD's weight lambda by epoch, counted from 0: it goes from ``start`` to ``end`` in ``epochs`` and stays there.
+    """KD's weight lambda by epoch, from 0: it decays from ``start`` to ``end`` in ``epochs`` and stays there.
 
-    In FitNets it is 4 at first, and 1 after 500 epochs, or 150 on MNIST (Romero et al., ICLR 2015).
+    In FitNets it decays from 4 to 1 in 500 epochs, or 150 on MNIST (Romero et al., ICLR 2015).
 
     Raises:
         UsageError: fewer than 1 epoch.
@@ -85,21 +85,21 @@ def dkd(
 ) -> Tensor:
     """Decoupled distillation, tau^2 (alpha TCKD + beta NCKD) (Zhao et al., CVPR 2022, equation 7).
 
-    TCKD compares how likely the label's class is against all others, NCKD the distribution among the others.
-    `kd_divergence` is the sum of both, with NCKD weighted by the likelihood that the teacher gives these others.
-    The authors let the loss's weight grow linearly over the first 20 epochs.
+    TCKD compares the probability of the label's class against all others, NCKD the distribution among the others.
+    `kd_divergence` is the sum of both, with NCKD weighted by the teacher's probability of the others. The authors
+    increase the weight of the loss linearly over the first 20 epochs.
 
     Args:
         student, teacher: logits (N, classes).
         labels: class indices (N,).
         alpha, beta: the weights of TCKD and NCKD.
-        temperature: tau, which the logits are divided by.
+        temperature: tau, the divisor of logits.
 
     Raises:
-        UsageError: other shapes, labels that are no classes, fewer than 2 classes, or a temperature that is not
+        UsageError: other shapes, labels that are not classes, fewer than 2 classes, or a temperature that is not
             positive.
     """
-    student, teacher = _softened(student, teacher, temperature, standardise=False)
+    student, teacher = _soften(student, teacher, temperature, standardise=False)
     _check_labels(labels, *student.shape)
     label = labels.long().unsqueeze(1)
     others = torch.arange(student.shape[1] - 1, device=label.device).expand(len(label), -1)
@@ -118,14 +118,14 @@ def attention_transfer(student: Taps, teacher: Taps) -> Tensor:
     """Mean squared difference of the attention maps, summed over taps (Zagoruyko and Komodakis, ICLR 2017, equation 2,
     with the mean of the authors' code; RepDistiller weights it by 1000).
 
-    The attention map of a sample is the mean of the squares over channels, divided by its L2 norm. The larger map is
-    brought to the size of the smaller one before, by adaptive average pooling.
+    The attention map of a sample is the mean of the squares over channels, divided by its L2 norm. Adaptive average
+    pooling first brings the larger map to the size of the smaller one.
 
     Args:
-        student, teacher: maps (N, C, H, W) of one tap, or of several; only N has to agree.
+        student, teacher: maps (N, C, H, W) of one tap, or of several; only N must agree.
 
     Raises:
-        UsageError: no maps, other shapes, or unequal numbers of them.
+        UsageError: no maps, other shapes, or unequal numbers of maps.
     """
 
     def loss(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -135,16 +135,16 @@ def attention_transfer(student: Taps, teacher: Taps) -> Tensor:
     def attention(maps: Tensor, size: tuple[int, int]) -> Tensor:
         return functional.normalize(functional.adaptive_avg_pool2d(maps, size).square().mean(1).flatten(1))
 
-    return torch.stack([loss(*pair) for pair in _maps(student, teacher, 1)]).sum()
+    return torch.stack([loss(*pair) for pair in _pair_maps(student, teacher, 1)]).sum()
 
 
 def hierarchical_context(student: Taps, teacher: Taps) -> Tensor:
     """Mean squared error of the maps and of their averages on grids of 4 x 4, 2 x 2 and 1 x 1, weighted 1, 1/2, 1/4 and
     1/8 and divided by the sum of the weights; summed over taps.
 
-    It is the hierarchical context loss of ReviewKD (HCL; Chen et al., CVPR 2021, as in the authors' code), without the
-    fusion of the student's stages. Grids that are not smaller than the map in both directions are left out; the
-    first of the others has the weight 1/2.
+    This is the hierarchical context loss of ReviewKD (HCL; Chen et al., CVPR 2021, as in the authors' code), without
+    the fusion of the student's stages. Grids that are not smaller than the map in both directions are skipped; the
+    first of the others has weight 1/2.
 
     Args:
         student, teacher: maps (N, C, H, W) of one tap, or of several, of equal shapes.
@@ -159,12 +159,11 @@ def hierarchical_context(student: Taps, teacher: Taps) -> Tensor:
         errors = [functional.mse_loss(*pair) / 2**k for k, pair in enumerate([(ours, theirs), *pairs])]
         return torch.stack(errors).sum() / (2 - 0.5 ** len(grids))
 
-    return torch.stack([loss(*pair) for pair in _maps(student, teacher, 4)]).sum()
+    return torch.stack([loss(*pair) for pair in _pair_maps(student, teacher, 4)]).sum()
 
 
 def mean_squared_error(student: Taps, teacher: Taps) -> Tensor:
-    """Mean squared error of features, over all numbers of a tap; summed over taps. RepDistiller weights that of a hint
-    by 100.
+    """Mean squared error of features, over all numbers of a tap; summed over taps. RepDistiller weights a hint by 100.
 
     Args:
         student, teacher: tensors (N, ...) of one tap, or of several, of equal shapes.
@@ -172,37 +171,37 @@ def mean_squared_error(student: Taps, teacher: Taps) -> Tensor:
     Raises:
         UsageError: no tensors, other shapes, or unequal numbers of them.
     """
-    pairs = _pairs(student, teacher, "features")
+    pairs = _pair_tensors(student, teacher, "features")
     for pair in pairs:
         if pair[0].shape != pair[1].shape:
-            raise _unequal("features", *pair, "both must be of equal shape")
+            raise _shape_error("features", *pair, "both must be of equal shape")
     return torch.stack([functional.mse_loss(*pair) for pair in pairs]).sum()
 
 
 def rkd(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Tensor:
-    """Relational distillation: how the samples of a batch lie to each other (Park et al., CVPR 2019, section 3.2).
+    """Relational distillation: relations between the samples of a batch (Park et al., CVPR 2019, section 3.2).
 
-    Distances between samples, divided by the mean of those that are not zero, and the cosines of the angles at each
-    sample between two others are compared by smooth L1, mean over all (N, N) and (N, N, N), as in the authors' code.
-    The weights are theirs. It takes memory for N^2 max(N, D) numbers, several times.
+    Smooth L1 compares distances between samples, divided by the mean of the nonzero ones, and cosines of the angles at
+    each sample between two others; the means are over all (N, N) and (N, N, N), as in the authors' code, which has
+    these weights. It takes memory for several times N^2 max(N, D) numbers.
 
     Args:
         student, teacher: embeddings (N, D); D may differ.
         distance_weight, angle_weight: the weights of the two parts.
 
     Raises:
-        UsageError: no matrices, or unequal numbers of samples.
+        UsageError: tensors that are not matrices, or unequal numbers of samples.
     """
-    student, teacher = _full(student, teacher)
+    student, teacher = _promote(student, teacher)
     if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):
-        raise _unequal("embeddings", student, teacher, "both must be (N, D), with the same N")
-    (distances, cosines), (teacher_distances, teacher_cosines) = _relations(student), _relations(teacher)
+        raise _shape_error("embeddings", student, teacher, "both must be (N, D), with the same N")
+    (distances, cosines), (teacher_distances, teacher_cosines) = _relate(student), _relate(teacher)
     distance = functional.smooth_l1_loss(distances, teacher_distances)
     return distance_weight * distance + angle_weight * functional.smooth_l1_loss(cosines, teacher_cosines)
 
 
-def _relations(embeddings: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances (N, N), in units of their mean, and cosines (N, N, N), at the first index."""
+def _relate(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute distances (N, N), in units of their mean, and cosines (N, N, N) of the angles at the first index."""
     differences = embeddings.unsqueeze(0) - embeddings.unsqueeze(1)
     distances = torch.linalg.vector_norm(differences, dim=2)
     apart = distances > 0
@@ -213,57 +212,57 @@ def _relations(embeddings: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL divergence of the distributions that have these logits (N, classes), mean over the batch."""
+    """KL divergence of the distributions with these logits (N, classes), mean over the batch."""
     logs = student.log_softmax(1), teacher.log_softmax(1)
     return functional.kl_div(*logs, reduction="batchmean", log_target=True)
 
 
-def _softened(student: Tensor, teacher: Tensor, temperature: float, standardise: bool) -> tuple[Tensor, Tensor]:
-    """The logits, standardised if wanted, over the temperature."""
+def _soften(student: Tensor, teacher: Tensor, temperature: float, standardise: bool) -> tuple[Tensor, Tensor]:
+    """Divide the logits, standardised if wanted, by the temperature."""
     if not (temperature > 0 and math.isfinite(temperature)):
         raise UsageError(f"the temperature is {temperature}: it must be above 0")
-    student, teacher = _full(student, teacher)
+    student, teacher = _promote(student, teacher)
     if student.ndim != 2 or student.shape != teacher.shape:
-        raise _unequal("logits", student, teacher, "both must be (N, classes), of equal shape")
+        raise _shape_error("logits", student, teacher, "both must be (N, classes), of equal shape")
     if standardise:
-        student, teacher = _standardised(student), _standardised(teacher)
+        student, teacher = _standardise(student), _standardise(teacher)
     return student / temperature, teacher / temperature
 
 
-def _standardised(logits: Tensor) -> Tensor:
+def _standardise(logits: Tensor) -> Tensor:
     deviation = logits.std(1, keepdim=True)
-    # A row that differs by rounding alone counts as constant, as a classifier initialised to zero gives it: dividing
-    # by what is left would give noise, and gradients without bound.
+    # A row that varies by rounding alone, as of a classifier initialised to zero, counts as constant: its standard
+    # deviation would give noise and unbounded gradients.
     varies = deviation > 1e-6 * logits.detach().abs().amax(1, keepdim=True)
     return (logits - logits.mean(1, keepdim=True)) / torch.where(varies, deviation, 1)
 
 
-def _full(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one precision, float32 at least, and the teacher's without gradient."""
+def _promote(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Convert both to one precision, float32 at least, and detach the teacher's."""
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     return student.to(dtype), teacher.detach().to(dtype)
 
 
-def _maps(student: Taps, teacher: Taps, equal: int) -> list[tuple[Tensor, Tensor]]:
-    """The pairs of maps, whose shapes agree in their first ``equal`` axes."""
-    pairs = _pairs(student, teacher, "maps")
+def _pair_maps(student: Taps, teacher: Taps, equal: int) -> list[tuple[Tensor, Tensor]]:
+    """Pair the maps; their shapes must agree in the first ``equal`` axes."""
+    pairs = _pair_tensors(student, teacher, "maps")
     for pair in pairs:
         shapes = [tensor.shape[:equal] for tensor in pair]
         if any(tensor.ndim != 4 for tensor in pair) or shapes[0] != shapes[1]:
             what = "the same N" if equal == 1 else "equal shapes"
-            raise _unequal("maps", *pair, f"both must be (N, C, H, W), with {what}")
+            raise _shape_error("maps", *pair, f"both must be (N, C, H, W), with {what}")
     return pairs
 
 
-def _pairs(student: Taps, teacher: Taps, what: str) -> list[tuple[Tensor, Tensor]]:
-    """The pairs of tensors, each in one precision."""
+def _pair_tensors(student: Taps, teacher: Taps, what: str) -> list[tuple[Tensor, Tensor]]:
+    """Pair the tensors, each pair in one precision."""
     ours = [student] if isinstance(student, Tensor) else list(student)
     theirs = [teacher] if isinstance(teacher, Tensor) else list(teacher)
     if len(ours) != len(theirs) or not ours:
         raise UsageError(
             f"the student has {len(ours)} {what} and the teacher {len(theirs)}: give as many, at least one"
         )
-    return [_full(*pair) for pair in zip(ours, theirs, strict=True)]
+    return [_promote(*pair) for pair in zip(ours, theirs, strict=True)]
 
 
 def _check_labels(labels: Tensor, samples: int, classes: int) -> None:
@@ -277,6 +276,6 @@ def _check_labels(labels: Tensor, samples: int, classes: int) -> None:
         )
 
 
-def _unequal(what: str, student: Tensor, teacher: Tensor, needed: str) -> UsageError:
+def _shape_error(what: str, student: Tensor, teacher: Tensor, needed: str) -> UsageError:
     shapes = f"the student's {what} are {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}"
     return UsageError(f"{shapes}: {needed}")

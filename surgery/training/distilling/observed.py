@@ -1,4 +1,4 @@
-"""A student and a teacher that hand out what objectives compare."""
+"""A student and a teacher that return the values which objectives compare."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from surgery.training.distilling.objectives import Objective
 
 @dataclass(frozen=True)
 class Observed:
-    """A student and a teacher that hand out what the objectives compare. Made by `observe`.
+    """A student and a teacher that return the values which objectives compare. Made by `observe`.
 
     Attributes:
-        student: the module to train, a copy of the student with the objectives' heads in it. In training mode it
-            returns ``(output, values)``: what the student returns, auxiliary outputs included, and for each objective a
-            tuple of tensors. In evaluation mode it returns what the student returns.
-        teacher: frozen, in evaluation mode: from the same inputs to a tuple of tensors, each wanted one once. It
-            computes nothing behind them.
+        student: the module to train, a copy of the student with the objectives' heads. In training mode it returns
+            ``(output, values)``: the student's output, auxiliary ones included, and a tuple of tensors for each
+            objective. In evaluation mode it returns the student's output.
+        teacher: frozen, in evaluation mode, truncated: from the same inputs to a tuple of the tensors to compare.
         objectives: what the student learns.
-        epochs: over how many epochs.
-        names: for each objective the pairs of values that it compares, the student's first.
+        epochs: number of epochs.
+        names: for each objective the names of the compared pairs, the student's first.
+        reads: for each objective the positions of its tensors among the teacher's.
+        trained: names of the student's own tensors.
     """
 
     student: TracedModule
@@ -36,20 +37,18 @@ class Observed:
     epochs: int
     names: tuple[tuple[tuple[str, str], ...], ...]
     reads: tuple[tuple[int, ...], ...]
-    """For each objective which of the teacher's tensors it reads."""
     trained: tuple[str, ...]
-    """The tensors of the student, by name."""
 
     def loss(
         self, values: Sequence[Sequence[Tensor]], targets: Sequence[Tensor], labels: Tensor, epoch: float
     ) -> Tensor:
-        """The sum of the objectives' weighted losses, a scalar; the labels' own loss is not among them.
+        """Sum the objectives' weighted losses to a scalar, without the loss of labels.
 
         Args:
-            values: the second of what ``student`` returns in training mode.
-            targets: what ``teacher`` returns for the same inputs.
+            values: the second output of ``student`` in training mode.
+            targets: the outputs of ``teacher`` for the same inputs.
             labels: class indices (N,).
-            epoch: how many epochs are done, a fraction within one.
+            epoch: number of epochs done, a fraction within an epoch.
         """
         terms = [
             objective.loss(ours, [targets[k] for k in reads], labels, epoch, self.epochs)
@@ -58,22 +57,22 @@ class Observed:
         return torch.stack(terms).sum()
 
     def take(self, student: nn.Module) -> None:
-        """Give the observed student the tensors of another one, such as one that has learned from hints.
+        """Load the tensors of another student, such as one that has learned from hints.
 
         Raises:
-            UsageError: one of them is missing, or has another shape.
+            UsageError: a tensor is missing or has another shape.
         """
         with torch.no_grad():
             for own, given in counterparts(self.student, student, self.trained, *_NAMED):
                 own.copy_(given)
 
     def restore(self, student: nn.Module) -> nn.Module:
-        """A copy of the student with what was trained here: parameters, and statistics of norms.
+        """Copy the student with the parameters, and statistics of norms, that were trained here.
 
-        It has no head and no tap, keeps the names and the recipe, and shares nothing with this.
+        The copy has no head or tap, keeps names and recipe, and shares no tensor with this object.
 
         Args:
-            student: the module that is observed, or one like it.
+            student: the observed module, or one like it.
 
         Raises:
             UsageError: a tensor has no counterpart of its shape in ``student``.
@@ -87,29 +86,37 @@ _NAMED = "the observed student", "the student that is observed"
 def observe(
     student: nn.Module, teacher: nn.Module, objectives: Objective | Sequence[Objective], *, epochs: int, seed: int = 0
 ) -> Observed:
-    """Take out of a student and a teacher what the objectives compare.
+    """Tap the values of a student and a teacher that objectives compare, for a training loop of your own.
 
     Args:
-        student, teacher: traced modules that take the same inputs. Neither is changed, and nothing is shared with them.
+        student, teacher: traced modules that take the same inputs. Neither is changed; no tensor is shared with them.
         objectives: one or several; their losses are added.
-        epochs: how many the student is trained for, by which weights decay.
-        seed: of the initial weights of heads, such as a hint's regressor.
+        epochs: number of epochs of the training, over which weights decay.
+        seed: seed of the initial weights of heads, such as a hint's regressor.
+
+    Returns:
+        The student to train, with heads, the truncated teacher, and their loss.
 
     Raises:
-        UsageError: no objective, an unknown layer, a module that is traced in parts, networks that cannot be called on
-            the same inputs, or logits of unequal numbers of classes.
-        EditError: a layer without one output, or values that an objective cannot compare.
+        UsageError: no objective, an unknown layer, a module that is traced in parts, networks that do not take the same
+            inputs, or unequal numbers of classes.
+        EditError: a layer without a single output, or values that an objective cannot compare.
+
+    Example:
+        >>> observed = surgery.observe(student, teacher, [surgery.KD(), surgery.Hint()], epochs=20)
+        >>> output, values = observed.student.train()(images)
+        >>> loss = observed.loss(values, observed.teacher(images), labels, epoch=0)
     """
     objectives = (objectives,) if isinstance(objectives, Objective) else tuple(objectives)
     whole_number("epochs", epochs, 1)
     for objective in objectives:
         if not isinstance(objective, Objective):
-            raise UsageError(f"{objective!r} is no objective: pass one such as surgery.KD()")
+            raise UsageError(f"{objective!r} is not an objective: pass one such as surgery.KD()")
     if not objectives:
         raise UsageError("no objectives: the student has nothing to learn from the teacher")
     ours = TappedNetwork(student, "student", mode="training")
     theirs = TappedNetwork(teacher, "teacher", mode="evaluation", like=student)
-    found = [objective.compared(ours, theirs, seed + 1000 * k) for k, objective in enumerate(objectives)]
+    found = [objective.compare(ours, theirs, seed + 1000 * k) for k, objective in enumerate(objectives)]
     wanted: list[Tap] = []
     for compared in found:
         wanted += [hint for _, hint in compared.pairs if hint not in wanted]

@@ -1,4 +1,4 @@
-"""ReviewKD's fusion: the student's stages, each with what the deeper ones know, brought to the teacher's shapes."""
+"""ReviewKD's fusion of each stage of the student with the deeper ones, to the shapes of the teacher's stages."""
 
 from __future__ import annotations
 
@@ -15,27 +15,26 @@ Shape = tuple[int, int, int]
 
 
 class Review(nn.Module):
-    """From the student's maps, shallow to deep, to as many of the teacher's shapes (Chen et al., CVPR 2021, section 3).
+    """Fuse the student's maps, shallow to deep, to the teacher's shapes (Chen et al., CVPR 2021, section 3).
 
-    The deepest map goes first. Each one is brought to one width, and mixed with what came from the deeper ones: two
-    attention maps, from both, weigh them at each position. The mix goes on to the next level, and through a convolution
-    to the teacher's channels. The width is that of the deepest map, and at most 512, as in the authors' code.
+    The deepest map goes first. Each map is brought to one width and mixed with the result of the deeper ones: two
+    attention maps, computed from both, weigh them at each position. The mix goes to the next level, and through a
+    convolution to the teacher's channels. The width is that of the deepest map, at most 512, as in the authors' code.
 
     Args:
-        channels: of the student's maps.
-        shapes: of the teacher's maps. The student's may have other sizes: they are brought to these by their nearest
-            neighbours.
-        seed: of the initial weights.
+        channels: channels of the student's maps.
+        shapes: shapes of the teacher's maps. Nearest neighbours bring the student's maps to their sizes.
+        seed: seed of the initial weights.
 
     Raises:
-        UsageError: unequal numbers of maps, or none.
+        UsageError: no maps, or unequal numbers of them.
     """
 
     def __init__(self, channels: Sequence[int], shapes: Sequence[Shape], seed: int = 0) -> None:
         super().__init__()
         if not channels or len(channels) != len(shapes):
             raise UsageError(
-                f"{len(channels)} maps to fuse for {len(shapes)} of the teacher: give as many, at least one"
+                f"{len(channels)} maps of the student and {len(shapes)} of the teacher: pass equal numbers, at least 1"
             )
         width = min(512, channels[-1])
         last = len(channels) - 1
@@ -49,7 +48,7 @@ class Review(nn.Module):
             )
 
     def forward(self, *maps: Tensor) -> tuple[Tensor, ...]:
-        """The student's maps (N, C, H, W), shallow to deep, in the shapes of the teacher's."""
+        """From the student's maps (N, C, H, W), shallow to deep, to maps of the teacher's shapes."""
         results: list[Tensor] = []
         deeper: Tensor | None = None
         for level, value in zip(reversed(list(self.levels)), reversed(maps), strict=True):
@@ -67,7 +66,7 @@ class _Level(nn.Module):
         self.widen = nn.Sequential(_conv(width, shape[0], 3), nn.BatchNorm2d(shape[0]))
 
     def forward(self, value: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The level's map in the teacher's shape, and what the next level mixes with its own."""
+        """Return the map in the teacher's shape, and the mix for the next level."""
         mixed = self.narrow(value)
         if self.attention is not None and deeper is not None:
             deeper = functional.interpolate(deeper, mixed.shape[2:])
@@ -79,7 +78,7 @@ class _Level(nn.Module):
 
 
 def _conv(ins: int, outs: int, kernel: int) -> nn.Conv2d:
-    """A convolution that keeps the size, in front of a norm."""
+    """A convolution that keeps the size, for a norm behind it."""
     conv = nn.Conv2d(ins, outs, kernel, padding=kernel // 2, bias=False)
     nn.init.kaiming_uniform_(conv.weight, a=1)
     return conv

@@ -10,7 +10,7 @@ from torch import nn
 
 import surgery
 from surgery.deploy.budget.clock import Clock
-from surgery.deploy.budget.parts import parts
+from surgery.deploy.budget.parts import find_parts
 from surgery.deploy.measure.benchmark import compare
 from surgery.errors import EditError, UsageError
 from surgery.training.data.data import load_data
@@ -54,7 +54,7 @@ class Device:
 
 @pytest.mark.parametrize("share", [0.7, 0.4, 0.2])
 @pytest.mark.parametrize("kind", ["macs", "params", "bytes"])
-def test_what_is_counted_keeps_to_its_budget_and_nearly_uses_it(net, kind, share):
+def test_counts_keep_to_their_budget_and_nearly_use_it(net, kind, share):
     limit = share * getattr(surgery.cost(net), kind)
     found = surgery.slim_to_budget(net, **{kind: limit})
     assert 0.93 * limit <= getattr(surgery.cost(found.module), kind) == found.measured <= limit
@@ -66,7 +66,7 @@ def test_what_is_counted_keeps_to_its_budget_and_nearly_uses_it(net, kind, share
 
 
 @pytest.mark.parametrize("share", [0.6, 0.3])
-def test_latency_is_that_of_whole_models_on_the_clock_that_is_given(net, share):
+def test_latency_is_measured_on_whole_models_by_the_given_timer(net, share):
     device = Device()
     limit = share * device.ms(net)
     found = surgery.slim_to_budget(net, latency_ms=limit, timer=device, by="stage")
@@ -77,7 +77,7 @@ def test_latency_is_that_of_whole_models_on_the_clock_that_is_given(net, share):
     assert device.asked <= 3 + 2 * len(found.trials)
 
 
-def test_a_clock_that_no_prediction_foresees_is_still_kept_to(net):
+def test_a_budget_is_kept_even_if_latency_is_unpredictable(net):
     def erratic(modules):
         return {name: 10 * (surgery.cost(m).params / surgery.cost(net).params) ** 0.3 for name, m in modules.items()}
 
@@ -86,7 +86,7 @@ def test_a_clock_that_no_prediction_foresees_is_still_kept_to(net):
     assert erratic({"found": found.module})["found"] == pytest.approx(found.measured)
 
 
-def test_a_machine_that_is_slower_for_a_while_does_not_cost_channels(net):
+def test_a_slow_phase_of_the_machine_does_not_cost_channels(net):
     class Busy(Device):
         """Every other time twice as slow, or a little less, for all models alike."""
 
@@ -103,7 +103,7 @@ def test_a_machine_that_is_slower_for_a_while_does_not_cost_channels(net):
 
 
 @pytest.mark.parametrize(("odd", "multiple"), [(1.0, 1), (3.0, 8)])
-def test_widths_are_rounded_where_that_is_faster(net, odd, multiple):
+def test_widths_are_rounded_if_that_is_faster(net, odd, multiple):
     device = Device(odd)
     found = surgery.slim_to_budget(net, latency_ms=0.5 * device.ms(net), timer=device, by="stage")
     assert found.round_to == multiple
@@ -120,7 +120,7 @@ def test_a_part_whose_weights_are_next_to_nothing_goes_first(net):
     assert rates[1] < 0.6 < 0.8 < rates[0]
 
 
-def test_with_data_damage_is_what_the_loss_on_training_images_gains():
+def test_with_data_damage_is_the_increase_of_the_loss_on_training_images():
     data = load_data("digits", limit=64)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
                           nn.Flatten(), nn.Linear(512, 10))  # fmt: skip
@@ -136,7 +136,7 @@ def test_with_data_damage_is_what_the_loss_on_training_images_gains():
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
 
 
-def test_a_model_within_its_budget_stays_as_it_is_and_is_a_copy(net):
+def test_a_model_within_its_budget_is_copied_unchanged(net):
     found = surgery.slim_to_budget(net, macs=10**12)
     assert (found.rates, found.trials) == ({}, ())
     assert found.predicted == found.measured == found.before
@@ -183,7 +183,7 @@ def test_one_slow_measurement_of_the_smallest_model_does_not_refuse_a_budget(net
     assert surgery.slim_to_budget(net, latency_ms=limit, by="stage", timer=device).measured <= limit
 
 
-def test_progress_is_told_of_each_stage_to_its_end(net):
+def test_progress_of_each_stage_reaches_its_end(net):
     told: dict[str, list[float]] = {}
 
     def progress(task, done, total):
@@ -258,13 +258,13 @@ def test_settings_out_of_range_are_refused(net, options, message):
         ("vgg11", ["features.0", *(f"features.{k}" for k in (3, 6, 8, 11, 13, 16, 18)), "classifier"]),
     ],
 )
-def test_stages_are_the_outermost_containers_of_which_there_are_several(source, expected):
+def test_stages_are_the_outermost_level_with_several_containers(source, expected):
     with torch.device("meta"):
         model = surgery.models.build(source)
     module = surgery.trace(model.eval(), torch.zeros(2, 3, 224, 224, device="meta"))
-    found = parts(module, "stage")
+    found = find_parts(module, "stage")
     assert list(found) == expected
-    assert sum(map(len, found.values())) == len(parts(module, "group"))
+    assert sum(map(len, found.values())) == len(find_parts(module, "group"))
 
 
 def test_a_model_without_channels_to_choose_is_refused():

@@ -89,7 +89,7 @@ def noisy(result):
     return replace(result, dense=replace(result.dense, ratio=Ratio(1.3, 1.1, 1.5, 0.95, 10)))
 
 
-def test_a_machine_that_was_too_noisy_is_said(result):
+def test_a_noisy_machine_is_reported(result):
     assert result.too_noisy == ""
     assert result.to_dict()["check"] is None
     found = noisy(result)
@@ -99,7 +99,7 @@ def test_a_machine_that_was_too_noisy_is_said(result):
     assert (told["check"]["value"], told["too_noisy"], told["doubts"]) == (1.3, NOISY, [f"the machine was {NOISY}"])
 
 
-def test_a_model_that_is_no_better_than_guessing_is_said(result):
+def test_a_model_that_guesses_is_reported(result):
     """Ten classes: one right in ten by chance."""
 
     def judged(correct):
@@ -111,7 +111,7 @@ def test_a_model_that_is_no_better_than_guessing_is_said(result):
     assert judged(Score(60, 200)).doubts == ()
 
 
-def test_the_picture_says_what_makes_the_figures_doubtful(result, tmp_path, monkeypatch):
+def test_the_picture_shows_doubts_about_the_figures(result, tmp_path, monkeypatch):
     titles = []
     save = Figure.savefig
     monkeypatch.setattr(

@@ -11,7 +11,7 @@ from surgery.deploy.curve.candidates import of_rate, parse, plan_candidates
 from surgery.deploy.curve.teaching import Lesson
 from surgery.errors import UsageError
 from surgery.operations.widen import widen
-from surgery.settings import TradeoffSettings, TrainSettings
+from surgery.settings import TradeoffSettings
 from surgery.training.data.data import load_data
 
 
@@ -48,7 +48,7 @@ def widths(module: nn.Module) -> list[int]:
         ("deepen:2=1", "deepen:2=1", "deepen-2=1", [8, 16]),
     ],
 )
-def test_text_names_a_candidate_and_its_name_is_such_text(dense, text, name, folder, expected):
+def test_the_name_of_a_candidate_parses_back(dense, text, name, folder, expected):
     candidate = parse(text)
     assert (candidate.name, candidate.folder) == (name, folder)
     assert parse(candidate.name) == candidate
@@ -91,7 +91,7 @@ def test_rates_for_the_whole_model_come_first_from_1_downwards():
         ("2=1.5", "split rate 1.5 is outside (0, 1]"),
     ],
 )
-def test_text_that_names_no_candidate_is_refused(text, message):
+def test_text_that_is_not_a_candidate_is_refused(text, message):
     with pytest.raises(UsageError) as caught:
         parse(text)
     assert str(caught.value).startswith(message)
@@ -118,8 +118,8 @@ def test_budgets_are_numbers_with_units(text, expected):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("latency=fast", "a budget of latency is a number above 0, and one of ms, s, us if need be, not 'fast'"),
-        ("macs=3ms", "a budget of macs is a number above 0, and one of k, M, G if need be, not '3ms'"),
+        ("latency=fast", "a budget of latency is a number above 0 with an optional unit (ms, s, us), not 'fast'"),
+        ("macs=3ms", "a budget of macs is a number above 0 with an optional unit (k, M, G), not '3ms'"),
         ("params=0", "a budget of params is a number above 0"),
         ("bytes=-3", "a budget of bytes is a number above 0"),
     ],
@@ -145,12 +145,12 @@ def test_a_candidate_given_twice_is_refused():
     ],
 )
 def test_each_way_to_teach_trains_in_its_stages_and_changes_neither_model(dense, tmp_path, teach, stages):
-    lesson = Lesson(teach, TrainSettings(epochs=2, lr=0.05), hint_epochs=1, generations=2)
+    lesson = Lesson(TradeoffSettings(teach=teach, finetune_epochs=2, lr=0.05, hint_epochs=1, generations=2))
     candidate, data = of_rate(0.5), load_data("digits", limit=64)
     start = candidate.apply(dense, round_to=1, seed=0)
     before = [{k: v.clone() for k, v in module.state_dict().items()} for module in (start, dense)]
     told = []
-    lesson.refuse(candidate, start, dense, round_to=1)
+    lesson.refuse(candidate, start, dense)
     module, training = lesson.give(
         candidate,
         start,
@@ -171,10 +171,10 @@ def test_each_way_to_teach_trains_in_its_stages_and_changes_neither_model(dense,
 
 
 def test_no_epochs_train_nothing(dense, tmp_path):
-    lesson = Lesson("evolve", None)
+    lesson = Lesson(TradeoffSettings(teach="evolve", finetune_epochs=0))
     candidate = parse("widen=1.5")
     start = candidate.apply(dense, round_to=1, seed=0)
-    lesson.refuse(candidate, start, dense, round_to=1)
+    lesson.refuse(candidate, start, dense)
     data = load_data("digits", limit=64)
     given = {"checkpoint": tmp_path / "run", "progress": lambda *_: None, "task": "tune"}
     assert lesson.give(candidate, start, dense, data, **given) == (start, {})
@@ -190,9 +190,9 @@ def test_no_epochs_train_nothing(dense, tmp_path):
     ],
 )
 def test_evolving_anything_but_a_split_rate_is_refused(dense, text, round_to, message):
-    candidate = parse(text)
+    lesson = Lesson(TradeoffSettings(teach="evolve", finetune_epochs=1, round_to=round_to))
     with pytest.raises(UsageError) as caught:
-        Lesson("evolve", TrainSettings(epochs=1, lr=0.05)).refuse(candidate, dense, dense, round_to=round_to)
+        lesson.refuse(parse(text), dense, dense)
     assert str(caught.value) == message
 
 

@@ -153,7 +153,7 @@ def test_progress_as_a_whole_never_falls_and_ends_at_its_total(run):
     }
 
 
-def test_the_model_that_was_given_is_not_modified(tmp_path):
+def test_the_given_model_is_not_modified(tmp_path):
     model = tiny()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     options = {"epochs": 1, "finetune_epochs": 0, "limit": 64, "threads": 1}
@@ -192,7 +192,7 @@ def refused(tmp_path, source=None, **changes):
         ({"source": "os.path:join"}, "'os.path:join' would import and run code"),
     ],
 )
-def test_a_run_that_cannot_be_is_refused_before_anything_is_written(tmp_path, changes, message):
+def test_an_impossible_run_is_refused_before_anything_is_written(tmp_path, changes, message):
     assert refused(tmp_path, **changes).startswith(message)
 
 
@@ -233,7 +233,7 @@ def test_a_path_through_a_file_is_refused(tmp_path):
         pass
 
 
-def test_the_pareto_front_holds_what_nothing_beats():
+def test_the_pareto_front_holds_unbeaten_points():
     #        dominated by the first, equal twins, alone fastest, slower and worse, slower and better
     points = [(2.0, 0.9), (2.0, 0.8), (1.0, 0.7), (1.0, 0.7), (0.5, 0.1), (3.0, 0.85), (4.0, 0.95)]
     assert pareto(points) == [0, 2, 3, 4, 6]

@@ -75,7 +75,7 @@ def test_the_report_says_what_was_predicted_and_what_was_measured(run):
     assert '"budget", "6.00 k"' in (out / "tradeoff.html").read_text()
 
 
-def test_widths_that_were_found_are_not_searched_for_again(run, tmp_path, monkeypatch):
+def test_the_search_for_widths_is_not_repeated(run, tmp_path, monkeypatch):
     def search(*_, **__):
         raise AssertionError("searched again")
 
@@ -88,7 +88,7 @@ def test_widths_that_were_found_are_not_searched_for_again(run, tmp_path, monkey
         tradeoff(tiny(), candidates=["params=7k"], directory=tmp_path / "other", **options)
 
 
-def test_a_model_that_turns_out_above_its_budget_is_said_to_be(run):
+def test_a_model_above_its_budget_is_reported(run):
     point = run[0].points[3]
     slower = {**point.budget, "limit": point.latency.p50_ms / 2}
     assert replace(point, budget=slower).over

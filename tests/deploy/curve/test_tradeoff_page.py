@@ -17,7 +17,7 @@ from matplotlib.text import Annotation
 
 import surgery
 from surgery.deploy.curve.html import page
-from surgery.deploy.curve.layout import Box, placed, reach, short
+from surgery.deploy.curve.layout import Box, place_labels, reach, short
 from surgery.deploy.curve.plot import draw
 from surgery.deploy.curve.points import DataSummary, Point, Tradeoff
 from surgery.deploy.curve.report import write_report
@@ -98,7 +98,7 @@ def test_the_page_fetches_nothing(result):
     assert not re.search(r"https?:|\b(src|href)=|@import|url\(", text)
 
 
-def test_a_machine_that_was_too_noisy_is_said_on_every_page(result, tmp_path):
+def test_a_noisy_machine_is_reported_on_every_page(result, tmp_path):
     assert content(page(result))["noise"] == ""
     noisy = replace(result, check=Ratio(0.8, 0.75, 0.9, 0.95, 10))
     said = (
@@ -158,7 +158,7 @@ CROWD = ("1", "0.25", "params=1M", "slim:layer4=0.5+deepen:layer3=1", "0.26", "0
 
 
 def crowd(result: Tradeoff) -> Tradeoff:
-    """Points so close that their names cannot all stand beside them."""
+    """Points so close that their names cannot all stand next to them."""
     others = [point(name, 930 + k % 2, 0.11 + 0.001 * k) for k, name in enumerate(CROWD[1:])]
     return replace(result, points=(point("1", 950, 4.0), *others))
 
@@ -181,21 +181,21 @@ def test_names_on_the_page_lie_on_no_other_name_over_any_axis(result):
     for axis in axes.values():
         boxes = [Box(**label["box"]) for label in axis["labels"].values()]
         assert len(boxes) == len(CROWD)
-        assert all(one.shared(other) == 0 for one, other in itertools.combinations(boxes, 2))
+        assert all(one.overlap(other) == 0 for one, other in itertools.combinations(boxes, 2))
     assert page(crowd(result)) == text
 
 
 def test_a_name_stands_below_and_to_the_right_where_there_is_room_and_a_line_leads_to_one_further_off():
     area = Box(0, 0, 400, 400)
-    (near,) = placed([(200, 200)], [(40, 10)], area, radius=5)
+    (near,) = place_labels([(200, 200)], [(40, 10)], area, radius=5)
     assert (near.side, near.tie) == (1, None)
     assert near.box.left > 205
     assert near.box.top > 200
-    (left,) = placed([(390, 200)], [(40, 10)], area, radius=5)
+    (left,) = place_labels([(390, 200)], [(40, 10)], area, radius=5)
     assert left.side == -1
-    first, _ = placed([(200, 200), (230, 207)], [(40, 10)] * 2, area, radius=5)
-    assert first.box.shared(Box(225, 202, 235, 212)) == 0
-    last = placed([(200, 200)] * 9, [(40, 10)] * 9, area, radius=5)[-1]
+    first, _ = place_labels([(200, 200), (230, 207)], [(40, 10)] * 2, area, radius=5)
+    assert first.box.overlap(Box(225, 202, 235, 212)) == 0
+    last = place_labels([(200, 200)] * 9, [(40, 10)] * 9, area, radius=5)[-1]
     assert last.tie == (last.box.left, last.box.top)
 
 

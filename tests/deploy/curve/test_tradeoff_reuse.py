@@ -72,7 +72,7 @@ def weights(out):
     return {path.parent.name: path.read_bytes() for path in out.rglob("weights.safetensors")}
 
 
-def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(whole, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_weights(whole, tmp_path):
     out, cut = tmp_path / "demo", Steps("rate-0.5: fine-tune", 3)
     with pytest.raises(KeyboardInterrupt):
         tradeoff(tiny(), rates=[1.0, 0.5], directory=out, progress=cut, **OPTIONS)
@@ -101,7 +101,7 @@ def test_a_second_run_with_one_more_candidate_trains_only_that_one(whole, tmp_pa
     text = (out / "report.md").read_text()
     assert "| candidate | accuracy |" in text
     assert "the other candidates are named after what was done to it" in text
-    assert "| taken over from earlier runs | dense, 1, 0.5 |" in text
+    assert "| reused from earlier runs | dense, 1, 0.5 |" in text
     # The folder itself is an earlier run, too, when it is replaced; other settings are another training.
     steps = Steps()
     options = {**OPTIONS, "finetune_epochs": 1}
@@ -112,7 +112,7 @@ def test_a_second_run_with_one_more_candidate_trains_only_that_one(whole, tmp_pa
     assert result.settings.teach == "kd"
 
 
-def test_a_model_with_other_weights_or_other_data_is_trained_anew(whole, tmp_path):
+def test_a_model_with_other_weights_or_other_data_is_trained_again(whole, tmp_path):
     other = tiny()
     with torch.no_grad():
         other[4].bias[0] += 1
@@ -130,7 +130,7 @@ def test_a_model_with_other_weights_or_other_data_is_trained_anew(whole, tmp_pat
             )
 
 
-def test_what_is_reused_must_be_a_run(tmp_path):
+def test_only_folders_of_runs_are_reused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="empty has no trained models to reuse: it holds no tradeoff"):
         tradeoff(tiny(), directory=tmp_path / "out", reuse=[tmp_path / "empty"], **OPTIONS)
@@ -143,7 +143,7 @@ def test_what_is_reused_must_be_a_run(tmp_path):
         (json.dumps({"key": "a"}), "trained.json is not complete: remove its folder to train that model again"),
     ],
 )
-def test_a_record_that_is_broken_is_refused_with_what_to_do(tmp_path, text, message):
+def test_a_broken_record_is_refused_with_advice(tmp_path, text, message):
     old = tmp_path / "old"
     (old / "dense").mkdir(parents=True)
     (old / "tradeoff.json").write_text("{}")
@@ -173,7 +173,7 @@ COMMAND = ["tradeoff", "reused_nets:net", "--trust", "--dataset", "digits", "--l
     ],
     ids=["interrupted", "refused", "out-of-memory"],
 )
-def test_a_command_that_ends_early_says_what_is_kept(run, module_in_folder, monkeypatch, error, code, said):
+def test_an_interrupted_command_says_what_is_kept(run, module_in_folder, monkeypatch, error, code, said):
     folder = module_in_folder("reused_nets", NETS)
 
     def told(bars, task, done, total):
@@ -189,7 +189,7 @@ def test_a_command_that_ends_early_says_what_is_kept(run, module_in_folder, monk
     assert not list(folder.rglob(LOCK))
 
 
-def test_a_command_into_the_folder_of_one_that_runs_is_refused_in_one_line(run, module_in_folder):
+def test_a_command_into_the_folder_of_a_running_one_is_refused_in_one_line(run, module_in_folder):
     folder = module_in_folder("reused_nets", NETS)
     with unfinished_folder("made", {"command": "tradeoff"}):
         assert run(*COMMAND) == (

@@ -17,14 +17,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import surgery
 from surgery.errors import UsageError
-from surgery.training.data.cache import MARKER, cache_bytes, cached_outputs, open_cache, write_cache
+from surgery.training.data.cache import MARKER, cache_bytes, cache_outputs, open_cache, write_cache
 from surgery.training.data.data import load_data
 from surgery.training.data.fingerprint import is_deterministic, module_digest
 from tests.zoo import randomised
 
 
 class Teacher(nn.Module):
-    """A map and logits, of which ``pick`` takes one."""
+    """A map and logits; ``pick`` selects one."""
 
     def __init__(self, pick=slice(None)):
         super().__init__()
@@ -51,7 +51,7 @@ def make_images(n=37, seed=0):
 
 
 class Cast(nn.Module):
-    """Gives values as one dtype, of which no two images have the same."""
+    """Gives values of one dtype, different for each image."""
 
     def __init__(self, dtype):
         super().__init__()
@@ -76,9 +76,9 @@ def expected(teacher, images):
         return teacher(images.tensors[0])
 
 
-def test_items_are_the_image_its_label_and_what_the_teacher_gives_in_eval(where):
+def test_items_are_the_image_its_label_and_the_teachers_outputs_in_eval(where):
     images, teacher = make_images(), make_teacher().train()
-    cached = cached_outputs(teacher, images, where=where, batch_size=8)
+    cached = cache_outputs(teacher, images, where=where, batch_size=8)
     features, logits = expected(teacher, images)
     assert len(cached) == 37
     for k, (image, label, *outputs) in enumerate(cached[k] for k in range(37)):
@@ -92,7 +92,7 @@ def test_items_are_the_image_its_label_and_what_the_teacher_gives_in_eval(where)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_shuffling_loader_keeps_images_and_outputs_together(where, workers):
     images, teacher = make_images(), make_teacher(1).eval()
-    cached = cached_outputs(teacher, images, where=where)
+    cached = cache_outputs(teacher, images, where=where)
     assert cached[3][0].shape == (3, 6, 6)  # the files are mapped before the workers are there
     loader = DataLoader(cached, 10, shuffle=True, num_workers=workers, generator=torch.Generator().manual_seed(1))
     batches = list(loader)
@@ -105,7 +105,7 @@ def test_a_shuffling_loader_keeps_images_and_outputs_together(where, workers):
 
 def test_workers_read_the_images_that_the_teacher_is_given(where):
     images, teacher = make_images(), make_teacher(1)
-    cached = cached_outputs(teacher, images, where=where, batch_size=5, workers=2)
+    cached = cache_outputs(teacher, images, where=where, batch_size=5, workers=2)
     assert torch.allclose(torch.stack([cached[k][2] for k in range(37)]), expected(teacher, images), atol=1e-6)
 
 
@@ -114,7 +114,7 @@ def test_the_teacher_and_the_random_states_are_left_as_they_were(where):
     teacher.norm.eval()
     before = module_digest(teacher)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    cached_outputs(teacher, make_images(), where=where)
+    cache_outputs(teacher, make_images(), where=where)
     cache_bytes(teacher, make_images())
     assert module_digest(teacher) == before
     assert [m.training for m in teacher.modules()] == [True, True, False, True, True]
@@ -129,41 +129,41 @@ def test_the_teacher_and_the_random_states_are_left_as_they_were(where):
 )
 def test_outputs_of_any_dtype_are_kept_to_the_bit(where, dtype):
     images, teacher = make_images(), Cast(dtype)
-    cached = cached_outputs(teacher, images, where=where)
+    cached = cache_outputs(teacher, images, where=where)
     again = torch.stack([cached[k][2] for k in range(37)])
     assert again.dtype == dtype
     assert torch.equal(again.view(torch.uint8), expected(teacher, images).view(torch.uint8))
 
 
 def test_outputs_may_be_one_number_for_each_image(where):
-    cached = cached_outputs(nn.Flatten(0), TensorDataset(torch.arange(5.0), torch.zeros(5)), where=where)
+    cached = cache_outputs(nn.Flatten(0), TensorDataset(torch.arange(5.0), torch.zeros(5)), where=where)
     assert [cached[k][2].item() for k in range(5)] == [0, 1, 2, 3, 4]
     assert cached[0][2].shape == ()
 
 
-def test_what_is_read_can_be_changed_without_changing_the_cache(where):
-    cached = cached_outputs(make_teacher(1), make_images(), where=where)
+def test_changing_an_item_does_not_change_the_cache(where):
+    cached = cache_outputs(make_teacher(1), make_images(), where=where)
     first = cached[0][2].clone()
     cached[0][2].zero_()
     assert torch.equal(cached[0][2], first)
 
 
-def test_progress_is_told_by_the_batch(where):
+def test_progress_is_reported_for_each_batch(where):
     calls = []
-    cached_outputs(make_teacher(), make_images(), where=where, batch_size=20, progress=counting(calls), task="hints")
+    cache_outputs(make_teacher(), make_images(), where=where, batch_size=20, progress=counting(calls), task="hints")
     assert calls == [("hints", 1, 2), ("hints", 2, 2)]
 
 
-def test_what_a_cache_takes_is_what_its_files_hold(tmp_path):
+def test_cache_bytes_equal_the_contents_of_its_files(tmp_path):
     images, teacher = make_images(), make_teacher()
-    cached_outputs(teacher, images, where=tmp_path / "cache")
+    cache_outputs(teacher, images, where=tmp_path / "cache")
     arrays = [np.load(file) for file in (tmp_path / "cache").glob("*.npy")]
     assert cache_bytes(teacher, images) == sum(array.nbytes for array in arrays) == 37 * 4 * (4 * 36 + 10)
     assert cache_bytes(Cast(torch.bfloat16), images) == 37 * 7 * 2
 
 
 def test_a_cached_set_with_files_is_small_when_it_goes_to_a_worker(tmp_path):
-    cached = cached_outputs(make_teacher(), make_images(300), where=tmp_path / "cache")
+    cached = cache_outputs(make_teacher(), make_images(300), where=tmp_path / "cache")
     assert cached[0][2].shape == (4, 6, 6)
     bare = len(pickle.dumps(make_images(300)))
     assert len(pickle.dumps(cached)) < bare + 1000
@@ -230,8 +230,8 @@ def _more_images(images, teacher):
         _other_order, _more_images,
     ],
 )  # fmt: skip
-def test_a_cache_of_anything_else_is_written_anew(tmp_path, change):
-    cached_outputs(make_teacher(), make_images(), where=tmp_path / "cache")
+def test_a_cache_of_anything_else_is_written_again(tmp_path, change):
+    cache_outputs(make_teacher(), make_images(), where=tmp_path / "cache")
     images, teacher = change(make_images(), make_teacher())
     assert write_cache(teacher, images, tmp_path / "cache")
     cached = open_cache(tmp_path / "cache", images)
@@ -258,7 +258,7 @@ def test_the_same_layers_in_another_graph_are_another_teacher():
     assert digest(torch.add) == digest(torch.add) != digest(torch.mul)
 
 
-def test_an_interrupted_run_leaves_no_outputs_and_nothing_that_is_taken_for_complete(tmp_path):
+def test_an_interrupted_run_leaves_no_outputs_and_no_complete_cache(tmp_path):
     def interrupt(task, done, total):
         if done == 2:
             raise KeyboardInterrupt
@@ -267,13 +267,13 @@ def test_an_interrupted_run_leaves_no_outputs_and_nothing_that_is_taken_for_comp
     with pytest.raises(KeyboardInterrupt):
         write_cache(make_teacher(), make_images(), folder, batch_size=10, progress=interrupt)
     assert [file.name for file in folder.iterdir()] == [MARKER]
-    with pytest.raises(UsageError, match="is no cache of a teacher's outputs: the outputs in it are not complete"):
+    with pytest.raises(UsageError, match="is not a cache of a teacher's outputs: its outputs are incomplete"):
         open_cache(folder, make_images())
     assert write_cache(make_teacher(), make_images(), folder)
 
 
 @pytest.mark.parametrize("over", ["nothing", "the same", "another"])
-def test_a_killed_run_leaves_nothing_that_is_taken_for_complete(tmp_path, over):
+def test_a_killed_run_leaves_no_complete_cache(tmp_path, over):
     folder = tmp_path / "cache"
     if over != "nothing":
         write_cache(make_teacher(seed=0 if over == "the same" else 1), make_images(), folder)
@@ -286,7 +286,7 @@ def test_a_killed_run_leaves_nothing_that_is_taken_for_complete(tmp_path, over):
     child.join()
     assert child.exitcode == (0 if over == "the same" else 9)
     calls = []
-    cached = cached_outputs(make_teacher(), make_images(), where=folder, progress=counting(calls))
+    cached = cache_outputs(make_teacher(), make_images(), where=folder, progress=counting(calls))
     assert len(calls) == (0 if over == "the same" else 1)
     assert torch.allclose(cached[36][3], expected(make_teacher(), make_images())[1][36], atol=1e-6)
     assert len(list(folder.iterdir())) == 3
@@ -298,17 +298,17 @@ def test_two_runs_into_one_folder_never_mix(tmp_path):
             write_cache(make_teacher(seed=1), make_images(), tmp_path / "cache")
 
     write_cache(make_teacher(), make_images(), tmp_path / "cache", batch_size=10, progress=meanwhile)
-    with pytest.raises(UsageError, match="the outputs in it are not complete"):
+    with pytest.raises(UsageError, match="its outputs are incomplete"):
         open_cache(tmp_path / "cache", make_images())
     assert write_cache(make_teacher(), make_images(), tmp_path / "cache")
 
 
-def test_a_file_that_was_cut_off_is_written_anew(tmp_path):
+def test_a_file_that_was_cut_off_is_written_again(tmp_path):
     teacher, images = make_teacher(), make_images()
     write_cache(teacher, images, tmp_path / "cache")
     file = next((tmp_path / "cache").glob("output-1-*.npy"))
     os.truncate(file, file.stat().st_size - 1000)
-    with pytest.raises(UsageError, match="the outputs in it are not complete"):
+    with pytest.raises(UsageError, match="its outputs are incomplete"):
         open_cache(tmp_path / "cache", images)
     assert write_cache(teacher, images, tmp_path / "cache")
     assert torch.equal(open_cache(tmp_path / "cache", images)[36][3], expected(teacher, images)[1][36])
@@ -321,7 +321,9 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
     with pytest.raises(UsageError, match=f"thesis is not replaced: it holds no {MARKER}"):
         write_cache(make_teacher(), make_images(), folder)
     (folder / MARKER).write_text(json.dumps({"format": "something else"}))
-    with pytest.raises(UsageError, match=f"{MARKER} is not of a cache of a teacher's outputs: choose another folder"):
+    with pytest.raises(
+        UsageError, match=f"{MARKER} does not mark a cache of a teacher's outputs: choose another folder"
+    ):
         write_cache(make_teacher(), make_images(), folder)
     (folder / MARKER).write_text("{")
     with pytest.raises(UsageError, match=f"{MARKER} cannot be read .*: choose another folder"):
@@ -329,13 +331,13 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
     assert (folder / "output-0.npy").read_text() == "years of work"
 
 
-def test_there_must_be_a_cache_of_these_images_to_be_opened(tmp_path):
-    with pytest.raises(UsageError, match=f"nothing is no cache of a teacher's outputs: it has no {MARKER}, write them"):
+def test_only_a_cache_of_the_same_images_is_opened(tmp_path):
+    with pytest.raises(UsageError, match=f"nothing is not a cache of a teacher's outputs: it has no {MARKER}"):
         open_cache(tmp_path / "nothing", make_images())
     write_cache(make_teacher(), make_images(), tmp_path / "cache")
-    with pytest.raises(UsageError, match="has a teacher's outputs for 37 images, which are not these 12: write them"):
+    with pytest.raises(UsageError, match="has a teacher's outputs for 37 other images, not for these 12: write them"):
         open_cache(tmp_path / "cache", make_images(12))
-    with pytest.raises(UsageError, match="has a teacher's outputs for 37 images, which are not these 37: write them"):
+    with pytest.raises(UsageError, match="has a teacher's outputs for 37 other images, not for these 37: write them"):
         open_cache(tmp_path / "cache", make_images(seed=1))
 
 
@@ -343,11 +345,11 @@ def test_there_must_be_a_cache_of_these_images_to_be_opened(tmp_path):
 def test_images_that_augmentation_changes_are_refused(where, augment):
     data = load_data("digits", limit=20, augment=augment)
     with pytest.raises(UsageError, match=r"the images change from one reading to the next \(augmentation\), so the"):
-        cached_outputs(make_teacher(), data.train, where=where)
+        cache_outputs(make_teacher(), data.train, where=where)
     assert where == "memory" or not where.exists()
 
 
-def test_whether_images_are_the_same_when_read_again_is_found_without_touching_random_states():
+def test_checking_images_for_random_changes_leaves_random_states_alone():
     class Noisy(TensorDataset):
         draw = staticmethod(lambda: torch.rand(()).item())
 
@@ -371,27 +373,30 @@ def test_whether_images_are_the_same_when_read_again_is_found_without_touching_r
 @pytest.mark.parametrize(
     ("gives", "message"),
     [
-        (lambda x: x.sum(), r"from 2 images the teacher makes \(\): what is kept must be a tensor, or a tuple of tens"),
-        (lambda x: (x, x[:1]), r"from 2 images the teacher makes \(2, 3, 6, 6\), \(1, 3, 6, 6\): what is kept must be"),
-        (lambda x: {"out": x}, "from 2 images the teacher makes dict: what is kept must be a tensor, or a tuple of "),
-        (lambda x: (), "from 2 images the teacher makes nothing: what is kept must be a tensor"),
+        (lambda x: x.sum(), r"from 2 images the teacher makes \(\): only a tensor, or a tuple of tensors, with a row"),
+        (
+            lambda x: (x, x[:1]),
+            r"from 2 images the teacher makes \(2, 3, 6, 6\), \(1, 3, 6, 6\): only a tensor, or a tuple",
+        ),
+        (lambda x: {"out": x}, "from 2 images the teacher makes dict: only a tensor, or a tuple of tensors"),
+        (lambda x: (), "from 2 images the teacher makes nothing: only a tensor"),
     ],
 )
-def test_a_teacher_that_gives_no_rows_is_refused(where, gives, message):
+def test_a_teacher_without_a_row_for_each_image_is_refused(where, gives, message):
     class Odd(nn.Module):
         def forward(self, x):
             return gives(x)
 
     with pytest.raises(UsageError, match=message):
-        cached_outputs(Odd(), make_images(), where=where)
+        cache_outputs(Odd(), make_images(), where=where)
 
 
 def test_no_images_are_refused(where):
     with pytest.raises(UsageError, match="there are no images to compute the teacher's outputs for"):
-        cached_outputs(make_teacher(), make_images(0), where=where)
+        cache_outputs(make_teacher(), make_images(0), where=where)
 
 
-def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_too_little_space_is_reported_before_anything_is_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(22_000))
     with pytest.raises(UsageError, match=r"the teacher's outputs take 0.022 MiB, and .*cache has 0.021 MiB left"):

@@ -56,7 +56,7 @@ def test_images_do_not_depend_on_the_number_of_threads(options):
         assert torch.equal(same, images)
 
 
-def test_the_size_is_the_sets_own_unless_more_is_needed_or_told():
+def test_the_size_is_the_sets_own_unless_a_larger_one_is_needed_or_given():
     assert load_data("digits").image_size == 8
     assert load_data("digits", at_least=32).image_size == 32
     assert load_data("digits", image_size=12, at_least=32).test[0][0].shape == (3, 12, 12)
@@ -90,7 +90,7 @@ def test_a_limit_keeps_so_many_images_of_each_part():
         ("imagefolder:/no/such", "data set 'imagefolder:/no/such': there is no folder /no/such"),
     ],
 )
-def test_a_data_set_that_cannot_be_had_is_refused_with_the_reason(spec, message):
+def test_an_unavailable_data_set_is_refused_with_the_reason(spec, message):
     with pytest.raises(UsageError, match=message):
         load_data(spec)
 

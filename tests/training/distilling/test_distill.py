@@ -17,7 +17,7 @@ from surgery.training.data.data import load_data
 from surgery.training.distilling import distill as distilling
 from surgery.training.distilling.objectives import DKD, KD, RKD, Hint
 from surgery.training.evaluation import evaluate
-from surgery.training.loop import train, train_in_place
+from surgery.training.loop import train
 from tests.helpers import assert_same, killed_after
 from tests.training.test_engine import run
 
@@ -110,7 +110,7 @@ def test_stage_two_begins_with_the_weights_of_stage_one(digits, teacher):
     ],
     ids=str,
 )
-def test_objectives_are_learned_beside_labels(digits, teacher, objectives):
+def test_objectives_are_learned_next_to_labels(digits, teacher, objectives):
     student = traced(thin)
     found = distill(student, teacher, digits, hint_epochs=0, epochs=6, objectives=objectives, lr=0.01)
     assert found.hints is None
@@ -127,7 +127,7 @@ def test_without_objectives_it_is_plain_training(digits, teacher):
     assert_same(found.module, student)
 
 
-def test_labels_may_count_for_nothing(digits, teacher):
+def test_the_weight_of_labels_may_be_zero(digits, teacher):
     student = traced(thin)
     given = distill(student, teacher, digits, hint_epochs=0, epochs=1, label_weight=0.0)
     images = [(image, (label + 3) % 10) for image, label in digits.train]
@@ -182,19 +182,19 @@ def test_a_killed_run_ends_with_the_same_weights(digits, teacher, tmp_path, task
 
 
 class Softened(surgery.Objective):
-    """An objective of one's own, which is no dataclass."""
+    """A user's objective that is not a dataclass."""
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
 
-    def compared(self, student, teacher, seed):
-        return KD().compared(student, teacher, seed)
+    def compare(self, student, teacher, seed):
+        return KD().compare(student, teacher, seed)
 
     def loss(self, *values):
         return self.weight * KD().loss(*values)
 
 
-def test_a_run_with_an_objective_of_ones_own_goes_on_too(digits, teacher, tmp_path):
+def test_a_run_with_a_users_objective_resumes_too(digits, teacher, tmp_path):
     student, settings = traced(thin), {"hint_epochs": 0, "epochs": 1, "checkpoint": tmp_path}
     first = distill(student, teacher, digits, objectives=Softened(0.5), **settings)
     assert_same(distill(student, teacher, digits, objectives=Softened(0.5), **settings).module, first.module)
@@ -218,9 +218,9 @@ def test_channels_may_be_innermost_in_memory_while_learning(digits, teacher, mon
     def watched(network, *args, **settings):
         weight = network.get_parameter("0.weight")
         innermost.append(weight.is_contiguous(memory_format=torch.channels_last))
-        return train_in_place(network, *args, **settings)
+        return train(network, *args, **settings)
 
-    monkeypatch.setattr(distilling, "train_in_place", watched)
+    monkeypatch.setattr(distilling, "train", watched)
     settings = {**SMALL, "optimizer": "sgd", "lr": 1e-4, "objectives": (KD(), Hint(guided="4", hint="3", weight=0.1))}
     plain, last = (distill(student, teacher, digits, channels_last=flag, **settings) for flag in (False, True))
     for stage in ("hints", "history"):
@@ -246,7 +246,7 @@ def test_mixed_precision(digits, teacher):
         ({"label_weight": "1"}, "label_weight must be a number of at least 0, not '1'"),
         ({"label_weight": 0, "objectives": ()}, "no objectives, and label_weight is 0: there is nothing to learn"),
         ({"label_smoothing": 2}, "label_smoothing must be a number of at least 0 and at most 1, not 2"),
-        ({"objectives": "kd"}, r"'k' is no objective: pass one such as surgery\.KD\(\)"),
+        ({"objectives": "kd"}, r"'k' is not an objective: pass one such as surgery\.KD\(\)"),
         ({"guided": "layer9"}, "layer9"),
         ({"optimizer": "lion"}, "unknown optimizer 'lion'"),
         ({"cache": ""}, "cache"),
@@ -265,7 +265,7 @@ def test_a_student_without_anything_to_train_is_refused(digits, teacher):
 
 @pytest.mark.parametrize("cache", ["none", "memory"])
 @pytest.mark.parametrize("hint_epochs", [0, 1])
-def test_what_else_items_have_is_not_taken_for_the_teachers_outputs(digits, teacher, cache, hint_epochs):
+def test_further_parts_of_items_are_not_used_as_the_teachers_outputs(digits, teacher, cache, hint_epochs):
     student, settings = traced(thin), {**SMALL, "hint_epochs": hint_epochs, "epochs": 1, "cache": cache}
     items = [(image, label, torch.arange(10.0)) for image, label in digits.train]
     expected = distill(student, teacher, digits, **settings)
@@ -292,7 +292,7 @@ def test_labels_alone_have_their_weight_too(digits, teacher):
 @pytest.mark.parametrize(
     "around", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["inference", "autocast"]
 )
-def test_the_callers_modes_do_not_matter(digits, teacher, around):
+def test_the_modes_of_the_caller_do_not_matter(digits, teacher, around):
     student, settings = traced(thin), {**SMALL, "hint_epochs": 1, "epochs": 1}
     expected = distill(student, teacher, digits, **settings)
     with around():

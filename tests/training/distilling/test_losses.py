@@ -45,13 +45,13 @@ def softmax(logits: Tensor) -> np.ndarray:
 
 
 @every_loss
-def test_gradients_are_those_of_finite_differences(loss, shape):
+def test_gradients_equal_finite_differences(loss, shape):
     student, teacher = pair(shape)
     assert torch.autograd.gradcheck(lambda s: loss(s, teacher.detach()), student)
 
 
 @every_loss
-def test_only_the_student_learns_and_nothing_is_written_to(loss, shape):
+def test_gradients_reach_the_student_alone_and_inputs_stay_unchanged(loss, shape):
     student, teacher = pair(shape)
     before = student.detach().clone(), teacher.detach().clone()
     loss(student, teacher).backward()
@@ -99,7 +99,7 @@ def test_a_student_equal_to_the_teacher_has_nothing_to_learn(loss, shape):
     assert loss(student + 0.1 * randn(*shape, seed=3), student) > least
 
 
-def test_hint_loss_is_that_of_hint_pairs():
+def test_hint_loss_equals_the_loss_of_hint_pairs():
     assert losses.hint_loss is hints.hint_loss
 
 
@@ -411,7 +411,7 @@ MAP, ROWS, ROW = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3), torch.zeros(3)
         ),
     ],
 )
-def test_what_cannot_be_compared_is_refused(call, text):
+def test_tensors_that_cannot_be_compared_are_refused(call, text):
     with pytest.raises(UsageError) as raised:
         call()
     assert str(raised.value) == text

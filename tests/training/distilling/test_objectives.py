@@ -176,7 +176,7 @@ def hooked(traced: nn.Module, plain: nn.Module, names: list[str], x: Tensor, *, 
         ),
     ],
 )
-def test_values_are_those_of_plain_networks(objective, expected, student, teacher, x):
+def test_values_equal_those_of_plain_networks(objective, expected, student, teacher, x):
     observed = observe(student, teacher, objective, epochs=30)
     plain = [Net(3), Net(4)]
     ours = hooked(student, plain[0], ["first", "second", "third"], x, training=True)
@@ -200,7 +200,7 @@ def test_tokens_are_laid_out_as_the_grid_of_their_patches():
     assert loss_of(observed, x, labels=LABELS[:2]).item() == pytest.approx(wanted.item(), rel=1e-10)
 
 
-def test_a_hint_is_the_mean_squared_error_of_what_the_regressor_makes_of_it(student, teacher, x):
+def test_a_hint_is_the_mean_squared_error_of_the_regressors_output(student, teacher, x):
     observed = observe(student, teacher, Hint("second", "second"), epochs=3, seed=7)
     ours = hooked(student, Net(3), ["second"], x, training=True)["second"]
     theirs = hooked(teacher, Net(4), ["second"], x, training=False)["second"]
@@ -350,7 +350,7 @@ def test_networks_of_different_families_learn_from_each_other(ours, theirs):
     assert torch.equal(observed.student.eval()(x), restored(x))
 
 
-def test_auxiliary_outputs_are_there_in_training_alone():
+def test_auxiliary_outputs_appear_in_training_only():
     family = build_family("googlenet")
     observed = observe(family.traced, family.traced, [KD(), Hint("inception4a", "inception4e"), RKD()], epochs=3)
     output, values = observed.student.train()(family.x)
@@ -364,7 +364,7 @@ def test_auxiliary_outputs_are_there_in_training_alone():
     assert len(restored.train()(family.x)) == 3
 
 
-def test_a_hint_is_taken_in_the_middle_that_stage_1_would_take():
+def test_a_hint_uses_the_same_middle_layer_as_stage_1():
     family = build_family("googlenet")
     joint = observe(family.traced, family.traced, Hint(), epochs=1)
     assert joint.names[0] == surgery.attach_hint(family.traced, family.traced).names
@@ -409,7 +409,7 @@ def test_distributed_data_parallel_finds_every_parameter_used(student, teacher, 
 # What goes in and what comes out
 
 
-def test_nothing_that_is_given_is_changed_or_shared(student, teacher, x):
+def test_inputs_are_neither_changed_nor_shared(student, teacher, x):
     student.train()
     before = [({n: t.clone() for n, t in m.state_dict().items()}, str(m.graph)) for m in (student, teacher)]
     state = torch.get_rng_state()
@@ -500,7 +500,7 @@ def test_weights_of_heads_come_from_the_seed(student, teacher):
     assert {t.dtype for n, t in one.items() if t.is_floating_point()} == {torch.float64}
 
 
-def test_a_student_that_has_learned_elsewhere_is_taken_over(student, teacher, x):
+def test_weights_of_a_student_trained_elsewhere_can_be_loaded(student, teacher, x):
     observed = observe(student, teacher, [KD(), Hint()], epochs=3)
     other = net(3, seed=9)
     observed.take(other)
@@ -522,7 +522,7 @@ class Cosine(Objective):
     guided: str
     weight: float = 2.0
 
-    def compared(self, student, teacher, seed):
+    def compare(self, student, teacher, seed):
         return Compared(((student.tap(self.guided), teacher.tap(self.guided)),))
 
     def loss(self, ours, theirs, labels, epoch, epochs):
@@ -551,7 +551,7 @@ def test_a_new_objective_is_one_class(student, teacher, x):
         (lambda: DKD(beta="8"), "beta of DKD must be a number of at least 0, not '8'"),
         (lambda: DKD(warmup_epochs=-1), "warmup_epochs of DKD must be a number of at least 0, not -1"),
         (lambda: Hint(weight=True), "weight of Hint must be a number of at least 0, not True"),
-        (lambda: Hint(regressor="linear"), "unknown regressor 'linear': one of 'auto', 'conv', 'fc', 'none'"),
+        (lambda: Hint(regressor="linear"), "unknown regressor of Hint 'linear': one of 'auto', 'conv', 'fc', 'none'"),
         (lambda: AttentionTransfer(weight=-1), "weight of AttentionTransfer must be a number of at least 0, not -1"),
         (lambda: RKD(angle_weight=-1), "angle_weight of RKD must be a number of at least 0, not -1"),
         (lambda: ReviewKD(warmup_epochs=None), "warmup_epochs of ReviewKD must be a number of at least 0, not None"),
@@ -590,7 +590,7 @@ def test_settings_are_checked_when_an_objective_is_made(make, text):
         ),
     ],
 )
-def test_what_cannot_be_observed_is_an_error_that_says_why(objectives, error, text, student, teacher):
+def test_values_that_cannot_be_observed_raise_an_error_with_the_reason(objectives, error, text, student, teacher):
     with pytest.raises(error) as raised:
         observe(student, teacher, objectives, epochs=3)
     assert str(raised.value) == text
@@ -602,7 +602,7 @@ def test_other_classes_are_refused_where_logits_are_compared(student, x):
         with pytest.raises(UsageError) as raised:
             observe(student, other, objective, epochs=3)
         assert str(raised.value) == (
-            "the student tells 5 classes apart and the teacher 7: logits have to be of the same"
+            "the student has 5 classes and the teacher 7: logits can only be compared for equal numbers"
         )
     assert loss_of(observe(student, other, [AttentionTransfer(), RKD()], epochs=3), x).isfinite()
 
@@ -612,7 +612,7 @@ def test_epochs_are_at_least_one(student, teacher):
         observe(student, teacher, KD(), epochs=0)
 
 
-def test_tokens_that_are_no_grid_are_refused():
+def test_tokens_that_do_not_form_a_grid_are_refused():
     class Tokens(nn.Module):
         def __init__(self):
             super().__init__()

@@ -33,7 +33,7 @@ def test_maps_come_out_in_the_teachers_shapes_shallow_to_deep():
         assert [tuple(t.shape) for t in review()(*maps(*sizes))] == [(2, *shape) for shape in THEIRS]
 
 
-def test_each_level_is_mixed_with_what_came_from_the_deeper_ones():
+def test_each_level_is_mixed_with_the_result_of_the_deeper_ones():
     module, (shallow, middle, deep) = review(), maps(*OURS)
     first, second, third = module.levels
     mixed = normed(F.conv2d(deep, third.narrow[0].weight))
@@ -55,7 +55,7 @@ def test_each_level_is_mixed_with_what_came_from_the_deeper_ones():
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_what_is_deeper_teaches_what_is_shallower_and_all_weights_learn():
+def test_deeper_levels_teach_shallower_ones_and_all_weights_learn():
     module, given = review(), maps(*OURS)
     for value in given:
         value.requires_grad_()
@@ -86,5 +86,5 @@ def test_unequal_numbers_of_maps_are_refused(channels, shapes):
     with pytest.raises(UsageError) as raised:
         Review(channels, shapes)
     assert str(raised.value) == (
-        f"{len(channels)} maps to fuse for {len(shapes)} of the teacher: give as many, at least one"
+        f"{len(channels)} maps of the student and {len(shapes)} of the teacher: pass equal numbers, at least 1"
     )
