@@ -26,7 +26,7 @@ from surgery.axes.ledger import Called, Findings, labelled_leaves
 from surgery.axes.ops import Op
 from surgery.axes.untraced import FACTORIES, HARMLESS, NUMBERS, WatchedSize, named, selected, unfollowed, written_dims
 from surgery.errors import TraceError
-from surgery.graph.islands import cloned
+from surgery.graph.islands import cloned, quietly
 from surgery.graph.outputs import tensors_in
 from surgery.graph.table import UNKNOWN, Rule, rule_for
 from surgery.graph.traced import TracedModule
@@ -60,7 +60,7 @@ def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mo
     for training in modes:
         twin.train(training)
         try:
-            with recording.listening(twin), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            with recording.listening(twin), quietly(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 result = twin(*cloned(args), **cloned(kwargs))
         except (RuntimeError, ValueError, IndexError, KeyError, AssertionError) as error:

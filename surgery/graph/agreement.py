@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from surgery.errors import TraceError, UsageError
+from surgery.graph.batches import batch_of, with_batch
 from surgery.graph.outputs import tensors_in
 from surgery.graph.traced import TracedModule, traced_parts
 
@@ -38,6 +39,7 @@ def check_agreement(traced: nn.Module, model: nn.Module, args: tuple[Any, ...], 
         whether they were compared at a second batch size.
 
     Raises:
+        UsageError: the model itself does not run on them.
         TraceError: they differ, or only the model runs.
     """
     tensors = [t for _, t in (*tensors_in((args, kwargs)), *_named_tensors(model))]
@@ -45,8 +47,9 @@ def check_agreement(traced: nn.Module, model: nn.Module, args: tuple[Any, ...], 
         return False
     runs = _plan(traced, model, args, kwargs)
     expected = _observe(copy.deepcopy(model), runs)
-    if expected[0].error is not None:
-        raise TraceError(f"{type(model).__name__} does not run on the example inputs: {_first_line(expected[0].error)}")
+    if expected[0].error is not None and all(seen.error for seen in expected):
+        why = _first_line(expected[0].error)
+        raise UsageError(f"the example inputs do not fit: {type(model).__name__} cannot take them ({why})")
     found = _observe(copy.deepcopy(traced), [run for run, seen in zip(runs, expected, strict=True) if not seen.error])
     expected = [seen for seen in expected if not seen.error]
     wrong = _first_difference(expected, found)
@@ -89,8 +92,9 @@ def _plan(traced: nn.Module, model: nn.Module, args: tuple[Any, ...], kwargs: di
     if cheap or _depends_on_mode(traced):
         runs.append(_Run("in training", args, kwargs, training=True, gradients=cheap))
     if cheap:
-        other = _other_batch((args, kwargs))
-        if other is not None:
+        batch = batch_of(args, kwargs)
+        if batch:
+            other = with_batch(args, kwargs, 1 if batch > 1 else 2)
             runs.append(_Run("at another batch size", other[0], other[1], other_batch=True))
     return runs
 
@@ -110,21 +114,6 @@ def _depends_on_mode(traced: nn.Module) -> bool:
         part.train_graph is not None or any("training_flag_of" in n.meta for n in part.graph.nodes)
         for _, part in traced_parts(traced)
     )
-
-
-def _other_batch(inputs: Any) -> Any:
-    """The inputs with the first sample alone or, where there is one only, with another like it."""
-    batched = [t for _, t in tensors_in(inputs) if t.ndim]
-    if not batched:
-        return None
-    size = batched[0].shape[0]
-
-    def change(t: torch.Tensor) -> torch.Tensor:
-        if not t.ndim or t.shape[0] != size:
-            return t
-        return t[:1] if size > 1 else torch.cat((t, t.roll(1, -1)))
-
-    return pytree.tree_map_only(torch.Tensor, change, inputs)
 
 
 def _observe(module: nn.Module, runs: list[_Run]) -> list[_Seen]:

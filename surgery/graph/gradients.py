@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -21,10 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
 from surgery.errors import TraceError
-from surgery.graph.guards import user_line
-
-if TYPE_CHECKING:
-    from surgery.graph.tracer import Tracer
+from surgery.graph.guards import Values, user_line
 
 _MODES = "modes"
 _COUNTER = re.compile(r"# COUNTER: (\d+)")
@@ -47,6 +44,15 @@ class Modes:
             managers.append("torch.enable_grad()" if self.grad else "torch.no_grad()")
         managers += [f"torch.autocast({device!r}, {', '.join(map(str, rest))})" for device, *rest in self.autocast]
         return f"with {', '.join(managers)}:" if managers else ""
+
+
+class Tracer(Protocol):
+    """What is asked of the tracer that makes the nodes."""
+
+    modes: Modes
+    values: Values
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any: ...
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ each of them that can be traced becomes a `TracedModule` under its old name, and
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ def _calls(
     for training in (False, True):
         twin.train(training)
         try:
-            with _listening(twin, calls), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            with _listening(twin, calls), quietly(), torch.random.fork_rng(devices=[]):
                 twin(*cloned(args), **cloned(kwargs))
         except Exception as error:  # the model's own Python, which may raise anything
             if not training:
@@ -80,6 +81,14 @@ def _alike(a: Arguments, b: Arguments) -> bool:
         else type(x) is type(y) and isinstance(x, (int, float, str, bool, type(None))) and x == y
         for x, y in zip(ours, theirs, strict=True)
     )
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Run the model's Python as users do, with gradients, but without warning them once more."""
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def cloned(tree: Any) -> Any:

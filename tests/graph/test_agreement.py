@@ -112,7 +112,7 @@ def test_a_graph_that_computes_something_else_is_refused_with_what_differs(monke
 
 
 def test_a_model_that_does_not_run_is_refused():
-    with pytest.raises(surgery.TraceError, match=r"Two does not run on the example inputs: mat1 and mat2"):
+    with pytest.raises(surgery.UsageError, match=r"do not fit: Two cannot take them \(mat1 and mat2"):
         surgery.trace(make(Two), torch.rand(2, 5, dtype=D))
 
 

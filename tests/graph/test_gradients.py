@@ -170,6 +170,7 @@ def assert_same(found, expected, tolerance=0.0):
             torch.testing.assert_close(found[name], value, atol=tolerance, rtol=0, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("cls", MODELS)
 def test_gradients_of_inputs_and_parameters_are_the_models(cls):
     model = make(cls)

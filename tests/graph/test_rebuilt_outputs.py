@@ -77,7 +77,7 @@ class Net(nn.Module):
 
     def forward(self, x):
         features = self.b(self.a(x).relu()).relu()
-        if self.python and float(features.sum()) > 1e9:
+        if self.python and float(features.detach().sum()) > 1e9:
             features = features * 2
         return MAKERS[self.kind](self.c(features).mean((2, 3)), features)
 
@@ -134,7 +134,7 @@ def test_an_object_that_a_part_returns_keeps_its_class_and_couples_channels():
             assert type(found) is Outputs
             assert found.name == "outputs"
             y = found.features + found["hidden"]
-            if float(y.sum()) > 1e9:
+            if float(y.detach().sum()) > 1e9:
                 y = y * 2
             return self.c(y)
 
