@@ -10,7 +10,7 @@ import typer
 
 import surgery
 from surgery.cli.fields import takes_fields
-from surgery.cli.options import AsJson, InputShape, Trust, Weights, open_model
+from surgery.cli.options import AsJson, InputShape, Opening, Trust, Weights
 from surgery.cli.output import emit, table
 from surgery.errors import UsageError
 from surgery.settings import TimingSettings
@@ -38,11 +38,9 @@ def bench(
     """
     if len(set(candidates)) < len(candidates):
         raise UsageError("a model is given more than once")
-    sizes = _sizes(batch_size)
-    opened: Mapping[str, Any] = {
-        name: _file(name) or open_model(name, input_shape=input_shape, weights=weights, seed=settings.seed, trust=trust)
-        for name in candidates
-    }
+    sizes = _parse_sizes(batch_size)
+    opening = Opening(input_shape, weights, settings.seed, trust)
+    opened: Mapping[str, Any] = {name: _find_file(name) or opening.open(name) for name in candidates}
     measured = surgery.sweep(opened, sizes, settings=settings)
     plain = {size: compared.to_dict() for size, compared in measured.items()}
     emit(
@@ -53,7 +51,7 @@ def bench(
     )
 
 
-def _sizes(text: str) -> list[int]:
+def _parse_sizes(text: str) -> list[int]:
     """``"1,8,32"`` as batch sizes, each once."""
     try:
         return list(dict.fromkeys(int(part) for part in text.split(",")))
@@ -77,7 +75,7 @@ def _shapes(result: BenchmarkResult) -> str:
     return " and ".join(" x ".join(map(str, shape)) for shape in result.input_shapes)
 
 
-def _file(name: str) -> Path | None:
+def _find_file(name: str) -> Path | None:
     """The ONNX file that ``name`` is, if it is one."""
     path = Path(name)
     if path.suffix != ".onnx":

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import surgery
-from surgery.cli.options import is_saved
 from surgery.deploy.measure.ratios import fewest_sessions
 
 VERBS = [
@@ -312,7 +311,7 @@ TRADEOFF = ["tradeoff", SMALL, "--dataset", "digits", "--out", "made"]
         (["bench", SMALL, "--runtime", "onxruntime"], "unknown runtime 'onxruntime'; did you mean 'onnxruntime', "),
         (
             ["sensitivity", SMALL, "--dataset", "digits", "--image-size", "0", *OUT],
-            "--image-size must be a whole number of at least 1, not 0\n",
+            "image_size must be a whole number of at least 1, not 0\n",
         ),
         (
             ["export", "mymodel.py", "--out", "a.onnx"],
@@ -338,7 +337,7 @@ TRADEOFF = ["tradeoff", SMALL, "--dataset", "digits", "--out", "made"]
             ["tradeoff", "raft_small", "--dataset", "digits", *OUT],
             "model 'raft_small' takes two images of 3 x 440 x 1024, and the data are single images\n",
         ),
-        ([*TRADEOFF, "--epochs", "-1"], "epochs is -1: it must be at least 0\n"),
+        ([*TRADEOFF, "--epochs", "-1"], "epochs must be a whole number of at least 0, not -1\n"),
         ([*TRADEOFF, "--weights", "DEFAULT"], "cannot fetch the weights of 'squeezenet1_1' from "),
         (["slim", SMALL, "--rate", "0.5"], "Missing option '--out'"),
         (["slim", SMALL, "--rte", "0.5", *OUT], "No such option: --rte"),
@@ -367,7 +366,7 @@ def test_a_file_that_is_no_model_is_refused_as_one_and_one_with_a_models_name_is
     assert err == (
         "error: first.log is a file, and a saved model is a folder; only bench takes files, and these end in .onnx\n"
     )
-    assert not is_saved("squeezenet1_1")
+    assert not surgery.models.is_saved("squeezenet1_1")
 
 
 def test_bench_says_how_many_sessions_it_takes(run):
