@@ -164,7 +164,7 @@ def normalise_over(module: nn.Module, analysis: Analysis, keep: NDArray[np.bool_
     by_op: defaultdict[tuple[str, tuple[str, str]], list[Norm]] = defaultdict(list)
     for norm in analysis.norms:
         if not keep[analysis.unit_of[norm.ids]].all():
-            by_op[norm.path, norm.key].append(norm)
+            by_op[norm.path, ("", "") if norm.path else norm.key].append(norm)  # a layer may be called more than once
     for (path, (scope, name)), norms in by_op.items():
         entries = _entries(analysis, keep, norms)
         if path:

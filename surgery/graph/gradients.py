@@ -166,7 +166,8 @@ def _region(tracer: Tracer, cls: Any, change: Callable[[Any, Modes], Modes]) -> 
 
 def _grad_patches(tracer: Tracer, ambient: bool) -> list[_Patch]:
     """`torch.set_grad_enabled` as a function, which switches at once, and as a decorator, which switches back."""
-    start, decorate = torch.set_grad_enabled.__init__, torch.set_grad_enabled.__call__
+    start = torch.set_grad_enabled.__init__
+    decorate = torch.set_grad_enabled.__call__
 
     def switch(self: Any, mode: Any) -> None:
         mode = bool(mode)  # of a proxy: guarded

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from surgery.axes.labels import Fields, Labelled
-from surgery.axes.ops import Op
-from surgery.graph.table import oprule
+from surgery.rules.elementwise import bare_axes
 
 Axis = tuple[str, int]
 """A tensor and one of its axes: ``("0", 1)`` is axis 1 of the first argument, ``("0.2", 1)`` of the third tensor of the
@@ -42,16 +40,6 @@ class Variant:
         if self.bare is not None:
             return f" (argument {self.bare} holding none)"
         return "" if self.alone is None else f" ({axis_name(self.alone[0], self.alone[1:])} alone holding channels)"
-
-
-def bare_axes(x: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
-    """``x``, whose ``dims`` hold no channels from here on."""
-    return x.clone()
-
-
-@oprule(bare_axes)
-def _bare_rule(op: Op, x: Labelled, dims: Sequence[int]) -> Fields:
-    return op.keep(x, dims, "stands for an axis that holds no channels") if dims else x.fields
 
 
 class Sample:

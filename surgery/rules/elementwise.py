@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -209,3 +210,13 @@ def _drawn_like(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:
 @oprule("new_zeros", "new_ones", "new_empty", "new_full")
 def _fresh_tensor(op: Op, *args: Any, **named: Any) -> Fields:
     return ()
+
+
+def bare_axes(x: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
+    """Copy ``x``; its ``dims`` hold no channels in the copy (`surgery.check_rule` tries ops on such axes)."""
+    return x.clone()
+
+
+@oprule(bare_axes)
+def _bare_axes(op: Op, x: Labelled, dims: Sequence[int]) -> Fields:
+    return op.keep(x, dims, "stands for an axis that holds no channels") if dims else x.fields

@@ -24,7 +24,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from surgery.layers import attention as heads
 from surgery.layers import norms as lengths
 from surgery.layers.maxout import Maxout
-from surgery.operations.rule_samples import bare_axes
+from surgery.rules.elementwise import bare_axes
 
 P = nn.Parameter
 
