@@ -288,7 +288,7 @@ TRADEOFF = ["tradeoff", SMALL, "--dataset", "digits", "--out", "made"]
         (["slim", SMALL, *PIXELS, "--rate", "a=0.5", "--rate", "0.5", *OUT], "--rate '0.5' is not of the form LAYER="),
         (
             ["inspect", SMALL, "--input-shape", "2,1,32,32"],
-            "the example inputs do not fit: SqueezeNet cannot take them (Given groups=1, weight of size [64, 3, 3, 3], ",
+            "the example inputs do not fit: SqueezeNet cannot take them (Given groups=1, weight of size [64, 3, 3, 3]",
         ),
         (
             ["slim", SMALL, "--input-shape", "2,1,32,32", "--rate", "0.5", *OUT],
