@@ -52,7 +52,7 @@ def bench(
 
 
 def _parse_sizes(text: str) -> list[int]:
-    """``"1,8,32"`` as batch sizes, each once."""
+    """Parse ``"1,8,32"`` to batch sizes, each once."""
     try:
         return list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
@@ -66,7 +66,7 @@ def _notes(measured: Mapping[int, Comparison]) -> Iterator[str]:
             yield from (f"{name}{batch}: {note}" for note in result.notes)
         if len({result.input_shapes for result in compared.results.values()}) > 1:
             shapes = ", ".join(f"{name} {_shapes(result)}" for name, result in compared.results.items())
-            yield f"not alike: the models were measured on inputs of different shapes{batch}: {shapes}"
+            yield f"note: the models were measured on inputs of different shapes{batch}: {shapes}"
         if compared.too_noisy:
             yield f"{compared.too_noisy}{batch and ','}{batch}"
 
@@ -76,7 +76,7 @@ def _shapes(result: BenchmarkResult) -> str:
 
 
 def _find_file(name: str) -> Path | None:
-    """The ONNX file that ``name`` is, if it is one."""
+    """Return the path of an ONNX file; None for any other model."""
     path = Path(name)
     if path.suffix != ".onnx":
         return None
@@ -109,7 +109,7 @@ def _comparison_table(measured: Comparison) -> Any:
 
 
 def _memory(result: BenchmarkResult) -> str:
-    """On the host and, where there is one, on the GPU."""
+    """Write the peak memory on the host and, if there is one, on the GPU."""
     device = result.device_peak_memory_bytes
     return mebibytes(result.peak_memory_bytes) + ("" if device is None else f" + {mebibytes(device)} on the GPU")
 

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from surgery import Cost, Data, Evolution, Lottery, Score
 
 MARKER = "evolve.json"
-"""The file by which a folder is known as a result of ``evolve``."""
+"""The file that marks a folder as a result of ``evolve``."""
 
 _KEPT = ("biases", "norms", "statistics")
-"""What may be kept where the rest is drawn again."""
+"""What may be kept while the rest is drawn again."""
 
 
 def register(app: typer.Typer) -> None:
@@ -49,7 +49,7 @@ def register(app: typer.Typer) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class EvolveOptions(Settings):
-    """What evolves, and what it is compared with."""
+    """How the model evolves, and what it is compared with."""
 
     split_rate: list[str] | None = option(
         None, "Share of each layer that is kept: one, or one a layer. [default: 0.5]", metavar="RATE|LAYER=RATE"
@@ -143,7 +143,7 @@ def evolve(
 
 
 def _shares(generations: int, *, long: bool, tickets: bool) -> dict[str, float]:
-    """The part of the time that each task is likely to take."""
+    """Estimate the share of the time that each task takes."""
     names = [f"generation-{number + 1}" for number in range(generations)]
     shares = dict.fromkeys(names, 1.0)
     if long:

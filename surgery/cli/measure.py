@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from surgery import Tradeoff
 
 MARKER = "tradeoff.json"
-"""The file by which a folder is known as a result of ``tradeoff``."""
+"""The file that marks a folder as a result of ``tradeoff``."""
 
 
 def register(app: typer.Typer) -> None:
@@ -98,7 +98,7 @@ def export(
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateOptions:
-    """What is made of the trained dense model."""
+    """The candidates to make from the trained dense model."""
 
     split_rates: str | None = option(
         None,
@@ -120,7 +120,7 @@ class CandidateOptions:
     reuse: list[Path] | None = option(None, "Take over what another run trained; several times.", metavar="DIR")
 
     def plan(self) -> tuple[list[Any], list[str]]:
-        """Split rates, and further candidates and budgets as text."""
+        """Return the split rates, and further candidates and budgets as text."""
         budgets = {
             "latency": self.latency_budget,
             "macs": self.macs_budget,
@@ -180,7 +180,7 @@ def tradeoff(
 
 
 def _rates(text: str) -> list[Any]:
-    """``"1.0,0.5,layer3=0.5;layer4=0.25"`` as rates."""
+    """Parse ``"1.0,0.5,layer3=0.5;layer4=0.25"`` to rates."""
     option = "--split-rates"
     found: list[Any] = []
     for part in text.split(","):

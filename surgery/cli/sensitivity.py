@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SensitivityOptions(Settings):
-    """What is slimmed, and of which model."""
+    """Which parts are slimmed, how far, and how the model is trained before."""
 
     split_rate: float = option(0.5, "Split rate in (0, 1] of the part that is slimmed.", name="--split-rate/--rate")
     by: str = option("group", "What is slimmed alone: group or stage.")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from surgery import Cost, Data, Distillation, History, Objective, Score
 
 MARKER = "distill.json"
-"""The file by which a folder is known as a result of ``distill``."""
+"""The file that marks a folder as a result of ``distill``."""
 
 
 def register(app: typer.Typer) -> None:
@@ -136,7 +136,7 @@ def distill(
 
 
 def _teacher_settings(teaching: TeacherOptions, settings: DistillSettings) -> TrainSettings | None:
-    """How the teacher is trained, if it is."""
+    """Return the settings of the teacher's training; None if it is not trained."""
     epochs, lr = teaching.teacher_epochs, teaching.teacher_lr
     return settings.training(epochs=epochs, lr=lr) if epochs else None
 
@@ -144,7 +144,7 @@ def _teacher_settings(teaching: TeacherOptions, settings: DistillSettings) -> Tr
 def _open(
     student: str, teacher: str, data: DataOptions, teaching: TeacherOptions, run: RunOptions, seed: int
 ) -> tuple[Data, nn.Module, nn.Module]:
-    """The data, and both networks, which go together."""
+    """Load the data, and both networks for it."""
     sources = {"student": student, "teacher": teacher}
     opened = {w: load_if_saved(s, trust=run.trust) for w, s in sources.items()}
     images = surgery.data_for(opened, **vars(data), augment=run.augment)
@@ -164,7 +164,7 @@ def _rehearse(
     hints: Mapping[str, Any],
     learned: Sequence[Objective],
 ) -> None:
-    """Raise what `surgery.distill` would."""
+    """Raise the errors of `surgery.distill` before the teacher is trained."""
     if settings.hint_epochs:
         surgery.attach_hint(student, teacher, **hints, regressor=settings.regressor)
     if settings.epochs and learned:
@@ -174,8 +174,10 @@ def _rehearse(
 
 
 def _shares(costs: Mapping[str, Cost], teacher_epochs: int, settings: DistillSettings) -> dict[str, float]:
-    """The part of the time that each task is likely to take: a backward pass costs twice what a forward pass does, and
-    stage 1 runs half of each network."""
+    """Estimate the share of the time that each task takes.
+
+    A backward pass costs twice what a forward pass does, and stage 1 runs half of each network.
+    """
     student, teacher = costs["student"].macs, costs["teacher"].macs
     shares = {
         "teacher": 3 * teacher_epochs * teacher,

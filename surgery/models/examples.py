@@ -137,7 +137,7 @@ def _objects(source: Source, entry: Entry, height: int, width: int, generator: t
     assert isinstance(classes, int)
     found = {"boxes": boxes, "labels": torch.randint(1, classes, (BOXES,), generator=generator)}
     if "masks" in entry.targets:
-        found["masks"] = _filled(boxes, height, width)
+        found["masks"] = _fill(boxes, height, width)
     if "keypoints" in entry.targets:
         count = source.keywords.get("num_keypoints", 17)
         assert isinstance(count, int)
@@ -147,7 +147,7 @@ def _objects(source: Source, entry: Entry, height: int, width: int, generator: t
     return found
 
 
-def _filled(boxes: Tensor, height: int, width: int) -> Tensor:
+def _fill(boxes: Tensor, height: int, width: int) -> Tensor:
     """Make a mask (N, height, width) for each box, 1 inside it."""
     x, y = torch.arange(width) + 0.5, torch.arange(height) + 0.5
     left, top, right, bottom = boxes[:, :, None].unbind(1)

@@ -9,7 +9,7 @@ from torch import nn
 
 from surgery.errors import UsageError
 from surgery.layers.maxout import Maxout
-from surgery.models.fitnets import NETWORKS, Conv, sizes_behind
+from surgery.models.fitnets import NETWORKS, Conv, sizes_after
 
 
 def build_fitnet(name: str, num_classes: int = 10, pieces: int = 2, init_range: float | None = None) -> nn.Sequential:
@@ -17,7 +17,7 @@ def build_fitnet(name: str, num_classes: int = 10, pieces: int = 2, init_range: 
 
     Args:
         num_classes: width of the last layer.
-        pieces: of the maxout layer behind the convolutions; of the MNIST networks, which have none, of the last one
+        pieces: of the maxout layer after the convolutions; of the MNIST networks, which have none, of the last one
             (teacher) or two (student) convolutions. With 2 the paper's parameter and multiplication counts come out;
             its text and the authors' files have 5, and 4 on MNIST.
         init_range: initial weights are uniform between this number and its negative, and biases 0, as in the paper
@@ -34,7 +34,7 @@ def build_fitnet(name: str, num_classes: int = 10, pieces: int = 2, init_range: 
     convs = net.convs if net.units else _with_last_pieces(net.convs, pieces)
     for number, conv in enumerate(convs, 1):
         layers[f"layer{number}"] = _convolution(channels, conv)
-        channels, size = conv.channels, sizes_behind(size, conv)[1]
+        channels, size = conv.channels, sizes_after(size, conv)[1]
     layers["flatten"] = nn.Flatten()
     features = channels * size * size
     if net.units:

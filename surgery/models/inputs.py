@@ -45,7 +45,7 @@ def resolve(
     return (args, named) if batch_size is None else with_batch(args, named, batch_size)
 
 
-def copied(args: Args, kwargs: Kwargs, device: str | None = None) -> tuple[Args, Kwargs]:
+def copy_inputs(args: Args, kwargs: Kwargs, device: str | None = None) -> tuple[Args, Kwargs]:
     """These inputs with copies of their tensors, on ``device`` where one is given: a module may write into them."""
     return each_tensor(lambda tensor: tensor.detach().to(device, copy=True), args, kwargs)
 
@@ -59,17 +59,17 @@ def images_of(args: Args, kwargs: Kwargs) -> list[torch.Tensor]:
     return [tensor for tensor in tensors((args, kwargs)) if tensor.ndim >= 4 or any(tensor is one for one in listed)]
 
 
-def enlarged(args: Args, kwargs: Kwargs, higher: int, wider: int) -> tuple[Args, Kwargs]:
+def enlarge(args: Args, kwargs: Kwargs, higher: int, wider: int) -> tuple[Args, Kwargs]:
     """These inputs with `images_of` them ``higher`` and ``wider`` by so many pixels: repeated, as tiles are."""
     ids = {id(image) for image in images_of(args, kwargs)}
 
-    def tiled(tensor: torch.Tensor) -> torch.Tensor:
+    def tile(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in ids:
             return tensor
         height, width = tensor.shape[-2:]
         return tensor[..., torch.arange(height + higher) % height, :][..., torch.arange(width + wider) % width]
 
-    return each_tensor(tiled, args, kwargs)
+    return each_tensor(tile, args, kwargs)
 
 
 def other_values(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
@@ -80,7 +80,7 @@ def other_values(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     """
     generator = torch.Generator().manual_seed(0)
 
-    def changed(tensor: torch.Tensor) -> torch.Tensor:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point() or not tensor.numel():
             return tensor
         values = tensor.flatten()
@@ -89,7 +89,7 @@ def other_values(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         fractions = 0.5 + torch.rand(tensor.shape, generator=generator).to(tensor.dtype)
         return fractions * tensor if values[0] else fractions
 
-    return each_tensor(changed, args, kwargs)
+    return each_tensor(change, args, kwargs)
 
 
 @contextmanager
@@ -101,10 +101,10 @@ def refusing_bad_inputs(args: Args, kwargs: Kwargs) -> Iterator[None]:
         raise
     except Exception as error:  # what a module's own code checks, it may raise as anything
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors((args, kwargs))) or "no tensor"
-        raise UsageError(f"the module cannot be run on these inputs ({shapes}): {squashed(error)}") from error
+        raise UsageError(f"the module cannot be run on these inputs ({shapes}): {squash(error)}") from error
 
 
-def squashed(error: BaseException) -> str:
+def squash(error: BaseException) -> str:
     """An error's message in one line of at most 400 characters, or its type where it has none."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 400 else f"{text[:400]}…"

@@ -46,7 +46,7 @@ def open_model(
         UsageError: no such model or folder, an input it does not take, or a factory without ``trust``.
 
     Example:
-        >>> traced = surgery.open_model("resnet18?num_classes=10", input_shape=(2, 3, 32, 32))
+        >>> traced = surgery.models.open_model("resnet18?num_classes=10", input_shape=(2, 3, 32, 32))
     """
     if is_saved(source):
         if input_shape is not None:
@@ -91,7 +91,7 @@ def is_saved(source: str) -> bool:
         False for a name of the catalogue and for ``package.module:factory``.
 
     Raises:
-        UsageError: a path that is no saved model; says what to pass instead.
+        UsageError: a path to anything but a saved model; the message says what to pass instead.
     """
     path = Path(source)
     if path.is_dir():

@@ -211,7 +211,7 @@ def test_bench_says_that_models_were_given_images_of_different_sizes(run):
     for size in (8, 12):
         shape = f"2,3,{size},{size}"
         assert run("export", "cli_factory:pooled", "--trust", "--input-shape", shape, "--out", f"{size}.onnx")[0] == 0
-    note = "not alike: the models were measured on inputs of different shapes"
+    note = "note: the models were measured on inputs of different shapes"
     assert f"{note}: 8.onnx 1 x 3 x 8 x 8, 12.onnx 1 x 3 x 12 x 12\n" in run("bench", "8.onnx", "12.onnx", *quick)[1]
     assert note not in run("bench", "8.onnx", *quick)[1]
 

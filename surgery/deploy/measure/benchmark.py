@@ -232,10 +232,21 @@ def compare(
 
 
 def sweep(candidates: Mapping[str, Measurable], batch_sizes: Sequence[int], **options: Any) -> dict[int, Comparison]:
-    """Run `compare`, with its other ``options``, at several batch sizes, one after the other.
+    """Run `compare` at several batch sizes, one after the other.
+
+    Args:
+        candidates: as in `compare`.
+        batch_sizes: samples of one query.
+        options: other keywords of `compare`.
 
     Returns:
         The comparison at each batch size.
+
+    Raises:
+        UsageError, ExportError: as in `compare`.
+
+    Example:
+        >>> surgery.sweep({"dense": traced, "slim": slim}, [1, 8], min_seconds=2.0)[8].ratios["slim"].value
     """
     return {size: compare(candidates, batch_size=size, **options) for size in batch_sizes}
 

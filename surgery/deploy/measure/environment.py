@@ -54,7 +54,14 @@ class Environment:
 
 
 def environment() -> Environment:
-    """The environment of this process, now."""
+    """Describe the machine and the software that this process runs on, now.
+
+    Returns:
+        What a measurement depends on; None where it cannot be found out.
+
+    Example:
+        >>> surgery.environment().cpu
+    """
     gpu = torch.cuda.is_available()
     return Environment(
         date=datetime.now(UTC).isoformat(timespec="seconds"),

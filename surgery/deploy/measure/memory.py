@@ -120,10 +120,10 @@ def _torch(model: Path, inputs: Path, threads: int, device: str) -> tuple[int, i
     torch.load(model, weights_only=False, map_location="meta")
     torch.nn.functional.conv2d(torch.zeros(1, 1, 3, 3), torch.zeros(1, 1, 3, 3))
 
-    def placed(tree: Any) -> Any:
+    def place(tree: Any) -> Any:
         return torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), tree)
 
-    args, kwargs = placed(torch.load(inputs, weights_only=False))
+    args, kwargs = place(torch.load(inputs, weights_only=False))
 
     def load() -> Callable[[], object]:
         module = torch.load(model, weights_only=False, map_location=device)

@@ -19,7 +19,7 @@ from surgery.deploy.measure.memory import Peak, peak_memory
 from surgery.deploy.measure.timing import Call
 from surgery.deploy.onnx.export import export_onnx
 from surgery.errors import UsageError
-from surgery.models.inputs import resolve, squashed, tensors
+from surgery.models.inputs import resolve, squash, tensors
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Options: TypeAlias = Mapping[str, str]
@@ -64,7 +64,7 @@ def _runner(job: Job, stack: ExitStack, providers: list[tuple[str, Options]], *,
             )
             run()
         except Exception as error:  # ONNX Runtime's errors share no base of their own
-            raise UsageError(f"{path} cannot be run on inputs {shapes(feed.values())}: {squashed(error)}") from error
+            raise UsageError(f"{path} cannot be run on inputs {shapes(feed.values())}: {squash(error)}") from error
         return run
 
     def memory() -> Peak:
@@ -82,7 +82,7 @@ def _load(path: Path) -> onnx.ModelProto:
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # protobuf's DecodeError, of whichever of its implementations is installed
-        raise UsageError(f"{path} is not an ONNX model: {squashed(error)}") from error
+        raise UsageError(f"{path} is not an ONNX model: {squash(error)}") from error
 
 
 def _feed(model: onnx.ModelProto, job: Job) -> dict[str, Array]:
@@ -125,7 +125,7 @@ def _session(path: Path, job: Job, providers: list[tuple[str, Options]]) -> Any:
     try:
         session = onnxruntime.InferenceSession(path, options, providers=providers)
     except Exception as error:  # ONNX Runtime's errors share no base of their own
-        raise UsageError(f"ONNX Runtime cannot load {path}: {squashed(error)}") from error
+        raise UsageError(f"ONNX Runtime cannot load {path}: {squash(error)}") from error
     if session.get_providers()[0] != provider:
         raise UsageError(f"no {provider}: ONNX Runtime fell back to {session.get_providers()[0]}")
     return session

@@ -137,7 +137,7 @@ def _warm_up(run: Call, seconds: float) -> tuple[int, bool, float]:
     times: list[float] = []
     deadline = time.perf_counter() + seconds
     while not times or time.perf_counter() < deadline:
-        times.append(_timed_ms(run))
+        times.append(_time_ms(run))
         if len(times) % _WINDOW == 0 and len(times) >= 2 * _WINDOW:
             before, after = np.median(times[-2 * _WINDOW : -_WINDOW]), np.median(times[-_WINDOW:])
             if abs(after - before) <= _SETTLED * before:
@@ -153,13 +153,13 @@ def _session(runs: Sequence[Call], turn: int, min_runs: int, min_ms: float, rng:
         for index in rng.permutation(len(runs)):
             if turn > 1:
                 runs[index]()
-            times[index] = [_timed_ms(runs[index]) for _ in range(turn)]
+            times[index] = [_time_ms(runs[index]) for _ in range(turn)]
             spent_ms += sum(times[index])
         rounds.append(times)
     return list(np.array(rounds).swapaxes(0, 1))
 
 
-def _timed_ms(run: Call) -> float:
+def _time_ms(run: Call) -> float:
     start = time.perf_counter_ns()
     outputs = run()
     elapsed = time.perf_counter_ns() - start

@@ -21,7 +21,7 @@ from surgery.deploy.measure.jobs import Job, Runner, refuse_without_gpu, shapes
 from surgery.deploy.measure.memory import Peak, UnmeasuredError, peak_memory
 from surgery.deploy.measure.timing import Call
 from surgery.errors import UsageError
-from surgery.models.inputs import Args, Kwargs, refusing_bad_inputs, resolve, squashed, tensors
+from surgery.models.inputs import Args, Kwargs, refusing_bad_inputs, resolve, squash, tensors
 
 Make = Callable[[nn.Module, Args, Kwargs], Call]
 
@@ -47,7 +47,7 @@ def torch_compiled(job: Job, stack: ExitStack) -> Runner:
         try:
             compiled(*args, **kwargs)
         except Exception as error:  # what it runs without being compiled; the compilers' errors share no base
-            raise UsageError(f"torch.compile does not work on this module here: {squashed(error)}") from error
+            raise UsageError(f"torch.compile does not work on this module here: {squash(error)}") from error
         return lambda: compiled(*args, **kwargs)
 
     return _runner(job, make)
@@ -69,7 +69,7 @@ def torch_graphs(job: Job, stack: ExitStack) -> Runner:
             with torch.cuda.graph(graph):
                 outputs = module(*args, **kwargs)
         except RuntimeError as error:
-            raise UsageError(f"the module cannot be captured as a CUDA graph: {squashed(error)}") from error
+            raise UsageError(f"the module cannot be captured as a CUDA graph: {squash(error)}") from error
 
         def replay() -> object:
             graph.replay()
@@ -84,7 +84,7 @@ def _runner(job: Job, make: Make, *, eager: bool = False) -> Runner:
     if not isinstance(job.candidate, nn.Module):
         raise UsageError(f"the torch runtimes take a module, not the file {os.fspath(job.candidate)}")
     source = copy.deepcopy(job.candidate).eval()
-    args, kwargs = _placed(job, resolve(source, job.example_inputs, job.kwargs, batch_size=job.batch_size))
+    args, kwargs = _place(job, resolve(source, job.example_inputs, job.kwargs, batch_size=job.batch_size))
 
     def start() -> Call:
         module = copy.deepcopy(source).to(job.device)
@@ -110,7 +110,7 @@ def _runner(job: Job, make: Make, *, eager: bool = False) -> Runner:
             try:
                 torch.save(source, model_file)
             except Exception as error:  # pickling runs code of the module's own classes, which may raise anything
-                reason = f"the module cannot be sent there: {squashed(error)}"
+                reason = f"the module cannot be sent there: {squash(error)}"
                 raise UnmeasuredError(f"peak memory is measured in a fresh process, and {reason}") from error
             torch.save(_on("cpu", (args, kwargs)), inputs_file)
             return peak_memory("torch", model_file, inputs_file, job.threads, job.device)
@@ -120,7 +120,7 @@ def _runner(job: Job, make: Make, *, eager: bool = False) -> Runner:
     return Runner(start, memory, given, None, macs, params)
 
 
-def _placed(job: Job, inputs: tuple[Args, Kwargs]) -> tuple[Args, Kwargs]:
+def _place(job: Job, inputs: tuple[Args, Kwargs]) -> tuple[Args, Kwargs]:
     return _on(job.device, pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, inputs))
 
 

@@ -30,7 +30,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from surgery.deploy.onnx.reads import Reads
 from surgery.deploy.onnx.sizes import sizes_in_float64
 from surgery.errors import ExportError, UsageError
-from surgery.models.inputs import Args, Kwargs, squashed, tensors
+from surgery.models.inputs import Args, Kwargs, squash, tensors
 
 OpenAxes = list[dict[int, str]]
 """For each tensor of the inputs, in order, the name of each axis whose length is left open."""
@@ -115,7 +115,7 @@ def convert(exporter: str, order: Order) -> ir.Model:
             model = EXPORTERS[exporter](order)
     except Exception as error:  # exporters raise whatever fails inside them
         name = type(order.model).__name__
-        raise ExportError(f"{name} cannot be exported by {exporter}: {squashed(_innermost(error))}") from error
+        raise ExportError(f"{name} cannot be exported by {exporter}: {squash(_innermost(error))}") from error
     made = model.opset_imports[""]
     if order.opset is not None and made != order.opset:
         raise ExportError(f"opset {order.opset} cannot be had: the {exporter} exporter made opset {made}")
@@ -132,7 +132,7 @@ def exportable_copy(module: nn.Module) -> nn.Module:
     try:
         model = copy.deepcopy(module).eval().cpu()
     except Exception as error:  # whatever the module's parts raise that cannot be copied
-        raise UsageError(f"{type(module).__name__} cannot be copied to the CPU: {squashed(error)}") from error
+        raise UsageError(f"{type(module).__name__} cannot be copied to the CPU: {squash(error)}") from error
     for path, frozen in list(model.named_modules()):
         if type(frozen) is FrozenBatchNorm2d and path and not (frozen._forward_hooks or frozen._forward_pre_hooks):
             norm = nn.BatchNorm2d(len(frozen.weight), eps=frozen.eps, dtype=frozen.weight.dtype).eval()
@@ -146,7 +146,7 @@ def input_names(order: Order) -> list[str]:
     leaves, spec = pytree.tree_flatten((order.args, order.kwargs))
     args, kwargs = pytree.tree_unflatten(list(range(len(leaves))), spec)  # a tensor may be given twice, a place not
     bound = inspect.signature(order.model.forward).bind(*args, **kwargs).arguments
-    names = {place: _joined(keys) for keys, place in pytree.tree_flatten_with_path(bound)[0]}
+    names = {place: _join(keys) for keys, place in pytree.tree_flatten_with_path(bound)[0]}
     return [names[place] for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
 
@@ -158,7 +158,7 @@ def output_names(order: Order) -> list[str]:
     for keys, leaf in pytree.tree_flatten_with_path(order.outputs)[0]:
         if leaf is None:
             continue
-        name = _joined(keys)
+        name = _join(keys)
         if not name or name[0].isdigit():
             name = f"output_{name}".rstrip("_")
         while name in taken:
@@ -191,7 +191,7 @@ class _Flat(nn.Module):
         return tuple(torch.as_tensor(leaf) for leaf in found if leaf is not None)
 
 
-def _joined(keys: Sequence[Any]) -> str:
+def _join(keys: Sequence[Any]) -> str:
     return re.sub(r"\W+", "_", pytree.keystr(tuple(keys))).strip("_")
 
 

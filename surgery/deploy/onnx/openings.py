@@ -16,7 +16,7 @@ from surgery.models.inputs import (
     Args,
     Kwargs,
     batch_of,
-    enlarged,
+    enlarge,
     images_of,
     is_list_of_images,
     other_values,
@@ -71,7 +71,7 @@ class Plan:
             yield Case("on the example inputs", self.args, self.kwargs)
         yield Case("on other values", *other_values(*self._exported), optional=True)
         for height, width in self.other_sizes:
-            yield Case(f"on images of {height} x {width}", *enlarged(*self._exported, _HIGHER, _WIDER))
+            yield Case(f"on images of {height} x {width}", *enlarge(*self._exported, _HIGHER, _WIDER))
 
     @property
     def batches(self) -> tuple[int, ...]:

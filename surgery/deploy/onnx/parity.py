@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from surgery.deploy.onnx.detections import are_detections, paired, unpaired
+from surgery.deploy.onnx.detections import are_detections, find_unpaired, pair
 from surgery.errors import ExportError, UsageError
-from surgery.models.inputs import Args, Kwargs, copied, refusing_bad_inputs, squashed, tensors
+from surgery.models.inputs import Args, Kwargs, copy_inputs, refusing_bad_inputs, squash, tensors
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -64,7 +64,7 @@ def parity(path: Path, model: nn.Module, cases: Iterable[Case], rtol: float) -> 
     worst, detections = np.zeros(2), None
     for case in cases:
         try:
-            outputs = reference(model, case.args, case.kwargs)
+            outputs = run_reference(model, case.args, case.kwargs)
             differences, paired_off = _differences(session, model, case, outputs, rtol)
         except UsageError as error:
             if not case.optional:
@@ -83,7 +83,7 @@ def _differences(session: Any, model: nn.Module, case: Case, outputs: Any, rtol:
     expected, found = _arrays(outputs), _run(session, case)
     detections = None
     if are_detections(outputs):
-        found, expected = _sorted_alike(found, outputs, model, case, rtol)
+        found, expected = _sort_pairs(found, outputs, model, case, rtol)
         detections = sum(len(boxes) for boxes in expected[:: len(outputs[0])])
     _refuse_other_shapes(found, expected, case)
     worst = np.zeros(2)
@@ -100,9 +100,9 @@ def _differences(session: Any, model: nn.Module, case: Case, outputs: Any, rtol:
     return worst, detections
 
 
-def reference(model: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+def run_reference(model: nn.Module, args: Args, kwargs: Kwargs) -> Any:
     """What ``model`` returns, without gradients and without drawing from the caller's random numbers."""
-    args, kwargs = copied(args, kwargs)
+    args, kwargs = copy_inputs(args, kwargs)
     with refusing_bad_inputs(args, kwargs), torch.no_grad(), torch.random.fork_rng(devices=[]):
         return model(*args, **kwargs)
 
@@ -119,7 +119,7 @@ def difference(found: Array, expected: Array) -> tuple[float, float]:
     return absolute, absolute / scale if scale else absolute * float("inf")
 
 
-def _sorted_alike(
+def _sort_pairs(
     found: list[Array], outputs: list[dict[str, torch.Tensor]], model: nn.Module, case: Case, tolerance: float
 ) -> tuple[list[Array], list[Array]]:
     """Both sets of detections without what has no partner, in one order, as lists of arrays.
@@ -138,8 +138,8 @@ def _sorted_alike(
             raise (_RoundingError if excuse else ExportError)(
                 f"{case.where}, image {k} has {counts[0]} detections, and {counts[1]} in torch{excuse}"
             )
-        rows, columns = paired(a, b, tolerance)
-        alone = unpaired(a, b, rows, columns, tolerance)
+        rows, columns = pair(a, b, tolerance)
+        alone = find_unpaired(a, b, rows, columns, tolerance)
         if len(alone):
             excuse = _detections_excuse(model, case, k, b, tolerance)
             raise (_RoundingError if excuse else ExportError)(
@@ -167,7 +167,7 @@ def _session(path: Path, model: nn.Module) -> Any:
     except Exception as error:  # ONNX Runtime's errors share no base of their own
         dtypes = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
         hint = f" (the model is in {' and '.join(sorted(dtypes))}: export module.float())" if dtypes else ""
-        raise ExportError(f"ONNX Runtime cannot load the exported model: {squashed(error)}{hint}") from error
+        raise ExportError(f"ONNX Runtime cannot load the exported model: {squash(error)}{hint}") from error
 
 
 def _run(session: Any, case: Case) -> list[Array]:
@@ -178,7 +178,7 @@ def _run(session: Any, case: Case) -> list[Array]:
     try:
         found: list[Array] = session.run(None, dict(zip(names, values, strict=True)))
     except Exception as error:  # ONNX Runtime's errors share no base of their own
-        raise ExportError(f"{case.where}, ONNX Runtime fails: {squashed(error)}") from error
+        raise ExportError(f"{case.where}, ONNX Runtime fails: {squash(error)}") from error
     return found
 
 
@@ -188,14 +188,14 @@ def _arrays(tree: Any) -> list[Array]:
     try:
         return [np.asarray(leaf) for leaf in leaves if leaf is not None]
     except TypeError as error:  # bfloat16, 8-bit floats
-        raise ExportError(f"the export cannot be checked, for numpy lacks a dtype of it: {squashed(error)}") from error
+        raise ExportError(f"the export cannot be checked, for numpy lacks a dtype of it: {squash(error)}") from error
 
 
 def _excuse(model: nn.Module, case: Case, relative: float) -> str:
     """Whose fault it may be: where torch's own rounding moves the outputs as much, it need not be the export's."""
     if np.isnan(relative):
         return ": one of the two is not a number; give example inputs that the model has finite outputs on"
-    expected, exact = (_arrays(outputs) for outputs in _twice(model, case))
+    expected, exact = (_arrays(outputs) for outputs in _run_twice(model, case))
     if not exact:
         return ""
     if [a.shape for a in exact] != [b.shape for b in expected]:
@@ -208,12 +208,12 @@ def _excuse(model: nn.Module, case: Case, relative: float) -> str:
 
 def _detections_excuse(model: nn.Module, case: Case, k: int, expected: Mapping[str, Array], tolerance: float) -> str:
     """The same, where the detections of image ``k`` are not those of torch."""
-    _, exact = _twice(model, case)
+    _, exact = _run_twice(model, case)
     if not exact:
         return ""
     other = {key: value.numpy() for key, value in exact[k].items()}
-    rows, columns = paired(expected, other, tolerance)
-    if not len(unpaired(expected, other, rows, columns, tolerance)):
+    rows, columns = pair(expected, other, tolerance)
+    if not len(find_unpaired(expected, other, rows, columns, tolerance)):
         return ""
     return (
         " (torch itself detects other things in float64: the scores tie, as those of an untrained model do, and "
@@ -221,18 +221,18 @@ def _detections_excuse(model: nn.Module, case: Case, k: int, expected: Mapping[s
     )
 
 
-def _twice(model: nn.Module, case: Case) -> tuple[Any, Any]:
+def _run_twice(model: nn.Module, case: Case) -> tuple[Any, Any]:
     """The outputs of the model as it is, and in float64 (none, where it fixes another dtype somewhere).
 
     Both are of copies: a model that changes with each call is to differ by rounding only.
     """
 
-    def doubled(tensor: torch.Tensor) -> torch.Tensor:
+    def double(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.double() if tensor.is_floating_point() else tensor
 
-    args, kwargs = pytree.tree_map_only(torch.Tensor, doubled, (case.args, case.kwargs))
-    expected = reference(copy.deepcopy(model), case.args, case.kwargs)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, double, (case.args, case.kwargs))
+    expected = run_reference(copy.deepcopy(model), case.args, case.kwargs)
     try:
-        return expected, reference(copy.deepcopy(model).double(), args, kwargs)
+        return expected, run_reference(copy.deepcopy(model).double(), args, kwargs)
     except UsageError:
         return expected, []
