@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.module_tracker import ModuleTracker
 
 from surgery.counting.products import ProductCounter, attention_as_matrix_products
+from surgery.graph.batches import Args, Kwargs, is_list_of_images
 from surgery.models.detectors import image_batch, is_detector, raw_outputs
-from surgery.models.inputs import Args, Kwargs, is_list_of_images, refusing_bad_inputs, resolve
+from surgery.models.inputs import refusing_bad_inputs, resolve
 
 
 @dataclass(frozen=True)

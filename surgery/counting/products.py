@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
 from surgery.errors import UsageError
-from surgery.models.inputs import tensors
+from surgery.graph.batches import tensors
 
 
 class ProductCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -11,13 +11,7 @@ from torch import nn
 
 from surgery.errors import SurgeryError, UsageError
 from surgery.graph import tracing
-from surgery.graph.batches import Args as Args
-from surgery.graph.batches import Kwargs as Kwargs
-from surgery.graph.batches import batch_of as batch_of
-from surgery.graph.batches import each_tensor
-from surgery.graph.batches import is_list_of_images as is_list_of_images
-from surgery.graph.batches import tensors as tensors
-from surgery.graph.batches import with_batch as with_batch
+from surgery.graph.batches import Args, Kwargs, each_tensor, is_list_of_images, tensors, with_batch
 
 
 def resolve(

@@ -19,7 +19,8 @@ from surgery.deploy.measure.memory import Peak, peak_memory
 from surgery.deploy.measure.timing import Call
 from surgery.deploy.onnx.export import export_onnx
 from surgery.errors import UsageError
-from surgery.models.inputs import resolve, squash, tensors
+from surgery.graph.batches import tensors
+from surgery.models.inputs import resolve, squash
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Options: TypeAlias = Mapping[str, str]

@@ -21,7 +21,8 @@ from surgery.deploy.measure.jobs import Job, Runner, refuse_without_gpu, shapes
 from surgery.deploy.measure.memory import Peak, UnmeasuredError, peak_memory
 from surgery.deploy.measure.timing import Call
 from surgery.errors import UsageError
-from surgery.models.inputs import Args, Kwargs, refusing_bad_inputs, resolve, squash, tensors
+from surgery.graph.batches import Args, Kwargs, tensors
+from surgery.models.inputs import refusing_bad_inputs, resolve, squash
 
 Make = Callable[[nn.Module, Args, Kwargs], Call]
 

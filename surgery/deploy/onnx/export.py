@@ -25,8 +25,9 @@ from surgery.deploy.onnx.parity import Parity, parity, run_reference
 from surgery.edit.recipe import recipe
 from surgery.errors import ExportError, UsageError, unknown_name, whole_number
 from surgery.graph import tracing
+from surgery.graph.batches import Args, Kwargs, is_list_of_images
 from surgery.models.detectors import without_threshold
-from surgery.models.inputs import Args, Kwargs, copy_inputs, is_list_of_images, resolve, squash
+from surgery.models.inputs import copy_inputs, resolve, squash
 from surgery.version import __version__
 
 _INLINE_LIMIT = 2**31 - 2**24

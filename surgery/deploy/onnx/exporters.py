@@ -30,7 +30,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from surgery.deploy.onnx.reads import Reads
 from surgery.deploy.onnx.sizes import sizes_in_float64
 from surgery.errors import ExportError, UsageError
-from surgery.models.inputs import Args, Kwargs, squash, tensors
+from surgery.graph.batches import Args, Kwargs, tensors
+from surgery.models.inputs import squash
 
 OpenAxes = list[dict[int, str]]
 """For each tensor of the inputs, in order, the name of each axis whose length is left open."""

@@ -12,17 +12,8 @@ from torch import nn
 from surgery.deploy.onnx.exporters import OpenAxes, Order
 from surgery.deploy.onnx.parity import Case
 from surgery.errors import UsageError
-from surgery.models.inputs import (
-    Args,
-    Kwargs,
-    batch_of,
-    enlarge,
-    images_of,
-    is_list_of_images,
-    other_values,
-    tensors,
-    with_batch,
-)
+from surgery.graph.batches import Args, Kwargs, batch_of, is_list_of_images, tensors, with_batch
+from surgery.models.inputs import enlarge, images_of, other_values
 
 CHECKED_BATCHES = (1, 2, 3)
 _EXPORT_BATCH = 2

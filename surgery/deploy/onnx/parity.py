@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 
 from surgery.deploy.onnx.detections import are_detections, find_unpaired, pair
 from surgery.errors import ExportError, UsageError
-from surgery.models.inputs import Args, Kwargs, copy_inputs, refusing_bad_inputs, squash, tensors
+from surgery.graph.batches import Args, Kwargs, tensors
+from surgery.models.inputs import copy_inputs, refusing_bad_inputs, squash
 
 Array: TypeAlias = np.ndarray[Any, Any]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from surgery.graph.batches import tensors
 from surgery.graph.guards import user_line
-from surgery.models.inputs import tensors
 
 _READS = frozenset({"__array__", "__bool__", "__float__", "__index__", "__int__", "item", "numpy", "tolist"})
 """What makes Python numbers of a tensor."""
