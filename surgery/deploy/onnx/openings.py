@@ -25,12 +25,13 @@ networks that halve images five times can make whole numbers."""
 
 @dataclass(frozen=True)
 class Plan:
-    """How a module is exported that is called with ``args`` and ``kwargs``, on the CPU.
+    """How to export a module that is called with ``args`` and ``kwargs``, on the CPU.
 
-    With ``dynamic_batch``, axis 0 of what runs along the batch is open; with ``dynamic_size``, the height and width of
-    images are: those of images of one size share their names, but each image of a list has its own.
+    ``dynamic_batch`` opens axis 0 of the tensors that have a batch axis. ``dynamic_size`` opens the height and width of
+    images: images of one size share the names of these axes, but each image of a list has its own.
 
-    Raises `UsageError` where there is no axis to open.
+    Raises:
+        UsageError: there is no axis to open.
     """
 
     args: Args
@@ -51,11 +52,11 @@ class Plan:
             raise UsageError("dynamic_size: none of the example inputs is an image, (N, channels, height, width)")
 
     def order(self, model: nn.Module, outputs: Any, *, frozen: bool) -> Order:
-        """What an exporter is to do; ``outputs`` are those of the example inputs."""
+        """Return what an exporter must do; ``outputs`` are those of the example inputs."""
         return Order(model, *self._exported, outputs, self._open_axes, self.opset, frozen)
 
     def cases(self) -> Iterator[Case]:
-        """What the file and the module are compared on."""
+        """Yield the inputs on which the file and the module are compared."""
         for batch in self.batches:
             yield Case(f"at batch {batch}", *self._at(batch))
         if not self.batches:

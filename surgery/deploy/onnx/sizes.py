@@ -1,8 +1,8 @@
-"""The sizes to which images are resized, in the arithmetic that Python computes them in.
+"""Compute the sizes to which images are resized in float64, as Python does.
 
-Python multiplies a height by a quotient in float64 and takes the floor. What TorchScript records of torchvision's
-detection models does so in float32, and has the reciprocal for the quotient: an image of 800 pixels that is to have 320
-gets 319, and other things are detected on it.
+Python multiplies a height by a quotient in float64 and takes the floor. TorchScript's record of torchvision's detection
+models does so in float32, with the reciprocal instead of the quotient: an image of 800 pixels becomes 319 pixels high
+instead of 320, and the detections differ.
 """
 
 from __future__ import annotations
