@@ -1,4 +1,4 @@
-"""What a module costs on paper: multiply-accumulates, parameters and bytes, counted without running it."""
+"""Count what a module costs without running it: multiply-accumulates, parameters and bytes."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def run_on_fakes(
 
 
 def _footprints(tensors: Iterable[torch.Tensor]) -> Iterator[tuple[int, int]]:
-    """Elements and bytes per element of each storage behind ``tensors``: never more than the storage holds."""
+    """Yield elements and bytes per element of each storage of ``tensors``: never more than the storage holds."""
     used: defaultdict[tuple[int, int], int] = defaultdict(int)
     held: dict[tuple[int, int], int] = {}
     for tensor in {id(tensor): tensor for tensor in tensors}.values():

@@ -1,4 +1,4 @@
-"""Modules as torch runs them: eagerly, compiled, or as a CUDA graph."""
+"""Run modules in torch: eagerly, compiled, or as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Make = Callable[[nn.Module, Args, Kwargs], Call]
 
 
 def torch_eager(job: Job, stack: ExitStack) -> Runner:
-    """The module as it is."""
+    """Run the module as it is."""
 
     def make(module: nn.Module, args: Args, kwargs: Kwargs) -> Call:
         return lambda: module(*args, **kwargs)
@@ -37,7 +37,7 @@ def torch_eager(job: Job, stack: ExitStack) -> Runner:
 
 
 def torch_compiled(job: Job, stack: ExitStack) -> Runner:
-    """The module by `torch.compile`, for inputs of these sizes alone."""
+    """Run the module by `torch.compile`, for inputs of these sizes only."""
     # Each session compiles again. Past this limit dynamo would run a module of the same class as it is, silently.
     stack.enter_context(
         torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
@@ -55,7 +55,7 @@ def torch_compiled(job: Job, stack: ExitStack) -> Runner:
 
 
 def torch_graphs(job: Job, stack: ExitStack) -> Runner:
-    """The module's kernels as one CUDA graph, captured once and replayed."""
+    """Run the module's kernels as one CUDA graph, captured once and replayed."""
     refuse_without_gpu(job, "torch-cuda-graphs")
 
     def make(module: nn.Module, args: Args, kwargs: Kwargs) -> Call:
@@ -117,7 +117,7 @@ def _runner(job: Job, make: Make, *, eager: bool = False) -> Runner:
             return peak_memory("torch", model_file, inputs_file, job.threads, job.device)
 
     given = shapes(tensors((args, kwargs)))
-    macs, params = _paper(source, *_on("cpu", (args, kwargs)))
+    macs, params = _count_costs(source, *_on("cpu", (args, kwargs)))
     return Runner(start, memory, given, None, macs, params)
 
 
@@ -130,8 +130,8 @@ def _on(device: str, inputs: tuple[Args, Kwargs]) -> tuple[Args, Kwargs]:
     return placed
 
 
-def _paper(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[int | None, int | None]:
-    """MACs of one sample, and parameters."""
+def _count_costs(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[int | None, int | None]:
+    """Count the MACs of one sample, and the parameters."""
     try:
         counted = cost(module, args, kwargs=kwargs)
     except UsageError:  # its shapes depend on the values of the inputs, or they do not fit: running it will tell

@@ -110,7 +110,7 @@ def run_reference(model: nn.Module, args: Args, kwargs: Kwargs) -> Any:
 
 
 def difference(found: Array, expected: Array) -> tuple[float, float]:
-    """Return max|a - b| and max|a - b| / max|b|; whole numbers have a scale of 1, and equal infinities do not differ."""
+    """Return max|a - b| and max|a - b| / max|b|; whole numbers have the scale 1, equal infinities do not differ."""
     if expected.size == 0 or np.array_equal(found, expected):
         return 0.0, 0.0
     unequal = found != expected
