@@ -103,7 +103,7 @@ def example_targets(source: str, batch_size: int = 2, image_size: int | None = N
 
 
 def _sample_size(source: Source, image_size: int | None, frames: int | None) -> tuple[int, ...]:
-    """(3, height, width), or (3, frames, height, width)."""
+    """Return (3, height, width), or (3, frames, height, width)."""
     entry = source.entry
     if entry is None:
         if image_size is None:

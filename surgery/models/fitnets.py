@@ -37,7 +37,7 @@ class Architecture:
 
 
 def _student(text: str) -> tuple[Conv, ...]:
-    """``"16 16 | 32 32 | 48"``: widths of convolutions, with 2 x 2 pooling at each bar and 8 x 8 at the end."""
+    """Parse ``"16 16 | 32 32 | 48"``: widths of convolutions, with 2 x 2 pooling at each bar and 8 x 8 at the end."""
     blocks = [[int(width) for width in block.split()] for block in text.split("|")]
     pools = [(2, 2)] * (len(blocks) - 1) + [(8, 8)]
     return tuple(
@@ -48,8 +48,11 @@ def _student(text: str) -> tuple[Conv, ...]:
 
 
 def _rows() -> Iterator[tuple[str, Architecture]]:
-    """Widths: the paper's table 7, section 4.1 and appendix A. Kernels and paddings of the teachers, and those of the
-    MNIST student: the configuration files of the teachers' and the authors' own code."""
+    """Yield the networks.
+
+    Widths are those of the paper's table 7, section 4.1 and appendix A. Kernels and paddings of the teachers and of the
+    MNIST student are those of the configuration files in the teachers' and the authors' own code.
+    """
     cifar = (Conv(96, 8, 4, (4, 2)), Conv(192, 8, 3, (4, 2)), Conv(192, 5, 3, (2, 2)))
     yield (
         "fitnet_cifar_teacher",

@@ -1,4 +1,4 @@
-"""The inputs a module is measured on: the caller's own, or those a traced module remembers, at a chosen batch size."""
+"""Find the inputs to run a module on: the caller's own, or those of a traced module, at a chosen batch size."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ def resolve(
     *,
     batch_size: int | None = None,
 ) -> tuple[Args, Kwargs]:
-    """The positional and named inputs to call ``module`` with, at ``batch_size`` where one is given.
+    """Find the positional and named inputs to call ``module`` with.
 
-    ``example_inputs`` is a tensor or a tuple of positional inputs. Where neither it nor ``kwargs`` is given, the inputs
-    are random ones of the shapes ``module`` was traced with.
+    Args:
+        example_inputs: a tensor or a tuple of positional inputs, ``kwargs`` the named ones. Without both, the inputs are
+            random ones of the shapes that ``module`` was traced with.
+        batch_size: resize the batch axis to this length.
 
-    Raises `UsageError` where there is nothing to go by, or no batch axis to resize.
+    Raises:
+        UsageError: an untraced module without inputs, or no batch axis to resize.
     """
     if example_inputs is None and kwargs is None:
         args, named = tracing.example_inputs(module)
@@ -40,21 +43,21 @@ def resolve(
 
 
 def copy_inputs(args: Args, kwargs: Kwargs, device: str | None = None) -> tuple[Args, Kwargs]:
-    """These inputs with copies of their tensors, on ``device`` where one is given: a module may write into them."""
+    """Copy the tensors of inputs, to ``device`` if one is given: a module may write into them."""
     return each_tensor(lambda tensor: tensor.detach().to(device, copy=True), args, kwargs)
 
 
 def images_of(args: Args, kwargs: Kwargs) -> list[torch.Tensor]:
-    """The tensors among these inputs whose last two axes are the height and width of images or videos.
+    """Find the tensors whose last two axes are the height and width of images or videos.
 
-    They are those of four axes or more, and the members of a list of images.
+    They are those with four axes or more, and the members of a list of images.
     """
     listed = args[0] if is_list_of_images(args) else []
     return [tensor for tensor in tensors((args, kwargs)) if tensor.ndim >= 4 or any(tensor is one for one in listed)]
 
 
 def enlarge(args: Args, kwargs: Kwargs, higher: int, wider: int) -> tuple[Args, Kwargs]:
-    """These inputs with `images_of` them ``higher`` and ``wider`` by so many pixels: repeated, as tiles are."""
+    """Make the images among inputs ``higher`` and ``wider`` by so many pixels, repeated like tiles."""
     ids = {id(image) for image in images_of(args, kwargs)}
 
     def tile(tensor: torch.Tensor) -> torch.Tensor:
@@ -67,10 +70,10 @@ def enlarge(args: Args, kwargs: Kwargs, higher: int, wider: int) -> tuple[Args, 
 
 
 def other_values(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-    """These inputs with other numbers of the same kind in their floating-point tensors: drawn from theirs, with
-    replacement, so that sums and counts change, too.
+    """Draw other numbers for the floating-point tensors of inputs, the same at every call.
 
-    Where all are one number, random fractions of it, or of 1 if it is 0. It is the same at every call.
+    They are drawn from the tensor's own numbers with replacement, so that sums and counts change too. If all are equal,
+    they are random fractions of that number, or of 1 if it is 0.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -99,6 +102,6 @@ def refusing_bad_inputs(args: Args, kwargs: Kwargs) -> Iterator[None]:
 
 
 def squash(error: BaseException) -> str:
-    """An error's message in one line of at most 400 characters, or its type where it has none."""
+    """Write an error's message in one line of at most 400 characters, or its type if it has none."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 400 else f"{text[:400]}…"

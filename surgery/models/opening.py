@@ -72,7 +72,17 @@ def open_pair(
 ) -> tuple[nn.Module, nn.Module]:
     """Open two models for the same inputs: those of the saved one, or else those of the first.
 
-    Args, returns and raises: as `open_model` does for each.
+    Args:
+        first, second: sources, as in `open_model`, like the other arguments.
+
+    Returns:
+        two traced modules in evaluation mode.
+
+    Raises:
+        UsageError: as in `open_model`.
+
+    Example:
+        >>> dense, slim = surgery.models.open_pair("resnet18", "slim/")
     """
     if is_saved(second) and not is_saved(first):
         opened = open_pair(second, first, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
