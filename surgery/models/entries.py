@@ -27,10 +27,9 @@ class Entry:
     ``input_size`` is the size of one sample, (3, height, width), that the published weights are evaluated at, or
     (3, frames, height, width) of a video; if the model is evaluated at many sizes, the size at which the published
     costs are counted. ``minimum`` is the smallest square image, in pixels, that the model can be trained on with its
-    default keywords. ``smallest`` is the smallest that suits
-    tests, with the keywords ``small`` and, for videos, ``frames``: its deepest feature map is at least 2 x 2. At a batch
-    of two and 1 x 1 maps, the batch statistics of a training pass are so ill-conditioned that float64 rounding alone
-    moves a deep model's outputs.
+    default keywords. ``smallest`` is the smallest that suits tests, with the keywords ``small`` and, for videos,
+    ``frames``: its deepest feature map is at least 2 x 2. At a batch of two and 1 x 1 maps, the batch statistics of a
+    training pass are so ill-conditioned that float64 rounding alone moves a deep model's outputs.
     """
 
     name: str

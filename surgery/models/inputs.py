@@ -24,8 +24,8 @@ def resolve(
     """Find the positional and named inputs to call ``module`` with.
 
     Args:
-        example_inputs: a tensor or a tuple of positional inputs, ``kwargs`` the named ones. Without both, the inputs are
-            random ones of the shapes that ``module`` was traced with.
+        example_inputs: a tensor or a tuple of positional inputs, ``kwargs`` the named ones. Without both, the
+            inputs are random ones of the shapes that ``module`` was traced with.
         batch_size: resize the batch axis to this length.
 
     Raises:
