@@ -1,4 +1,4 @@
-"""Folders of results that appear whole or not at all, and of runs that are not over."""
+"""Folders of results, which appear whole or not at all, and folders of unfinished runs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,23 @@ from filelock import FileLock, Timeout
 from surgery.errors import UsageError
 
 SETTINGS = "settings.json"
-"""The file by which a folder is known as that of a run that is not over."""
+"""The file that marks the folder of an unfinished run."""
 
 LOCK = ".lock"
-"""The file in such a folder that the run which writes there holds locked. The system unlocks it when the run ends."""
+"""The file that a run locks in its folder. The system unlocks it when the run ends."""
 
 
 @contextmanager
 def staged_folder(out: str | os.PathLike[str], *, marker: str, force: bool = False) -> Iterator[Path]:
-    """An empty folder beside ``out`` that becomes ``out`` when the block ends, and is removed if the block raises.
+    """Make an empty folder next to ``out`` that becomes ``out`` when the block ends; remove it if the block raises.
 
-    Raises `UsageError`, before anything is written, where `refuse_folder` does.
+    Args:
+        out: the folder of results.
+        marker: the file that marks results of the same kind, as in `refuse_folder`.
+        force: replace earlier results.
+
+    Raises:
+        UsageError: as `refuse_folder` does, before anything is written.
     """
     out = Path(out)
     refuse_folder(out, marker=marker, force=force)
@@ -50,18 +56,18 @@ def staged_folder(out: str | os.PathLike[str], *, marker: str, force: bool = Fal
 def unfinished_folder(
     out: str | os.PathLike[str], settings: Mapping[str, Any], *, force: bool = False
 ) -> Iterator[Path]:
-    """The folder of `unfinished`, for what a run needs to go on after it was cut off.
+    """Make or reopen the folder `unfinished`, for what a run needs to resume after an interruption.
 
-    It is removed when the block ends. If the block raises, it stays, and a later run with the same settings finds it as
-    it was left; the error gets a note that says so. If no file was put into it, it is removed then, too.
+    It is removed when the block ends. If the block raises, it stays for a later run with the same settings, and the
+    error gets a note that says so; without a file in it, it is removed.
 
     Args:
         out: where the run's results will be.
-        settings: plain JSON data that tells runs apart.
-        force: begin anew where the folder is of a run with other settings.
+        settings: plain JSON data that identifies the run.
+        force: start again where the folder belongs to a run with other settings.
 
     Raises:
-        UsageError: the folder is of a run with other settings, or of something else, or another run is writing there.
+        UsageError: the folder belongs to a run with other settings or to something else, or a run is writing there.
     """
     folder = unfinished(out)
     wanted = json.loads(json.dumps(settings))
@@ -76,10 +82,10 @@ def unfinished_folder(
         if other or set(before) - set(wanted):
             if not force:
                 raise UsageError(
-                    f"{folder} is of a run that is not over, with {', '.join(other) or 'other settings'}: use the "
-                    "settings of then to go on with it, or begin anew with force=True (--force)"
+                    f"{folder} belongs to an unfinished run with {', '.join(other) or 'other settings'}: use its "
+                    "settings to resume it, or start again with force=True (--force)"
                 )
-            _begin_anew(folder, wanted)
+            _restart(folder, wanted)
         try:
             yield folder
         except BaseException as error:
@@ -93,13 +99,13 @@ def unfinished_folder(
 
 
 def unfinished(out: str | os.PathLike[str]) -> Path:
-    """``OUT.unfinished``, beside ``out``."""
+    """Return the folder of an unfinished run: ``OUT.unfinished``, next to ``out``."""
     out = Path(out) if Path(out).name else Path(out).absolute()
     return out.with_name(f"{out.name}.unfinished")
 
 
 def _begin(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make the folder, with its settings in it, unless another run does at the same moment."""
+    """Make the folder with its settings, unless another run makes it at the same moment."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     (staging / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
@@ -112,8 +118,8 @@ def _begin(folder: Path, settings: Mapping[str, Any]) -> None:
             raise
 
 
-def _begin_anew(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Empty the folder, which is locked, and give it other settings; those of before are the last to go."""
+def _restart(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Empty the locked folder and give it other settings; replace the earlier ones last."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -126,7 +132,7 @@ def _begin_anew(folder: Path, settings: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Raises `UsageError` where another run, of this process or another, is inside such a block for the folder."""
+    """Hold the folder's lock; raise `UsageError` while another run, in this process or another, holds it."""
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -141,19 +147,19 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """What the folder of a run that is not over says of it."""
+    """Read the settings in the folder of an unfinished run."""
     try:
         content = json.loads((folder / SETTINGS).read_text())
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{folder} is in the way: it has no {SETTINGS} that can be read, so it is not of a run that is not over"
+            f"{folder} is in the way: it has no {SETTINGS} that can be read, so no unfinished run wrote it"
         ) from error
     assert isinstance(content, dict)
     return content
 
 
 def _remove(folders: list[Path]) -> None:
-    """Those of them that are empty."""
+    """Remove those that are empty."""
     for folder in folders:
         with suppress(OSError):  # not empty: someone else has used it meanwhile
             folder.rmdir()
@@ -162,8 +168,8 @@ def _remove(folders: list[Path]) -> None:
 def refuse_folder(out: str | os.PathLike[str], *, marker: str, force: bool) -> None:
     """Raise `UsageError` unless ``out`` can be written.
 
-    It may not exist; with ``force`` it may, if it is empty or holds a file ``marker``, by which it is known as the
-    result of an earlier run. No other folder is ever replaced.
+    It must not exist, unless ``force`` is given and it is empty or holds the file ``marker``, which an earlier run
+    wrote. No other folder is ever replaced.
     """
     out = Path(out)
     above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
@@ -178,7 +184,7 @@ def refuse_folder(out: str | os.PathLike[str], *, marker: str, force: bool) -> N
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write rows that have the same keys, of which there is at least one, as CSV."""
+    """Write one or more rows with the same keys as CSV."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

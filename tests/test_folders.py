@@ -45,10 +45,10 @@ def test_what_was_left_is_found_by_a_run_with_the_same_settings_and_removed_when
     [
         (
             {**ASKED, "epochs": 4},
-            "demo.unfinished is of a run that is not over, with epochs 3 and not 4: use the",
+            "demo.unfinished belongs to an unfinished run with epochs 3 and not 4: use its",
         ),
-        ({**ASKED, "seed": 0}, "with seed None and not 0: use the settings of then to go on with it, or begin anew wi"),
-        ({"epochs": 3, "lr": None}, r"with other settings: use the settings of then .* with force=True \(--force\)"),
+        ({**ASKED, "seed": 0}, "with seed None and not 0: use its settings to resume it, or start again with force=T"),
+        ({"epochs": 3, "lr": None}, r"with other settings: use its settings .* with force=True \(--force\)"),
     ],
 )
 def test_a_run_with_other_settings_is_refused_unless_it_is_to_begin_anew(tmp_path, settings, message):

@@ -28,7 +28,7 @@ from torchvision.models.optical_flow import raft
 import surgery
 from benchmarks.coverage.ideal import ideals
 from surgery import models as catalogue
-from surgery.models.detectors import image_batch, is_detector, raw_outputs, regions_of
+from surgery.models.detectors import image_batch, is_detector, make_regions, raw_outputs
 from surgery.operations.deepen import deepen_plan
 
 HALF_WIDTH = 100_000_000
@@ -204,7 +204,7 @@ class _Run:
             if not is_detector(module):
                 return _tensors(module(*inputs))
             batch = image_batch(module, inputs[0])
-            return _tensors(raw_outputs(module, batch, regions_of(batch)))
+            return _tensors(raw_outputs(module, batch, make_regions(batch)))
 
     def _trained(self, module: nn.Module) -> list[torch.Tensor]:
         """What a module computes in training, of a detection model the losses."""

@@ -18,7 +18,7 @@ import surgery
 from benchmarks.coverage.model import randomised
 from surgery import models as catalogue
 from surgery.errors import SurgeryError
-from surgery.models.inputs import tensors
+from surgery.graph.batches import tensors
 
 DETECTION_SIZE = 320
 """Pixels to which detection models resize the height of images, but for those that have no choice."""

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 
 from surgery.errors import UsageError
-from surgery.models.inputs import squashed
+from surgery.models.inputs import squash
 
 Array = np.ndarray[Any, Any]
 
@@ -42,7 +42,7 @@ def time_by_operator(path: str | Path, inputs: Sequence[Array], *, threads: int,
             for _ in range(_WARM_UP + runs):
                 session.run(None, feed)
         except Exception as error:  # ONNX Runtime's errors share no base of their own
-            raise UsageError(f"{path} cannot be profiled: {squashed(error)}") from error
+            raise UsageError(f"{path} cannot be profiled: {squash(error)}") from error
         events = json.loads(Path(session.end_profiling()).read_text())
     begins = sorted(event["ts"] for event in events if event["name"] == "model_run")
     found: defaultdict[str, float] = defaultdict(float)

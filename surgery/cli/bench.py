@@ -10,7 +10,7 @@ import typer
 
 import surgery
 from surgery.cli.fields import takes_fields
-from surgery.cli.options import AsJson, InputShape, Trust, Weights, open_model
+from surgery.cli.options import AsJson, InputShape, Opening, Trust, Weights
 from surgery.cli.output import emit, table
 from surgery.errors import UsageError
 from surgery.settings import TimingSettings
@@ -38,11 +38,9 @@ def bench(
     """
     if len(set(candidates)) < len(candidates):
         raise UsageError("a model is given more than once")
-    sizes = _sizes(batch_size)
-    opened: Mapping[str, Any] = {
-        name: _file(name) or open_model(name, input_shape=input_shape, weights=weights, seed=settings.seed, trust=trust)
-        for name in candidates
-    }
+    sizes = _parse_sizes(batch_size)
+    opening = Opening(input_shape, weights, settings.seed, trust)
+    opened: Mapping[str, Any] = {name: _find_file(name) or opening.open(name) for name in candidates}
     measured = surgery.sweep(opened, sizes, settings=settings)
     plain = {size: compared.to_dict() for size, compared in measured.items()}
     emit(
@@ -53,8 +51,8 @@ def bench(
     )
 
 
-def _sizes(text: str) -> list[int]:
-    """``"1,8,32"`` as batch sizes, each once."""
+def _parse_sizes(text: str) -> list[int]:
+    """Parse ``"1,8,32"`` to batch sizes, each once."""
     try:
         return list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
@@ -68,7 +66,7 @@ def _notes(measured: Mapping[int, Comparison]) -> Iterator[str]:
             yield from (f"{name}{batch}: {note}" for note in result.notes)
         if len({result.input_shapes for result in compared.results.values()}) > 1:
             shapes = ", ".join(f"{name} {_shapes(result)}" for name, result in compared.results.items())
-            yield f"not alike: the models were measured on inputs of different shapes{batch}: {shapes}"
+            yield f"note: the models were measured on inputs of different shapes{batch}: {shapes}"
         if compared.too_noisy:
             yield f"{compared.too_noisy}{batch and ','}{batch}"
 
@@ -77,8 +75,8 @@ def _shapes(result: BenchmarkResult) -> str:
     return " and ".join(" x ".join(map(str, shape)) for shape in result.input_shapes)
 
 
-def _file(name: str) -> Path | None:
-    """The ONNX file that ``name`` is, if it is one."""
+def _find_file(name: str) -> Path | None:
+    """Return the path of an ONNX file; None for any other model."""
     path = Path(name)
     if path.suffix != ".onnx":
         return None
@@ -111,7 +109,7 @@ def _comparison_table(measured: Comparison) -> Any:
 
 
 def _memory(result: BenchmarkResult) -> str:
-    """On the host and, where there is one, on the GPU."""
+    """Write the peak memory on the host and, if there is one, on the GPU."""
     device = result.device_peak_memory_bytes
     return mebibytes(result.peak_memory_bytes) + ("" if device is None else f" + {mebibytes(device)} on the GPU")
 

@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 import surgery
-from surgery.cli.fields import DataOptions, RunOptions, settings_of, takes_fields
-from surgery.cli.options import Model, is_saved, one_or_per_layer, parse_device
+from surgery.cli.fields import settings_of, takes_fields
+from surgery.cli.options import (
+    DataOptions,
+    Model,
+    RunOptions,
+    Weights,
+    load_if_saved,
+    parse_device,
+    parse_one_or_per_layer,
+)
 from surgery.cli.output import emit, table
 from surgery.cli.runs import one_after_the_other, under_way
 from surgery.errors import UsageError, unknown_name
@@ -26,10 +34,10 @@ if TYPE_CHECKING:
     from surgery import Cost, Data, Evolution, Lottery, Score
 
 MARKER = "evolve.json"
-"""The file by which a folder is known as a result of ``evolve``."""
+"""The file that marks a folder as a result of ``evolve``."""
 
 _KEPT = ("biases", "norms", "statistics")
-"""What may be kept where the rest is drawn again."""
+"""What may be kept while the rest is drawn again."""
 
 
 def register(app: typer.Typer) -> None:
@@ -41,7 +49,7 @@ def register(app: typer.Typer) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class EvolveOptions(Settings):
-    """What evolves, and what it is compared with."""
+    """How the model evolves, and what it is compared with."""
 
     split_rate: list[str] | None = option(
         None, "Share of each layer that is kept: one, or one a layer. [default: 0.5]", metavar="RATE|LAYER=RATE"
@@ -56,7 +64,7 @@ class EvolveOptions(Settings):
         None, f"What is not drawn again: {', '.join(_KEPT)}; several times. [default: nothing]", metavar="WHAT"
     )
     initialiser: str = option("own", "Of what is drawn again: own (the model's), or authors.")
-    weights: str = option("none", "torchvision's weights: none, DEFAULT or one by name.", metavar="NAME")
+    weights: Weights = "none"
 
 
 @takes_fields()
@@ -75,7 +83,7 @@ def evolve(
     processes as well: accelerate launch -m surgery evolve ...
     """
     generations = options.generations
-    rate = one_or_per_layer("--split-rate", options.split_rate or ["0.5"], float, float)
+    rate = parse_one_or_per_layer("--split-rate", options.split_rate or ["0.5"], float, float)
     for name in options.keep or ():
         if name not in _KEPT:
             raise unknown_name("part to keep", name, _KEPT)
@@ -83,7 +91,7 @@ def evolve(
         raise UsageError("--lottery prunes after each training but the last: it needs --generations 2 or more")
     refuse_folder(run.out, marker=MARKER, force=run.force)
     engine = surgery.Engine(parse_device(run.device), settings.precision)
-    opened = surgery.load(model, trust=run.trust) if is_saved(model) else model
+    opened = load_if_saved(model, trust=run.trust)
     with one_after_the_other(engine):  # the first may have to fetch what the others then read
         images = surgery.data_for({"the model": opened}, **vars(data), augment=run.augment)
         network = surgery.classifier(opened, images, weights=options.weights, trust=run.trust, seed=settings.seed)
@@ -135,7 +143,7 @@ def evolve(
 
 
 def _shares(generations: int, *, long: bool, tickets: bool) -> dict[str, float]:
-    """The part of the time that each task is likely to take."""
+    """Estimate the share of the time that each task takes."""
     names = [f"generation-{number + 1}" for number in range(generations)]
     shares = dict.fromkeys(names, 1.0)
     if long:

@@ -1,4 +1,4 @@
-"""The losses a student learns by, as the command line names them, with their weights and settings."""
+"""The losses that a student can learn, by their names on the command line, with weights and settings."""
 
 from __future__ import annotations
 
@@ -72,16 +72,16 @@ class LossOptions:
 
 
 def objectives(options: LossOptions, hint: Hint | None = None) -> tuple[tuple[Objective, ...], float | None]:
-    """What `surgery.distill` takes: the objectives, and the weight of the labels where one is given.
+    """Make the objectives that `surgery.distill` takes, and find the weight of the labels if one is given.
 
     Args:
-        options: ``loss`` of `LOSSES`, each once; ``none`` alone is no loss but the labels'. ``weight`` is
-            ``LOSS=WEIGHT``, or ``LOSS=FROM,TO`` where the weight decays; also of ``labels`` and ``hint``. The settings
-            are for those of the losses that have them.
-        hint: hints that are learned along with the rest.
+        options: ``loss`` of `LOSSES`, each once; ``none`` alone leaves the labels' loss only. ``weight`` is
+            ``LOSS=WEIGHT``, or ``LOSS=FROM,TO`` if the weight decays; also for ``labels`` and ``hint``. Each setting
+            applies to the losses that have it.
+        hint: hints to learn in the same stage.
 
     Raises:
-        UsageError: a name or a number that is none, or a setting that none of the losses has.
+        UsageError: an unknown loss, an invalid number, or a setting that none of the losses has.
     """
     names: tuple[str, ...] = tuple(options.loss or ["kd"])
     if "none" in names and len(names) > 1:

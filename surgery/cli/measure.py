@@ -11,19 +11,16 @@ import typer
 
 import surgery
 from surgery.cli.bench import bench
-from surgery.cli.fields import RunOptions, takes_fields
+from surgery.cli.fields import takes_fields
 from surgery.cli.options import (
     AsJson,
     Dataset,
-    InputShape,
     Model,
-    Seed,
-    Trust,
-    Weights,
-    is_saved,
-    numbers,
-    open_model,
-    per_layer,
+    Opening,
+    RunOptions,
+    load_if_saved,
+    parse_numbers,
+    parse_per_layer,
     refuse_if_taken,
 )
 from surgery.cli.output import Bars, emit, table
@@ -36,7 +33,7 @@ if TYPE_CHECKING:
     from surgery import Tradeoff
 
 MARKER = "tradeoff.json"
-"""The file by which a folder is known as a result of ``tradeoff``."""
+"""The file that marks a folder as a result of ``tradeoff``."""
 
 
 def register(app: typer.Typer) -> None:
@@ -48,6 +45,7 @@ def register(app: typer.Typer) -> None:
     )(tradeoff)
 
 
+@takes_fields()
 def export(
     model: Model,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The ONNX file to write.")],
@@ -60,10 +58,8 @@ def export(
     rtol: Annotated[
         float | None, typer.Option(help="The relative error that passes. [default: 1e-4; 1e-3 for detections]")
     ] = None,
-    input_shape: InputShape = None,
-    weights: Weights = "none",
-    seed: Seed = 0,
-    trust: Trust = False,
+    *,
+    opening: Opening,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -72,9 +68,9 @@ def export(
     A detection model's file takes one image, or as many as --input-shape has.
     """
     refuse_if_taken(out, force)
-    module = open_model(model, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
+    module = opening.open(model)
     args, named = surgery.example_inputs(module)
-    if input_shape is None and isinstance(args[0], list):
+    if opening.input_shape is None and isinstance(args[0], list):
         args = (args[0][:1], *args[1:])
     done = surgery.export_onnx(
         module,
@@ -102,7 +98,7 @@ def export(
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateOptions:
-    """What is made of the trained dense model."""
+    """The candidates to make from the trained dense model."""
 
     split_rates: str | None = option(
         None,
@@ -124,7 +120,7 @@ class CandidateOptions:
     reuse: list[Path] | None = option(None, "Take over what another run trained; several times.", metavar="DIR")
 
     def plan(self) -> tuple[list[Any], list[str]]:
-        """Split rates, and further candidates and budgets as text."""
+        """Return the split rates, and further candidates and budgets as text."""
         budgets = {
             "latency": self.latency_budget,
             "macs": self.macs_budget,
@@ -156,7 +152,7 @@ def tradeoff(
     """
     rates, others = options.plan()
     refuse_folder(run.out, marker=MARKER, force=run.force)
-    source = surgery.load(model, trust=run.trust) if is_saved(model) else model
+    source = load_if_saved(model, trust=run.trust)
     with interruptible(), Bars() as bars:
         result = surgery.tradeoff(
             source,
@@ -184,10 +180,11 @@ def tradeoff(
 
 
 def _rates(text: str) -> list[Any]:
-    """``"1.0,0.5,layer3=0.5;layer4=0.25"`` as rates."""
+    """Parse ``"1.0,0.5,layer3=0.5;layer4=0.25"`` to rates."""
+    option = "--split-rates"
     found: list[Any] = []
     for part in text.split(","):
-        found += [per_layer("--split-rates", part.split(";"), float)] if "=" in part else numbers("--split-rates", part)
+        found += [parse_per_layer(option, part.split(";"), float)] if "=" in part else parse_numbers(option, part)
     return found
 
 

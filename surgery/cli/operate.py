@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import surgery
+from surgery.cli.fields import takes_fields
 from surgery.cli.options import (
     EXACT,
     AsJson,
     Force,
     Model,
     Opening,
-    int_or_float,
-    kernel_size,
-    one_or_per_layer,
-    per_layer,
-    with_groups,
+    parse_kernel,
+    parse_number,
+    parse_one_or_per_layer,
+    parse_per_layer,
 )
 from surgery.cli.output import emit, table
 from surgery.errors import UsageError
@@ -67,13 +67,12 @@ class Writing:
 
 def register(app: typer.Typer) -> None:
     """Add the verbs of this file to ``app``."""
-    app.command(epilog="Example: surgery widen resnet18 --width 1.5 --out wide")(with_groups(widen))
-    app.command(epilog="Example: surgery deepen resnet18 --at layer3=2 --at layer1.0.conv1 --out deep")(
-        with_groups(deepen)
-    )
-    app.command(epilog="Example: surgery slim resnet18 --rate 0.5 --out slim")(with_groups(slim))
+    app.command(epilog="Example: surgery widen resnet18 --width 1.5 --out wide")(widen)
+    app.command(epilog="Example: surgery deepen resnet18 --at layer3=2 --at layer1.0.conv1 --out deep")(deepen)
+    app.command(epilog="Example: surgery slim resnet18 --rate 0.5 --out slim")(slim)
 
 
+@takes_fields()
 def widen(
     model: Model,
     width: Annotated[
@@ -104,7 +103,7 @@ def widen(
 ) -> None:
     """Make a model wider without changing what it computes (Net2Net)."""
     writing.refuse()
-    wish = one_or_per_layer("--width", width, float, int_or_float)
+    wish = parse_one_or_per_layer("--width", width, float, parse_number)
     before = opening.open(model)
     after = surgery.widen(
         before, wish, mapping=mapping, break_symmetry=break_symmetry, noise=noise, seed=opening.seed, round_to=round_to
@@ -120,6 +119,7 @@ def widen(
     _finish(before, after, writing, compare, left=left, inexact=break_symmetry == "noise")
 
 
+@takes_fields()
 def deepen(
     model: Model,
     at: Annotated[
@@ -143,12 +143,13 @@ def deepen(
 ) -> None:
     """Make a model deeper without changing what it computes (Net2Net)."""
     writing.refuse()
-    places = per_layer("--at", [item if "=" in item else f"{item}=1" for item in at], int)
+    places = parse_per_layer("--at", [item if "=" in item else f"{item}=1" for item in at], int)
     before = opening.open(model)
-    after = surgery.deepen(before, places, form=form, kernel=kernel_size(kernel), seed=opening.seed)
+    after = surgery.deepen(before, places, form=form, kernel=parse_kernel(kernel), seed=opening.seed)
     _finish(before, after, writing, lambda: _compare(after, before))
 
 
+@takes_fields()
 def slim(
     model: Model,
     rate: Annotated[
@@ -168,7 +169,7 @@ def slim(
     It is compared with the dense model whose other channels are switched off.
     """
     writing.refuse()
-    wish = one_or_per_layer("--rate", rate, float, float)
+    wish = parse_one_or_per_layer("--rate", rate, float, float)
     before = opening.open(model)
     after = surgery.slim(before, wish, round_to=round_to)
 

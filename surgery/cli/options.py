@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 import surgery
 from surgery.errors import UsageError, unknown_name
+from surgery.settings import Settings, option
 
 if TYPE_CHECKING:
     import torch
@@ -43,16 +43,11 @@ InputShape = Annotated[
 ]
 Weights = Annotated[str, typer.Option(metavar="NAME", help="torchvision's weights: none, DEFAULT or one by name.")]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of everything random, initial weights included.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of one query. [default: all usable cores]")]
 Trust = Annotated[bool, typer.Option("--trust", help="Allow package.module:factory to be imported and called.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what --out names, if it was made by this command.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
 
 Dataset = Annotated[str, typer.Option(metavar="DATA", help="mnist5k, digits, torchvision:NAME or imagefolder:DIR.")]
-DataRoot = Annotated[Path | None, typer.Option(metavar="DIR", help="Where torchvision's data sets are kept.")]
-ImageSize = Annotated[int | None, typer.Option(help="Side in pixels. [default: the data's own]")]
-Limit = Annotated[int | None, typer.Option(help="Use so many training and test images at most.")]
-Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")]
 
 EXACT = 1e-10
 """Relative difference, in float64, up to which two models compute the same: rounding is 1e-15 to 1e-13."""
@@ -62,7 +57,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Opening:
-    """The options by which a verb opens the models that it is given."""
+    """How a verb opens the models that it is given."""
 
     input_shape: InputShape = None
     weights: Weights = "none"
@@ -83,49 +78,50 @@ class Opening:
         return {"input_shape": shape, "weights": self.weights, "seed": self.seed, "trust": self.trust}
 
 
-def with_groups(verb: Callable[..., None]) -> Callable[..., None]:
-    """Expand each parameter of a verb that is typed as a dataclass into one option for each field.
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Settings):
+    """The data set that a verb reads: what `surgery.data_for` takes."""
 
-    Typer then sees the options, and the verb gets the dataclass: verbs that share options name one parameter for them.
+    dataset: Dataset
+    image_size: int | None = option(None, "Side in pixels. [default: the data's own]", least=1)
+    data_root: Path | None = option(None, "Where torchvision's data sets are kept.", metavar="DIR")
+    limit: int | None = option(None, "Use so many training and test images at most.")
 
-    Example:
-        >>> @app.command()
-        ... @with_groups
-        ... def inspect(model: Model, opening: Opening) -> None: ...
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where a verb that trains computes, and what it writes."""
+
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")]
+    augment: Annotated[str, typer.Option(help="Training images: none, flip or flip-crop.")] = "none"
+    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")] = "auto"
+    trust: Trust = False
+    force: Force = False
+    as_json: AsJson = False
+
+
+def load_if_saved(source: str, *, trust: bool) -> str | nn.Module:
+    """Load a saved folder; return any other source as it is."""
+    return surgery.load(source, trust=trust) if surgery.models.is_saved(source) else source
+
+
+def refuse_untrained(role: str, source: str, weights: str, *, epochs: str, because: str) -> None:
+    """Raise `UsageError` for a model of the catalogue without published weights; the user's own may load its weights.
+
+    Args:
+        role: ``"model"`` or ``"teacher"``.
+        epochs: the option that trains it, with a number.
+        because: why random weights are of no use.
     """
-    hints = get_type_hints(verb, include_extras=True)
-    groups: dict[str, Any] = {}
-    options = []
-    for parameter in inspect.signature(verb).parameters.values():
-        kind = hints[parameter.name]
-        if is_dataclass(kind):
-            groups[parameter.name] = kind
-            types = get_type_hints(kind, include_extras=True)
-            options += [(field.name, field.default, types[field.name]) for field in fields(kind)]
-        else:
-            options.append((parameter.name, parameter.default, kind))
-
-    def call(**given: Any) -> None:
-        for name, kind in groups.items():
-            given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
-        verb(**given)
-
-    named = inspect.Parameter.KEYWORD_ONLY
-    parameters = [inspect.Parameter(name, named, default=default, annotation=kind) for name, default, kind in options]
-    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    call.__annotations__ = {name: kind for name, _, kind in options}
-    call.__name__, call.__doc__ = verb.__name__, verb.__doc__
-    return call
-
-
-def open_model(source: str, *, input_shape: str | None, weights: str, seed: int, trust: bool) -> nn.Module:
-    """Open a model, as `Opening` does."""
-    return Opening(input_shape, weights, seed, trust).open(source)
-
-
-def is_saved(source: str) -> bool:
-    """Tell whether ``source`` is a saved folder; raise `UsageError` for a path that is none."""
-    return surgery.models.is_saved(source)
+    if surgery.models.is_saved(source):
+        return
+    parsed = surgery.models.parse(source, weights=weights)
+    if parsed.entry is not None and parsed.weights is None:
+        option = "--weights" if role == "model" else f"--{role}-weights"
+        raise UsageError(
+            f"the {role} {source!r} has random weights, {because}: train it first ({epochs}), take published weights "
+            f"({option} DEFAULT), or pass a saved folder"
+        )
 
 
 def parse_device(name: str) -> torch.device:
@@ -151,19 +147,19 @@ def parse_shape(text: str) -> list[int]:
     return shape
 
 
-def one_or_per_layer(
+def parse_one_or_per_layer(
     option: str, items: Sequence[str], whole: Callable[[str], T], part: Callable[[str], T]
 ) -> T | dict[str, T]:
     """Parse ``["0.5"]`` to one value for the whole model, ``["layer3=0.5", "fc=0.25"]`` to one for each name."""
     if len(items) > 1 or "=" in items[0]:
-        return per_layer(option, items, part)
+        return parse_per_layer(option, items, part)
     try:
         return whole(items[0])
     except ValueError:
         raise UsageError(f"{option} {items[0]!r} is neither a number nor of the form LAYER=NUMBER") from None
 
 
-def per_layer(option: str, items: Sequence[str], part: Callable[[str], T]) -> dict[str, T]:
+def parse_per_layer(option: str, items: Sequence[str], part: Callable[[str], T]) -> dict[str, T]:
     """Parse ``["layer3=2", "fc=1"]`` to a value for each name."""
     values = {}
     for item in items:
@@ -180,7 +176,7 @@ def per_layer(option: str, items: Sequence[str], part: Callable[[str], T]) -> di
     return values
 
 
-def int_or_float(text: str) -> int | float:
+def parse_number(text: str) -> int | float:
     """Parse a whole number to an int, any other number to a float."""
     try:
         return int(text)
@@ -188,7 +184,7 @@ def int_or_float(text: str) -> int | float:
         return float(text)
 
 
-def kernel_size(text: str | None) -> int | list[int] | None:
+def parse_kernel(text: str | None) -> int | list[int] | None:
     """Parse ``"3"`` to one size for every direction, ``"1,7"`` to one for each."""
     try:
         sizes = None if text is None else [int(part) for part in text.replace("x", ",").split(",")]
@@ -197,7 +193,7 @@ def kernel_size(text: str | None) -> int | list[int] | None:
     return sizes[0] if sizes is not None and len(sizes) == 1 else sizes
 
 
-def numbers(option: str, text: str) -> list[float]:
+def parse_numbers(option: str, text: str) -> list[float]:
     """Parse a list of numbers, ``"1.0,0.5"``."""
     try:
         return [float(part) for part in text.split(",")]

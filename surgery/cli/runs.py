@@ -1,4 +1,4 @@
-"""Runs that are cut off and resume, in one process or several."""
+"""Runs that can be interrupted and resumed, in one process or several."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def one_after_the_other(engine: Engine) -> Iterator[None]:
-    """The main process first, then the others."""
+    """Run the block in the main process first, then in the others."""
     if not engine.main:
         engine.wait()
     yield
@@ -30,10 +30,10 @@ def one_after_the_other(engine: Engine) -> Iterator[None]:
 def under_way(
     engine: Engine, out: Path, settings: Mapping[str, Any], shares: Mapping[str, float], *, force: bool
 ) -> Iterator[tuple[Path, Progress | None]]:
-    """The folder of a run's checkpoints, and what to tell how far the run is.
+    """Give the folder of a run's checkpoints, and the function to report progress to.
 
-    The main process makes the folder, draws, and removes the folder when the block ends; the others wait for it. Where
-    the run is interrupted, it says how to resume.
+    The main process makes the folder, draws the progress, and removes the folder when the block ends; the others wait
+    for it. If the run is interrupted, it prints how to resume.
     """
     if not engine.main:
         engine.wait()
@@ -46,7 +46,7 @@ def under_way(
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Say what is kept of an interrupted run: an interruption, unlike an error, may not reach `main`."""
+    """Print what an interrupted run keeps: an interruption, unlike an error, may not reach `main`."""
     try:
         yield
     except KeyboardInterrupt as error:

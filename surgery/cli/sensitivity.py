@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 import surgery
-from surgery.cli.fields import DataOptions, RunOptions, takes_fields
-from surgery.cli.options import Model, is_saved
+from surgery.cli.fields import takes_fields
+from surgery.cli.options import DataOptions, Model, RunOptions, Weights, load_if_saved, refuse_untrained
 from surgery.cli.output import Bars, emit, table
-from surgery.errors import UsageError
 from surgery.folders import refuse_folder, staged_folder
 from surgery.settings import Settings, TimingSettings, option
 
@@ -31,14 +30,14 @@ def register(app: typer.Typer) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SensitivityOptions(Settings):
-    """What is slimmed, and of which model."""
+    """Which parts are slimmed, how far, and how the model is trained before."""
 
     split_rate: float = option(0.5, "Split rate in (0, 1] of the part that is slimmed.", name="--split-rate/--rate")
     by: str = option("group", "What is slimmed alone: group or stage.")
     importance: str = option("prefix", "Which channels are kept, as in slim.")
     round_to: int = option(1, "Round widths up to a multiple of this.")
     epochs: int = option(0, "Train the model first, so many epochs; 0: take it as is.", least=0)
-    weights: str = option("none", "torchvision's weights: none, DEFAULT or one by name.", metavar="NAME")
+    weights: Weights = "none"
 
 
 @takes_fields("augment", "batch_size", "device", "memory", "confidence")
@@ -50,15 +49,11 @@ def sensitivity(
     Writes sensitivity.png, sensitivity.csv and sensitivity.json.
     """
     refuse_folder(run.out, marker=MARKER, force=run.force)
-    saved, epochs = is_saved(model), options.epochs
-    if not saved and not epochs:
-        parsed = surgery.models.parse(model, weights=options.weights)
-        if parsed.entry is not None and parsed.weights is None:
-            raise UsageError(
-                f"the model {model!r} has random weights, none of which is worth more than another: train it first "
-                "(--epochs 5), take published weights (--weights DEFAULT), or pass a saved folder"
-            )
-    source = surgery.load(model, trust=run.trust) if saved else model
+    epochs = options.epochs
+    if not epochs:
+        worthless = "none of which is worth more than another"
+        refuse_untrained("model", model, options.weights, epochs="--epochs 5", because=worthless)
+    source = load_if_saved(model, trust=run.trust)
     images = surgery.data_for({"the model": source}, **vars(data))
     module = surgery.classifier(source, images, weights=options.weights, trust=run.trust, seed=settings.seed)
     slimming: dict[str, Any] = {name: getattr(options, name) for name in ("by", "importance", "round_to")}

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 import surgery
-from surgery.cli.options import EXACT, AsJson, Model, Opening, complete_model, refuse_if_taken, with_groups
+from surgery.cli.fields import takes_fields
+from surgery.cli.options import EXACT, AsJson, Model, Opening, complete_model, refuse_if_taken
 from surgery.cli.output import emit, table
 from surgery.cli.tables import Table
 from surgery.errors import UsageError, unknown_name
@@ -19,8 +20,8 @@ from surgery.units import counted, mebibytes, quantity
 def register(app: typer.Typer) -> None:
     """Add the verbs of this file to ``app``."""
     app.command(epilog="Example: surgery models 'resnet*'")(models)
-    app.command(epilog="Example: surgery inspect resnet50 --svg resnet50.svg")(with_groups(inspect))
-    app.command(epilog="Example: surgery verify resnet18 wide/")(with_groups(verify))
+    app.command(epilog="Example: surgery inspect resnet50 --svg resnet50.svg")(inspect)
+    app.command(epilog="Example: surgery verify resnet18 wide/")(verify)
 
 
 def models(
@@ -55,6 +56,7 @@ def _listing(known: Sequence[surgery.models.KnownModel]) -> Iterator[Table]:
         yield table(title, ["name", "size", "params", "MACs", "published"], rows)
 
 
+@takes_fields()
 def inspect(
     model: Model,
     group: Annotated[str | None, typer.Option(metavar="LAYER", help="Show one group, member by member.")] = None,
@@ -194,6 +196,7 @@ def _names(group: surgery.DimensionGroup) -> set[str]:
     return {name for m in group.members for name in (str(m), m.name, m.layer)}
 
 
+@takes_fields()
 def verify(
     model: Model,
     reference: Annotated[

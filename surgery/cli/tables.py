@@ -39,12 +39,12 @@ class Table:
         """
         if self.title:
             console.print(Text(self.title, style="bold"), soft_wrap=True)
-        for grid in self._fitting(console):
+        for grid in self._fit(console):
             grid.width = least if (least := _least(grid)) > console.width else None
             console.print(grid, crop=False)
             console.print()
 
-    def _fitting(self, console: Console) -> Iterator[Grid]:
+    def _fit(self, console: Console) -> Iterator[Grid]:
         def fits(grid: Grid) -> bool:
             return _least(grid) <= console.width
 
@@ -52,7 +52,7 @@ class Table:
         for grid in (
             self._flat(self.header),
             self._flat(words),
-            self._turned(0, count),
+            self._turn(0, count),
             self._flat(words, names_fold=True),
         ):
             if fits(grid):
@@ -61,9 +61,9 @@ class Table:
         start = 0
         while start < count:
             stop = count
-            while stop > start + 1 and not fits(self._turned(start, stop)):
+            while stop > start + 1 and not fits(self._turn(start, stop)):
                 stop -= 1
-            yield self._turned(start, stop)
+            yield self._turn(start, stop)
             start = stop
 
     def _flat(self, header: Sequence[str], *, names_fold: bool = False) -> Grid:
@@ -72,7 +72,7 @@ class Table:
         left = [k == 0 or title in self.text | self.left for k, title in enumerate(self.header)]
         return _grid(header, self.rows, left, lambda row, column: folds[column])
 
-    def _turned(self, start: int, stop: int) -> Grid:
+    def _turn(self, start: int, stop: int) -> Grid:
         head, *lines = zip(self.header, *self.rows[start:stop], strict=True)
         left = [True, *[False] * (stop - start)]
         return _grid(head, lines, left, lambda row, column: self._folds[row + 1] if column else None)

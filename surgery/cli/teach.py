@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import surgery
-from surgery.cli.fields import DataOptions, RunOptions, is_given, settings_of, takes_fields
+from surgery.cli.fields import is_given, settings_of, takes_fields
 from surgery.cli.losses import LossOptions, objectives
-from surgery.cli.options import is_saved, parse_device
+from surgery.cli.options import DataOptions, RunOptions, Weights, load_if_saved, parse_device, refuse_untrained
 from surgery.cli.output import emit, table
 from surgery.cli.runs import one_after_the_other, under_way
 from surgery.errors import UsageError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from surgery import Cost, Data, Distillation, History, Objective, Score
 
 MARKER = "distill.json"
-"""The file by which a folder is known as a result of ``distill``."""
+"""The file that marks a folder as a result of ``distill``."""
 
 
 def register(app: typer.Typer) -> None:
@@ -55,7 +55,7 @@ class LayerOptions:
 class TeacherOptions(Settings):
     """How the networks are built, and the teacher is trained."""
 
-    weights: str = option("none", "torchvision's weights: none, DEFAULT or one by name.", metavar="NAME")
+    weights: Weights = "none"
     teacher_weights: str = option("none", "The same for the teacher.", metavar="NAME")
     teacher_epochs: int = option(0, "Train the teacher first; 0: take it as it is.", least=0)
     teacher_lr: float | None = option(None, "Peak learning rate of the teacher. [default: usual with the optimizer]")
@@ -89,7 +89,9 @@ def distill(
     settings = replace(settings, test_each_epoch=True)
     teacher_settings = _teacher_settings(teaching, settings)
     refuse_folder(run.out, marker=MARKER, force=run.force)
-    _refuse_untrained(teacher, teaching)
+    if not teaching.teacher_epochs:
+        nothing = "from which nothing can be learned"
+        refuse_untrained("teacher", teacher, teaching.teacher_weights, epochs="--teacher-epochs 10", because=nothing)
     engine = surgery.Engine(parse_device(run.device), settings.precision)
     with one_after_the_other(engine):  # the first may have to fetch what the others then read
         images, pupil, master = _open(student, teacher, data, teaching, run, settings.seed)
@@ -134,7 +136,7 @@ def distill(
 
 
 def _teacher_settings(teaching: TeacherOptions, settings: DistillSettings) -> TrainSettings | None:
-    """How the teacher is trained, if it is."""
+    """Return the settings of the teacher's training; None if it is not trained."""
     epochs, lr = teaching.teacher_epochs, teaching.teacher_lr
     return settings.training(epochs=epochs, lr=lr) if epochs else None
 
@@ -142,9 +144,9 @@ def _teacher_settings(teaching: TeacherOptions, settings: DistillSettings) -> Tr
 def _open(
     student: str, teacher: str, data: DataOptions, teaching: TeacherOptions, run: RunOptions, seed: int
 ) -> tuple[Data, nn.Module, nn.Module]:
-    """The data, and both networks, which go together."""
+    """Load the data, and both networks for it."""
     sources = {"student": student, "teacher": teacher}
-    opened = {w: surgery.load(s, trust=run.trust) if is_saved(s) else s for w, s in sources.items()}
+    opened = {w: load_if_saved(s, trust=run.trust) for w, s in sources.items()}
     images = surgery.data_for(opened, **vars(data), augment=run.augment)
     build: dict[str, Any] = {"trust": run.trust, "seed": seed}
     pupil = surgery.classifier(opened["student"], images, what="the student", weights=teaching.weights, **build)
@@ -152,18 +154,6 @@ def _open(
         opened["teacher"], images, what="the teacher", weights=teaching.teacher_weights, **build
     )
     return images, pupil, master
-
-
-def _refuse_untrained(teacher: str, teaching: TeacherOptions) -> None:
-    """A model of the catalogue has random weights; the user's own may load its weights."""
-    if teaching.teacher_epochs or is_saved(teacher):
-        return
-    parsed = surgery.models.parse(teacher, weights=teaching.teacher_weights)
-    if parsed.entry is not None and parsed.weights is None:
-        raise UsageError(
-            f"the teacher {teacher!r} has random weights, from which nothing can be learned: train it first "
-            "(--teacher-epochs 10), take published weights (--teacher-weights DEFAULT), or pass a saved folder"
-        )
 
 
 def _rehearse(
@@ -174,7 +164,7 @@ def _rehearse(
     hints: Mapping[str, Any],
     learned: Sequence[Objective],
 ) -> None:
-    """Raise what `surgery.distill` would."""
+    """Raise the errors of `surgery.distill` before the teacher is trained."""
     if settings.hint_epochs:
         surgery.attach_hint(student, teacher, **hints, regressor=settings.regressor)
     if settings.epochs and learned:
@@ -184,8 +174,10 @@ def _rehearse(
 
 
 def _shares(costs: Mapping[str, Cost], teacher_epochs: int, settings: DistillSettings) -> dict[str, float]:
-    """The part of the time that each task is likely to take: a backward pass costs twice what a forward pass does, and
-    stage 1 runs half of each network."""
+    """Estimate the share of the time that each task takes.
+
+    A backward pass costs twice what a forward pass does, and stage 1 runs half of each network.
+    """
     student, teacher = costs["student"].macs, costs["teacher"].macs
     shares = {
         "teacher": 3 * teacher_epochs * teacher,

@@ -1,4 +1,4 @@
-"""What an operation changed, or would change: its steps, layers and their shapes, and what the model costs."""
+"""Compare two versions of a model: the steps between them, layers and their shapes, and costs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that has parameters, or a parameter that is no layer's."""
+    """A layer that has parameters, or a parameter outside any layer."""
 
     name: str
     """Qualified name."""
@@ -36,8 +36,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Changes:
-    """The difference between two versions of a model. ``str()`` of it is a summary, the steps, and a table with a
-    line for each layer."""
+    """The difference between two versions of a model; ``str()`` gives a summary, the steps, and a table of layers."""
 
     header: ClassVar = ("layer", "class", "in", "out", "shape")
     """The names of the cells of `rows`."""
@@ -52,8 +51,7 @@ class Changes:
     """The steps from one to the other, each in one line; empty where one was not made from the other."""
 
     def rows(self) -> list[tuple[str, ...]]:
-        """For each layer its name, class, input and output channels, and the shape of the first parameter that differs,
-        as `header` names them."""
+        """Return for each layer the cells that `header` names; the shape is of the first parameter that differs."""
         return [
             *(_row(before, after) for before, after in self.changed),
             *(_row(None, layer) for layer in self.added),
@@ -73,7 +71,7 @@ class Changes:
         }
 
     def summary(self) -> str:
-        """One line: the number of layers, and what the model costs."""
+        """Write the numbers of layers and the costs in one line."""
         before, after = self.cost
         return (
             f"layers: {len(self.changed)} changed, {len(self.added)} added, {len(self.removed)} removed; "
@@ -117,7 +115,7 @@ def changes(before: nn.Module, after: nn.Module) -> Changes:
 
 
 def layers(module: nn.Module) -> dict[str, Layer]:
-    """The layers of a module that have parameters, by qualified name."""
+    """Find the layers of a module that have parameters, by qualified name."""
     shapes: dict[str, dict[str, Shape]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         layer = Member(name, 0, "").layer
@@ -149,7 +147,7 @@ def _row(before: Layer | None, after: Layer | None) -> tuple[str, ...]:
 
 
 def _cell(values: Sequence[object], alone: tuple[str, str] = ("", "")) -> str:
-    """``"64 -> 96"``; one value where both are equal, or where there is no other layer."""
+    """Write ``"64 -> 96"``; one value if both are equal or one layer is missing."""
     before, after = values
     if before is None:
         return "" if after is None else f"{after} {alone[0]}".strip()

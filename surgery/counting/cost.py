@@ -1,4 +1,4 @@
-"""What a module costs on paper: multiply-accumulates, parameters and bytes, counted without running it."""
+"""Count what a module costs without running it: multiply-accumulates, parameters and bytes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.module_tracker import ModuleTracker
 
 from surgery.counting.products import ProductCounter, attention_as_matrix_products
+from surgery.graph.batches import Args, Kwargs, is_list_of_images
 from surgery.models.detectors import image_batch, is_detector, raw_outputs
-from surgery.models.inputs import Args, Kwargs, is_list_of_images, refusing_bad_inputs, resolve
+from surgery.models.inputs import refusing_bad_inputs, resolve
 
 
 @dataclass(frozen=True)
@@ -41,22 +42,30 @@ class Cost:
 def cost(module: nn.Module, example_inputs: Any = None, *, kwargs: Mapping[str, Any] | None = None) -> Cost:
     """Count what ``module`` costs, without running it and without touching it.
 
-    A MAC is one multiplication and one addition: half of what `torch.utils.flop_counter` calls FLOPs. Convolutions,
-    linear layers, matrix products and attention are counted, at one sample (axis 0 of the inputs is cut to length 1)
-    and in eval mode; biases, norms, activations and pooling are not, as in the papers and in torchvision's own figures.
-    A tensor that is used twice, or that shares its memory with another, is counted once in ``params`` and ``bytes``.
+    A MAC is one multiplication and one addition: half of what `torch.utils.flop_counter` calls FLOPs. The count covers
+    convolutions, linear layers, matrix products and attention, at one sample (axis 0 of the inputs is cut to length 1)
+    and in evaluation mode. It leaves out biases, norms, activations and pooling, as the papers and torchvision do. A
+    tensor that is used twice, or shares its memory with another, counts once in ``params`` and ``bytes``.
 
-    How much of a detection model runs depends on what it finds. Counted is its network at a fixed number of regions:
-    the backbone and the head, or the region proposal head, the box head on 1,000 regions of the image, and mask and
-    keypoint heads on 100. A list of images is resized by the model's transform first, a tensor of images is taken as it
-    is.
+    How much of a detection model runs depends on what it finds. The count is for a fixed number of regions: the
+    backbone and the head, or the region proposal head, the box head on 1,000 regions of the image, and mask and
+    keypoint heads on 100. The model's transform resizes a list of images first; a tensor of images is taken as it is.
 
-    ``example_inputs`` is a tensor or a tuple of positional inputs, ``kwargs`` the named ones; a traced module needs
-    neither.
+    Args:
+        module: any module; it is not modified.
+        example_inputs: a tensor or a tuple of positional inputs; a traced module needs none.
+        kwargs: named inputs.
 
-    Raises `UsageError` where the inputs do not fit, where an untraced module comes without inputs, where the shapes
-    inside depend on the values of the input, so that they cannot be known without running it, or where an operator
-    multiplies matrices and has no formula.
+    Returns:
+        MACs and parameters as counts, memory in bytes.
+
+    Raises:
+        UsageError: the inputs do not fit, an untraced module comes without inputs, shapes inside the model depend on
+            the values of the inputs, or an operator multiplies matrices and has no formula.
+
+    Example:
+        >>> surgery.cost(torchvision.models.resnet18(), torch.zeros(1, 3, 224, 224)).macs
+        1814073344
     """
     args, named = resolve(module, example_inputs, kwargs, batch_size=1)
     return Cost(
@@ -69,9 +78,20 @@ def cost(module: nn.Module, example_inputs: Any = None, *, kwargs: Mapping[str, 
 def weight_macs(
     module: nn.Module, example_inputs: Any = None, *, kwargs: Mapping[str, Any] | None = None
 ) -> dict[str, int]:
-    """The MACs of `cost`, by the name of the parameter that multiplies, in the order of the forward pass.
+    """Count the MACs of each weight.
 
-    Products of activations with each other, as in attention, are under ``""``.
+    Args:
+        module, example_inputs, kwargs: as in `cost`.
+
+    Returns:
+        The MACs of one sample by the name of the parameter that multiplies, in the order of the forward pass. Products
+        of activations with each other, as in attention, are under ``""``.
+
+    Raises:
+        UsageError: as in `cost`.
+
+    Example:
+        >>> surgery.weight_macs(traced)["layer1.0.conv1.weight"]
     """
     args, named = resolve(module, example_inputs, kwargs, batch_size=1)
     return _macs(module, args, named)
@@ -93,8 +113,7 @@ def _macs(module: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, int]:
 def run_on_fakes(
     module: nn.Module, args: Args, kwargs: Kwargs, watching: Callable[[nn.Module], AbstractContextManager[object]]
 ) -> None:
-    """Run the network of ``module`` in eval mode on tensors without data: a copy, inside what ``watching`` gives for
-    it."""
+    """Run a copy of ``module`` in evaluation mode on tensors without data, inside the context ``watching(copy)``."""
     fake_mode = FakeTensorMode()
     with FakeCopyMode(fake_mode):  # a copy without weights: nothing is allocated, and the original stays as it is
         fake = copy.deepcopy(module).eval()
@@ -117,7 +136,7 @@ def run_on_fakes(
 
 
 def _footprints(tensors: Iterable[torch.Tensor]) -> Iterator[tuple[int, int]]:
-    """Elements and bytes per element of each storage behind ``tensors``: never more than the storage holds."""
+    """Yield elements and bytes per element of each storage of ``tensors``: never more than the storage holds."""
     used: defaultdict[tuple[int, int], int] = defaultdict(int)
     held: dict[tuple[int, int], int] = {}
     for tensor in {id(tensor): tensor for tensor in tensors}.values():

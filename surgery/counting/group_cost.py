@@ -1,4 +1,4 @@
-"""What each dimension group carries: the parameters and the multiply-accumulates that would go with its channels."""
+"""What each dimension group carries: the parameters and multiply-accumulates that its channels take."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from surgery.counting.cost import weight_macs
 class GroupCost:
     """What a dimension group carries.
 
-    ``params`` are the elements of parameters that lie at one of the group's channels along any of their axes, each
-    counted once: those that would go if all of its channels went. ``macs`` are the multiply-accumulates, of one sample,
-    of these elements: of a layer's MACs, the share of its weight that they are.
+    ``params`` counts the elements of parameters that lie at one of the group's channels along any axis, each once: all
+    that would go with the channels. ``macs`` is their part of their layers' multiply-accumulates, for one sample.
 
     A weight lies between two groups and counts for both, so the figures of all groups add up to more than the model's.
     Products of activations with each other, as in attention, belong to no weight and so to no group.
@@ -33,9 +32,18 @@ class GroupCost:
 def group_costs(
     module: nn.Module, groups: list[DimensionGroup], macs: Mapping[str, int] | None = None
 ) -> dict[str, GroupCost]:
-    """The cost of each of the ``groups`` of a traced module, by name; read off shapes, nothing is run or slimmed.
+    """Count what each dimension group carries, from shapes alone.
 
-    ``macs`` is what `surgery.counting.cost.weight_macs` found, where that is known already.
+    Args:
+        module: a traced module.
+        groups: its groups, as `surgery.dimension_groups` returns them.
+        macs: the result of `surgery.weight_macs`, if known already.
+
+    Returns:
+        The parameters and MACs of each group, by its name.
+
+    Example:
+        >>> surgery.group_costs(traced, surgery.dimension_groups(traced))["conv1"].macs
     """
     macs = weight_macs(module) if macs is None else macs
     analysis, parameters = analyse(module), dict(module.named_parameters())
@@ -45,8 +53,7 @@ def group_costs(
 def _cost(
     analysis: Analysis, group: DimensionGroup, parameters: Mapping[str, nn.Parameter], macs: Mapping[str, int]
 ) -> GroupCost:
-    left: dict[str, float] = {}
-    """For each parameter, the share that lies at none of the group's channels."""
+    left: dict[str, float] = {}  # for each parameter, the share that lies at none of the group's channels
     for member in group.members:
         if member.name in parameters:
             left[member.name] = left.get(member.name, 1.0) * (

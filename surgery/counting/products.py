@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
 from surgery.errors import UsageError
-from surgery.models.inputs import tensors
+from surgery.graph.batches import tensors
 
 
 class ProductCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -80,14 +80,14 @@ class ProductCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.macs[name] = self.macs.get(name, 0) + macs
 
     def _name_of(self, operands: list[Tensor]) -> str:
-        """The parameter among ``operands``, or the empty string."""
+        """Return the name of the parameter among ``operands``, or an empty string."""
         found = (self._matrices.get(t.untyped_storage()._cdata) for t in operands)
         return next((name for name in found if name is not None), "")
 
 
 @contextmanager
 def attention_as_matrix_products() -> Iterator[None]:
-    """Have torch compute attention by matrix products: fused kernels may pad heads. A model may pin another."""
+    """Let torch compute attention by matrix products: fused kernels may pad heads. A model may pin another kernel."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -152,6 +152,6 @@ def _is_foreign(name: str) -> bool:
 
 
 def _given(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What an operator was given, by the name of the argument; of a higher-order operator, the named ones alone."""
+    """Return an operator's arguments by name; of a higher-order operator only the named ones."""
     arguments = func._schema.arguments if isinstance(func, torch._ops.OpOverload) else ()
     return dict(zip((argument.name for argument in arguments), args, strict=False)) | dict(kwargs)

@@ -84,13 +84,13 @@ def _from_factory(source: Source, trust: bool) -> nn.Module:
         raise
     except Exception as error:  # it is someone else's code
         reason = f"{type(error).__name__}: {error}"
-        raise UsageError(f"{where!r} cannot be called with {_described(source.keywords)}: {reason}") from error
+        raise UsageError(f"{where!r} cannot be called with {_describe(source.keywords)}: {reason}") from error
     if not isinstance(module, nn.Module):
         raise UsageError(f"{where!r} returned {type(module).__name__}, not an nn.Module")
     return module
 
 
-def _described(keywords: Mapping[str, Value]) -> str:
+def _describe(keywords: Mapping[str, Value]) -> str:
     return ", ".join(f"{k}={text(v)}" for k, v in keywords.items()) or "no arguments"
 
 
@@ -106,9 +106,7 @@ def _call(source: Source, keywords: Mapping[str, Any]) -> nn.Module:
     except UsageError:
         raise
     except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"model {source.name!r} cannot be built with {_described(source.keywords)}: {error}"
-        ) from error
+        raise UsageError(f"model {source.name!r} cannot be built with {_describe(source.keywords)}: {error}") from error
     if eps is not None:
         _freeze_norms(cast(nn.Module, module.backbone), eps)
     return module

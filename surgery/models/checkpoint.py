@@ -1,8 +1,8 @@
 """Saving and loading: a recipe as text and the weights as plain tensors.
 
 A directory holds ``recipe.json`` (where the architecture comes from, the inputs it was traced with, what was done to
-it) and ``weights.safetensors``. Nothing in it is code, and nothing of it is executed. What no step of the recipe did
-cannot be rebuilt, so a module that was changed in another way is not saved.
+it) and ``weights.safetensors``. It holds no code, and loading executes none. Only steps
+of the recipe can be replayed, so a module that was changed in another way is not saved.
 """
 
 from __future__ import annotations
@@ -79,8 +79,11 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, t
 
     Args:
         directory: where `save` wrote it.
-        model: the architecture as it was before `surgery.trace`, for a class of one's own. Its weights do not matter.
+        model: the architecture before `surgery.trace`, for a class of your own. Its weights do not matter.
         trust: allow a source of the form ``package.module:factory`` to be imported and called.
+
+    Returns:
+        The traced module, with its recipe, in the mode in which it was saved.
 
     Raises:
         UsageError: no saved model there, or an architecture that cannot be rebuilt without ``model``.

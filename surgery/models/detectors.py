@@ -96,11 +96,16 @@ class RawOutputs(nn.Module):
     def forward(self, images: Sequence[Tensor], *targets: Any) -> dict[str, Tensor]:
         """Take images (3, height, width) of any sizes; ignore targets."""
         batch = image_batch(self.module, images)
-        return raw_outputs(self.module, batch, regions_of(batch))
+        return raw_outputs(self.module, batch, make_regions(batch))
 
 
 def comparable(module: nn.Module) -> nn.Module:
-    """Return what can be compared of a module: a detection model's network, and any other module as it is.
+    """Wrap a detection model such that `verify` can compare it.
+
+    The detections depend on thresholds and on the order of scores; the network on fixed regions does not.
+
+    Returns:
+        A module that computes the network of a detection model; any other module as it is.
 
     Example:
         >>> surgery.verify(surgery.comparable(a), surgery.comparable(b), example_inputs)
@@ -108,7 +113,7 @@ def comparable(module: nn.Module) -> nn.Module:
     return RawOutputs(module) if is_detector(module) else module
 
 
-def regions_of(batch: Tensor, count: int = 8) -> list[Tensor]:
+def make_regions(batch: Tensor, count: int = 8) -> list[Tensor]:
     """Make ``count`` boxes (count, 4) in each image, from an eighth of it to all of it, the same at every call."""
     height, width = batch.shape[-2:]
     generator = torch.Generator().manual_seed(0)

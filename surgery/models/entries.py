@@ -21,16 +21,15 @@ Kind = Literal["image", "video", "two images", "list of images"]
 class Entry:
     """One builder of torchvision.
 
-    ``kind`` says what the model is called with: a batch of images (N, 3, height, width), a batch of videos
+    ``kind`` says what the model takes: a batch of images (N, 3, height, width), a batch of videos
     (N, 3, frames, height, width), two batches of images, or a list of images (3, height, width) each.
 
     ``input_size`` is the size of one sample, (3, height, width), that the published weights are evaluated at, or
-    (3, frames, height, width) of a video; of a model that is evaluated at many sizes, that which the published costs
-    are counted at. ``minimum`` is the smallest square
-    image, in pixels, that the model can be trained on with its default keywords. ``smallest`` is the smallest that is
-    good for tests, with the keywords ``small`` and, for videos, ``frames``: its deepest feature map is at least 2 x 2,
-    for with a batch of two and 1 x 1 maps the batch statistics of a training pass are so ill-conditioned that float64
-    rounding alone moves a deep model's outputs.
+    (3, frames, height, width) of a video; if the model is evaluated at many sizes, the size at which the published
+    costs are counted. ``minimum`` is the smallest square image, in pixels, that the model can be trained on with its
+    default keywords. ``smallest`` is the smallest that suits tests, with the keywords ``small`` and, for videos,
+    ``frames``: its deepest feature map is at least 2 x 2. At a batch of two and 1 x 1 maps, the batch statistics of a
+    training pass are so ill-conditioned that float64 rounding alone moves a deep model's outputs.
     """
 
     name: str
@@ -41,9 +40,9 @@ class Entry:
     kind: Kind = "image"
     notes: str = ""
     frames: int | None = None
-    """The smallest number of frames of a video that is good for tests."""
+    """The smallest number of frames of a video that suits tests."""
     fixed: bool = False
-    """Whether it takes samples of one size only, that which it is built for."""
+    """Whether it takes only the sample size that it is built for."""
     size_keyword: str = ""
     """The builder keyword that sets the size of a model whose size is fixed."""
     targets: tuple[str, ...] = ()

@@ -103,7 +103,7 @@ def example_targets(source: str, batch_size: int = 2, image_size: int | None = N
 
 
 def _sample_size(source: Source, image_size: int | None, frames: int | None) -> tuple[int, ...]:
-    """(3, height, width), or (3, frames, height, width)."""
+    """Return (3, height, width), or (3, frames, height, width)."""
     entry = source.entry
     if entry is None:
         if image_size is None:
@@ -137,7 +137,7 @@ def _objects(source: Source, entry: Entry, height: int, width: int, generator: t
     assert isinstance(classes, int)
     found = {"boxes": boxes, "labels": torch.randint(1, classes, (BOXES,), generator=generator)}
     if "masks" in entry.targets:
-        found["masks"] = _filled(boxes, height, width)
+        found["masks"] = _fill(boxes, height, width)
     if "keypoints" in entry.targets:
         count = source.keywords.get("num_keypoints", 17)
         assert isinstance(count, int)
@@ -147,7 +147,7 @@ def _objects(source: Source, entry: Entry, height: int, width: int, generator: t
     return found
 
 
-def _filled(boxes: Tensor, height: int, width: int) -> Tensor:
+def _fill(boxes: Tensor, height: int, width: int) -> Tensor:
     """Make a mask (N, height, width) for each box, 1 inside it."""
     x, y = torch.arange(width) + 0.5, torch.arange(height) + 0.5
     left, top, right, bottom = boxes[:, :, None].unbind(1)

@@ -9,22 +9,29 @@ from torch import nn
 
 from surgery.errors import UsageError
 from surgery.layers.maxout import Maxout
-from surgery.models.fitnets import NETWORKS, Conv, sizes_behind
+from surgery.models.fitnets import NETWORKS, Conv, sizes_after
 
 
 def build_fitnet(name: str, num_classes: int = 10, pieces: int = 2, init_range: float | None = None) -> nn.Sequential:
-    """A network of the paper, by its name in `FITNETS`. It gives class scores; softmax is the loss's.
+    """Build a network of the paper; it returns class scores without softmax.
 
     Args:
+        name: a key of `FITNETS`.
         num_classes: width of the last layer.
-        pieces: of the maxout layer behind the convolutions; of the MNIST networks, which have none, of the last one
-            (teacher) or two (student) convolutions. With 2 the paper's parameter and multiplication counts come out;
-            its text and the authors' files have 5, and 4 on MNIST.
+        pieces: pieces of the maxout layer after the convolutions; the MNIST networks have none, and use them in the
+            last one (teacher) or two (student) convolutions. The paper's counts of parameters and multiplications
+            follow from 2; its text and the authors' files have 5, and 4 on MNIST.
         init_range: initial weights are uniform between this number and its negative, and biases 0, as in the paper
             (0.005 on CIFAR and SVHN); by default they are those of `torch.nn`.
 
+    Returns:
+        the initialised network in training mode.
+
     Raises:
         UsageError: fewer than 1 piece, or a range that is not positive.
+
+    Example:
+        >>> student = surgery.models.build_fitnet("fitnet1", num_classes=100)
     """
     net, maxout = NETWORKS[name], Maxout(pieces)
     if init_range is not None and not init_range > 0:
@@ -34,7 +41,7 @@ def build_fitnet(name: str, num_classes: int = 10, pieces: int = 2, init_range: 
     convs = net.convs if net.units else _with_last_pieces(net.convs, pieces)
     for number, conv in enumerate(convs, 1):
         layers[f"layer{number}"] = _convolution(channels, conv)
-        channels, size = conv.channels, sizes_behind(size, conv)[1]
+        channels, size = conv.channels, sizes_after(size, conv)[1]
     layers["flatten"] = nn.Flatten()
     features = channels * size * size
     if net.units:
@@ -51,7 +58,7 @@ def build_fitnet(name: str, num_classes: int = 10, pieces: int = 2, init_range: 
 
 
 def _with_last_pieces(convs: tuple[Conv, ...], pieces: int) -> tuple[Conv, ...]:
-    """Those as narrow as the last have ``pieces``."""
+    """Give ``pieces`` to the convolutions that are as narrow as the last."""
     narrow = convs[-1].channels
     return tuple(replace(conv, pieces=pieces) if conv.channels == narrow else conv for conv in convs)
 

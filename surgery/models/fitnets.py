@@ -1,7 +1,8 @@
 """The networks of FitNets (Romero et al., ICLR 2015) as data: convolutions and layers of maxout units.
 
 Layers are numbered as in the paper: ``layer1`` and so on are the convolutions, the next is the maxout layer, where
-there is one, and ``classifier`` the last. The output of ``layer6`` is behind its pooling, as the paper's hints are.
+there is one, and ``classifier`` the last. The output of ``layer6`` is taken after its pooling, like
+the paper's hints.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from surgery.models.entries import Entry
 
 @dataclass(frozen=True)
 class Conv:
-    """A maxout convolution, and the pooling behind it: window and stride, if any."""
+    """A maxout convolution, and the pooling after it, if any: window and stride."""
 
     channels: int
     kernel: int = 3
@@ -30,13 +31,13 @@ class Architecture:
 
     convs: tuple[Conv, ...]
     units: int
-    """Of the maxout layer behind the convolutions; 0: there is none."""
+    """Units of the maxout layer after the convolutions; 0: none."""
     input_size: tuple[int, int, int] = (3, 32, 32)
     notes: str = ""
 
 
 def _student(text: str) -> tuple[Conv, ...]:
-    """``"16 16 | 32 32 | 48"``: widths of convolutions, with 2 x 2 pooling at each bar and 8 x 8 at the end."""
+    """Parse ``"16 16 | 32 32 | 48"``: widths of convolutions, with 2 x 2 pooling at each bar and 8 x 8 at the end."""
     blocks = [[int(width) for width in block.split()] for block in text.split("|")]
     pools = [(2, 2)] * (len(blocks) - 1) + [(8, 8)]
     return tuple(
@@ -47,8 +48,11 @@ def _student(text: str) -> tuple[Conv, ...]:
 
 
 def _rows() -> Iterator[tuple[str, Architecture]]:
-    """Widths: the paper's table 7, section 4.1 and appendix A. Kernels and paddings of the teachers, and those of the
-    MNIST student: the configuration files of the teachers' and the authors' own code."""
+    """Yield the networks.
+
+    Widths are those of the paper's table 7, section 4.1 and appendix A. Kernels and paddings of the teachers and of the
+    MNIST student are those of the configuration files in the teachers' and the authors' own code.
+    """
     cifar = (Conv(96, 8, 4, (4, 2)), Conv(192, 8, 3, (4, 2)), Conv(192, 5, 3, (2, 2)))
     yield (
         "fitnet_cifar_teacher",
@@ -91,13 +95,13 @@ FITNETS: Mapping[str, Entry] = {name: _entry(name, net) for name, net in NETWORK
 
 
 def fitnet_cost(name: str) -> tuple[int, int]:
-    """Parameters, biases included, and multiplications of one sample of a network with 10 classes, from its data."""
+    """Count parameters, biases included, and multiplications of one sample, of a network with 10 classes."""
     net = NETWORKS[name]
     channels, size = net.input_size[0], net.input_size[-1]
     weights = biases = multiplications = 0
     for conv in net.convs:
         own = channels * conv.kernel**2 * conv.channels * conv.pieces
-        positions, size = sizes_behind(size, conv)
+        positions, size = sizes_after(size, conv)
         channels = conv.channels
         weights += own
         biases += conv.channels * conv.pieces
@@ -109,9 +113,11 @@ def fitnet_cost(name: str) -> tuple[int, int]:
     return weights + weights_of_linear + biases, multiplications + weights_of_linear
 
 
-def sizes_behind(size: int, conv: Conv) -> tuple[int, int]:
-    """Height and width behind a convolution, and behind its pooling, which also takes windows that reach over the edge
-    (ceil mode)."""
+def sizes_after(size: int, conv: Conv) -> tuple[int, int]:
+    """Return the side in pixels after a convolution, and after its pooling.
+
+    The pooling also takes windows that reach over the edge (ceil mode).
+    """
     size += 2 * conv.padding - conv.kernel + 1
     if conv.pool is None:
         return size, size

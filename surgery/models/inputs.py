@@ -1,4 +1,4 @@
-"""The inputs a module is measured on: the caller's own, or those a traced module remembers, at a chosen batch size."""
+"""Find the inputs to run a module on: the caller's own, or those of a traced module, at a chosen batch size."""
 
 from __future__ import annotations
 
@@ -11,13 +11,7 @@ from torch import nn
 
 from surgery.errors import SurgeryError, UsageError
 from surgery.graph import tracing
-from surgery.graph.batches import Args as Args
-from surgery.graph.batches import Kwargs as Kwargs
-from surgery.graph.batches import batch_of as batch_of
-from surgery.graph.batches import each_tensor
-from surgery.graph.batches import is_list_of_images as is_list_of_images
-from surgery.graph.batches import tensors as tensors
-from surgery.graph.batches import with_batch as with_batch
+from surgery.graph.batches import Args, Kwargs, each_tensor, is_list_of_images, tensors, with_batch
 
 
 def resolve(
@@ -27,12 +21,15 @@ def resolve(
     *,
     batch_size: int | None = None,
 ) -> tuple[Args, Kwargs]:
-    """The positional and named inputs to call ``module`` with, at ``batch_size`` where one is given.
+    """Find the positional and named inputs to call ``module`` with.
 
-    ``example_inputs`` is a tensor or a tuple of positional inputs. Where neither it nor ``kwargs`` is given, the inputs
-    are random ones of the shapes ``module`` was traced with.
+    Args:
+        example_inputs: a tensor or a tuple of positional inputs, ``kwargs`` the named ones. Without both, the
+            inputs are random ones of the shapes that ``module`` was traced with.
+        batch_size: resize the batch axis to this length.
 
-    Raises `UsageError` where there is nothing to go by, or no batch axis to resize.
+    Raises:
+        UsageError: an untraced module without inputs, or no batch axis to resize.
     """
     if example_inputs is None and kwargs is None:
         args, named = tracing.example_inputs(module)
@@ -45,42 +42,42 @@ def resolve(
     return (args, named) if batch_size is None else with_batch(args, named, batch_size)
 
 
-def copied(args: Args, kwargs: Kwargs, device: str | None = None) -> tuple[Args, Kwargs]:
-    """These inputs with copies of their tensors, on ``device`` where one is given: a module may write into them."""
+def copy_inputs(args: Args, kwargs: Kwargs, device: str | None = None) -> tuple[Args, Kwargs]:
+    """Copy the tensors of inputs, to ``device`` if one is given: a module may write into them."""
     return each_tensor(lambda tensor: tensor.detach().to(device, copy=True), args, kwargs)
 
 
 def images_of(args: Args, kwargs: Kwargs) -> list[torch.Tensor]:
-    """The tensors among these inputs whose last two axes are the height and width of images or videos.
+    """Find the tensors whose last two axes are the height and width of images or videos.
 
-    They are those of four axes or more, and the members of a list of images.
+    They are those with four axes or more, and the members of a list of images.
     """
     listed = args[0] if is_list_of_images(args) else []
     return [tensor for tensor in tensors((args, kwargs)) if tensor.ndim >= 4 or any(tensor is one for one in listed)]
 
 
-def enlarged(args: Args, kwargs: Kwargs, higher: int, wider: int) -> tuple[Args, Kwargs]:
-    """These inputs with `images_of` them ``higher`` and ``wider`` by so many pixels: repeated, as tiles are."""
+def enlarge(args: Args, kwargs: Kwargs, higher: int, wider: int) -> tuple[Args, Kwargs]:
+    """Make the images among inputs ``higher`` and ``wider`` by so many pixels, repeated like tiles."""
     ids = {id(image) for image in images_of(args, kwargs)}
 
-    def tiled(tensor: torch.Tensor) -> torch.Tensor:
+    def tile(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in ids:
             return tensor
         height, width = tensor.shape[-2:]
         return tensor[..., torch.arange(height + higher) % height, :][..., torch.arange(width + wider) % width]
 
-    return each_tensor(tiled, args, kwargs)
+    return each_tensor(tile, args, kwargs)
 
 
 def other_values(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-    """These inputs with other numbers of the same kind in their floating-point tensors: drawn from theirs, with
-    replacement, so that sums and counts change, too.
+    """Draw other numbers for the floating-point tensors of inputs, the same at every call.
 
-    Where all are one number, random fractions of it, or of 1 if it is 0. It is the same at every call.
+    They are drawn from the tensor's own numbers with replacement, so that sums and counts change too. If all are equal,
+    they are random fractions of that number, or of 1 if it is 0.
     """
     generator = torch.Generator().manual_seed(0)
 
-    def changed(tensor: torch.Tensor) -> torch.Tensor:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point() or not tensor.numel():
             return tensor
         values = tensor.flatten()
@@ -89,7 +86,7 @@ def other_values(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         fractions = 0.5 + torch.rand(tensor.shape, generator=generator).to(tensor.dtype)
         return fractions * tensor if values[0] else fractions
 
-    return each_tensor(changed, args, kwargs)
+    return each_tensor(change, args, kwargs)
 
 
 @contextmanager
@@ -101,10 +98,10 @@ def refusing_bad_inputs(args: Args, kwargs: Kwargs) -> Iterator[None]:
         raise
     except Exception as error:  # what a module's own code checks, it may raise as anything
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors((args, kwargs))) or "no tensor"
-        raise UsageError(f"the module cannot be run on these inputs ({shapes}): {squashed(error)}") from error
+        raise UsageError(f"the module cannot be run on these inputs ({shapes}): {squash(error)}") from error
 
 
-def squashed(error: BaseException) -> str:
-    """An error's message in one line of at most 400 characters, or its type where it has none."""
+def squash(error: BaseException) -> str:
+    """Write an error's message in one line of at most 400 characters, or its type if it has none."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 400 else f"{text[:400]}…"

@@ -46,7 +46,7 @@ def open_model(
         UsageError: no such model or folder, an input it does not take, or a factory without ``trust``.
 
     Example:
-        >>> traced = surgery.open_model("resnet18?num_classes=10", input_shape=(2, 3, 32, 32))
+        >>> traced = surgery.models.open_model("resnet18?num_classes=10", input_shape=(2, 3, 32, 32))
     """
     if is_saved(source):
         if input_shape is not None:
@@ -72,7 +72,17 @@ def open_pair(
 ) -> tuple[nn.Module, nn.Module]:
     """Open two models for the same inputs: those of the saved one, or else those of the first.
 
-    Args, returns and raises: as `open_model` does for each.
+    Args:
+        first, second: sources, as in `open_model`, like the other arguments.
+
+    Returns:
+        two traced modules in evaluation mode.
+
+    Raises:
+        UsageError: as in `open_model`.
+
+    Example:
+        >>> dense, slim = surgery.models.open_pair("resnet18", "slim/")
     """
     if is_saved(second) and not is_saved(first):
         opened = open_pair(second, first, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
@@ -91,7 +101,7 @@ def is_saved(source: str) -> bool:
         False for a name of the catalogue and for ``package.module:factory``.
 
     Raises:
-        UsageError: a path that is no saved model; says what to pass instead.
+        UsageError: a path to anything but a saved model; the message says what to pass instead.
     """
     path = Path(source)
     if path.is_dir():

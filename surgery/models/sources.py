@@ -48,6 +48,12 @@ def canonical(source: str, **keywords: Value | None) -> str:
         source: as `build` takes it.
         keywords: added to those of the source; None leaves one out.
 
+    Returns:
+        the full form.
+
+    Raises:
+        UsageError: the source names nothing.
+
     Example:
         >>> canonical("resnet18", num_classes=10)
         'torchvision:resnet18?num_classes=10'

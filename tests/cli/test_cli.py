@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import surgery
-from surgery.cli.options import is_saved
 from surgery.deploy.measure.ratios import fewest_sessions
 
 VERBS = [
@@ -212,7 +211,7 @@ def test_bench_says_that_models_were_given_images_of_different_sizes(run):
     for size in (8, 12):
         shape = f"2,3,{size},{size}"
         assert run("export", "cli_factory:pooled", "--trust", "--input-shape", shape, "--out", f"{size}.onnx")[0] == 0
-    note = "not alike: the models were measured on inputs of different shapes"
+    note = "note: the models were measured on inputs of different shapes"
     assert f"{note}: 8.onnx 1 x 3 x 8 x 8, 12.onnx 1 x 3 x 12 x 12\n" in run("bench", "8.onnx", "12.onnx", *quick)[1]
     assert note not in run("bench", "8.onnx", *quick)[1]
 
@@ -289,7 +288,7 @@ TRADEOFF = ["tradeoff", SMALL, "--dataset", "digits", "--out", "made"]
         (["slim", SMALL, *PIXELS, "--rate", "a=0.5", "--rate", "0.5", *OUT], "--rate '0.5' is not of the form LAYER="),
         (
             ["inspect", SMALL, "--input-shape", "2,1,32,32"],
-            "the example inputs do not fit: features_0 cannot take (2, 1, 32, 32)",
+            "the example inputs do not fit: SqueezeNet cannot take them (Given groups=1, weight of size [64, 3, 3, 3]",
         ),
         (
             ["slim", SMALL, "--input-shape", "2,1,32,32", "--rate", "0.5", *OUT],
@@ -312,7 +311,7 @@ TRADEOFF = ["tradeoff", SMALL, "--dataset", "digits", "--out", "made"]
         (["bench", SMALL, "--runtime", "onxruntime"], "unknown runtime 'onxruntime'; did you mean 'onnxruntime', "),
         (
             ["sensitivity", SMALL, "--dataset", "digits", "--image-size", "0", *OUT],
-            "--image-size must be a whole number of at least 1, not 0\n",
+            "image_size must be a whole number of at least 1, not 0\n",
         ),
         (
             ["export", "mymodel.py", "--out", "a.onnx"],
@@ -338,7 +337,7 @@ TRADEOFF = ["tradeoff", SMALL, "--dataset", "digits", "--out", "made"]
             ["tradeoff", "raft_small", "--dataset", "digits", *OUT],
             "model 'raft_small' takes two images of 3 x 440 x 1024, and the data are single images\n",
         ),
-        ([*TRADEOFF, "--epochs", "-1"], "epochs is -1: it must be at least 0\n"),
+        ([*TRADEOFF, "--epochs", "-1"], "epochs must be a whole number of at least 0, not -1\n"),
         ([*TRADEOFF, "--weights", "DEFAULT"], "cannot fetch the weights of 'squeezenet1_1' from "),
         (["slim", SMALL, "--rate", "0.5"], "Missing option '--out'"),
         (["slim", SMALL, "--rte", "0.5", *OUT], "No such option: --rte"),
@@ -367,7 +366,7 @@ def test_a_file_that_is_no_model_is_refused_as_one_and_one_with_a_models_name_is
     assert err == (
         "error: first.log is a file, and a saved model is a folder; only bench takes files, and these end in .onnx\n"
     )
-    assert not is_saved("squeezenet1_1")
+    assert not surgery.models.is_saved("squeezenet1_1")
 
 
 def test_bench_says_how_many_sessions_it_takes(run):

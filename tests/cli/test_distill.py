@@ -166,9 +166,7 @@ def test_a_command_with_other_settings_does_not_resume_an_earlier_run(run, monke
         assert run(*ONCE, "--out", "made")[0] == 130
     code, _, err = run(*ONCE, "--seed", "1", "--out", "made")
     assert code == 2
-    assert err.startswith(
-        "error: made.unfinished is of a run that is not over, with seed 0 and not 1: use the settings"
-    )
+    assert err.startswith("error: made.unfinished belongs to an unfinished run with seed 0 and not 1: use its settings")
     assert run(*ONCE, "--seed", "1", "--out", "made", "--force")[0] == 0
     assert json.loads(Path("made/distill.json").read_text())["settings"]["seed"] == 1
 

@@ -4,7 +4,8 @@ from torch import nn
 
 from surgery.deploy.onnx.parity import reference
 from surgery.errors import UsageError
-from surgery.models.inputs import batch_of, other_values, resolve, with_batch
+from surgery.graph.batches import batch_of, with_batch
+from surgery.models.inputs import other_values, resolve
 
 
 def test_samples_beyond_those_given_hold_the_same_values_and_yet_differ():

@@ -1,12 +1,11 @@
-"""What a model costs in practice: latency, throughput, memory and size, measured, with the samples and circumstances.
+"""Measure what a model costs in practice: latency, throughput, memory and size, with the samples and circumstances.
 
-How it is measured. One query follows another (MLPerf's single stream), each timed by itself, for averages over blocks
-have no tail. A query starts with its inputs on the device (in numpy arrays for ONNX Runtime on the CPU) and ends when
-its outputs are there. Python's garbage collector rests meanwhile, and the process keeps to as many cores as it has
-threads. Candidates that are compared take turns, in an order drawn for each round, so that a machine that slows down
-slows them all; what is said of them is the *ratio*. They are set up afresh several times
-(`surgery.deploy.measure.timing`), for two sessions of one file differ. And the first is measured against itself: what
-that shows is noise.
+One query follows another (MLPerf's single stream), and each is timed by itself, since averages over blocks have no
+tail. A query starts with its inputs on the device (in numpy arrays for ONNX Runtime on the CPU) and ends when its
+outputs are there. Meanwhile Python's garbage collector is off, and the process uses as many cores as it has threads.
+Candidates take turns, in an order drawn for each round, so that a machine that slows down slows them all; the result is
+their *ratio*. They are set up again several times (`surgery.deploy.measure.timing`), since two sessions of one file
+differ. The first is also measured against itself: any difference there is noise.
 """
 
 from __future__ import annotations
@@ -79,11 +78,11 @@ class BenchmarkResult:
     """MLPerf's estimates of p90, p95 and p99, which lie above them with 99% confidence; None for too few queries."""
     device_peak_memory_bytes: int | None = None
     session_runs: tuple[int, ...] = ()
-    """How many of the samples each session has."""
+    """Samples of each session."""
     turn: int = 1
-    """How many queries in a row a turn had; above 1, after one that does not count."""
+    """Queries in a row of one turn; if above 1, after one that does not count."""
     cores: tuple[int, ...] | None = None
-    """The cores the process was kept on; None where the system does not let them be chosen."""
+    """The cores that the process ran on; None if the system cannot restrict them."""
 
     def to_dict(self) -> dict[str, Any]:
         """The same, as plain JSON data."""
@@ -101,13 +100,13 @@ class Comparison:
     check: Ratio | None = None
     """The A/A check: the baseline's ratio to itself, from a second session next to each; None if it was not made."""
     check_samples_ms: tuple[float, ...] = ()
-    """What was timed for it."""
+    """The latencies of the baseline's second session."""
 
     @property
     def too_noisy(self) -> str:
-        """That the machine was too noisy for these ratios, if the A/A check shows it; else empty.
+        """Say that the machine was too noisy for these ratios, if the A/A check shows it; else empty.
 
-        Also on a machine without noise it does, by its confidence: once in 20 times where that is 95%.
+        On a machine without noise this is a false alarm once in 20 times, at a confidence of 95%.
         """
         return noise(self.check, self.baseline or "the model")
 
@@ -232,16 +231,27 @@ def compare(
 
 
 def sweep(candidates: Mapping[str, Measurable], batch_sizes: Sequence[int], **options: Any) -> dict[int, Comparison]:
-    """Run `compare`, with its other ``options``, at several batch sizes, one after the other.
+    """Run `compare` at several batch sizes, one after the other.
+
+    Args:
+        candidates: as in `compare`.
+        batch_sizes: samples of one query.
+        options: other keywords of `compare`.
 
     Returns:
         The comparison at each batch size.
+
+    Raises:
+        UsageError, ExportError: as in `compare`.
+
+    Example:
+        >>> surgery.sweep({"dense": traced, "slim": slim}, [1, 8], min_seconds=2.0)[8].ratios["slim"].value
     """
     return {size: compare(candidates, batch_size=size, **options) for size in batch_sizes}
 
 
 def _result(runner: Runner, own: Series, settings: TimingSettings, **circumstances: Any) -> BenchmarkResult:
-    """What was timed of a model, with its memory."""
+    """Put together what was timed of a model, with its memory."""
     peak, device_peak, missing = _peak_memory(runner) if settings.memory else (None, None, ())
     return BenchmarkResult(
         runtime=settings.runtime,
@@ -300,7 +310,7 @@ def _statistics(series: Series, batch_size: int) -> dict[str, Any]:
 
 
 def _doubts(series: Series) -> Iterator[str]:
-    """What a reader of the figures should know."""
+    """Yield what a reader of the figures should know."""
     if not series.settled:
         yield "still settling: the warm-up ended before two windows in a row had about the same median"
     p25, p50, p75 = np.percentile(series.samples, [25, 50, 75])

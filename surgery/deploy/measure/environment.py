@@ -1,4 +1,4 @@
-"""Where a measurement was taken: the figures mean nothing without it."""
+"""Describe where a measurement was taken: the figures mean nothing without it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "torchvision", "onnxruntime", "onnxruntime-gpu", "onnx", "
 
 @dataclass(frozen=True)
 class Environment:
-    """A machine and the software on it, at one moment. What could not be found out is None."""
+    """A machine and the software on it, at one moment. Unknown values are None."""
 
     date: str
     """When the measurement began, in UTC, ISO 8601."""
@@ -36,7 +36,7 @@ class Environment:
     cpu_turbo: bool | None
     """Whether the CPU may exceed its base clock."""
     load_1min: float | None
-    """Mean number of processes that wanted to run, over the minute before: well above 0, the machine was not idle."""
+    """Mean number of runnable processes over the minute before; well above 0 the machine was not idle."""
     memory_bytes: int
     gpu: str | None
     gpu_driver: str | None
@@ -54,7 +54,14 @@ class Environment:
 
 
 def environment() -> Environment:
-    """The environment of this process, now."""
+    """Describe the machine and the software that this process runs on, now.
+
+    Returns:
+        What a measurement depends on; None where it cannot be found out.
+
+    Example:
+        >>> surgery.environment().cpu
+    """
     gpu = torch.cuda.is_available()
     return Environment(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -77,7 +84,7 @@ def environment() -> Environment:
 
 
 def usable_cores() -> int:
-    """Logical cores that this process may run on."""
+    """Count the logical cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,4 +1,4 @@
-"""What is to be measured, and what a runtime makes of it."""
+"""What to measure, and what a runtime makes of it."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Job:
 class Runner:
     """A model that can be timed.
 
-    ``start`` sets it up afresh, runs it once, and gives what answers a query. ``peak_memory`` measures, and raises
-    `UnmeasuredError` where it cannot. ``file_bytes``, ``macs`` and ``params`` are None where they cannot be known.
+    ``start`` sets it up, runs it once, and returns what answers a query. ``peak_memory`` raises `UnmeasuredError` if it
+    cannot measure. ``file_bytes``, ``macs`` and ``params`` are None if unknown.
     """
 
     start: Callable[[], Call]
@@ -47,7 +47,7 @@ class Runner:
 
 
 def refuse_without_gpu(job: Job, runtime: str = "") -> None:
-    """Raise `UsageError` where the job, or the ``runtime`` of this name, needs a GPU and has none."""
+    """Raise `UsageError` if the job, or the ``runtime`` of this name, needs a GPU and there is none."""
     if runtime and job.device != "cuda":
         raise UsageError(f"the {runtime} runtime needs a GPU: give it device 'cuda'")
     if job.device == "cuda" and not torch.cuda.is_available():
@@ -55,5 +55,5 @@ def refuse_without_gpu(job: Job, runtime: str = "") -> None:
 
 
 def shapes(values: Iterable[Any]) -> tuple[tuple[int, ...], ...]:
-    """The shapes of tensors or arrays."""
+    """Return the shapes of tensors or arrays."""
     return tuple(tuple(value.shape) for value in values)

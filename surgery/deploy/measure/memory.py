@@ -1,7 +1,7 @@
-"""How much memory running a model takes, on the host and on a GPU, measured in a fresh process.
+"""Measure the memory that running a model takes, on the host and on a GPU, in a fresh process.
 
-This file is also the program of that process, which is why it imports nothing but the standard library at its top: an
-import made before the baseline is read would be hidden, one made after it would count as the model's.
+This file is also the program of that process, so it imports only the standard library at its top: an import before the
+baseline is read would be hidden, and one after it would count as the model's.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class UnmeasuredError(Exception):
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes of memory that a model takes at most, see `peak_memory`; on a ``device`` None where it uses none."""
+    """Bytes of memory that a model takes at most, as in `peak_memory`; ``device`` is None if it uses none."""
 
     host: int
     device: int | None = None
 
 
 def peak_memory(runtime: str, model: Path, inputs: Path, threads: int, device: str = "cpu") -> Peak:
-    """Bytes by which the memory of a fresh process peaks above its baseline while it loads and runs a model.
+    """Measure by how many bytes the memory of a fresh process peaks above its baseline while it loads and runs a model.
 
-    The baseline is read once the interpreter and the runtime are loaded; the peak covers loading the model and three
-    runs. So it holds weights, activations, whatever loading needs for a moment, and what the runtime sets aside for
-    itself; it leaves out the libraries' code read before. On the host the peak is that of the resident set, by the
-    kernel's own high-water mark, not by samples of it. On a GPU it is what has gone of its free memory since there was
-    a context, runtimes giving nothing back while they live: nothing else may be using the GPU then.
+    The baseline is read after the interpreter and the runtime are loaded; the peak covers loading the model and three
+    runs. It includes weights, activations, what loading needs for a moment, and what the runtime reserves; it leaves
+    out the code of the libraries. On the host it is the peak of the resident set, from the kernel's high-water mark. On
+    a GPU it is the decrease of free memory since the context was made, since runtimes give nothing back while they
+    live: nothing else may use the GPU meanwhile.
 
     Args:
         runtime: ``"torch"``, where `torch.save` wrote the module to ``model`` and ``(args, kwargs)`` to ``inputs``; or
@@ -50,7 +50,7 @@ def peak_memory(runtime: str, model: Path, inputs: Path, threads: int, device: s
         device: ``"cpu"`` or ``"cuda"``.
 
     Raises:
-        UnmeasuredError: the system keeps no high-water mark (it is Linux that does), or the run failed.
+        UnmeasuredError: the system keeps no high-water mark (only Linux does), or the run failed.
     """
     if not _STATUS.exists():
         raise UnmeasuredError(f"peak memory is not measured on {sys.platform}: it needs the high-water mark of Linux")
@@ -77,13 +77,13 @@ def _measure(load: Callable[[], Callable[[], object]], device: str) -> tuple[int
 
 
 def _high_water() -> int:
-    """The largest resident set so far, in bytes."""
+    """Read the largest resident set so far, in bytes."""
     fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
     return int(fields["VmHWM"].split()[0]) * 1024
 
 
 def _free_on_gpu() -> int:
-    """Free bytes on the GPU, with all that was asked of it done."""
+    """Read the free bytes on the GPU after all its work is done."""
     import torch
 
     torch.cuda.synchronize()
@@ -120,10 +120,10 @@ def _torch(model: Path, inputs: Path, threads: int, device: str) -> tuple[int, i
     torch.load(model, weights_only=False, map_location="meta")
     torch.nn.functional.conv2d(torch.zeros(1, 1, 3, 3), torch.zeros(1, 1, 3, 3))
 
-    def placed(tree: Any) -> Any:
+    def place(tree: Any) -> Any:
         return torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), tree)
 
-    args, kwargs = placed(torch.load(inputs, weights_only=False))
+    args, kwargs = place(torch.load(inputs, weights_only=False))
 
     def load() -> Callable[[], object]:
         module = torch.load(model, weights_only=False, map_location=device)

@@ -19,7 +19,8 @@ from surgery.deploy.measure.memory import Peak, peak_memory
 from surgery.deploy.measure.timing import Call
 from surgery.deploy.onnx.export import export_onnx
 from surgery.errors import UsageError
-from surgery.models.inputs import resolve, squashed, tensors
+from surgery.graph.batches import tensors
+from surgery.models.inputs import resolve, squash
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Options: TypeAlias = Mapping[str, str]
@@ -28,18 +29,18 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def onnxruntime_plain(job: Job, stack: ExitStack) -> Runner:
-    """The provider of the device; on a GPU, inputs and outputs are bound there."""
+    """Run by the provider of the device; on a GPU, inputs and outputs are bound there."""
     return _runner(job, stack, [(_PROVIDERS[job.device], {})])
 
 
 def onnxruntime_tensorrt(job: Job, stack: ExitStack) -> Runner:
-    """TensorRT, and CUDA for what it leaves."""
+    """Run by TensorRT, and by CUDA what TensorRT does not take."""
     refuse_without_gpu(job, "onnxruntime-tensorrt")
     return _runner(job, stack, [("TensorrtExecutionProvider", {}), (_PROVIDERS["cuda"], {})])
 
 
 def onnxruntime_graphs(job: Job, stack: ExitStack) -> Runner:
-    """CUDA, captured as one CUDA graph: which needs inputs and outputs that stay where they are in memory."""
+    """Run by CUDA as one CUDA graph, which needs inputs and outputs at fixed places in memory."""
     refuse_without_gpu(job, "onnxruntime-cuda-graphs")
     return _runner(job, stack, [(_PROVIDERS["cuda"], {"enable_cuda_graph": "1"})], fixed_outputs=True)
 
@@ -58,13 +59,11 @@ def _runner(job: Job, stack: ExitStack, providers: list[tuple[str, Options]], *,
         session = _session(path, job, providers)
         try:
             run = (
-                _bound(session, feed, path if fixed_outputs else None)
-                if job.device == "cuda"
-                else _plain(session, feed)
+                _bind(session, feed, path if fixed_outputs else None) if job.device == "cuda" else _plain(session, feed)
             )
             run()
         except Exception as error:  # ONNX Runtime's errors share no base of their own
-            raise UsageError(f"{path} cannot be run on inputs {shapes(feed.values())}: {squashed(error)}") from error
+            raise UsageError(f"{path} cannot be run on inputs {shapes(feed.values())}: {squash(error)}") from error
         return run
 
     def memory() -> Peak:
@@ -73,7 +72,7 @@ def _runner(job: Job, stack: ExitStack, providers: list[tuple[str, Options]], *,
             np.savez(inputs_file, *feed.values())
             return peak_memory(providers[0][0], path, inputs_file, job.threads, job.device)
 
-    return Runner(start, memory, shapes(feed.values()), _file_bytes(path, model), *_noted_paper(model))
+    return Runner(start, memory, shapes(feed.values()), _file_bytes(path, model), *_read_costs(model))
 
 
 def _load(path: Path) -> onnx.ModelProto:
@@ -82,11 +81,11 @@ def _load(path: Path) -> onnx.ModelProto:
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # protobuf's DecodeError, of whichever of its implementations is installed
-        raise UsageError(f"{path} is not an ONNX model: {squashed(error)}") from error
+        raise UsageError(f"{path} is not an ONNX model: {squash(error)}") from error
 
 
 def _feed(model: onnx.ModelProto, job: Job) -> dict[str, Array]:
-    """The inputs by name: the example inputs, or a module's own, or random ones of the shapes in the file."""
+    """Return the inputs by name: the example inputs, a module's own, or random ones of the shapes in the file."""
     weights = {weight.name for weight in model.graph.initializer}
     nodes = [node for node in model.graph.input if node.name not in weights]
     if not isinstance(job.candidate, nn.Module) and job.example_inputs is None and job.kwargs is None:
@@ -100,7 +99,7 @@ def _feed(model: onnx.ModelProto, job: Job) -> dict[str, Array]:
 
 
 def _random(node: onnx.ValueInfoProto, batch_size: int, generator: np.random.Generator) -> Array:
-    """Standard normal values, or zeros for an input of integers, at the batch size where axis 0 is open."""
+    """Draw standard normal values, or zeros for an input of integers, at the batch size if axis 0 is open."""
     kind = node.type.tensor_type
     shape = [size.dim_value if size.HasField("dim_value") else size.dim_param or "?" for size in kind.shape.dim]
     if shape and isinstance(shape[0], int) and shape[0] != batch_size:
@@ -125,7 +124,7 @@ def _session(path: Path, job: Job, providers: list[tuple[str, Options]]) -> Any:
     try:
         session = onnxruntime.InferenceSession(path, options, providers=providers)
     except Exception as error:  # ONNX Runtime's errors share no base of their own
-        raise UsageError(f"ONNX Runtime cannot load {path}: {squashed(error)}") from error
+        raise UsageError(f"ONNX Runtime cannot load {path}: {squash(error)}") from error
     if session.get_providers()[0] != provider:
         raise UsageError(f"no {provider}: ONNX Runtime fell back to {session.get_providers()[0]}")
     return session
@@ -135,9 +134,11 @@ def _plain(session: Any, feed: Mapping[str, Array]) -> Call:
     return lambda: session.run(None, feed)
 
 
-def _bound(session: Any, feed: Mapping[str, Array], fixed: Path | None) -> Call:
-    """A run whose inputs and outputs stay on the GPU, as in a pipeline that lives there; where the file is given that
-    is ``fixed``, its outputs at one place, made from those of a run on the CPU."""
+def _bind(session: Any, feed: Mapping[str, Array], fixed: Path | None) -> Call:
+    """Make a run whose inputs and outputs stay on the GPU.
+
+    With ``fixed``, the file, the outputs have a fixed place: that of the outputs of a run on the CPU.
+    """
     binding = session.io_binding()
     for name, array in feed.items():
         binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array, "cuda", 0))
@@ -159,15 +160,15 @@ def _bound(session: Any, feed: Mapping[str, Array], fixed: Path | None) -> Call:
 
 
 def _file_bytes(path: Path, model: onnx.ModelProto) -> int:
-    """The file and the external weights it names."""
+    """Add up the sizes of the file and of the external weights that it names."""
     outside = {
         entry.value for weight in model.graph.initializer for entry in weight.external_data if entry.key == "location"
     }
     return sum(file.stat().st_size for file in (path, *(path.parent / name for name in outside)))
 
 
-def _noted_paper(model: onnx.ModelProto) -> tuple[int | None, int | None]:
-    """MACs and parameters as `export_onnx` noted them; in a file of other make, only the elements of its weights."""
+def _read_costs(model: onnx.ModelProto) -> tuple[int | None, int | None]:
+    """Read the MACs and parameters that `export_onnx` noted; for other files, count the elements of the weights."""
     notes = {entry.key: entry.value for entry in model.metadata_props}
     if "surgery.macs" in notes:
         return int(notes["surgery.macs"]), int(notes["surgery.params"])

@@ -1,4 +1,4 @@
-"""How much faster one model is than another, with what bounds it: the statistics of a measurement."""
+"""Statistics of a measurement: how much faster one model is than another, with an interval."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 _RESAMPLES = 2000
 
 _WIDE = 1.25
-"""The ends of an interval's ratio above which a machine tells nothing of use, though the interval holds 1."""
+"""The ratio of an interval's ends above which a machine is too noisy, even if the interval holds 1."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Ratio:
 
     @property
     def contains_1(self) -> bool:
-        """Whether no difference was shown."""
+        """Whether the interval shows no difference."""
         return self.low <= 1 <= self.high
 
     @property
@@ -47,7 +47,7 @@ class Ratio:
 
 
 def noise(check: Ratio | None, what: str) -> str:
-    """That a machine was too noisy, where the ratio of ``what`` to itself misses 1 or is hardly known; else empty."""
+    """Say that a machine was too noisy if the ratio of ``what`` to itself misses 1 or is too uncertain; else empty."""
     if check is None or (check.contains_1 and check.high <= _WIDE * check.low):
         return ""
     return (
@@ -57,8 +57,10 @@ def noise(check: Ratio | None, what: str) -> str:
 
 
 def ratio_of_medians(times: Array, baseline: Array, confidence: float, rng: np.random.Generator) -> Ratio:
-    """Ratio of the medians of two candidates that took turns, one time of each for every round, with the percentile
-    interval of a paired, circular block bootstrap (Politis, Romano 1992)."""
+    """Compute the ratio of the medians of two candidates that took turns, with one time of each in every round.
+
+    Its interval is the percentile interval of a paired, circular block bootstrap (Politis, Romano 1992).
+    """
     ratios = np.array([np.median(times[r]) / np.median(baseline[r]) for r in _rounds_in_blocks(len(times), rng)])
     low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
     return Ratio(float(np.median(times) / np.median(baseline)), low, high, confidence)
@@ -67,16 +69,16 @@ def ratio_of_medians(times: Array, baseline: Array, confidence: float, rng: np.r
 def ratio_over_sessions(
     times: Sequence[Array], baseline: Sequence[Array], confidence: float, rng: np.random.Generator
 ) -> Ratio:
-    """Ratio of two candidates that took turns in each of several sessions, for which both were set up afresh.
+    """Compute the ratio of two candidates that took turns in each of several sessions; each session set up both.
 
-    A session says one thing: the median over its rounds of the logarithm of the candidates' ratio, both medians of
-    their turn in that round. What disturbed a round disturbed both, and drops out of it. The ratio is the geometric
-    mean over sessions, its interval the symmetric bootstrap-t one (Hall 1988, On Symmetric Bootstrap Confidence
-    Intervals) over sessions, for only these are independent, whatever lasts how long within them.
+    Each session gives one number: the median over its rounds of the logarithm of the candidates' ratio, where each is
+    the median of its turn. A disturbance of a round affects both, and cancels out. The ratio is the geometric mean over
+    sessions. Its interval is the symmetric bootstrap-t interval (Hall 1988, On Symmetric Bootstrap Confidence
+    Intervals) over sessions, since only sessions are independent of each other.
 
     Args:
         times: of each session an array (rounds, queries of a turn) of latencies in ms; ``baseline`` likewise, with as
-            many sessions and rounds. One session alone is a case for `ratio_of_medians`, over the turns' medians.
+            many sessions and rounds. For one session the interval covers the variation over its rounds.
 
     Raises:
         UsageError: there are too few sessions for this confidence, see `fewest_sessions`.
@@ -100,22 +102,22 @@ def ratio_over_sessions(
 
 
 def _rounds_in_blocks(count: int, rng: np.random.Generator) -> Iterator[Array]:
-    """Resamples of so many rounds, one at a time, in circular blocks, for neighbours share what disturbs them."""
+    """Yield resamples of so many rounds, in circular blocks, since a disturbance affects neighbouring rounds."""
     length = round(count ** (1 / 3))
     for start in rng.integers(count, size=(_RESAMPLES, -(-count // length), 1)):
         yield ((start + np.arange(length)) % count).ravel()[:count]
 
 
 def fewest_sessions(confidence: float) -> int:
-    """The fewest sessions that can bound a ratio: over fewer, not even the range of what all of them said would.
+    """Return the fewest sessions that can bound a ratio: the range over fewer would not cover it.
 
-    The range of n independent draws misses their median once in 2^(n-1) times; of 2, half of the resamples say nothing.
+    The range of n independent draws misses their median once in 2^(n-1) times; of 2, half of the resamples are useless.
     """
     return max(3, math.ceil(1 - math.log2(1 - confidence)))
 
 
 def refuse_few_sessions(sessions: int, confidence: float) -> None:
-    """Raise `UsageError` where so many sessions cannot bound a ratio with this confidence."""
+    """Raise `UsageError` if so many sessions cannot bound a ratio with this confidence."""
     fewest = fewest_sessions(confidence)
     if 1 < sessions < fewest:
         raise UsageError(
@@ -125,7 +127,7 @@ def refuse_few_sessions(sessions: int, confidence: float) -> None:
 
 
 def early_stopping_estimate(times: Array, percentile: float, confidence: float = 0.99) -> float | None:
-    """An upper bound of a percentile (between 0 and 1) of latency, or None where the queries are too few for one.
+    """Estimate an upper bound of a percentile (between 0 and 1) of latency; None if the queries are too few.
 
     MLPerf Inference's early stopping for a single stream (inference rules, appendix "Early stopping criterion"; its
     LoadGen, ``early_stopping.cc`` and ``results.cc``): with t the most queries that may have been slower than the
@@ -149,11 +151,11 @@ def early_stopping_estimate(times: Array, percentile: float, confidence: float =
 
 
 def _mean_and_error(said: Array) -> tuple[Any, Any]:
-    """The mean along the last axis, and its standard error."""
+    """Return the mean along the last axis, and its standard error."""
     return said.mean(axis=-1), said.std(axis=-1, ddof=1) / math.sqrt(said.shape[-1])
 
 
 def _log_turns(times: Array) -> Array:
-    """The logarithm of the median of each turn."""
+    """Return the logarithm of the median of each turn."""
     logarithms: Array = np.log(np.median(times, axis=1))
     return logarithms

@@ -1,9 +1,9 @@
-"""Timing several candidates so that they can be compared: in sessions, in rounds, in turns.
+"""Time several candidates so that they can be compared: in sessions, rounds and turns.
 
-A *session* sets every candidate up afresh, in an order that is drawn, and warms it up. It consists of *rounds*: in
-each, every candidate has a *turn*, in an order drawn for the round. A turn of models that answer fast is several
-queries in a row, after one that is not counted: the model before has pushed this one's weights out of the caches, which
-is not how it would run by itself.
+A *session* sets up every candidate, in random order, and warms it up. It consists of *rounds*: in each, every candidate
+has a *turn*, in an order drawn for the round. For models that answer fast, a turn is several queries in a row, after
+one that does not count: the model before has pushed this one's weights out of the caches, which would not happen if it
+ran alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LONGEST_TURN = 5
 
 @dataclass
 class Series:
-    """What was timed of one candidate: for each session an array (rounds, queries of a turn) of ms."""
+    """The times of one candidate: for each session an array (rounds, queries of a turn) in ms."""
 
     sessions: list[Array] = field(default_factory=list)
     warmup_runs: int = 0
@@ -43,18 +43,23 @@ class Series:
 
     @property
     def samples(self) -> Array:
-        """All of them, in order."""
+        """All times in order."""
         return np.concatenate([times.ravel() for times in self.sessions])
 
 
 def take_turns(
     setups: Sequence[Callable[[], Call]], settings: TimingSettings, rng: np.random.Generator
 ) -> list[Series]:
-    """Time candidates, each of which a call of its setup makes ready, until each has ``min_runs`` queries and all
-    have spent ``min_seconds`` in them on average; both are shared out evenly among the sessions.
+    """Time candidates until each has ``min_runs`` queries and ``min_seconds`` on average, spread over the sessions.
 
-    The first session warms each up for at most ``warmup`` seconds (see `_warm_up`), the others with a few runs: the
-    machine is warm by then, and what a runtime does at first runs, it does at the very first ones.
+    The first session warms up each for at most ``warmup`` seconds (see `_warm_up`), the others with a few runs: the
+    machine is warm by then, and a runtime does its one-time work at the very first runs.
+
+    Args:
+        setups: each sets up a candidate and returns its run.
+
+    Returns:
+        the times of each candidate.
     """
     sessions, min_runs, min_seconds = settings.sessions, settings.min_runs, settings.min_seconds
     series = [Series() for _ in setups]
@@ -82,9 +87,9 @@ def take_turns(
 
 @contextmanager
 def pinned(threads: int) -> Iterator[tuple[int, ...] | None]:
-    """Keep this process, with the threads it has and will have, on as many cores as it uses threads.
+    """Keep this process, with all its threads, on as many cores as it uses threads.
 
-    Gives the cores' numbers, or None where the system (it is Linux that does) does not let them be chosen.
+    Gives the numbers of the cores, or None if the system cannot restrict them (only Linux can).
     """
     tasks = Path("/proc/self/task")
     if not hasattr(os, "sched_setaffinity") or not tasks.is_dir():
@@ -126,18 +131,21 @@ def _resting_collector() -> Iterator[None]:
 
 
 def _set_up(setups: Sequence[Callable[[], Call]], rng: np.random.Generator) -> list[Call]:
-    """Each candidate's run; in an order that is drawn, for what is set up first may find the better place."""
+    """Set up each candidate, in random order, since the first may get the better place in memory."""
     made = {index: setups[index]() for index in rng.permutation(len(setups))}
     return [made[index] for index in range(len(setups))]
 
 
 def _warm_up(run: Call, seconds: float) -> tuple[int, bool, float]:
-    """Call, at least once, until two windows of five runs in a row have medians within 5% of each other or the time is
-    up: how many runs, whether it settled, and the median of the last window in ms."""
+    """Run until two windows of five runs in a row have medians within 5% of each other, or the time is up.
+
+    Returns:
+        the number of runs (at least 1), whether they settled, and the median of the last window in ms.
+    """
     times: list[float] = []
     deadline = time.perf_counter() + seconds
     while not times or time.perf_counter() < deadline:
-        times.append(_timed_ms(run))
+        times.append(_time_ms(run))
         if len(times) % _WINDOW == 0 and len(times) >= 2 * _WINDOW:
             before, after = np.median(times[-2 * _WINDOW : -_WINDOW]), np.median(times[-_WINDOW:])
             if abs(after - before) <= _SETTLED * before:
@@ -153,13 +161,13 @@ def _session(runs: Sequence[Call], turn: int, min_runs: int, min_ms: float, rng:
         for index in rng.permutation(len(runs)):
             if turn > 1:
                 runs[index]()
-            times[index] = [_timed_ms(runs[index]) for _ in range(turn)]
+            times[index] = [_time_ms(runs[index]) for _ in range(turn)]
             spent_ms += sum(times[index])
         rounds.append(times)
     return list(np.array(rounds).swapaxes(0, 1))
 
 
-def _timed_ms(run: Call) -> float:
+def _time_ms(run: Call) -> float:
     start = time.perf_counter_ns()
     outputs = run()
     elapsed = time.perf_counter_ns() - start

@@ -1,4 +1,4 @@
-"""Modules as torch runs them: eagerly, compiled, or as a CUDA graph."""
+"""Run modules in torch: eagerly, compiled, or as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from surgery.deploy.measure.jobs import Job, Runner, refuse_without_gpu, shapes
 from surgery.deploy.measure.memory import Peak, UnmeasuredError, peak_memory
 from surgery.deploy.measure.timing import Call
 from surgery.errors import UsageError
-from surgery.models.inputs import Args, Kwargs, refusing_bad_inputs, resolve, squashed, tensors
+from surgery.graph.batches import Args, Kwargs, tensors
+from surgery.models.inputs import refusing_bad_inputs, resolve, squash
 
 Make = Callable[[nn.Module, Args, Kwargs], Call]
 
 
 def torch_eager(job: Job, stack: ExitStack) -> Runner:
-    """The module as it is."""
+    """Run the module as it is."""
 
     def make(module: nn.Module, args: Args, kwargs: Kwargs) -> Call:
         return lambda: module(*args, **kwargs)
@@ -36,7 +37,7 @@ def torch_eager(job: Job, stack: ExitStack) -> Runner:
 
 
 def torch_compiled(job: Job, stack: ExitStack) -> Runner:
-    """The module by `torch.compile`, for inputs of these sizes alone."""
+    """Run the module by `torch.compile`, for inputs of these sizes only."""
     # Each session compiles again. Past this limit dynamo would run a module of the same class as it is, silently.
     stack.enter_context(
         torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
@@ -47,14 +48,14 @@ def torch_compiled(job: Job, stack: ExitStack) -> Runner:
         try:
             compiled(*args, **kwargs)
         except Exception as error:  # what it runs without being compiled; the compilers' errors share no base
-            raise UsageError(f"torch.compile does not work on this module here: {squashed(error)}") from error
+            raise UsageError(f"torch.compile does not work on this module here: {squash(error)}") from error
         return lambda: compiled(*args, **kwargs)
 
     return _runner(job, make)
 
 
 def torch_graphs(job: Job, stack: ExitStack) -> Runner:
-    """The module's kernels as one CUDA graph, captured once and replayed."""
+    """Run the module's kernels as one CUDA graph, captured once and replayed."""
     refuse_without_gpu(job, "torch-cuda-graphs")
 
     def make(module: nn.Module, args: Args, kwargs: Kwargs) -> Call:
@@ -69,7 +70,7 @@ def torch_graphs(job: Job, stack: ExitStack) -> Runner:
             with torch.cuda.graph(graph):
                 outputs = module(*args, **kwargs)
         except RuntimeError as error:
-            raise UsageError(f"the module cannot be captured as a CUDA graph: {squashed(error)}") from error
+            raise UsageError(f"the module cannot be captured as a CUDA graph: {squash(error)}") from error
 
         def replay() -> object:
             graph.replay()
@@ -84,7 +85,7 @@ def _runner(job: Job, make: Make, *, eager: bool = False) -> Runner:
     if not isinstance(job.candidate, nn.Module):
         raise UsageError(f"the torch runtimes take a module, not the file {os.fspath(job.candidate)}")
     source = copy.deepcopy(job.candidate).eval()
-    args, kwargs = _placed(job, resolve(source, job.example_inputs, job.kwargs, batch_size=job.batch_size))
+    args, kwargs = _place(job, resolve(source, job.example_inputs, job.kwargs, batch_size=job.batch_size))
 
     def start() -> Call:
         module = copy.deepcopy(source).to(job.device)
@@ -110,17 +111,17 @@ def _runner(job: Job, make: Make, *, eager: bool = False) -> Runner:
             try:
                 torch.save(source, model_file)
             except Exception as error:  # pickling runs code of the module's own classes, which may raise anything
-                reason = f"the module cannot be sent there: {squashed(error)}"
+                reason = f"the module cannot be sent there: {squash(error)}"
                 raise UnmeasuredError(f"peak memory is measured in a fresh process, and {reason}") from error
             torch.save(_on("cpu", (args, kwargs)), inputs_file)
             return peak_memory("torch", model_file, inputs_file, job.threads, job.device)
 
     given = shapes(tensors((args, kwargs)))
-    macs, params = _paper(source, *_on("cpu", (args, kwargs)))
+    macs, params = _count_costs(source, *_on("cpu", (args, kwargs)))
     return Runner(start, memory, given, None, macs, params)
 
 
-def _placed(job: Job, inputs: tuple[Args, Kwargs]) -> tuple[Args, Kwargs]:
+def _place(job: Job, inputs: tuple[Args, Kwargs]) -> tuple[Args, Kwargs]:
     return _on(job.device, pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, inputs))
 
 
@@ -129,8 +130,8 @@ def _on(device: str, inputs: tuple[Args, Kwargs]) -> tuple[Args, Kwargs]:
     return placed
 
 
-def _paper(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[int | None, int | None]:
-    """MACs of one sample, and parameters."""
+def _count_costs(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[int | None, int | None]:
+    """Count the MACs of one sample, and the parameters."""
     try:
         counted = cost(module, args, kwargs=kwargs)
     except UsageError:  # its shapes depend on the values of the inputs, or they do not fit: running it will tell

@@ -1,7 +1,7 @@
-"""Whether two sets of detections are the same, in whatever order.
+"""Compare two sets of detections in any order.
 
 Detections come sorted by score, and scores tie: then rounding decides their order, and which of them is the last to be
-kept. So detections are paired, not read side by side.
+kept. So detections are paired first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NEEDED = {"boxes": 2, "scores": 1, "labels": 1}
 
 
 def are_detections(outputs: Any) -> bool:
-    """Whether a module's outputs are, for each image, what torchvision's detection models return."""
+    """Tell whether a module's outputs are those of torchvision's detection models, one dict for each image."""
     if not isinstance(outputs, list) or not outputs or not all(map(_is_of_an_image, outputs)):
         return False
     return len({tuple(one) for one in outputs}) == 1
@@ -38,11 +38,11 @@ def _is_of_an_image(one: Any) -> bool:
     )
 
 
-def paired(found: Detections, expected: Detections, tolerance: float) -> tuple[Array, Array]:
-    """Which detection of ``found`` is which of ``expected``: two arrays of indices, of one length.
+def pair(found: Detections, expected: Detections, tolerance: float) -> tuple[Array, Array]:
+    """Pair the detections of ``found`` and ``expected``; return two index arrays of the same length.
 
-    As many as can be are paired of the same label, scores that differ by at most ``tolerance`` of the highest, and
-    boxes whose sides differ by at most ``tolerance`` of the largest coordinate.
+    As many as possible are paired that have the same label, scores that differ by at most ``tolerance`` of the highest,
+    and boxes whose sides differ by at most ``tolerance`` of the largest coordinate.
     """
     apart = cdist(found["boxes"], expected["boxes"], "chebyshev") / (_largest("boxes", found, expected) or 1.0)
     scores = cdist(found["scores"][:, None], expected["scores"][:, None], "chebyshev")
@@ -53,12 +53,11 @@ def paired(found: Detections, expected: Detections, tolerance: float) -> tuple[A
     return rows[kept], columns[kept]
 
 
-def unpaired(found: Detections, expected: Detections, rows: Array, columns: Array, tolerance: float) -> Array:
-    """The scores of those that `paired` left alone, but should not have.
+def find_unpaired(found: Detections, expected: Detections, rows: Array, columns: Array, tolerance: float) -> Array:
+    """Return the scores of detections without a partner that should have one.
 
-    Of detections whose scores are above the lowest of either side by at most ``tolerance`` of the highest, rounding
-    chooses which are kept.
-    But where it would have chosen more than half of all, nothing tells that from a file that detects something else.
+    Rounding may drop detections whose scores exceed the lowest of both sides by at most ``tolerance`` of the highest:
+    those need no partner, unless more than half of all detections have none.
     """
     scores = np.concatenate([found["scores"], expected["scores"]])
     alone = np.concatenate([np.delete(found["scores"], rows), np.delete(expected["scores"], columns)])

@@ -21,21 +21,22 @@ from surgery.counting.cost import cost
 from surgery.deploy.onnx.detections import are_detections
 from surgery.deploy.onnx.exporters import EXPORTERS, Order, convert, exportable_copy
 from surgery.deploy.onnx.openings import Plan
-from surgery.deploy.onnx.parity import Parity, parity, reference
+from surgery.deploy.onnx.parity import Parity, parity, run_reference
 from surgery.edit.recipe import recipe
 from surgery.errors import ExportError, UsageError, unknown_name, whole_number
 from surgery.graph import tracing
+from surgery.graph.batches import Args, Kwargs, is_list_of_images
 from surgery.models.detectors import without_threshold
-from surgery.models.inputs import Args, Kwargs, copied, is_list_of_images, resolve, squashed
+from surgery.models.inputs import copy_inputs, resolve, squash
 from surgery.version import __version__
 
 _INLINE_LIMIT = 2**31 - 2**24
-"""Weights, in bytes, above which they are kept next to the graph: protobuf reads no message of 2 GiB or more."""
+"""Bytes of weights above which they go next to the graph: protobuf reads no message of 2 GiB or more."""
 _INLINE_RECIPE = 2**16
-"""The longest recipe, in characters, that the file's properties hold; of a longer one they hold the hash alone."""
+"""The longest recipe, in characters, that the file's properties hold; a longer one leaves its hash only."""
 
 RTOL, DETECTIONS_RTOL = 1e-4, 1e-3
-"""Boxes and masks of a detection model are cut out at places that were rounded before."""
+"""Detection models cut boxes and masks out at rounded positions."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,10 @@ def export_onnx(
     metadata: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> Export:
-    """Write ``module``, in eval mode, as an ONNX model that ONNX Runtime computes alike.
+    """Write ``module``, in evaluation mode, as an ONNX file whose outputs in ONNX Runtime equal torch's.
 
-    A BatchNorm behind a convolution is folded into it. The file says what it was made of and with: versions, source,
-    recipe and its hash, MACs and parameters (``surgery.*`` among its properties).
+    A BatchNorm after a convolution is folded into it. The file's properties (``surgery.*``) record versions, source,
+    recipe and its hash, MACs and parameters.
 
     Args:
         module: any module. It is not modified.
@@ -107,9 +108,15 @@ def export_onnx(
         metadata: added to the properties the file carries.
         force: replace ``path`` if it exists, and the weights next to it.
 
+    Returns:
+        What was written, and the largest difference to torch.
+
     Raises:
         UsageError: the path, the inputs or an option are not usable.
         ExportError: the module cannot be exported, or its export does not match it; no file is left.
+
+    Example:
+        >>> surgery.export_onnx(slim, "student.onnx").max_rel
     """
     path = Path(path)
     _refuse_path(path, force)
@@ -120,10 +127,10 @@ def export_onnx(
         raise UsageError(f"rtol must be a number of at least 0, not {rtol!r}")
     if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
         raise UsageError(f"the keys and values of metadata must be strings, not {metadata!r}")
-    args, named = copied(*resolve(module, example_inputs, kwargs), "cpu")
+    args, named = copy_inputs(*resolve(module, example_inputs, kwargs), "cpu")
     listed = is_list_of_images(args)
     plan = Plan(args, named, not listed if dynamic_batch is None else dynamic_batch, dynamic_size, opset)
-    outputs = reference(exportable_copy(module), args, named)
+    outputs = run_reference(exportable_copy(module), args, named)
     properties = {**_provenance(module, args, named), **(metadata or {})}
     failed: list[ExportError] = []
     for name in [exporter] if exporter else ["torchscript"] if listed else EXPORTERS:
@@ -156,16 +163,16 @@ def _refuse_path(path: Path, force: bool) -> None:
     if path.is_dir():
         raise UsageError(f"cannot write {path}: it is a folder")
     if path.exists() and not path.is_file():
-        raise UsageError(f"cannot write {path}: it is no regular file")
+        raise UsageError(f"cannot write {path}: it is not a regular file")
     if path.exists() and not force:
         raise UsageError(f"{path} exists; pass force=True (--force) to replace it")
 
 
 def _place(draft: Path, path: Path, force: bool) -> None:
-    """Move what was written to where it belongs.
+    """Move the written files to their place.
 
-    Of a graph with weights next to it the old one goes first and the new one comes last: whenever a run is killed, no
-    graph is left with the weights of another.
+    An old graph with weights next to it is removed first, and the new graph is moved last: a run that is killed leaves
+    no graph with the weights of another.
     """
     graph_last = sorted(draft.parent.iterdir(), key=lambda file: file == draft)
     for file in graph_last:  # the weights' file, or one that has appeared meanwhile, may be someone else's
@@ -182,7 +189,7 @@ def _weights_file(path: Path) -> Path:
 
 
 def _write(exporter: str, order: Order, path: Path, properties: Mapping[str, str]) -> int:
-    """Convert, annotate, save and check; the opset of the file."""
+    """Convert, annotate, save and check; return the opset of the file."""
     model = convert(exporter, order)
     _annotate(model, properties)
     size = sum(weight.const_value.nbytes for weight in model.graph.initializers.values() if weight.const_value)
@@ -190,12 +197,12 @@ def _write(exporter: str, order: Order, path: Path, properties: Mapping[str, str
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the model that {exporter} made is not valid ONNX: {squashed(error)}") from error
+        raise ExportError(f"the model that {exporter} made is not valid ONNX: {squash(error)}") from error
     return model.opset_imports[""]
 
 
 def _compare(exporter: str, order: Order, plan: Plan, path: Path, rtol: float | None) -> Parity:
-    """The file with the model; where a detection model detects nothing, both once more without their threshold."""
+    """Compare the file with the model; if a detection model detects nothing, again without its score threshold."""
     default = DETECTIONS_RTOL if are_detections(order.outputs) else RTOL
     rtol = default if rtol is None else rtol
     found = parity(path, order.model, plan.cases(), rtol)
@@ -213,7 +220,7 @@ def _compare(exporter: str, order: Order, plan: Plan, path: Path, rtol: float | 
 
 
 def _provenance(module: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, str]:
-    """What the file says about where it comes from."""
+    """Collect the properties that say where the file comes from."""
     facts = {"version": __version__, "torch": torch.__version__, "onnx": onnx.__version__}
     with contextlib.suppress(UsageError):  # a module that was not traced has neither
         source, made = tracing.info(module).source, recipe(module).to_json()
@@ -229,7 +236,7 @@ def _provenance(module: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, str]
 def _annotate(model: ir.Model, properties: Mapping[str, str]) -> None:
     """Add the file's properties, and drop the exporter's debugging notes, which quote the source tree of this machine.
 
-    Of those, each node keeps the names of the layers it comes from: a profile is read by them.
+    Each node keeps the names of its layers, which profiles are read by.
     """
     kept = "pkg.torch.onnx.name_scopes"
     model.metadata_props.update(properties)

@@ -1,8 +1,8 @@
 """torch's two ONNX exporters behind one signature.
 
-The newer one, torch.export's, is asked first. It proves of an open axis that the graph holds at every length, and
-refuses what it cannot prove; the older one, which records a run as TorchScript, takes anything that runs and proves
-nothing. Both are believed only as far as the file agrees with torch: see `surgery.deploy.onnx.parity`.
+The newer one, torch.export's, comes first. It proves that the graph holds at every length of an open axis, and refuses
+what it cannot prove. The older one records a run as TorchScript: it takes anything that runs and proves nothing. The
+files of both are compared with torch (`surgery.deploy.onnx.parity`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from surgery.deploy.onnx.reads import Reads
 from surgery.deploy.onnx.sizes import sizes_in_float64
 from surgery.errors import ExportError, UsageError
-from surgery.models.inputs import Args, Kwargs, squashed, tensors
+from surgery.graph.batches import Args, Kwargs, tensors
+from surgery.models.inputs import squash
 
 OpenAxes = list[dict[int, str]]
 """For each tensor of the inputs, in order, the name of each axis whose length is left open."""
@@ -38,9 +39,9 @@ OpenAxes = list[dict[int, str]]
 
 @dataclass(frozen=True)
 class Order:
-    """What to export: ``model`` in eval mode as it is called with ``args`` and ``kwargs``, which gives ``outputs``.
+    """What to export: ``model`` in evaluation mode, called with ``args`` and ``kwargs``, which returns ``outputs``.
 
-    With ``frozen``, numbers of the inputs that Python reads on the way may become constants.
+    With ``frozen``, numbers that Python reads from the inputs may become constants.
     """
 
     model: nn.Module
@@ -53,7 +54,7 @@ class Order:
 
 
 def dynamo(order: Order) -> ir.Model:
-    """By torch.export."""
+    """Convert by torch.export."""
     collection = ShapesCollection()  # type: ignore[no-untyped-call]
     dims = {name: Dim(name) for axes in order.open_axes for name in axes.values()}
     for tensor, axes in zip(tensors((order.args, order.kwargs)), order.open_axes, strict=True):
@@ -75,9 +76,10 @@ def dynamo(order: Order) -> ir.Model:
 
 
 def torchscript(order: Order) -> ir.Model:
-    """By a recorded run: what Python decides in it is decided for good.
+    """Convert by recording a run: the file repeats what Python decided in it.
 
-    Raises `ExportError` where that is decided by numbers of the inputs.
+    Raises:
+        ExportError: numbers of the inputs decided it.
     """
     flat = _Flat(order.model, order.args, order.kwargs).eval()
     given = tensors((order.args, order.kwargs))
@@ -109,13 +111,13 @@ EXPORTERS: Mapping[str, Callable[[Order], ir.Model]] = {"dynamo": dynamo, "torch
 
 
 def convert(exporter: str, order: Order) -> ir.Model:
-    """The ONNX model that ``exporter`` makes; `ExportError` with its reason where it makes none."""
+    """Convert by the exporter of this name; raise `ExportError` with the reason if it fails."""
     try:
         with _quietly(), torch.random.fork_rng(devices=[]):
             model = EXPORTERS[exporter](order)
     except Exception as error:  # exporters raise whatever fails inside them
         name = type(order.model).__name__
-        raise ExportError(f"{name} cannot be exported by {exporter}: {squashed(_innermost(error))}") from error
+        raise ExportError(f"{name} cannot be exported by {exporter}: {squash(_innermost(error))}") from error
     made = model.opset_imports[""]
     if order.opset is not None and made != order.opset:
         raise ExportError(f"opset {order.opset} cannot be had: the {exporter} exporter made opset {made}")
@@ -123,16 +125,17 @@ def convert(exporter: str, order: Order) -> ir.Model:
 
 
 def exportable_copy(module: nn.Module) -> nn.Module:
-    """A copy on the CPU, in eval mode, with its FrozenBatchNorm2d as BatchNorm2d: exporters fold only these.
+    """Copy to the CPU, in evaluation mode, with FrozenBatchNorm2d as BatchNorm2d: exporters fold only the latter.
 
-    Raises `UsageError` where there is no module to copy, or it cannot be.
+    Raises:
+        UsageError: ``module`` is not a module, or cannot be copied.
     """
     if not isinstance(module, nn.Module):
         raise UsageError(f"only a module can be exported, not {module!r}")
     try:
         model = copy.deepcopy(module).eval().cpu()
     except Exception as error:  # whatever the module's parts raise that cannot be copied
-        raise UsageError(f"{type(module).__name__} cannot be copied to the CPU: {squashed(error)}") from error
+        raise UsageError(f"{type(module).__name__} cannot be copied to the CPU: {squash(error)}") from error
     for path, frozen in list(model.named_modules()):
         if type(frozen) is FrozenBatchNorm2d and path and not (frozen._forward_hooks or frozen._forward_pre_hooks):
             norm = nn.BatchNorm2d(len(frozen.weight), eps=frozen.eps, dtype=frozen.weight.dtype).eval()
@@ -142,23 +145,23 @@ def exportable_copy(module: nn.Module) -> nn.Module:
 
 
 def input_names(order: Order) -> list[str]:
-    """The names that `dynamo` gives: parameters of ``forward``, and within a list or dict the keys that lead on."""
+    """Name the inputs as `dynamo` does: by the parameters of ``forward``, and the keys within a list or dict."""
     leaves, spec = pytree.tree_flatten((order.args, order.kwargs))
     args, kwargs = pytree.tree_unflatten(list(range(len(leaves))), spec)  # a tensor may be given twice, a place not
     bound = inspect.signature(order.model.forward).bind(*args, **kwargs).arguments
-    names = {place: _joined(keys) for keys, place in pytree.tree_flatten_with_path(bound)[0]}
+    names = {place: _join(keys) for keys, place in pytree.tree_flatten_with_path(bound)[0]}
     return [names[place] for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
 
 def output_names(order: Order) -> list[str]:
-    """``output``, or the keys that lead to each output: ``{"out": a, "aux": (b, c)}`` gives out, aux_0 and aux_1."""
+    """Name the outputs ``output``, or by their keys: ``{"out": a, "aux": (b, c)}`` gives out, aux_0 and aux_1."""
     taken = set(inspect.signature(order.model.forward).parameters)  # an output of an input's name would be that input
     taken |= set(input_names(order))
     names = []
     for keys, leaf in pytree.tree_flatten_with_path(order.outputs)[0]:
         if leaf is None:
             continue
-        name = _joined(keys)
+        name = _join(keys)
         if not name or name[0].isdigit():
             name = f"output_{name}".rstrip("_")
         while name in taken:
@@ -169,9 +172,9 @@ def output_names(order: Order) -> list[str]:
 
 
 class _Flat(nn.Module):
-    """A module as a function of its tensors, whatever nest they are passed in, that returns its leaves as a tuple.
+    """A module as a function of its input tensors, in order, that returns a tuple of its output tensors.
 
-    ``reads`` are the lines at which Python read numbers that depend on them.
+    ``reads`` are the lines at which Python read numbers that depend on the inputs.
     """
 
     def __init__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
@@ -191,7 +194,7 @@ class _Flat(nn.Module):
         return tuple(torch.as_tensor(leaf) for leaf in found if leaf is not None)
 
 
-def _joined(keys: Sequence[Any]) -> str:
+def _join(keys: Sequence[Any]) -> str:
     return re.sub(r"\W+", "_", pytree.keystr(tuple(keys))).strip("_")
 
 
@@ -203,9 +206,9 @@ def _innermost(error: BaseException) -> BaseException:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what the exporter prints, logs and warns of: what matters of it is raised.
+    """Hide what the exporter prints, logs and warns of: its errors are raised.
 
-    A progress bar that is drawn meanwhile has to hold on to the standard error it began with.
+    A progress bar that is drawn meanwhile must keep the standard error that it began with.
     """
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

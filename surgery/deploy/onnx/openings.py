@@ -12,17 +12,8 @@ from torch import nn
 from surgery.deploy.onnx.exporters import OpenAxes, Order
 from surgery.deploy.onnx.parity import Case
 from surgery.errors import UsageError
-from surgery.models.inputs import (
-    Args,
-    Kwargs,
-    batch_of,
-    enlarged,
-    images_of,
-    is_list_of_images,
-    other_values,
-    tensors,
-    with_batch,
-)
+from surgery.graph.batches import Args, Kwargs, batch_of, is_list_of_images, tensors, with_batch
+from surgery.models.inputs import enlarge, images_of, other_values
 
 CHECKED_BATCHES = (1, 2, 3)
 _EXPORT_BATCH = 2
@@ -34,12 +25,13 @@ networks that halve images five times can make whole numbers."""
 
 @dataclass(frozen=True)
 class Plan:
-    """How a module is exported that is called with ``args`` and ``kwargs``, on the CPU.
+    """How to export a module that is called with ``args`` and ``kwargs``, on the CPU.
 
-    With ``dynamic_batch``, axis 0 of what runs along the batch is open; with ``dynamic_size``, the height and width of
-    images are: those of images of one size share their names, but each image of a list has its own.
+    ``dynamic_batch`` opens axis 0 of the tensors that have a batch axis. ``dynamic_size`` opens the height and width of
+    images: images of one size share the names of these axes, but each image of a list has its own.
 
-    Raises `UsageError` where there is no axis to open.
+    Raises:
+        UsageError: there is no axis to open.
     """
 
     args: Args
@@ -60,18 +52,18 @@ class Plan:
             raise UsageError("dynamic_size: none of the example inputs is an image, (N, channels, height, width)")
 
     def order(self, model: nn.Module, outputs: Any, *, frozen: bool) -> Order:
-        """What an exporter is to do; ``outputs`` are those of the example inputs."""
+        """Return what an exporter must do; ``outputs`` are those of the example inputs."""
         return Order(model, *self._exported, outputs, self._open_axes, self.opset, frozen)
 
     def cases(self) -> Iterator[Case]:
-        """What the file and the module are compared on."""
+        """Yield the inputs on which the file and the module are compared."""
         for batch in self.batches:
             yield Case(f"at batch {batch}", *self._at(batch))
         if not self.batches:
             yield Case("on the example inputs", self.args, self.kwargs)
         yield Case("on other values", *other_values(*self._exported), optional=True)
         for height, width in self.other_sizes:
-            yield Case(f"on images of {height} x {width}", *enlarged(*self._exported, _HIGHER, _WIDER))
+            yield Case(f"on images of {height} x {width}", *enlarge(*self._exported, _HIGHER, _WIDER))
 
     @property
     def batches(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Whether an ONNX file computes what a module computes."""
+"""Compare what an ONNX file computes with what a module computes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from surgery.deploy.onnx.detections import are_detections, paired, unpaired
+from surgery.deploy.onnx.detections import are_detections, find_unpaired, pair
 from surgery.errors import ExportError, UsageError
-from surgery.models.inputs import Args, Kwargs, copied, refusing_bad_inputs, squashed, tensors
+from surgery.graph.batches import Args, Kwargs, tensors
+from surgery.models.inputs import copy_inputs, refusing_bad_inputs, squash
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs to compare on, and what tells them from others: ``at batch 2``.
+    """Inputs to compare on, and how messages name them: ``at batch 2``.
 
-    What is ``optional`` is left out where the module refuses it, or where its own rounding decides what comes out.
+    An ``optional`` case is skipped if the module refuses it, or if the module's own rounding decides its outputs.
     """
 
     where: str
@@ -35,7 +36,7 @@ class Case:
 
 
 class _RoundingError(ExportError):
-    """The two differ, but so does the module from itself in float64; or it gives no numbers."""
+    """The two differ, but the module also differs from itself in float64, or its outputs are not numbers."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Parity:
     """How far a file is from a module.
 
     ``max_abs`` is the largest absolute difference over all outputs and cases; ``max_rel`` the largest
-    max|onnx - torch| / max|torch| of an output. Of a detection model, ``detections`` is how many there were to compare.
+    max|onnx - torch| / max|torch| of an output. ``detections`` counts the compared detections of a detection model.
     """
 
     max_abs: float
@@ -54,17 +55,18 @@ class Parity:
 def parity(path: Path, model: nn.Module, cases: Iterable[Case], rtol: float) -> Parity:
     """Compare the outputs of ``path`` in ONNX Runtime with those of ``model``, both on the CPU.
 
-    Detections are paired (`surgery.deploy.onnx.detections`): each that scores above the lowest needs its like on the
-    other side, ``rtol`` being the tolerance, too, of scores in terms of the highest and of boxes in terms of the
-    largest coordinate.
+    Detections are paired first (`surgery.deploy.onnx.detections`): each that scores above the lowest needs a partner,
+    whose score differs by at most ``rtol`` of the highest score, and its box by at most ``rtol`` of the largest
+    coordinate.
 
-    Raises `ExportError` at the first output whose relative difference is above ``rtol``, or that is of another shape.
+    Raises:
+        ExportError: the relative difference of an output is above ``rtol``, or its shape differs.
     """
     session = _session(path, model)
     worst, detections = np.zeros(2), None
     for case in cases:
         try:
-            outputs = reference(model, case.args, case.kwargs)
+            outputs = run_reference(model, case.args, case.kwargs)
             differences, paired_off = _differences(session, model, case, outputs, rtol)
         except UsageError as error:
             if not case.optional:
@@ -79,11 +81,11 @@ def parity(path: Path, model: nn.Module, cases: Iterable[Case], rtol: float) -> 
 
 
 def _differences(session: Any, model: nn.Module, case: Case, outputs: Any, rtol: float) -> tuple[Array, int | None]:
-    """Of one case, the largest absolute and relative difference, and how many detections were compared, if any."""
+    """Return one case's largest absolute and relative difference, and the number of compared detections, if any."""
     expected, found = _arrays(outputs), _run(session, case)
     detections = None
     if are_detections(outputs):
-        found, expected = _sorted_alike(found, outputs, model, case, rtol)
+        found, expected = _sort_pairs(found, outputs, model, case, rtol)
         detections = sum(len(boxes) for boxes in expected[:: len(outputs[0])])
     _refuse_other_shapes(found, expected, case)
     worst = np.zeros(2)
@@ -100,15 +102,15 @@ def _differences(session: Any, model: nn.Module, case: Case, outputs: Any, rtol:
     return worst, detections
 
 
-def reference(model: nn.Module, args: Args, kwargs: Kwargs) -> Any:
-    """What ``model`` returns, without gradients and without drawing from the caller's random numbers."""
-    args, kwargs = copied(args, kwargs)
+def run_reference(model: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+    """Run ``model`` without gradients, and leave the caller's random state as it is."""
+    args, kwargs = copy_inputs(args, kwargs)
     with refusing_bad_inputs(args, kwargs), torch.no_grad(), torch.random.fork_rng(devices=[]):
         return model(*args, **kwargs)
 
 
 def difference(found: Array, expected: Array) -> tuple[float, float]:
-    """max|a - b| and max|a - b| / max|b|, where whole numbers are on a scale of 1, and infinities as good as equal."""
+    """Return max|a - b| and max|a - b| / max|b|; whole numbers have the scale 1, equal infinities do not differ."""
     if expected.size == 0 or np.array_equal(found, expected):
         return 0.0, 0.0
     unequal = found != expected
@@ -119,12 +121,13 @@ def difference(found: Array, expected: Array) -> tuple[float, float]:
     return absolute, absolute / scale if scale else absolute * float("inf")
 
 
-def _sorted_alike(
+def _sort_pairs(
     found: list[Array], outputs: list[dict[str, torch.Tensor]], model: nn.Module, case: Case, tolerance: float
 ) -> tuple[list[Array], list[Array]]:
-    """Both sets of detections without what has no partner, in one order, as lists of arrays.
+    """Return both sets of detections in the same order, without those that need no partner, as lists of arrays.
 
-    Raises `ExportError` where something has no partner that should have one.
+    Raises:
+        ExportError: a detection that needs a partner has none.
     """
     keys = list(outputs[0])
     sorted_found: list[Array] = []
@@ -138,8 +141,8 @@ def _sorted_alike(
             raise (_RoundingError if excuse else ExportError)(
                 f"{case.where}, image {k} has {counts[0]} detections, and {counts[1]} in torch{excuse}"
             )
-        rows, columns = paired(a, b, tolerance)
-        alone = unpaired(a, b, rows, columns, tolerance)
+        rows, columns = pair(a, b, tolerance)
+        alone = find_unpaired(a, b, rows, columns, tolerance)
         if len(alone):
             excuse = _detections_excuse(model, case, k, b, tolerance)
             raise (_RoundingError if excuse else ExportError)(
@@ -167,7 +170,7 @@ def _session(path: Path, model: nn.Module) -> Any:
     except Exception as error:  # ONNX Runtime's errors share no base of their own
         dtypes = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
         hint = f" (the model is in {' and '.join(sorted(dtypes))}: export module.float())" if dtypes else ""
-        raise ExportError(f"ONNX Runtime cannot load the exported model: {squashed(error)}{hint}") from error
+        raise ExportError(f"ONNX Runtime cannot load the exported model: {squash(error)}{hint}") from error
 
 
 def _run(session: Any, case: Case) -> list[Array]:
@@ -178,24 +181,24 @@ def _run(session: Any, case: Case) -> list[Array]:
     try:
         found: list[Array] = session.run(None, dict(zip(names, values, strict=True)))
     except Exception as error:  # ONNX Runtime's errors share no base of their own
-        raise ExportError(f"{case.where}, ONNX Runtime fails: {squashed(error)}") from error
+        raise ExportError(f"{case.where}, ONNX Runtime fails: {squash(error)}") from error
     return found
 
 
 def _arrays(tree: Any) -> list[Array]:
-    """The leaves as ONNX has them: tensors and numbers as arrays, and no None."""
+    """Return the leaves as ONNX has them: tensors and numbers as arrays, without None."""
     leaves = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in pytree.tree_leaves(tree)]
     try:
         return [np.asarray(leaf) for leaf in leaves if leaf is not None]
     except TypeError as error:  # bfloat16, 8-bit floats
-        raise ExportError(f"the export cannot be checked, for numpy lacks a dtype of it: {squashed(error)}") from error
+        raise ExportError(f"the export cannot be checked, for numpy lacks a dtype of it: {squash(error)}") from error
 
 
 def _excuse(model: nn.Module, case: Case, relative: float) -> str:
-    """Whose fault it may be: where torch's own rounding moves the outputs as much, it need not be the export's."""
+    """Say where the difference may come from if torch's own rounding moves the outputs as much; else empty."""
     if np.isnan(relative):
         return ": one of the two is not a number; give example inputs that the model has finite outputs on"
-    expected, exact = (_arrays(outputs) for outputs in _twice(model, case))
+    expected, exact = (_arrays(outputs) for outputs in _run_twice(model, case))
     if not exact:
         return ""
     if [a.shape for a in exact] != [b.shape for b in expected]:
@@ -207,13 +210,13 @@ def _excuse(model: nn.Module, case: Case, relative: float) -> str:
 
 
 def _detections_excuse(model: nn.Module, case: Case, k: int, expected: Mapping[str, Array], tolerance: float) -> str:
-    """The same, where the detections of image ``k`` are not those of torch."""
-    _, exact = _twice(model, case)
+    """Say the same for the detections of image ``k``, if torch detects other things in float64."""
+    _, exact = _run_twice(model, case)
     if not exact:
         return ""
     other = {key: value.numpy() for key, value in exact[k].items()}
-    rows, columns = paired(expected, other, tolerance)
-    if not len(unpaired(expected, other, rows, columns, tolerance)):
+    rows, columns = pair(expected, other, tolerance)
+    if not len(find_unpaired(expected, other, rows, columns, tolerance)):
         return ""
     return (
         " (torch itself detects other things in float64: the scores tie, as those of an untrained model do, and "
@@ -221,18 +224,18 @@ def _detections_excuse(model: nn.Module, case: Case, k: int, expected: Mapping[s
     )
 
 
-def _twice(model: nn.Module, case: Case) -> tuple[Any, Any]:
-    """The outputs of the model as it is, and in float64 (none, where it fixes another dtype somewhere).
+def _run_twice(model: nn.Module, case: Case) -> tuple[Any, Any]:
+    """Return the outputs of the model as it is, and in float64; the latter are empty if it fixes another dtype.
 
-    Both are of copies: a model that changes with each call is to differ by rounding only.
+    Both come from copies, so that a model that changes with each call differs by rounding only.
     """
 
-    def doubled(tensor: torch.Tensor) -> torch.Tensor:
+    def double(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.double() if tensor.is_floating_point() else tensor
 
-    args, kwargs = pytree.tree_map_only(torch.Tensor, doubled, (case.args, case.kwargs))
-    expected = reference(copy.deepcopy(model), case.args, case.kwargs)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, double, (case.args, case.kwargs))
+    expected = run_reference(copy.deepcopy(model), case.args, case.kwargs)
     try:
-        return expected, reference(copy.deepcopy(model).double(), args, kwargs)
+        return expected, run_reference(copy.deepcopy(model).double(), args, kwargs)
     except UsageError:
         return expected, []

@@ -1,4 +1,4 @@
-"""Where Python reads numbers that depend on a module's inputs: a recorded run makes constants of what it decides."""
+"""Find where Python reads numbers that depend on a module's inputs: a recorded run turns them into constants."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from surgery.graph.batches import tensors
 from surgery.graph.guards import user_line
-from surgery.models.inputs import tensors
 
 _READS = frozenset({"__array__", "__bool__", "__float__", "__index__", "__int__", "item", "numpy", "tolist"})
-"""What makes Python numbers of a tensor."""
+"""What turns a tensor into Python numbers."""
 _SIZES = frozenset(
     {
         Tensor.shape.__get__,  # type: ignore[attr-defined]
@@ -29,15 +29,15 @@ _SIZES = frozenset(
         ),
     }
 )
-"""What asks for sizes: in a run that is recorded, they are tensors, too."""
+"""What asks for sizes, which are tensors too in a run that is recorded."""
 _WRITES = ("__iadd__", "__iand__", "__idiv__", "__imul__", "__ior__", "__isub__", "__setitem__")
 
 
 class Reads(TorchFunctionMode):
     """While it is on, ``places`` collects the lines (``file.py:7``) that read numbers computed from ``given``.
 
-    Sizes are no such numbers. Only calls of torch are seen, which does not disturb a run that is being recorded: what
-    comes out of a scripted function counts as independent of what goes in.
+    Sizes do not count. Only calls of torch are seen, which does not disturb a run that is being recorded; the output of
+    a scripted function counts as independent of its inputs.
     """
 
     def __init__(self, given: Iterable[Tensor]) -> None:

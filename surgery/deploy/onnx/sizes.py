@@ -1,8 +1,8 @@
-"""The sizes to which images are resized, in the arithmetic that Python computes them in.
+"""Compute the sizes to which images are resized in float64, as Python does.
 
-Python multiplies a height by a quotient in float64 and takes the floor. What TorchScript records of torchvision's
-detection models does so in float32, and has the reciprocal for the quotient: an image of 800 pixels that is to have 320
-gets 319, and other things are detected on it.
+Python multiplies a height by a quotient in float64 and takes the floor. TorchScript's record of torchvision's detection
+models does so in float32, with the reciprocal instead of the quotient: an image of 800 pixels becomes 319 pixels high
+instead of 320, and the detections differ.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def sizes_in_float64(model: ir.Model) -> None:
 
 
 def _casts_to_integers(sizes: ir.Value) -> Iterator[ir.Node]:
-    """The nodes of which ``sizes`` is put together."""
+    """Yield the casts to integers that ``sizes`` is built from."""
     node = sizes.producer()
     if node is None:
         return
@@ -47,9 +47,9 @@ def _casts_to_integers(sizes: ir.Value) -> Iterator[ir.Node]:
 
 
 def _computing(cast: ir.Node) -> list[ir.Node] | None:
-    """The nodes that compute, in float32, what ``cast`` makes integers of, from integers and constants on.
+    """Find the nodes that compute, in float32 from integers and constants, what ``cast`` turns into integers.
 
-    None where they compute it from anything else, or something else reads what they compute.
+    None if they compute it from anything else, or if another node reads their results.
     """
     found: dict[ir.Node, None] = {}
     stack = [cast.inputs[0]]
@@ -100,7 +100,7 @@ def _cast_to(node: ir.Node) -> int:
 
 
 def _float32(value: ir.Value | None) -> np.ndarray | None:
-    """The numbers of a float32 constant, else None."""
+    """Return the numbers of a float32 constant, else None."""
     node = value.producer() if value is not None else None
     if node is None or node.op_type != "Constant" or "value" not in node.attributes:
         return None

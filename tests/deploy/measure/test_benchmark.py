@@ -55,7 +55,7 @@ class SimulatedMachine:
         self.setup_effect = lambda: 1.0
         monkeypatch.setattr(timing_file.time, "perf_counter_ns", lambda: round(self.now_ms * 1e6))
         monkeypatch.setattr(timing_file.time, "perf_counter", lambda: self.now_ms / 1e3)
-        monkeypatch.setitem(RUNTIMES, "simulated", lambda job, stack: self.runner(job.candidate))
+        monkeypatch.setitem(RUNTIMES, "torch", lambda job, stack: self.runner(job.candidate))
 
     @property
     def queries(self):
@@ -78,11 +78,11 @@ class SimulatedMachine:
     def compare(self, latencies, **options):
         self.latencies = latencies
         names = {name: name for name in latencies}
-        return compare(names, runtime="simulated", **{**QUICK, "check": False, **options})
+        return compare(names, runtime="torch", **{**QUICK, "check": False, **options})
 
     def benchmark(self, latency, **options):
         self.latencies = {"a": latency}
-        return benchmark("a", runtime="simulated", **{**QUICK, **options})
+        return benchmark("a", runtime="torch", **{**QUICK, **options})
 
 
 @pytest.fixture
@@ -257,13 +257,13 @@ def test_without_the_cuda_provider_nothing_is_measured_in_its_place(small_onnx, 
     [
         ({"runtime": "onnxruntimes"}, "unknown runtime 'onnxruntimes'; did you mean 'onnxruntime'"),
         ({"device": "cudas"}, "unknown device 'cudas'; did you mean 'cuda'"),
-        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
-        ({"threads": 0}, "threads must be at least 1, not 0"),
-        ({"min_runs": 0}, "min_runs must be at least 1, not 0"),
-        ({"sessions": 0}, "sessions must be at least 1, not 0"),
-        ({"min_seconds": -1.0}, "min_seconds must be at least 0, not -1.0"),
-        ({"min_seconds": math.nan}, "min_seconds must be at least 0, not nan"),
-        ({"min_seconds": math.inf}, "min_seconds must be at least 0, not inf"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
+        ({"threads": 0}, "threads must be a whole number of at least 1, not 0"),
+        ({"min_runs": 0}, "min_runs must be a whole number of at least 1, not 0"),
+        ({"sessions": 0}, "sessions must be a whole number of at least 1, not 0"),
+        ({"min_seconds": -1.0}, "min_seconds must be a number of at least 0, not -1.0"),
+        ({"min_seconds": math.nan}, "min_seconds must be a number of at least 0, not nan"),
+        ({"min_seconds": math.inf}, "min_seconds must be a number of at least 0, not inf"),
         ({"runtime": "torch-cuda-graphs"}, "the torch-cuda-graphs runtime needs a GPU: give it device 'cuda'"),
         ({"runtime": "onnxruntime-cuda-graphs"}, "the onnxruntime-cuda-graphs runtime needs a GPU"),
         ({"runtime": "onnxruntime-tensorrt"}, "the onnxruntime-tensorrt runtime needs a GPU"),
@@ -507,7 +507,7 @@ def test_what_one_candidate_opened_is_closed_when_another_fails(monkeypatch):
         stack.callback(closed.append, "a")
         return Runner(lambda: lambda: None, lambda: Peak(0), (), None, None, None)
 
-    monkeypatch.setitem(RUNTIMES, "simulated", prepare)
+    monkeypatch.setitem(RUNTIMES, "torch", prepare)
     with pytest.raises(UsageError, match="b is broken"):
-        compare({"a": "a", "b": "b"}, runtime="simulated", **QUICK)
+        compare({"a": "a", "b": "b"}, runtime="torch", **QUICK)
     assert closed == ["a"]

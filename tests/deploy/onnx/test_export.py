@@ -760,7 +760,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch):
 
 def test_a_pipe_is_not_replaced_even_by_force(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UsageError, match="it is no regular file"):
+    with pytest.raises(UsageError, match="it is not a regular file"):
         export_onnx(small(), tmp_path / "pipe", example_inputs=small_input(), force=True)
     assert (tmp_path / "pipe").is_fifo()
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from surgery import benchmark, slim, trace
 from surgery.deploy.onnx import parity as parity_file
-from surgery.deploy.onnx.detections import are_detections, paired, unpaired
+from surgery.deploy.onnx.detections import are_detections, find_unpaired, pair
 from surgery.deploy.onnx.export import export_onnx
 from surgery.deploy.onnx.parity import Case, parity
 from surgery.errors import ExportError, UsageError
@@ -60,14 +60,14 @@ NEAR, FAR = [0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 90.0, 100.0]
     ],
 )
 def test_detections_are_paired_in_whatever_order_they_come(found, expected, pairs):
-    rows, columns = paired(found, expected, 1e-3)
+    rows, columns = pair(found, expected, 1e-3)
     assert sorted(zip(rows.tolist(), columns.tolist(), strict=True)) == pairs
 
 
 def test_as_many_as_can_be_are_paired_where_one_fits_several():
     found = detections([NEAR, NEAR], [0.9, 0.9006])
     expected = detections([NEAR, NEAR], [0.9012, 0.9])
-    rows, columns = paired(found, expected, 1e-3)
+    rows, columns = pair(found, expected, 1e-3)
     assert dict(zip(rows.tolist(), columns.tolist(), strict=True)) == {0: 1, 1: 0}
 
 
@@ -86,15 +86,15 @@ def test_as_many_as_can_be_are_paired_where_one_fits_several():
 def test_of_those_tied_for_the_last_place_rounding_may_choose(scores, others, rows, alone):
     found, expected = (detections([NEAR] * len(some), some) for some in (scores, others))
     places = np.array(rows, int)
-    assert unpaired(found, expected, places, places, 1e-3).tolist() == alone
+    assert find_unpaired(found, expected, places, places, 1e-3).tolist() == alone
 
 
 def test_scores_tie_in_terms_of_the_highest():
     low = detections([NEAR, FAR, FAR, FAR], [0.011, 0.0105, 0.0102, 0.01])
     other = detections([NEAR, NEAR, FAR, FAR], [0.011, 0.0105, 0.0102, 0.01])
-    rows, columns = paired(low, other, 1e-3)
+    rows, columns = pair(low, other, 1e-3)
     assert rows.tolist() == [0, 2, 3]
-    assert unpaired(low, other, rows, columns, 1e-3).tolist() == [0.0105, 0.0105]
+    assert find_unpaired(low, other, rows, columns, 1e-3).tolist() == [0.0105, 0.0105]
 
 
 @pytest.mark.parametrize(
