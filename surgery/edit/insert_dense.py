@@ -27,7 +27,7 @@ from surgery.edit.blocks import Flow
 from surgery.edit.insert_block import renamed
 from surgery.edit.layout import Layouts
 from surgery.edit.reindex import Reindex, gather, gathered_origins
-from surgery.edit.sites import Site, is_inside, local_name, op_of, output_sites
+from surgery.edit.sites import Site, is_inside, local_name, op_of, output_sites, place_for
 from surgery.edit.step import Inserted, Origin, Step
 from surgery.errors import EditError
 from surgery.graph.traced import TracedModule, named_tensors, traced_parts
@@ -272,10 +272,7 @@ def _insert_layer(step: InsertDense, edit: DenseEdit, result: nn.Module, wider: 
         result: that module after ``edit.readers``; its last layer becomes again what it was.
         wider: that module after ``edit.wider``, from which the new layer is taken.
     """
-    parent, _, child = step.name.rpartition(".")
-    container = result.get_submodule(parent)
-    if hasattr(container, child):
-        raise EditError(f"{step.name!r} is taken")
+    container, child = place_for(result, step.name)
     new = wider.get_submodule(step.like) if step.like else nn.Module().train(container.training)
     container.add_module(child, new)
     memo: dict[int, Any] = {}

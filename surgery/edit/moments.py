@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.edit.sites import op_of
+from surgery.edit.sites import called_layer, op_of
 from surgery.errors import UsageError
 from surgery.graph.table import UNKNOWN
 from surgery.graph.traced import TracedModule
@@ -42,7 +42,7 @@ def _moments(owner: TracedModule, node: fx.Node, known: dict[fx.Node, Moments | 
 
 
 def _computed(owner: TracedModule, node: fx.Node, known: dict[fx.Node, Moments | None]) -> Moments | None:
-    leaf: Any = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+    leaf: Any = called_layer(owner, node)
     rule = op_of(owner, node)
     if leaf is not None and rule.kind == "batch norm":
         if leaf.weight is None:

@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.labels import Labelled
 from surgery.axes.ledger import Norm
-from surgery.edit.sites import in_copy
+from surgery.edit.sites import add_constant, called_layer, in_copy
 from surgery.edit.step import Step
 from surgery.errors import EditError, UsageError, unknown_name
 from surgery.graph.table import rule_for, rule_of_class
@@ -134,7 +134,7 @@ def _refuse_second(module: nn.Module) -> None:
     """The analysis knows nothing of norms over a part of their channels, so it could not leave out more."""
     for _, part in traced_parts(module):
         for node in (node for graph in part.graphs for node in graph.nodes if node.op.startswith("call")):
-            leaf = part.get_submodule(str(node.target)) if node.op == "call_module" else None
+            leaf = called_layer(part, node)
             if rule_for(node, leaf).kind == "restricted norm":
                 raise EditError(
                     f"channels are already left out of the statistics of {str(node.target if leaf else node.name)!r}: "
@@ -172,7 +172,7 @@ def normalise_over(module: nn.Module, analysis: Analysis, keep: NDArray[np.bool_
             over = rule_of_class(layer).over
             if over is None:
                 raise EditError(f"{path}: channels cannot be left out of the statistics of a {type(layer).__name__}")
-            restrict_norm(layer, entries.to(next((p.device for p in module.parameters()), None)), over)
+            restrict_norm(layer, entries.to(_device(module)), over)
             continue
         owner, node = in_copy(module, analysis, scope, name)
         rule = rule_for(node, None)
@@ -209,14 +209,11 @@ def sum_over(module: nn.Module, analysis: Analysis, keep: NDArray[np.bool_]) -> 
 
 
 def _constant(module: nn.Module, owner: TracedModule, graph: fx.Graph, keep: Tensor) -> fx.Node:
-    """A node that reads ``keep`` from a buffer outside the state dict."""
-    number = 0
-    while hasattr(owner, f"_kept_{number}"):
-        number += 1
-    owner.register_buffer(
-        f"_kept_{number}", keep.to(next((p.device for p in module.parameters()), None)), persistent=False
-    )
-    return graph.get_attr(f"_kept_{number}")
+    return add_constant(owner, graph, "kept", keep.to(_device(module)))
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    return next((p.device for p in module.parameters()), None)
 
 
 def _entries(analysis: Analysis, keep: NDArray[np.bool_], norms: list[Norm]) -> Tensor:

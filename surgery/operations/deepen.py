@@ -20,7 +20,7 @@ from surgery.edit.insert_dense import InsertDense, dense_edit
 from surgery.edit.insert_identity import InsertIdentity, weight_before
 from surgery.edit.moments import calibrate, identity_eps
 from surgery.edit.names import find_places
-from surgery.edit.sites import Site, is_called, local_name, op_of, output_sites
+from surgery.edit.sites import Site, called_layer, is_called, local_name, op_of, output_sites
 from surgery.edit.step import Step
 from surgery.errors import EditError, UsageError, unknown_name, whole_number
 from surgery.graph.table import rule_of_class
@@ -258,7 +258,7 @@ def _nearest_activation(site: Site) -> tuple[str, int]:
     found, pieces = "ReLU", 1
     for node in site.graph.nodes:
         rule = op_of(site.owner, node)
-        layer = site.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+        layer = called_layer(site.owner, node)
         if rule.activation and rule.kind != "gate" and (isinstance(layer, Maxout) or has_defaults(rule)):
             found = rule.name
             pieces = layer.pieces if isinstance(layer, Maxout) else 1
