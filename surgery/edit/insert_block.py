@@ -11,7 +11,8 @@ import torch
 from torch import fx, nn
 
 from surgery.axes.analysis import Analysis, analyse
-from surgery.edit.blocks import Block, Flow, Zero, block_of
+from surgery.edit.blocks import Block, Zero, block_of
+from surgery.edit.flow import Flow
 from surgery.edit.sites import Site, is_called, local_name, op_of, output_sites, place_for
 from surgery.edit.step import Inserted, Step
 from surgery.errors import EditError

@@ -23,7 +23,7 @@ from torch import fx, nn
 from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.groups import DimensionGroup
 from surgery.axes.labels import Ids, Labelled, runs
-from surgery.edit.blocks import Flow
+from surgery.edit.flow import Flow
 from surgery.edit.insert_block import renamed
 from surgery.edit.layout import Layouts
 from surgery.edit.reindex import Reindex, gather, gathered_origins

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.edit.sites import called_layer, op_of
+from surgery.edit.sites import called_layer, compute, op_of
 from surgery.errors import UsageError
 from surgery.graph.table import UNKNOWN
 from surgery.graph.traced import TracedModule
@@ -59,7 +59,7 @@ def _computed(owner: TracedModule, node: fx.Node, known: dict[fx.Node, Moments |
     if rule.kind == "idempotent" and isinstance(rule.within, tuple) and rule.within[0] == 0:
         return _rectified(*given[0], rule.within[1])
     if rule.linear == "sum" and len(given) == 2:
-        first_factor, second_factor = (_factor(node, k) for k in range(2))
+        first_factor, second_factor = (_factor(owner, node, k) for k in range(2))
         return (
             first_factor * given[0][0] + second_factor * given[1][0],
             first_factor**2 * given[0][1] + second_factor**2 * given[1][1],
@@ -69,14 +69,10 @@ def _computed(owner: TracedModule, node: fx.Node, known: dict[fx.Node, Moments |
     return given[0] if not rule.activation and (rule.within is True or rule.linear == "first") else None
 
 
-def _factor(node: fx.Node, operand: int) -> Tensor:
+def _factor(owner: TracedModule, node: fx.Node, operand: int) -> Tensor:
     """What an op that is linear in two operands multiplies one of them by."""
-    args = [torch.tensor(float(k == operand), dtype=torch.float64) for k in range(2)]
-    if isinstance(node.target, str):
-        found = getattr(args[0], node.target)(args[1], **node.kwargs)
-    else:
-        assert callable(node.target)
-        found = node.target(*args, **node.kwargs)
+    operands = tuple(torch.tensor(float(k == operand), dtype=torch.float64) for k in range(2))
+    found = compute(owner, node, operands, node.kwargs)
     assert isinstance(found, Tensor)
     return found
 

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from surgery.axes.labels import Field, Ids, Labelled, full_index
+from surgery.edit.sites import compute
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,7 @@ def _replayed(
         args: Any
         kwargs: Any
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n] if n in env else _plain(record(n)))
-        if node.op == "call_module":
-            env[node] = module.get_submodule(str(node.target))(*args, **kwargs)
-        elif node.op == "call_method":
-            env[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        env[node] = compute(module, node, args, kwargs)
     yield env[chain[0]], dim, None
     parts = _parted(chain[0], args, dim)
     if parts is not None:

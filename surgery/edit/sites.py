@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -51,6 +52,16 @@ def output_sites(module: nn.Module, name: str) -> Iterator[Site]:
 def called_layer(owner: nn.Module, node: fx.Node) -> nn.Module | None:
     """The layer, or traced module, that a node of ``owner``'s graph calls; None where it calls none."""
     return owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def compute(owner: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """What the op that a node calls gives for other arguments."""
+    if node.op == "call_module":
+        return owner.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
 
 
 def op_of(owner: TracedModule, node: fx.Node) -> Rule:

@@ -163,28 +163,36 @@ def normalise_over(module: nn.Module, analysis: Analysis, keep: NDArray[np.bool_
     units that are not kept."""
     by_op: defaultdict[tuple[str, tuple[str, str]], list[Norm]] = defaultdict(list)
     for norm in analysis.norms:
-        if not keep[analysis.unit_of[norm.ids]].all():
-            by_op[norm.path, norm.key].append(norm)
-    for (path, (scope, name)), norms in by_op.items():
+        by_op[norm.path, norm.key].append(norm)
+    by_layer: dict[str, Tensor] = {}
+    for (path, key), norms in by_op.items():
         entries = _entries(analysis, keep, norms)
-        if path:
+        if path and not torch.equal(by_layer.setdefault(path, entries), entries):
+            raise EditError(f"{path} normalises over different channels in each of its calls: mask them alike")
+        if not path and not entries.all():
+            _restrict_call(module, analysis, key, entries)
+    for path, entries in by_layer.items():
+        if not entries.all():
             layer = module.get_submodule(path)
             over = rule_of_class(layer).over
             if over is None:
                 raise EditError(f"{path}: channels cannot be left out of the statistics of a {type(layer).__name__}")
             restrict_norm(layer, entries.to(_device(module)), over)
-            continue
-        owner, node = in_copy(module, analysis, scope, name)
-        rule = rule_for(node, None)
-        if rule.over is None:
-            raise EditError(f"{name}: channels cannot be left out of its statistics")
-        names = list(inspect.signature(rule.over).parameters)[2:]
-        given = rule.arguments(node)
-        with node.graph.inserting_before(node):
-            mask = _constant(module, owner, node.graph, entries)
-        node.target = rule.over
-        node.args, node.kwargs = (next(iter(given.values())), mask), {k: v for k, v in given.items() if k in names}
-        owner.recompile()
+
+
+def _restrict_call(module: nn.Module, analysis: Analysis, key: tuple[str, str], entries: Tensor) -> None:
+    """Let a function that normalises compute its statistics over ``entries``."""
+    owner, node = in_copy(module, analysis, *key)
+    rule = rule_for(node, None)
+    if rule.over is None:
+        raise EditError(f"{key[1]}: channels cannot be left out of its statistics")
+    names = list(inspect.signature(rule.over).parameters)[2:]
+    given = rule.arguments(node)
+    with node.graph.inserting_before(node):
+        mask = _constant(module, owner, node.graph, entries)
+    node.target = rule.over
+    node.args, node.kwargs = (next(iter(given.values())), mask), {k: v for k, v in given.items() if k in names}
+    owner.recompile()
 
 
 def sum_over(module: nn.Module, analysis: Analysis, keep: NDArray[np.bool_]) -> None:

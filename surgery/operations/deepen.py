@@ -14,7 +14,8 @@ from torch import fx, nn
 from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.labels import Labelled
 from surgery.edit.apply import apply
-from surgery.edit.blocks import Flow, find_block
+from surgery.edit.blocks import find_block
+from surgery.edit.flow import Flow
 from surgery.edit.insert_block import InsertBlock, copied_blocks, zero_names
 from surgery.edit.insert_dense import InsertDense, dense_edit
 from surgery.edit.insert_identity import InsertIdentity, weight_before

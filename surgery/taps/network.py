@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.axes.analysis import analyse
 from surgery.axes.labels import Labelled
-from surgery.edit.blocks import Flow
+from surgery.edit.flow import Flow
 from surgery.edit.sites import Site, output_sites
 from surgery.errors import EditError, TraceError, UsageError
 from surgery.graph.arguments import bound_arguments

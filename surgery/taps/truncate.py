@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from surgery.axes.ledger import labelled_leaves
-from surgery.edit.blocks import Flow
+from surgery.edit.flow import Flow
 from surgery.graph.guards import expect
 from surgery.graph.traced import TracedModule, TraceInfo, info, set_info
 
@@ -109,8 +109,7 @@ def _written(flow: Flow, node: fx.Node) -> set[int]:
     first = node.args[0] if node.args else None
     if not node.op.startswith("call_") or not isinstance(first, fx.Node):
         return set()
-    rule = flow.rule(node)
-    return set() if rule is None or rule.movement else _storages(flow, first) & _storages(flow, node)
+    return set() if flow.rule(node).movement else _storages(flow, first) & _storages(flow, node)
 
 
 def _storages(flow: Flow, node: fx.Node) -> set[int]:
