@@ -119,12 +119,12 @@ def zero_names(site: Site, block: Block, like: str, name: str) -> tuple[str, ...
     """Qualified names of what is 0 in a copy of ``block`` that is called ``name``."""
 
     def new(zero: Zero) -> str:
-        return f"{renamed(site, zero.holder, like, name)}.{zero.tensor}".rstrip(".")
+        return f"{rename(site, zero.holder, like, name)}.{zero.tensor}".rstrip(".")
 
     return tuple(sorted(map(new, block.zeros)))
 
 
-def renamed(site: Site, target: str, like: str, name: str) -> str:
+def rename(site: Site, target: str, like: str, name: str) -> str:
     """The qualified name, in the copy, of what a node reads or calls."""
     whole = f"{site.path}.{target}".lstrip(".")
     if like and f"{whole}.".startswith(f"{like}."):
@@ -146,7 +146,7 @@ def _copy_part(site: Site, step: InsertBlock, target: str, memo: dict[int, Any])
     inside = bool(step.like) and f"{site.path}.{target}.".lstrip(".").startswith(f"{step.like}.")
     if not inside and not isinstance(found, (nn.Module, torch.Tensor)):
         return target  # a flag or a number: nothing to learn
-    name = local_name(renamed(site, target, step.like, step.name), site.path)
+    name = local_name(rename(site, target, step.like, step.name), site.path)
     if not inside:
         holder, own = place_for(site.owner, name)
         twin = copy.deepcopy(found, memo)

@@ -106,7 +106,7 @@ class Layouts:
                     shape[dim] = size
         return tuple(shape)
 
-    def renumbered(self, units: Ids) -> Ids:
+    def renumber(self, units: Ids) -> Ids:
         """Units that do not change, by their new numbers."""
         return np.asarray(self._by_source[self._begin[units]], dtype=np.int64)
 

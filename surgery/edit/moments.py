@@ -37,11 +37,11 @@ def predicted_moments(owner: TracedModule, node: fx.Node) -> Moments | None:
 
 def _moments(owner: TracedModule, node: fx.Node, known: dict[fx.Node, Moments | None]) -> Moments | None:
     if node not in known:
-        known[node] = _computed(owner, node, known)
+        known[node] = _predict(owner, node, known)
     return known[node]
 
 
-def _computed(owner: TracedModule, node: fx.Node, known: dict[fx.Node, Moments | None]) -> Moments | None:
+def _predict(owner: TracedModule, node: fx.Node, known: dict[fx.Node, Moments | None]) -> Moments | None:
     leaf: Any = called_layer(owner, node)
     rule = op_of(owner, node)
     if leaf is not None and rule.kind == "batch norm":
@@ -57,7 +57,7 @@ def _computed(owner: TracedModule, node: fx.Node, known: dict[fx.Node, Moments |
     if not given or len(given) < len(found):
         return None
     if rule.kind == "idempotent" and isinstance(rule.within, tuple) and rule.within[0] == 0:
-        return _rectified(*given[0], rule.within[1])
+        return _rectify(*given[0], rule.within[1])
     if rule.linear == "sum" and len(given) == 2:
         first_factor, second_factor = (_factor(owner, node, k) for k in range(2))
         return (
@@ -77,7 +77,7 @@ def _factor(owner: TracedModule, node: fx.Node, operand: int) -> Tensor:
     return found
 
 
-def _rectified(mean: Tensor, variance: Tensor, top: float) -> Moments:
+def _rectify(mean: Tensor, variance: Tensor, top: float) -> Moments:
     """Mean and variance of a normal variable that is clamped to [0, top]."""
     first, second = _positive_part(mean, variance)
     if top < math.inf:

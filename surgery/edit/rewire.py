@@ -64,7 +64,7 @@ class _Rewiring(EditedGraph):
             if not any(True for _ in _labelled(out)):
                 pin_size(self, node, out)
                 continue
-            if not self.concerned(node, out):
+            if not self.is_concerned(node, out):
                 continue
             fits = node.args[0] not in self.stale if self.takes_piece(node) else self.adapt(node, out)
             if fits or (isinstance(out, Labelled) and self.reorder(node, out)):
@@ -81,7 +81,7 @@ class _Rewiring(EditedGraph):
                 node.meta["path"] = next(iter(node.users)).meta.get("path", "")
         self.copy.lint()
 
-    def concerned(self, node: fx.Node, out: Any) -> bool:
+    def is_concerned(self, node: fx.Node, out: Any) -> bool:
         if any(self.layouts.changes(leaf) for leaf in _labelled((out, [self.record(n) for n in node.all_input_nodes]))):
             return True
         return node.op == "call_module" and f"{self.path}.{node.target}".lstrip(".") in self.edited_layers
@@ -91,10 +91,10 @@ class _Rewiring(EditedGraph):
 
     # ---- labels before and after
 
-    def rectangular(self, value: Labelled) -> bool:
+    def is_rectangular(self, value: Labelled) -> bool:
         return all((layout := self.layouts.along(f)) is None or layout.shape is not None for f in value.fields)
 
-    def edited(self, value: Any, bases: Mapping[Field, int] | None = None) -> Any:
+    def edit_labels(self, value: Any, bases: Mapping[Field, int] | None = None) -> Any:
         """The value as the edit asks for it: new shape and, as ids, new units or, from ``bases``, old positions."""
         if not isinstance(value, Labelled):
             return value
@@ -105,7 +105,7 @@ class _Rewiring(EditedGraph):
                 old = _positions(f, bases)
                 ids = old if layout is None else old.ravel()[layout.old].reshape(layout.units.shape)
             else:
-                ids = self.layouts.renumbered(self.analysis.unit_of[f.ids]) if layout is None else layout.units
+                ids = self.layouts.renumber(self.analysis.unit_of[f.ids]) if layout is None else layout.units
             fields.append(Field(f.dims, ids))
         return Labelled(torch.empty(self.layouts.shape(value), device="meta"), tuple(fields), value.constant)
 
@@ -119,7 +119,7 @@ class _Rewiring(EditedGraph):
         outs = list(_labelled(out))
         inputs = [self.record(a) if isinstance(a, fx.Node) else a for a in node.args]
         new = self.new[node.name]
-        if self.stale & set(node.all_input_nodes) or not all(self.rectangular(v) for v in _labelled((outs, inputs))):
+        if self.stale & set(node.all_input_nodes) or not all(self.is_rectangular(v) for v in _labelled((outs, inputs))):
             if not rule.movement:
                 raise EditError(f"{_where(node)} cannot follow the edit: its channels would not fill a rectangle")
             return False
@@ -133,15 +133,15 @@ class _Rewiring(EditedGraph):
                     tuple(o.shape for o in outs),
                     frozenset(changed),
                     tuple(self.layouts.shape(v) if isinstance(v, Labelled) else None for v in inputs),
-                    self.computed(new),
+                    self.find_sizes(new),
                     self.copies(outs[0]),
                     self.tensors(new),
                 )
             )
-        moved = self.moved(node, out) if rule.movement else []
+        moved = self.try_movement(node, out) if rule.movement else []
         return moved is not None and all(np.array_equal(got, asked) for got, asked in moved)
 
-    def computed(self, new: fx.Node) -> dict[fx.Node, tuple[int, ...]]:
+    def find_sizes(self, new: fx.Node) -> dict[fx.Node, tuple[int, ...]]:
         """Values of the shapes that a new node reads."""
         found: dict[fx.Node, tuple[int, ...]] = {}
         for n in new.all_input_nodes:
@@ -169,9 +169,9 @@ class _Rewiring(EditedGraph):
         """Let the node run as it is and put its result in order, if all that is asked for is in it."""
         if self.stale & set(node.all_input_nodes) or self.takes_piece(node):
             return False
-        if not all(self.rectangular(v) for v in _labelled((out, [self.record(n) for n in node.all_input_nodes]))):
+        if not all(self.is_rectangular(v) for v in _labelled((out, [self.record(n) for n in node.all_input_nodes]))):
             return False
-        moved = self.moved(node, out)
+        moved = self.try_movement(node, out)
         changed = [f for f in out.fields if self.layouts.along(f) is not None]
         if moved is None or len(changed) != 1 or len(changed[0].dims) != 1:
             return False
@@ -196,7 +196,7 @@ class _Rewiring(EditedGraph):
         self.old_of[selected] = node
         return True
 
-    def moved(self, node: fx.Node, out: Any) -> list[tuple[Ids, Ids]] | None:
+    def try_movement(self, node: fx.Node, out: Any) -> list[tuple[Ids, Ids]] | None:
         """For each field of the outputs what the op does to the new inputs, and what is asked of it.
 
         Both as pairs along the last axis: the old position that a new one copies, and its new unit. None where the op
@@ -209,12 +209,12 @@ class _Rewiring(EditedGraph):
         )
         inputs = dict.fromkeys(f for value in _labelled((before, after)) for f in value.fields)
         bases = dict(zip(inputs, itertools.accumulate((f.ids.size for f in inputs), initial=0), strict=False))
-        asked = pytree.tree_map(self.edited, out)
+        asked = pytree.tree_map(self.edit_labels, out)
         shapes = (_first_shape(before), _first_shape(out))
         runs = (
-            (Silent(shapes, places=True), before, out, lambda v: _numbered(v, bases)),
-            (Silent(shapes, places=True), after, asked, lambda v: self.edited(v, bases)),
-            (Silent(shapes), after, asked, self.edited),
+            (Silent(shapes, places=True), before, out, lambda v: _number(v, bases)),
+            (Silent(shapes, places=True), after, asked, lambda v: self.edit_labels(v, bases)),
+            (Silent(shapes), after, asked, self.edit_labels),
         )
         results: list[list[Any]] = []
         for ledger, given, result, labels in runs:
@@ -234,10 +234,10 @@ class _Rewiring(EditedGraph):
                 if content is None or place is None or unit is None:
                     return None
                 layout = self.layouts.along(f)
-                source = content.ids if layout is None else _taken(content, f, layout)
+                source = content.ids if layout is None else _take(content, f, layout)
                 if source.shape != place.ids.shape or place.ids.shape != unit.ids.shape:
                     return None
-                holds = np.where(unit.ids < 0, unit.ids, _along(g, unit))
+                holds = np.where(unit.ids < 0, unit.ids, _spread(g, unit))
                 pairs.append((np.stack([place.ids, unit.ids], -1), np.stack([source, holds], -1)))
         return pairs
 
@@ -322,12 +322,12 @@ def _positions(f: Field, bases: Mapping[Field, int]) -> Ids:
     return (np.arange(f.ids.size) + bases[f]).reshape(f.ids.shape)
 
 
-def _numbered(value: Labelled, bases: Mapping[Field, int]) -> Labelled:
+def _number(value: Labelled, bases: Mapping[Field, int]) -> Labelled:
     """The value with a number of its own for each position."""
     return Labelled(value.value, tuple(Field(f.dims, _positions(f, bases)) for f in value.fields), value.constant)
 
 
-def _taken(before: Field, f: Field, layout: Layout) -> Ids:
+def _take(before: Field, f: Field, layout: Layout) -> Ids:
     """What was at the positions that ``layout`` of ``f`` copies, along ``f``'s dims of ``before``."""
     assert layout.shape is not None
     at = [before.dims.index(d) for d in f.dims]
@@ -337,7 +337,7 @@ def _taken(before: Field, f: Field, layout: Layout) -> Ids:
     return np.moveaxis(taken, range(len(at)), at)
 
 
-def _along(f: Field, shape: Field) -> Ids:
+def _spread(f: Field, shape: Field) -> Ids:
     """Ids of ``f`` repeated along the dims that only ``shape`` has."""
     sizes = [shape.ids.shape[k] if d in f.dims else 1 for k, d in enumerate(shape.dims)]
     if math.prod(sizes) != f.ids.size:

@@ -81,7 +81,7 @@ def _reduction(image: Sequence[int], sizes: Sequence[int]) -> int | None:
     return round(math.sqrt(math.prod(image[-2:]) / math.prod(sizes[-2:])))
 
 
-def aligned(ours: Sequence[int], theirs: Sequence[int]) -> tuple[slice, slice]:
+def align_stages(ours: Sequence[int], theirs: Sequence[int]) -> tuple[slice, slice]:
     """Which stages of two networks to pair: as many as the one with fewer has, next to each other in both, where the
     numbers of positions agree best; of two ways as good the later one."""
     count = min(len(ours), len(theirs))
