@@ -116,10 +116,8 @@ def _build(make: Fresh | None, module: nn.Module, own: dict[str, nn.Parameter]) 
 
     with _registering(resize):
         resized = _values(make())
-    return {
-        name: _resample(values[name], value.shape) if _has_unwritten(value) else value
-        for name, value in resized.items()
-    }
+    drawn = {name: _resample(values[name], value.shape) for name, value in resized.items() if _has_unwritten(value)}
+    return resized | drawn
 
 
 @contextmanager

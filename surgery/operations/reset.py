@@ -151,11 +151,11 @@ def _reset_statistics(module: nn.Module, result: nn.Module, kept: Mapping[str, T
         if spared or not hasattr(layer, "reset_running_stats"):
             continue
         own = [names[id(p)] for p in layer.parameters(recurse=False)]
-        gone = (
-            _find_gone([kept[name] for name in own if name in kept])
-            if own
-            else _find_unwritten(module, path, layer, kept)
-        )
+        if own:
+            masks = [kept[name] for name in own if name in kept]
+            gone = ~torch.stack(masks).any(0) if masks else None
+        else:
+            gone = _find_unwritten(module, path, layer, kept)
         if gone is None or not bool(gone.any()):
             continue
         copied: Any = result.get_submodule(path)
