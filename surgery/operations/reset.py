@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -87,13 +87,13 @@ def reset_hypothesis(
     chosen = {"weights": weights, "biases": biases and not authors, "norms": norms and not authors}
     names = [name for name, mask in kept.items() if chosen[kinds[name]] and not bool(mask.all())]
     if authors:
-        values = _uniform(module, names, seed)
+        values = _draw_uniform(module, names, seed)
     else:
         values = initial_values(module, names, seed=seed, fresh=fresh, trust=trust)
         _refuse_unknown([name for name in names if name not in values], unknown)
     parameters = dict(module.named_parameters())
     memo: dict[int, Any] = {
-        id(parameters[name]): _mixed(parameters[name], kept[name], value) for name, value in values.items()
+        id(parameters[name]): _mix(parameters[name], kept[name], value) for name, value in values.items()
     }
     result = copy.deepcopy(module, memo)
     if statistics and not authors:
@@ -110,7 +110,7 @@ def _kinds(module: nn.Module) -> dict[str, str]:
     }
 
 
-def _uniform(module: nn.Module, names: list[str], seed: int) -> dict[str, Tensor]:
+def _draw_uniform(module: nn.Module, names: list[str], seed: int) -> dict[str, Tensor]:
     """Weights of convolutions and linear layers as the authors' code draws them."""
     layers = {name.removesuffix(".weight"): name for name in names if name.endswith(".weight")}
     with drawing(seed):
@@ -136,7 +136,7 @@ def _refuse_unknown(names: list[str], unknown: str) -> None:
         )
 
 
-def _mixed(parameter: nn.Parameter, mask: Tensor, value: Tensor) -> nn.Parameter:
+def _mix(parameter: nn.Parameter, mask: Tensor, value: Tensor) -> nn.Parameter:
     """``parameter`` where the mask is true, ``value`` elsewhere, in the memory format of ``parameter``."""
     drawn = torch.empty_like(parameter, requires_grad=False).copy_(value)
     torch.where(mask, parameter.detach(), drawn, out=drawn)
@@ -151,7 +151,11 @@ def _reset_statistics(module: nn.Module, result: nn.Module, kept: Mapping[str, T
         if spared or not hasattr(layer, "reset_running_stats"):
             continue
         own = [names[id(p)] for p in layer.parameters(recurse=False)]
-        gone = _gone([kept[name] for name in own if name in kept]) if own else _unwritten(module, path, layer, kept)
+        if own:
+            masks = [kept[name] for name in own if name in kept]
+            gone = ~torch.stack(masks).any(0) if masks else None
+        else:
+            gone = _find_unwritten(module, path, layer, kept)
         if gone is None or not bool(gone.any()):
             continue
         copied: Any = result.get_submodule(path)
@@ -162,12 +166,7 @@ def _reset_statistics(module: nn.Module, result: nn.Module, kept: Mapping[str, T
                 torch.where(gone, initial.clone(), buffer, out=initial)
 
 
-def _gone(masks: Sequence[Tensor]) -> Tensor | None:
-    """For each channel, whether none of the masks of a layer's vectors keeps it."""
-    return ~torch.stack(list(masks)).any(0) if masks else None
-
-
-def _unwritten(module: nn.Module, path: str, layer: nn.Module, kept: Mapping[str, Tensor]) -> Tensor | None:
+def _find_unwritten(module: nn.Module, path: str, layer: nn.Module, kept: Mapping[str, Tensor]) -> Tensor | None:
     """For each channel of a layer without parameters, whether the masks keep nothing of what it is given."""
     analysis = analyse(module)
     for name, buffer in layer.named_buffers(recurse=False):

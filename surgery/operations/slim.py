@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from surgery.axes.analysis import Analysis, analyse
@@ -115,7 +116,7 @@ def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
 
 def fit_units(
     analysis: Analysis, module: nn.Module, rate: Rate, round_to: int = 1, importance: str = "prefix"
-) -> dict[DimensionGroup, np.ndarray[Any, np.dtype[np.bool_]]]:
+) -> dict[DimensionGroup, NDArray[np.bool_]]:
     """For each unit of each group that a rate is for, whether `slim` keeps it."""
     whole_number("round_to", round_to, 1)
     if isinstance(rate, Mapping):
@@ -123,7 +124,7 @@ def fit_units(
     else:
         rates = dict.fromkeys((g for g in analysis.groups if g.editable), _valid_rate(rate))
     scores = unit_scores(module, analysis, importance)
-    return {group: _best(group, r, round_to, scores[group]) for group, r in rates.items()}
+    return {group: _keep_best(group, r, round_to, scores[group]) for group, r in rates.items()}
 
 
 def _valid_rate(rate: float) -> float:
@@ -132,7 +133,7 @@ def _valid_rate(rate: float) -> float:
     return float(rate)
 
 
-def _best(group: DimensionGroup, rate: float, round_to: int, scores: Scores) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def _keep_best(group: DimensionGroup, rate: float, round_to: int, scores: Scores) -> NDArray[np.bool_]:
     """The units of each class with the largest scores, of equal ones the first; their number is shared out so that each
     segment keeps ``ceil(s * n)``."""
     keep = group.frozen.copy()
@@ -144,12 +145,12 @@ def _best(group: DimensionGroup, rate: float, round_to: int, scores: Scores) -> 
         count = math.ceil(round(rate * len(free), 9))
         count = min(len(free), math.ceil(count / step) * step)
         parts = [free[group.classes[free] == c] for c in np.unique(group.classes[free])]
-        for part, n in zip(parts, _shared_out(count, [len(p) for p in parts]), strict=False):
+        for part, n in zip(parts, _share_out(count, [len(p) for p in parts]), strict=False):
             keep[part[np.argsort(-scores[part], kind="stable")[:n]]] = True
     return keep
 
 
-def _shared_out(total: int, sizes: list[int]) -> list[int]:
+def _share_out(total: int, sizes: list[int]) -> list[int]:
     """``total`` in parts proportional to ``sizes``, by largest remainder; no part empty while there is enough."""
     exact = [total * s / sum(sizes) for s in sizes]
     parts = [max(1, math.floor(e)) for e in exact]
@@ -164,7 +165,7 @@ def _shared_out(total: int, sizes: list[int]) -> list[int]:
 
 
 def _kels_masks(
-    module: nn.Module, analysis: Analysis, kept: Mapping[DimensionGroup, np.ndarray[Any, np.dtype[np.bool_]]]
+    module: nn.Module, analysis: Analysis, kept: Mapping[DimensionGroup, NDArray[np.bool_]]
 ) -> dict[str, torch.Tensor]:
     keep = np.ones(analysis.count, dtype=bool)
     for group, flags in kept.items():

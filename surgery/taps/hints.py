@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 from surgery.errors import UsageError
 from surgery.graph.traced import TracedModule, named_tensors
 from surgery.selectors import Where
-from surgery.taps.network import Tap, TappedNetwork, attach
-from surgery.taps.pairing import Guided, names_of_pair, restored, tap_pairs
+from surgery.taps.network import Tap, TappedNetwork
+from surgery.taps.pairing import Guided, names_of_pair, restore_tensors, tap_pairs
 from surgery.taps.regressors import make_regressor, match
+from surgery.taps.tapped_modules import attach, freeze_to, truncate_to
 
 
 def attach_hint(
@@ -68,7 +69,7 @@ def attach_hint(
         made, taps[k] = regressor_between(ours, theirs, pair, regressor, seed + k)
         regressors.append(made)
     names = [(g.name, h.name) for g, h in taps]
-    truncated = ours.truncated([g for g, _ in taps]), theirs.frozen([h for _, h in taps])
+    truncated = truncate_to(ours, [g for g, _ in taps]), freeze_to(theirs, [h for _, h in taps])
     return HintPair(*truncated, regressors, names, student)
 
 
@@ -158,7 +159,7 @@ class HintPair(nn.Module):
             UsageError: a tensor of the prefix has no counterpart of its shape in ``student``.
         """
         source = "the student that the hint was attached to"
-        return restored(self.student, student, self._prefix, "the guided prefix", source)
+        return restore_tensors(self.student, student, self._prefix, "the guided prefix", source)
 
 
 def hint_loss(guided: Tensor | Sequence[Tensor], hint: Tensor | Sequence[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from surgery.graph.traced import named_tensors
 from surgery.selectors import Where
 from surgery.taps.network import Tap, TappedNetwork, names_of
 from surgery.taps.regressors import grid
-from surgery.taps.stages import aligned
+from surgery.taps.stages import align_stages
 
 Guided = Where | Mapping[Any, Where] | None
 """Guided layers, or guided layers with their hints."""
@@ -79,7 +79,7 @@ def stage_pairs(
         [math.prod(network.layout(end).sizes) for end in found]
         for network, found in zip((student, teacher), ends, strict=True)
     )
-    places = aligned(first, second)
+    places = align_stages(first, second)
     return list(zip(ends[0][places[0]], ends[1][places[1]], strict=True))
 
 
@@ -107,7 +107,7 @@ def as_maps(student: TappedNetwork, teacher: TappedNetwork, pair: tuple[Tap, Tap
     return result[0], result[1]
 
 
-def restored(trained: nn.Module, student: nn.Module, names: Iterable[str], what: str, source: str) -> nn.Module:
+def restore_tensors(trained: nn.Module, student: nn.Module, names: Iterable[str], what: str, source: str) -> nn.Module:
     """A copy of ``student`` with the tensors of these names as they are in ``trained``: see `counterparts`."""
     result = copy.deepcopy(student)
     with torch.no_grad():
