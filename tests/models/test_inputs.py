@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from surgery.deploy.onnx.parity import reference
+from surgery.deploy.onnx.parity import run_reference
 from surgery.errors import UsageError
 from surgery.graph.batches import batch_of, with_batch
 from surgery.models.inputs import other_values, resolve
@@ -82,7 +82,7 @@ def test_whatever_a_module_raises_on_its_inputs_is_one_line_that_gives_their_sha
             raise error
 
     with pytest.raises(UsageError, match=r"cannot be run on these inputs \(\(2, 4\)\): '?too small"):
-        reference(Raises(), (torch.zeros(2, 4),), {})
+        run_reference(Raises(), (torch.zeros(2, 4),), {})
 
 
 def test_other_values_are_of_the_same_kind():
