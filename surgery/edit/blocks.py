@@ -227,7 +227,7 @@ def _are_read_once(flow: Flow, nodes: tuple[fx.Node, ...], zeros: frozenset[Zero
 
 
 def _overwrites(flow: Flow, nodes: tuple[fx.Node, ...], path: tuple[fx.Node, ...], entry: fx.Node) -> bool:
-    """Whether an op besides those on the way changes in place what is handed on."""
+    """Whether an op that is not on the way changes in place what is handed on."""
     for node in nodes:
         if node in path or not node.op.startswith("call_") or not _works_in_place(flow, node):
             continue

@@ -39,7 +39,7 @@ class RuleCheck:
     """What a rule allows, after `check_rule` has found it true."""
 
     free: frozenset[Axis]
-    """Axes of which channels can be dropped, copied and moved."""
+    """Axes whose channels can be dropped, copied and moved."""
     frozen: Mapping[Axis, str]
     """The other axes that hold channels, and why they are left alone."""
 
@@ -61,8 +61,8 @@ def check_rule(op: Any, *args: Any, **kwargs: Any) -> RuleCheck:
     Args:
         op: a function, the name of a tensor's method, or a layer, in evaluation mode if it is one.
         args: the op's arguments. Tensors, also in lists, stand for activations, and an `nn.Parameter` for a weight;
-            their values are used up to a little noise, lest equal numbers hide a difference. Axes of one length should
-            not be related unless the op relates them: give them different lengths.
+            their values are used up to a little noise, so that equal numbers do not hide a difference. Give axes that
+            the op does not relate different lengths.
         kwargs: the op's named arguments, likewise.
 
     Returns:
@@ -70,7 +70,11 @@ def check_rule(op: Any, *args: Any, **kwargs: Any) -> RuleCheck:
 
     Raises:
         VerificationError: a claim is false; the message says which axis and which position.
-        UsageError: there is no rule for ``op``.
+        UsageError: ``op`` has no rule.
+
+    Example:
+        >>> sorted(surgery.check_rule(torch.relu, torch.randn(2, 3)).free)
+        [('0', 0), ('0', 1)]
     """
     sample = Sample(op, args, kwargs)
     result = _check(sample, Variant())
@@ -354,7 +358,7 @@ class _Axes:
 
 
 def _trace(sample: Sample, variant: Variant, factored: Mapping[int, list[tuple[int, ...]]]) -> TracedModule:
-    net = trace(SampleNetwork(sample, variant, factored), (), check=False)
+    net = trace(SampleNetwork(sample, variant, factored), (), check=False)  # it runs as a graph alone
     assert isinstance(net, TracedModule)
     return net
 

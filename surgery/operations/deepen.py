@@ -73,10 +73,18 @@ def deepen(
             statistics the BatchNorms are set to. By default those that the BatchNorms before them predict.
         seed: of the random first layers of residual blocks.
 
+    Returns:
+        a new module.
+
     Raises:
         UsageError: an unknown name or form, a count below 1, a kernel that is even or has another number of directions
             than the place, a calibration batch without finite statistics.
         EditError: a place without one output, or whose output has no channels; a form that is not exact there.
+
+    Example:
+        >>> deep = surgery.deepen(traced, {"layer3": 2})
+        >>> surgery.verify(deep, traced).ok
+        True
     """
     steps = deepen_plan(module, places, form=form, kernel=kernel, seed=seed)
     result = apply(module, steps)
@@ -271,18 +279,18 @@ def _nearest_activation(site: Site) -> tuple[str, int]:
 
 
 def _free_name(module: nn.Module, site: Site, after: str, what: str, taken: set[str]) -> str:
-    """The next number in a container of numbered children; else a name of its own beside the layer."""
+    """The next number in a container of numbered children; else a name derived from the layer's."""
     named = module.get_submodule(after)
     children = [n for n, _ in named.named_children()]
     if children and all(n.isdigit() for n in children):
         return _next_free(f"{after}.".lstrip("."), max(map(int, children)) + 1, taken)
-    if site.path == after and after:  # Python calls it: what is beside it is not in its graph
+    if site.path == after and after:  # Python calls it: its siblings are not in its graph
         return _next_free(f"{after}.{what}", 0, taken)
     return _next_free(f"{after}_{what}" if after else what, 0, taken)
 
 
 def _new_name(module: nn.Module, site: Site, after: str, like: str | None, taken: set[str]) -> str:
-    """Of a copy the next number, where what is copied is the last of numbered siblings; else a name beside it."""
+    """The name of a copy: the next number after the last of numbered siblings, else the original's with a suffix."""
     if not like:
         return _free_name(module, site, after, "identity" if like is None else "block", taken)
     parent, _, child = like.rpartition(".")

@@ -1,4 +1,4 @@
-"""Masks of parameters: bool tensors by name, beside the module and never in it."""
+"""Masks of parameters: bool tensors by name, kept apart from the module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reset-hypothesis drawn anew: what Knowledge Evolution does between two generations.
+"""Drawing the reset-hypothesis again: what Knowledge Evolution does between two generations.
 
 Taha, Shrivastava, Davis, CVPR 2021, section 3: ``F <- M * F + (1 - M) * F_r``, where ``M`` is the mask of a tensor
 ``F`` and ``F_r`` is random.
@@ -39,10 +39,10 @@ def reset_hypothesis(
     trust: bool = False,
     whole: Where = (),
 ) -> nn.Module:
-    """A copy in which every entry outside of the fit-hypothesis is drawn anew.
+    """Draw every entry outside of the fit-hypothesis again (Knowledge Evolution, section 3).
 
     With ``initialiser="own"`` it is drawn as in a new model: from ``fresh``, or from the architecture that the module's
-    source names, built anew at the module's own widths; without either, as the layer's class does it in
+    source names, built again at the module's own widths; without either, as the layer's class does it in
     ``reset_parameters``. Constructors may do otherwise than the classes of their layers (those of ResNets and
     Transformers do): trace with ``source=``, or pass ``fresh``. Layers that `deepen` inserted as identities are drawn
     by their class.
@@ -55,9 +55,9 @@ def reset_hypothesis(
         weights: draw parameters of two and more dimensions, class tokens and tables of positions among them.
         biases: draw vectors, save those of norms.
         norms: give weights and biases of torch's normalisation layers their initial values, mostly 1 and 0.
-        statistics: give running means and variances their initial values, 0 and 1, in the channels of which the masks
-            of the layer keep nothing (of a layer without weights: the masks of the layers that write them); its count
-            of batches begins anew where there are any. Buffers that are no statistics are kept.
+        statistics: give running means and variances their initial values, 0 and 1, in the channels whose masks in
+            the layer keep nothing (of a layer without weights: the masks of the layers that write them); its count of
+            batches restarts where there are any. Other buffers are kept.
         initialiser: ``"own"``; or ``"authors"``, what their code runs: weights of convolutions and linear layers
             uniform within ``1 / sqrt(fan_in)``, which is about 0.4 of the deviation that their networks begin with, and
             all else kept: biases, norms and statistics, whatever the switches say.
@@ -69,9 +69,16 @@ def reset_hypothesis(
         trust: allow a source of the form ``package.module:factory`` to be imported and called.
         whole: layers, containers or parameters that are kept whatever the masks say (`surgery.selectors`).
 
+    Returns:
+        a new module.
+
     Raises:
         UsageError: masks that do not fit, an unknown choice, a negative seed, a source that cannot be built, or
             parameters that nothing initialises.
+
+    Example:
+        >>> masks = surgery.split_masks(traced, 0.5)
+        >>> next_generation = surgery.reset_hypothesis(traced, masks, seed=1)
     """
     info(module)
     if initialiser not in ("own", "authors"):

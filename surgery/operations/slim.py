@@ -44,10 +44,18 @@ def slim(module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = 
             parts of it (a ``chunk``), each part keeps its share.
         round_to: kept channels are rounded up to a multiple of this, as far as there are any.
         importance: which channels are kept: ``"prefix"``, the first (KELS), or ``"magnitude"``, as many of those with
-            the largest weights (`surgery.operations.importance`).
+            the largest weights.
+
+    Returns:
+        a new module.
 
     Raises:
         UsageError: a rate outside (0, 1], or an unknown name or importance.
+
+    Example:
+        >>> slim = surgery.slim(traced, 0.5)
+        >>> surgery.verify(slim, surgery.masked(traced, surgery.split_masks(traced, 0.5))).ok
+        True
     """
     return apply(module, slim_plan(module, rate, round_to=round_to, importance=importance))
 
@@ -70,10 +78,23 @@ def split_masks(
     """The fit-hypothesis as a bool tensor for each parameter (True: kept).
 
     Args:
+        module: a traced module.
+        rate: the split rate, as for `slim`; for WELS a single one.
         kind: ``"kels"``: the channels that `slim` keeps. ``"wels"``: of each weight of two or more dimensions exactly
             ``ceil(s * numel)`` entries, drawn without replacement; vectors are kept whole.
         seed: of the draw, at least 0; KELS draws nothing.
-        importance: which channels the fit-hypothesis has, as in `slim`; for KELS alone.
+        round_to, importance: which channels the fit-hypothesis has, as in `slim`; for KELS alone.
+
+    Returns:
+        by qualified name, tied parameters under each of theirs.
+
+    Raises:
+        UsageError: a rate outside (0, 1], an unknown kind or importance, or several rates for WELS.
+
+    Example:
+        >>> masks = surgery.split_masks(traced, 0.5, kind="wels", seed=1)
+        >>> masks["conv1.weight"].shape == traced.conv1.weight.shape
+        True
     """
     seed = whole_number("seed", seed, 0)
     if kind == "kels":

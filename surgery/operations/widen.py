@@ -62,10 +62,18 @@ def widen(
 
     One factor for every group leaves alone what cannot grow by it exactly (`unwidened`).
 
+    Returns:
+        a new module. It computes the same function, except with ``break_symmetry="noise"``.
+
     Raises:
         UsageError: a factor below 1, a width below the present one or not made of whole units, an unknown name,
             mapping or way to break the symmetry, a ``noise`` that is not above 0.
         EditError: a named layer cannot be widened exactly by that much.
+
+    Example:
+        >>> wide = surgery.widen(traced, {"layer3": 2.0, "layer1.0.conv1": 96})
+        >>> surgery.verify(wide, traced).ok
+        True
     """
     step = widen_plan(
         module, width, mapping=mapping, break_symmetry=break_symmetry, noise=noise, seed=seed, round_to=round_to
@@ -101,7 +109,21 @@ def widen_plan(
 
 
 def unwidened(module: nn.Module, width: float | Mapping[Any, Width], *, round_to: int = 1) -> dict[str, str]:
-    """The editable groups that `widen` leaves as they are, for growing them would not be exact, and why."""
+    """The editable groups that `widen` leaves as they are because it could not widen them exactly.
+
+    Args:
+        module, width, round_to: as for `widen`.
+
+    Returns:
+        by group name, why.
+
+    Raises:
+        UsageError, EditError: as `widen`.
+
+    Example:
+        >>> surgery.unwidened(traced, 1.5)
+        {}
+    """
     return _plan(module, width, "random", 0, round_to)[1]
 
 

@@ -27,7 +27,7 @@ def names_of_pair(
     """The names of guided layers and of hints, each None where none are given.
 
     Raises:
-        UsageError: a mapping from guided layers to hints, and hints besides; or a name that matches nothing.
+        UsageError: a mapping from guided layers to hints, and hints as well; or a name that matches nothing.
     """
     if isinstance(guided, Mapping):
         if hint is not None:
@@ -85,7 +85,7 @@ def stage_pairs(
 
 def as_maps(student: TappedNetwork, teacher: TappedNetwork, pair: tuple[Tap, Tap]) -> tuple[Tap, Tap]:
     """Both values as maps (N, C, H, W): channels to the front; tokens as the grid that `surgery.taps.regressors.grid`
-    finds, of the aspect ratio of the map beside them, without a class token.
+    finds, of the other map's aspect ratio, without a class token.
 
     Raises:
         EditError: one of them is something else.

@@ -66,7 +66,7 @@ def match(guided: ActivationLayout, hint: ActivationLayout, kind: str) -> Match:
     """What of the two values is compared, and as maps of what sizes.
 
     Tokens that are compared with a map, or with a sequence of another length, are a grid if there are as many as in a
-    grid of the map's aspect ratio (of a square beside other tokens), or one more: the first is a class token then, and
+    grid of the map's aspect ratio (of a square for other tokens), or one more: the first is a class token then, and
     left out. Where there is no such grid, or a map has other dimensions, both are sequences, maps row by row.
     """
     whole = Match(guided, hint, (guided.sizes, hint.sizes), (0, 0))
