@@ -155,7 +155,7 @@ def _at_once(settings: Settings, task: Task, data: Data, network: nn.Module) -> 
     return {
         "dense": [_correct(network, data)],
         "slim": [_correct(slim, data)],
-        "recalibrated": [_correct(recalibrated(slim, data, settings.batch_size), data)],
+        "recalibrated": [_correct(recalibrate(slim, data, settings.batch_size), data)],
         "loss": [history.epochs[-1].loss],
     }
 
