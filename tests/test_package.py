@@ -8,7 +8,6 @@ import functools
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import networkx
@@ -34,9 +33,6 @@ LEVELS = [
     {"__main__"},
 ]
 """The folders and files of the package, from the lowest level to the highest."""
-
-UNDOCUMENTED = {}
-"""Public functions whose docstring still lacks Returns or Example. Remove those that have both; add none."""
 
 
 @functools.cache
@@ -87,14 +83,7 @@ def test_every_module_imports_from_its_own_level_or_a_lower_one():
     assert {(a, b) for a, b in inner if level[_room(a)] < level[_room(b)]} == set()
 
 
-def _functions() -> Iterator[object]:
-    for name in surgery.__all__:
-        if inspect.isfunction(getattr(surgery, name)):
-            pending = pytest.mark.xfail(reason="its docstring is still to be rewritten")
-            yield pytest.param(name, marks=[pending] if name in UNDOCUMENTED else [])
-
-
-@pytest.mark.parametrize("name", list(_functions()))
+@pytest.mark.parametrize("name", [n for n in surgery.__all__ if inspect.isfunction(getattr(surgery, n))])
 def test_a_public_function_says_what_it_returns_and_shows_an_example(name):
     function = getattr(surgery, name)
     text = inspect.getdoc(function) or ""

@@ -136,7 +136,15 @@ def version() -> int:
 
 @contextmanager
 def restore_rules() -> Iterator[None]:
-    """Undo on exit what is registered inside the ``with`` block."""
+    """Undo on exit what is registered inside the ``with`` block.
+
+    Returns:
+        a context manager.
+
+    Example:
+        >>> with surgery.restore_rules():
+        ...     surgery.oprule(my_function, kind="activation")(lambda op, x: op.elementwise(x))
+    """
     _load()
     tables: tuple[dict[Any, Rule], ...] = (_FUNCTIONS, _METHODS, _MODULES)
     before = [dict(table) for table in tables]
@@ -173,6 +181,12 @@ def oprule(
 
     A layer whose class has a rule is called as a whole by traced models, and so is a Python function that has one,
     where the model calls it by a global name. `Rule` explains the words, and `Op` what the function can say.
+
+    Args:
+        targets: the spellings of the op.
+
+    Returns:
+        a decorator that gives back the function it decorates.
 
     Example::
 

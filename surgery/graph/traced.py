@@ -252,6 +252,10 @@ def example_inputs(
 
     Returns:
         positional inputs and named inputs, as in ``module(*args, **kwargs)``.
+
+    Example:
+        >>> args, kwargs = surgery.example_inputs(traced, batch_size=8)
+        >>> outputs = traced(*args, **kwargs)
     """
     known = info(module)
     return inputs_like((known.args, known.kwargs), module, batch_size, seed)

@@ -60,6 +60,11 @@ def trace(
         UsageError: a part is TorchScript, converted to int8 or lazy, or a parameter has a gradient hook.
         TraceError: neither the model nor any part of it can be turned into a graph, or what was made of it computes
             something else; the message says where.
+
+    Example:
+        >>> traced = surgery.trace(torchvision.models.resnet18(), torch.rand(2, 3, 64, 64))
+        >>> traced(torch.rand(5, 3, 64, 64)).shape
+        torch.Size([5, 1000])
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(kwargs or {})
