@@ -21,8 +21,11 @@ from surgery.graph.batches import batch_of, with_batch
 from surgery.graph.outputs import tensors_in
 from surgery.graph.traced import TracedModule, traced_parts
 
-_CHEAP = 3e11
-"""Up to which product of parameters and input numbers gradients and a second batch are compared too: a second or so."""
+_FEW = 3e10
+"""Up to which product of parameters and input numbers gradients are compared too."""
+
+_MANY = 3e12
+"""And up to which a second batch size is: a second or so."""
 
 _TOLERANCE = {torch.float64: 1e-8, torch.complex128: 1e-8, torch.float32: 1e-3, torch.complex64: 1e-3}
 """Relative; the same ops run on both sides, so all but their order agrees. Lower precisions: 5e-2."""
@@ -33,8 +36,9 @@ def check_agreement(
 ) -> bool:
     """Run a copy of ``traced`` and the model that ``copied`` gives on the example inputs, and compare the results.
 
-    Evaluation is compared always, training where the graph depends on the mode. Small models are compared in both, in
-    gradients and at a second batch size too, where the model itself runs like that. Guards may refuse that batch
+    Evaluation is compared always, training where the graph depends on the mode. Models that are not
+    large are compared at a second batch size too, and small ones in both modes and in gradients, where the model itself
+    runs like that. Guards may refuse that batch
     size. Models on the meta device cannot be run and are not checked.
 
     Returns:
@@ -90,7 +94,8 @@ class _Seen:
 
 def _plan(traced: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[_Run]:
     numbers = sum(t.numel() for _, t in tensors_in((args, kwargs)))
-    cheap = _weights(traced) * numbers <= _CHEAP
+    work = _weights(traced) * numbers
+    cheap = work <= _FEW
     runs = [_Run("in evaluation", args, kwargs, gradients=cheap)]
     if cheap or _depends_on_mode(traced):
         runs.append(_Run("in training", args, kwargs, training=True, gradients=cheap))
