@@ -22,7 +22,7 @@ from torch.utils.data import Subset, TensorDataset
 import surgery
 from surgery import models as catalogue
 from surgery.training.data.data import Data, Images
-from surgery.training.evolve import evolve, recalibrated
+from surgery.training.evolve import evolve, recalibrate
 from surgery.training.history import Score
 from surgery.training.modes import mixed_seed
 
@@ -129,7 +129,7 @@ def _evolved(settings: Settings, task: Task, data: Data, network: nn.Module) -> 
 
     def score(scored: nn.Module) -> Score:
         if _parameters(scored) < _parameters(network):
-            small.append(_correct(recalibrated(scored, data, settings.batch_size), data))
+            small.append(_correct(recalibrate(scored, data, settings.batch_size), data))
         return surgery.evaluate(scored, data.test)
 
     found = evolve(
@@ -155,7 +155,7 @@ def _at_once(settings: Settings, task: Task, data: Data, network: nn.Module) -> 
     return {
         "dense": [_correct(network, data)],
         "slim": [_correct(slim, data)],
-        "recalibrated": [_correct(recalibrated(slim, data, settings.batch_size), data)],
+        "recalibrated": [_correct(recalibrate(slim, data, settings.batch_size), data)],
         "loss": [history.epochs[-1].loss],
     }
 
