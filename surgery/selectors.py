@@ -107,7 +107,7 @@ def matches(
     if not found:
         classes = sorted({type(m).__name__ for name, m in modules.items() if name and not any(m.children())})
         hint = f": there are {', '.join(classes)}" if isinstance(selector, type) else ""
-        raise UsageError(f"no {kind} matches {described(selector)}{hint}")
+        raise UsageError(f"no {kind} matches {describe_selector(selector)}{hint}")
     return found
 
 
@@ -141,7 +141,7 @@ def class_named(name: str) -> type[nn.Module] | None:
     return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 
-def described(selector: Selector) -> str:
+def describe_selector(selector: Selector) -> str:
     """A selector in an error message."""
     if isinstance(selector, str):
         return repr(selector)

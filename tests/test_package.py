@@ -36,10 +36,6 @@ LEVELS = [
 """The folders and files of the package, from the lowest level to the highest."""
 
 UNDOCUMENTED = {
-    *("attach_hint", "cache_bytes", "check_rule", "classifier", "data_for", "deepen", "draw_generations"),
-    *("draw_groups", "evaluate", "example_inputs", "hold_masked", "load_data", "magnitude_masks", "observe"),
-    *("oprule", "recipe", "reset_hypothesis", "restore_rules", "rewind", "slim", "split_masks", "trace"),
-    *("transfer_optimizer", "unwidened", "widen", "write_sensitivity"),
 }
 """Public functions whose docstring still lacks Returns or Example. Remove those that have both; add none."""
 

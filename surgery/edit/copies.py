@@ -55,7 +55,7 @@ Draw = Callable[[Sequence[int]], torch.Tensor]
 """Makes noise of a shape."""
 
 
-def shared_out(
+def share_out(
     weight: torch.Tensor, axis: int, old: torch.Tensor, share: torch.Tensor, draw: Draw | None = None
 ) -> torch.Tensor:
     """Gather ``weight`` along ``axis``, each new position with its share of the old one's weight.
@@ -126,19 +126,19 @@ def draws(noise: Noise, name: str, tensor: torch.Tensor, roles: Mapping[int, Col
         return {}
     weight, key = tensor.detach(), zlib.crc32(name.encode())
     return {
-        axis: partial(_drawn, np.random.default_rng([noise.seed, key, axis]), noise.scale, weight)
+        axis: partial(_draw_normal, np.random.default_rng([noise.seed, key, axis]), noise.scale, weight)
         for axis, held in roles.items()
         if on in held
     }
 
 
-def _drawn(random: np.random.Generator, scale: float, weight: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def _draw_normal(random: np.random.Generator, scale: float, weight: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     kind = torch.promote_types(weight.dtype, torch.float32)
     normal = torch.from_numpy(random.standard_normal(tuple(shape), dtype=np.float32)).to(weight.device, kind)
     return normal * (scale * weight.to(kind).std(correction=0))
 
 
-def perturbed(weight: torch.Tensor, axis: int, old: NDArray[np.int64], draw: Draw) -> torch.Tensor:
+def perturb_copies(weight: torch.Tensor, axis: int, old: NDArray[np.int64], draw: Draw) -> torch.Tensor:
     """``weight``, gathered along ``axis`` from the positions ``old``, with noise on all copies but the first of each.
 
     Where the old position is `MEAN` nothing is copied.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from surgery.axes.analysis import Analysis
-from surgery.edit.copies import Noise, draws, perturbed, shared_out
+from surgery.edit.copies import Noise, draws, perturb_copies, share_out
 from surgery.edit.layout import Layout, Layouts, memory_format
 from surgery.edit.means import Expansion
 from surgery.edit.step import MEAN
@@ -73,18 +73,18 @@ def _gather(
             if axis in read:
                 copies = torch.from_numpy(np.flatnonzero(~means)).to(tensor.device)
                 kept = torch.from_numpy(old[~means]), torch.from_numpy(share[~means])
-                shared = shared_out(before, axis, *kept, draw.get(axis))
+                shared = share_out(before, axis, *kept, draw.get(axis))
                 result = result.index_fill(axis, places, 0.0).index_copy(axis, copies, shared)
             else:
                 result = expansion.fill(name, before, result, axis, places)
         elif axis in read and (share != 1.0).any():
-            result = shared_out(result, axis, torch.from_numpy(old), torch.from_numpy(share), draw.get(axis))
+            result = share_out(result, axis, torch.from_numpy(old), torch.from_numpy(share), draw.get(axis))
         elif len(old) and old[-1] - old[0] + 1 == len(old) and bool((np.diff(old) == 1).all()):
             result = result.narrow(axis, int(old[0]), len(old))
         else:
             result = result.index_select(axis, index)
         if axis in draw and axis not in read:
-            result = perturbed(result, axis, np.where(means, MEAN, old), draw[axis])
+            result = perturb_copies(result, axis, np.where(means, MEAN, old), draw[axis])
     return result
 
 

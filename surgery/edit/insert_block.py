@@ -11,8 +11,9 @@ import torch
 from torch import fx, nn
 
 from surgery.axes.analysis import Analysis, analyse
-from surgery.edit.blocks import Block, Flow, Zero, block_of
-from surgery.edit.sites import Site, is_called, local_name, op_of, output_sites
+from surgery.edit.blocks import Block, Zero, block_of
+from surgery.edit.flow import Flow
+from surgery.edit.sites import Site, is_called, local_name, op_of, output_sites, place_for
 from surgery.edit.step import Inserted, Step
 from surgery.errors import EditError
 
@@ -118,12 +119,12 @@ def zero_names(site: Site, block: Block, like: str, name: str) -> tuple[str, ...
     """Qualified names of what is 0 in a copy of ``block`` that is called ``name``."""
 
     def new(zero: Zero) -> str:
-        return f"{renamed(site, zero.holder, like, name)}.{zero.tensor}".rstrip(".")
+        return f"{rename(site, zero.holder, like, name)}.{zero.tensor}".rstrip(".")
 
     return tuple(sorted(map(new, block.zeros)))
 
 
-def renamed(site: Site, target: str, like: str, name: str) -> str:
+def rename(site: Site, target: str, like: str, name: str) -> str:
     """The qualified name, in the copy, of what a node reads or calls."""
     whole = f"{site.path}.{target}".lstrip(".")
     if like and f"{whole}.".startswith(f"{like}."):
@@ -133,10 +134,7 @@ def renamed(site: Site, target: str, like: str, name: str) -> str:
 
 def _add_container(module: nn.Module, step: InsertBlock, memo: dict[int, Any]) -> nn.Module:
     """Register the container of the copy: a copy of the block's own, or an empty one."""
-    parent, _, child = step.name.rpartition(".")
-    container = module.get_submodule(parent)
-    if hasattr(container, child):
-        raise EditError(f"{step.name!r} is taken")
+    container, child = place_for(module, step.name)
     new = copy.deepcopy(module.get_submodule(step.like), memo) if step.like else nn.Module().train(container.training)
     container.add_module(child, new)
     return new
@@ -148,11 +146,9 @@ def _copy_part(site: Site, step: InsertBlock, target: str, memo: dict[int, Any])
     inside = bool(step.like) and f"{site.path}.{target}.".lstrip(".").startswith(f"{step.like}.")
     if not inside and not isinstance(found, (nn.Module, torch.Tensor)):
         return target  # a flag or a number: nothing to learn
-    name = local_name(renamed(site, target, step.like, step.name), site.path)
+    name = local_name(rename(site, target, step.like, step.name), site.path)
     if not inside:
-        holder, own = site.owner.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        if hasattr(holder, own):
-            raise EditError(f"{name!r} is taken")
+        holder, own = place_for(site.owner, name)
         twin = copy.deepcopy(found, memo)
         if isinstance(twin, torch.Tensor) and not isinstance(twin, nn.Parameter):
             holder.register_buffer(own, twin)

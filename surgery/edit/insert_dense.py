@@ -23,11 +23,11 @@ from torch import fx, nn
 from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.groups import DimensionGroup
 from surgery.axes.labels import Ids, Labelled, runs
-from surgery.edit.blocks import Flow
-from surgery.edit.insert_block import renamed
+from surgery.edit.flow import Flow
+from surgery.edit.insert_block import rename
 from surgery.edit.layout import Layouts
 from surgery.edit.reindex import Reindex, gather, gathered_origins
-from surgery.edit.sites import Site, is_inside, local_name, op_of, output_sites
+from surgery.edit.sites import Site, is_inside, local_name, op_of, output_sites, place_for
 from surgery.edit.step import Inserted, Origin, Step
 from surgery.errors import EditError
 from surgery.graph.traced import TracedModule, named_tensors, traced_parts
@@ -142,8 +142,10 @@ def dense_edit(module: nn.Module, analysis: Analysis, after: str) -> DenseEdit |
 
 
 def _last_layer(site: Site, flow: Flow) -> Layer | None:
-    parts, dim = _joined(site.owner, site.node)
-    joined = {node: own for node in flow.order for own, along in [_joined(site.owner, node)] if own and along == dim}
+    parts, dim = _find_parts(site.owner, site.node)
+    joined = {
+        node: own for node in flow.order for own, along in [_find_parts(site.owner, node)] if own and along == dim
+    }
     for end in reversed(parts):
         rest = [part for part in parts if part is not end]
         if not rest or len(rest) < len(parts) - 1 or set(end.users) != {site.node}:
@@ -156,7 +158,7 @@ def _last_layer(site: Site, flow: Flow) -> Layer | None:
     return None
 
 
-def _joined(owner: TracedModule, node: fx.Node) -> tuple[list[fx.Node], int]:
+def _find_parts(owner: TracedModule, node: fx.Node) -> tuple[list[fx.Node], int]:
     """The parts of a concatenation, none for any other op, and its dim."""
     rule = op_of(owner, node)
     if rule.kind != "concatenation":
@@ -168,7 +170,7 @@ def _joined(owner: TracedModule, node: fx.Node) -> tuple[list[fx.Node], int]:
     return [], 0
 
 
-def _held(owner: nn.Module, node: fx.Node) -> nn.Module | torch.Tensor | None:
+def _find_held(owner: nn.Module, node: fx.Node) -> nn.Module | torch.Tensor | None:
     """The layer that a node calls, or the tensor that it reads; None for any other node, such as one of a flag."""
     if node.op not in ("call_module", "get_attr"):
         return None
@@ -179,7 +181,7 @@ def _held(owner: nn.Module, node: fx.Node) -> nn.Module | torch.Tensor | None:
 def _tensors(owner: nn.Module, nodes: Iterable[fx.Node]) -> Iterator[torch.Tensor]:
     """What is read by the layers of some nodes, or by the nodes themselves."""
     for node in nodes:
-        held = _held(owner, node)
+        held = _find_held(owner, node)
         if isinstance(held, torch.Tensor):
             yield held
         elif held is not None and not isinstance(held, TracedModule):
@@ -188,7 +190,7 @@ def _tensors(owner: nn.Module, nodes: Iterable[fx.Node]) -> Iterator[torch.Tenso
 
 def _container(layer: Layer, flow: Flow, stage: str) -> str:
     """The outermost container in ``stage`` that runs nothing but the layer, and its own concatenations."""
-    read = [n for n in layer.nodes if _held(flow.owner, n) is not None]
+    read = [n for n in layer.nodes if _find_held(flow.owner, n) is not None]
     paths = [str(n.target).split(".")[: -1 if n.op == "get_attr" else None] for n in read]
     common = [names[0] for names in zip(*paths, strict=False)]
     while any(names[: len(common)] != common for names in paths):
@@ -223,8 +225,8 @@ def _reindexes(analysis: Analysis, layer: Layer, flow: Flow, where: str) -> tupl
     last = np.resize(read[start[run == run[-1]]], len(written))
     behind = int(np.flatnonzero(whole == written[-1])[-1]) + 1
     problem = f"what reads {where} cannot ignore further channels"
-    readers = _copying(analysis, written, {len(written): written, behind: whole}, problem)
-    wider = _copying(analysis, last, {len(read): read}, f"the last layer of {where} cannot read further channels")
+    readers = _copy_units(analysis, written, {len(written): written, behind: whole}, problem)
+    wider = _copy_units(analysis, last, {len(read): read}, f"the last layer of {where} cannot read further channels")
     shares = {g.name: (*[1.0] * g.units, *[0.0] * (len(index) - g.units)) for g, index in readers.items()}
     return Reindex({g.name: index for g, index in readers.items()}, shares), Reindex(
         {g.name: index for g, index in wider.items()}
@@ -236,7 +238,7 @@ def _units(analysis: Analysis, value: Any, dim: int) -> Ids | None:
     return None if field is None or len(field.dims) > 1 else analysis.unit_of[field.ids]
 
 
-def _copying(
+def _copy_units(
     analysis: Analysis, units: Ids, places: Mapping[int, Ids], problem: str
 ) -> dict[DimensionGroup, tuple[int, ...]]:
     """For each group the index that copies ``units``; the copies have to lie at those positions of some axes."""
@@ -272,17 +274,14 @@ def _insert_layer(step: InsertDense, edit: DenseEdit, result: nn.Module, wider: 
         result: that module after ``edit.readers``; its last layer becomes again what it was.
         wider: that module after ``edit.wider``, from which the new layer is taken.
     """
-    parent, _, child = step.name.rpartition(".")
-    container = result.get_submodule(parent)
-    if hasattr(container, child):
-        raise EditError(f"{step.name!r} is taken")
+    container, child = place_for(result, step.name)
     new = wider.get_submodule(step.like) if step.like else nn.Module().train(container.training)
     container.add_module(child, new)
     memo: dict[int, Any] = {}
     for layer in edit.layers:
         owner, path = layer.site.owner, layer.site.path
         for node in layer.nodes:
-            held = _held(owner, node)
+            held = _find_held(owner, node)
             if held is not None:
                 _put(result.get_submodule(path), str(node.target), copy.deepcopy(held, memo))
                 if not step.like:
@@ -325,7 +324,7 @@ def _insert(layer: Layer, step: InsertDense, result: nn.Module, wider: nn.Module
         twin.args, twin.kwargs = fx.map_arg((node.args, node.kwargs), found)
     cat, end, parts = found(site.node), found(layer.end), [found(part) for part in layer.parts]
     with graph.inserting_before(cat):
-        read = [layer.entry] if layer.entry in layer.parts else _joined(layer.site.owner, layer.entry)[0]
+        read = [layer.entry] if layer.entry in layer.parts else _find_parts(layer.site.owner, layer.entry)[0]
         new = graph.call_function(torch.cat, ([*map(found, read), end], layer.dim))
         new.meta["path"] = path(layer.entry)
         copies = {found(layer.entry, theirs): new}
@@ -334,8 +333,8 @@ def _insert(layer: Layer, step: InsertDense, result: nn.Module, wider: nn.Module
             new = copies[twin] = graph.node_copy(twin, lambda n: copies[n] if n in copies else found(n))
             new.meta["path"] = path(node)
             flag = node.op == "get_attr" and like and str(node.target).startswith(f"{like}.")
-            if flag or _held(site.owner, node) is not None:
-                new.target = local_name(renamed(site, str(node.target), step.like, step.name), site.path)
+            if flag or _find_held(site.owner, node) is not None:
+                new.target = local_name(rename(site, str(node.target), step.like, step.name), site.path)
     at = parts.index(end) + 1
     cat.args, cat.kwargs = ([*parts[:at], new, *parts[at:]], layer.dim), {}
     if like and is_inside(site.node, like):

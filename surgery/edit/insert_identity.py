@@ -14,9 +14,9 @@ from torch import fx, nn
 
 from surgery.edit.layout import memory_format
 from surgery.edit.moments import predicted_moments, set_moments
-from surgery.edit.sites import Site, local_name, output_sites
+from surgery.edit.sites import Site, local_name, output_sites, place_for
 from surgery.edit.step import Inserted, Step
-from surgery.errors import EditError, UsageError
+from surgery.errors import UsageError
 from surgery.graph.table import activation_named
 from surgery.layers.activation import make_activation
 from surgery.layers.maxout import Maxout
@@ -61,10 +61,7 @@ class InsertIdentity(Step):
             moments = predicted_moments(sites[0].owner, sites[0].node)
             if moments is not None:
                 set_moments(block.get_submodule("norm"), *moments)
-        parent, _, child = self.name.rpartition(".")
-        container = result.get_submodule(parent)
-        if hasattr(container, child):
-            raise EditError(f"{self.name!r} is taken")
+        container, child = place_for(result, self.name)
         container.add_module(child, block)
         block.train(container.training)
         for site in sites:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from surgery.axes.analysis import Analysis
 from surgery.axes.groups import DimensionGroup
-from surgery.axes.labels import Ids, runs
+from surgery.axes.labels import Field, Ids, Labelled, runs
 from surgery.edit.step import MEAN
 
 
@@ -47,7 +47,7 @@ class Layouts:
         indices: Mapping[DimensionGroup, Sequence[int]],
         shares: Mapping[DimensionGroup, Sequence[float]],
     ) -> None:
-        self.fence = analysis.fence
+        self.fence, self.unit_of = analysis.fence, analysis.unit_of
         self.changed: NDArray[np.bool_] = np.zeros(analysis.count, dtype=bool)
         parts: list[Ids] = []
         means: list[Ids] = []
@@ -88,7 +88,25 @@ class Layouts:
             self._cache[key] = self._layout(units) if self.changed[units].any() else None
         return self._cache[key]
 
-    def renumbered(self, units: Ids) -> Ids:
+    def along(self, field: Field) -> Layout | None:
+        """The new layout of the axes of a field; None where nothing in it changes."""
+        return self.of(self.unit_of[field.ids])
+
+    def changes(self, value: Labelled) -> bool:
+        """Whether any axis of a value changes."""
+        return any(self.along(f) is not None for f in value.fields)
+
+    def shape(self, value: Labelled) -> tuple[int, ...]:
+        """The shape that the edit gives a value, with the old sizes of axes that do not fill a rectangle."""
+        shape = list(value.shape)
+        for f in value.fields:
+            layout = self.along(f)
+            if layout is not None and layout.shape is not None:
+                for dim, size in zip(f.dims, layout.shape, strict=True):
+                    shape[dim] = size
+        return tuple(shape)
+
+    def renumber(self, units: Ids) -> Ids:
         """Units that do not change, by their new numbers."""
         return np.asarray(self._by_source[self._begin[units]], dtype=np.int64)
 

@@ -24,7 +24,7 @@ from surgery.axes.analysis import Analysis
 from surgery.axes.groups import DimensionGroup
 from surgery.axes.labels import Ids
 from surgery.axes.ledger import Norm, labelled_leaves
-from surgery.edit.sites import in_copy
+from surgery.edit.sites import called_layer, in_copy
 from surgery.edit.step import MEAN
 from surgery.errors import EditError
 from surgery.graph.table import rule_for
@@ -87,7 +87,7 @@ class _Walk:
             if not self.carries(self.analysis.values.get((scope, node.name))):
                 continue
             if linear is None:
-                leaf = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+                leaf = called_layer(owner, node)
                 linear = self.is_linear(path, scope, node, leaf)
             self.linear[scope, node.name] = linear and self.linear.get((scope, node.name), True)
         return False

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.edit.sites import op_of
+from surgery.edit.sites import called_layer, compute, op_of
 from surgery.errors import UsageError
 from surgery.graph.table import UNKNOWN
 from surgery.graph.traced import TracedModule
@@ -37,12 +37,12 @@ def predicted_moments(owner: TracedModule, node: fx.Node) -> Moments | None:
 
 def _moments(owner: TracedModule, node: fx.Node, known: dict[fx.Node, Moments | None]) -> Moments | None:
     if node not in known:
-        known[node] = _computed(owner, node, known)
+        known[node] = _predict(owner, node, known)
     return known[node]
 
 
-def _computed(owner: TracedModule, node: fx.Node, known: dict[fx.Node, Moments | None]) -> Moments | None:
-    leaf: Any = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+def _predict(owner: TracedModule, node: fx.Node, known: dict[fx.Node, Moments | None]) -> Moments | None:
+    leaf: Any = called_layer(owner, node)
     rule = op_of(owner, node)
     if leaf is not None and rule.kind == "batch norm":
         if leaf.weight is None:
@@ -57,9 +57,9 @@ def _computed(owner: TracedModule, node: fx.Node, known: dict[fx.Node, Moments |
     if not given or len(given) < len(found):
         return None
     if rule.kind == "idempotent" and isinstance(rule.within, tuple) and rule.within[0] == 0:
-        return _rectified(*given[0], rule.within[1])
+        return _rectify(*given[0], rule.within[1])
     if rule.linear == "sum" and len(given) == 2:
-        first_factor, second_factor = (_factor(node, k) for k in range(2))
+        first_factor, second_factor = (_factor(owner, node, k) for k in range(2))
         return (
             first_factor * given[0][0] + second_factor * given[1][0],
             first_factor**2 * given[0][1] + second_factor**2 * given[1][1],
@@ -69,19 +69,15 @@ def _computed(owner: TracedModule, node: fx.Node, known: dict[fx.Node, Moments |
     return given[0] if not rule.activation and (rule.within is True or rule.linear == "first") else None
 
 
-def _factor(node: fx.Node, operand: int) -> Tensor:
+def _factor(owner: TracedModule, node: fx.Node, operand: int) -> Tensor:
     """What an op that is linear in two operands multiplies one of them by."""
-    args = [torch.tensor(float(k == operand), dtype=torch.float64) for k in range(2)]
-    if isinstance(node.target, str):
-        found = getattr(args[0], node.target)(args[1], **node.kwargs)
-    else:
-        assert callable(node.target)
-        found = node.target(*args, **node.kwargs)
+    operands = tuple(torch.tensor(float(k == operand), dtype=torch.float64) for k in range(2))
+    found = compute(owner, node, operands, node.kwargs)
     assert isinstance(found, Tensor)
     return found
 
 
-def _rectified(mean: Tensor, variance: Tensor, top: float) -> Moments:
+def _rectify(mean: Tensor, variance: Tensor, top: float) -> Moments:
     """Mean and variance of a normal variable that is clamped to [0, top]."""
     first, second = _positive_part(mean, variance)
     if top < math.inf:

@@ -17,7 +17,7 @@ from surgery.selectors import (
     Selector,
     Where,
     class_named,
-    described,
+    describe_selector,
     each_selector,
     is_glob,
     matches,
@@ -88,8 +88,8 @@ def decide(asked: Sequence[Wish[K, T]], describe: Callable[[K], str]) -> dict[K,
                 name = describe(target).removeprefix("group ")
                 hint = f": name {name} as well to decide" if wish.rank[0] < _LAYER else ""
                 raise UsageError(
-                    f"{described(other.selector)} asks for {other.value} of {describe(target)}, "
-                    f"{described(wish.selector)} for {wish.value}{hint}"
+                    f"{describe_selector(other.selector)} asks for {other.value} of {describe(target)}, "
+                    f"{describe_selector(wish.selector)} for {wish.value}{hint}"
                 )
     return {target: decided[target].value for wish in asked for target in wish.targets}
 
@@ -128,7 +128,7 @@ def _find(analysis: Analysis, module: nn.Module, selector: Selector, value: T) -
     groups = tuple(g for g in found if g.editable)
     if not groups:
         reason = next(iter(found)).reason if found else _reason(analysis, names)
-        what = f"{selector!r}" if names == [selector] else f"nothing that {described(selector)} matches"
+        what = f"{selector!r}" if names == [selector] else f"nothing that {describe_selector(selector)} matches"
         raise EditError(f"{what} {'cannot' if names == [selector] else 'can'} be edited: {reason}")
     return Wish(selector, rank(selector), groups, value)
 
@@ -139,13 +139,13 @@ def _reason(analysis: Analysis, names: list[str]) -> str:
         for _, reason in analysis.reasons:
             if reason.startswith((f"{name} ", f"{name}.")):
                 return reason
-    written = {group.name: None for name in names for group in _written(analysis, name)}
+    written = {group.name: None for name in names for group in _groups_written_by(analysis, name)}
     if written:
         return f"it has no channels of its own; name the layer that writes them: {', '.join(map(repr, written))}"
     return "it holds no channels"
 
 
-def _written(analysis: Analysis, name: str) -> list[DimensionGroup]:
+def _groups_written_by(analysis: Analysis, name: str) -> list[DimensionGroup]:
     """The groups whose channels are in the output of a layer or container."""
     units: list[Any] = []
     for (scope, node_name), value in analysis.values.items():

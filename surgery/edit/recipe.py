@@ -42,10 +42,10 @@ class Recipe:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Recipe:
-        """The inverse of `to_dict`; it reads older schemas too. Keys that are none of a recipe's are ignored.
+        """The inverse of `to_dict`; it reads older schemas too. Other keys are ignored.
 
         Raises:
-            UsageError: data that is no recipe, one of an unknown schema, or a step with unknown or missing fields.
+            UsageError: the data is not a recipe, has an unknown schema, or a step has unknown or missing fields.
         """
         try:
             schema, source, steps = data["schema"], data["source"], [dict(step) for step in data["steps"]]
@@ -70,6 +70,15 @@ class Recipe:
 
 def recipe(module: nn.Module) -> Recipe:
     """What was done to a traced module since `surgery.trace`.
+
+    Args:
+        module: a traced module.
+
+    Returns:
+        the steps in order, and the source of the architecture.
+
+    Raises:
+        UsageError: the module is not traced.
 
     Example:
         >>> print(surgery.recipe(surgery.slim(traced, 0.5)))

@@ -12,7 +12,6 @@ import itertools
 import math
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,11 +24,14 @@ from surgery.axes.labels import Field, Ids, Labelled
 from surgery.axes.ledger import Silent
 from surgery.axes.ledger import labelled_leaves as _labelled
 from surgery.axes.ops import Op
+from surgery.edit.edited_graph import EditedGraph
 from surgery.edit.layout import Layout, Layouts
 from surgery.edit.selection import find_selection, first_input
+from surgery.edit.sites import add_constant
+from surgery.edit.sizes import pin_size
 from surgery.errors import EditError
 from surgery.graph.outputs import Rebuild
-from surgery.graph.table import NodeEdit, Rule, rule_for
+from surgery.graph.table import NodeEdit
 from surgery.graph.tracing import TracedModule
 
 
@@ -40,47 +42,36 @@ def rewire(old: nn.Module, new: nn.Module, analysis: Analysis, layouts: Layouts)
         assert isinstance(source, TracedModule)
         assert isinstance(target, TracedModule)
         copy = target.graphs[source.graphs.index(graph)]
-        _Rewiring(source, target, copy, scope, path, analysis, layouts).run(graph)
+        _Rewiring(source, target, graph, copy, scope, path, analysis, layouts).run()
         target.recompile()
 
 
-@dataclass
-class _Rewiring:
-    """One graph: the old one that was analysed, and the copy that is being changed."""
+class _Rewiring(EditedGraph):
+    """Makes the copy of one graph do what the edit asks for."""
 
-    source: TracedModule
-    target: TracedModule
-    copy: fx.Graph
-    scope: str
-    path: str
-    analysis: Analysis
-    layouts: Layouts
-
-    def run(self, graph: fx.Graph) -> None:
-        self.new = {node.name: node for node in self.copy.nodes}
-        self.old_of = dict(zip(self.copy.nodes, graph.nodes, strict=True))
+    def run(self) -> None:
         self.edited_layers = {
             name.rpartition(".")[0]
             for (name, _), units in self.analysis.axis_units.items()
             if self.layouts.of(units) is not None
         }
         self.stale: set[fx.Node] = set()  # nodes that cannot be as asked; what reads them selects from before them
-        replaced: list[fx.Node] = []
-        for node in graph.nodes:
+        replaced = False
+        for node in self.graph.nodes:
             if node.op in ("placeholder", "output", "get_attr") or isinstance(node.target, Rebuild):
                 continue
             out = self.record(node)
             if not any(True for _ in _labelled(out)):
-                self.pin(node, out)
+                pin_size(self, node, out)
                 continue
-            if not self.concerned(node, out):
+            if not self.is_concerned(node, out):
                 continue
             fits = node.args[0] not in self.stale if self.takes_piece(node) else self.adapt(node, out)
             if fits or (isinstance(out, Labelled) and self.reorder(node, out)):
                 continue
             if isinstance(out, Labelled) and all(len(f.dims) == 1 for f in out.fields):
                 self.select(node, out)
-                replaced.append(node)
+                replaced = True
             else:
                 self.stale.add(node)
         if replaced:
@@ -90,167 +81,67 @@ class _Rewiring:
                 node.meta["path"] = next(iter(node.users)).meta.get("path", "")
         self.copy.lint()
 
-    def record(self, node: fx.Node) -> Any:
-        return self.analysis.values[self.scope, node.name]
-
-    def concerned(self, node: fx.Node, out: Any) -> bool:
-        if any(self.changes(leaf) for leaf in _labelled((out, [self.record(n) for n in node.all_input_nodes]))):
+    def is_concerned(self, node: fx.Node, out: Any) -> bool:
+        if any(self.layouts.changes(leaf) for leaf in _labelled((out, [self.record(n) for n in node.all_input_nodes]))):
             return True
-        if node.op != "call_module":
-            return False
-        layer = f"{self.path}.{node.target}" if self.path else str(node.target)
-        return layer in self.edited_layers
+        return node.op == "call_module" and f"{self.path}.{node.target}".lstrip(".") in self.edited_layers
 
     def takes_piece(self, node: fx.Node) -> bool:
         return node.target is operator.getitem and not isinstance(self.record(node.args[0]), Labelled)  # type: ignore[arg-type]
 
     # ---- labels before and after
 
-    def layout(self, field: Field) -> Layout | None:
-        return self.layouts.of(self.analysis.unit_of[field.ids])
+    def is_rectangular(self, value: Labelled) -> bool:
+        return all((layout := self.layouts.along(f)) is None or layout.shape is not None for f in value.fields)
 
-    def changes(self, value: Labelled) -> bool:
-        return any(self.layout(f) is not None for f in value.fields)
-
-    def rectangular(self, value: Labelled) -> bool:
-        return all((layout := self.layout(f)) is None or layout.shape is not None for f in value.fields)
-
-    def shape(self, value: Labelled) -> tuple[int, ...]:
-        shape = list(value.shape)
-        for f in value.fields:
-            layout = self.layout(f)
-            if layout is not None and layout.shape is not None:
-                for dim, size in zip(f.dims, layout.shape, strict=False):
-                    shape[dim] = size
-        return tuple(shape)
-
-    def edited(self, value: Any, bases: Mapping[Field, int] | None = None) -> Any:
+    def edit_labels(self, value: Any, bases: Mapping[Field, int] | None = None) -> Any:
         """The value as the edit asks for it: new shape and, as ids, new units or, from ``bases``, old positions."""
         if not isinstance(value, Labelled):
             return value
         fields = []
         for f in value.fields:
-            layout = self.layout(f)
+            layout = self.layouts.along(f)
             if bases is not None:
                 old = _positions(f, bases)
                 ids = old if layout is None else old.ravel()[layout.old].reshape(layout.units.shape)
             else:
-                ids = self.layouts.renumbered(self.analysis.unit_of[f.ids]) if layout is None else layout.units
+                ids = self.layouts.renumber(self.analysis.unit_of[f.ids]) if layout is None else layout.units
             fields.append(Field(f.dims, ids))
-        return Labelled(torch.empty(self.shape(value), device="meta"), tuple(fields), value.constant)
-
-    # ---- numbers
-
-    def pin(self, node: fx.Node, out: Any) -> None:
-        """Let a size that is read from a changed axis be what it was before the edit: what the network computes with
-        it does not change. Where it shapes a tensor, the op that it shapes is given the new size.
-
-        An axis of channels alone has the size that it was traced with. One that holds the batch as well (batch x
-        heads) has another at each batch size, so the old size is computed from the new one.
-        """
-        read = ((a, v) for a in node.all_input_nodes for v in _labelled(self.record(a)))
-        source, value = next(((a, v) for a, v in read if self.shape(v) != v.shape), (None, None))
-        if source is None or value is None or isinstance(out, (torch.dtype, torch.device)):
-            return
-        new, changed = self.new[node.name], {d for d, n in enumerate(self.shape(value)) if n != value.shape[d]}
-        if isinstance(out, tuple):
-            for user in list(new.users):
-                if user.target is operator.getitem and isinstance(user.args[1], int):
-                    if (d := user.args[1] % len(out)) in changed:
-                        self.restore(user, source, value, d)
-                else:
-                    with self.copy.inserting_before(user):
-                        sizes = tuple(self.copy.call_function(operator.getitem, (new, d)) for d in range(len(out)))
-                        user.replace_input_with(new, self.copy.call_function(torch.Size, (sizes,)))
-                    for d in changed:
-                        self.restore(sizes[d], source, value, d)
-        elif isinstance(out, int) and node.target == "size":
-            d = int(node.args[1] if len(node.args) > 1 else node.kwargs["dim"]) % value.ndim  # type: ignore[arg-type]
-            if d in changed:
-                self.restore(new, source, value, d)
-        elif isinstance(out, int) and node.target in ("numel", "nelement", torch.numel):
-            self.scale(new, math.prod(value.shape), math.prod(self.shape(value)))
-
-    def restore(self, size: fx.Node, source: fx.Node, value: Labelled, dim: int) -> None:
-        """Let ``size``, of ``dim`` of ``source``, be the old size."""
-        if self.holds_channels_alone(source, dim):
-            _replace_by_number(size, value.shape[dim])
-        else:
-            self.scale(size, value.shape[dim], self.shape(value)[dim])
-
-    def scale(self, size: fx.Node, was: int, now: int) -> None:
-        """Let what reads ``size`` read ``size * was / now``."""
-        users, divisor = list(size.users), math.gcd(was, now)
-        with self.copy.inserting_after(size):
-            scaled = self.copy.call_function(operator.mul, (size, was // divisor))
-        with self.copy.inserting_after(scaled):
-            result = self.copy.call_function(operator.floordiv, (scaled, now // divisor))
-        for user in users:
-            user.replace_input_with(size, result)
-
-    def holds_channels_alone(self, node: fx.Node, dim: int) -> bool:
-        """Whether the axis is known to be as long at any batch size: a layer's weights give it its size."""
-        if not node.op.startswith("call"):
-            return node.op == "get_attr"
-        value = self.record(node)
-        if self.rule(node).movement or not isinstance(value, Labelled):
-            return False
-        held = value.at(dim)
-        if held is not None and self.is_written(node, self.analysis.unit_of[held.ids]):
-            return True
-        return any(
-            isinstance(read, Labelled) and read.shape == value.shape and self.holds_channels_alone(n, dim)
-            for n in node.all_input_nodes
-            for read in (self.record(n),)
-        )
-
-    def is_written(self, node: fx.Node, units: Ids) -> bool:
-        """Whether a weight that the node reads has an axis of these units."""
-        if node.op == "call_module":
-            path, leaf = str(node.target), self.source.get_submodule(str(node.target))
-            names = [f"{path}.{name}" for name, _ in leaf.named_parameters(recurse=False)]
-        else:
-            names = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
-        axes = [self.analysis.axis_units.get((f"{self.path}.{n}" if self.path else n, 0)) for n in names]
-        return any(axis is not None and np.array_equal(axis, units) for axis in axes)
-
-    def rule(self, node: fx.Node) -> Rule:
-        leaf = self.source.get_submodule(str(node.target)) if node.op == "call_module" else None
-        return rule_for(node, leaf)
+        return Labelled(torch.empty(self.layouts.shape(value), device="meta"), tuple(fields), value.constant)
 
     # ---- following the edit
 
     def adapt(self, node: fx.Node, out: Any) -> bool:
         """Let constants follow; whether the node then does what the edit asks of it."""
-        leaf = self.source.get_submodule(str(node.target)) if node.op == "call_module" else None
+        leaf, rule = self.leaf(node), self.rule(node)
         if isinstance(leaf, TracedModule):
             return True
-        rule = rule_for(node, leaf)
         outs = list(_labelled(out))
         inputs = [self.record(a) if isinstance(a, fx.Node) else a for a in node.args]
         new = self.new[node.name]
-        if self.stale & set(node.all_input_nodes) or not all(self.rectangular(v) for v in _labelled((outs, inputs))):
+        if self.stale & set(node.all_input_nodes) or not all(self.is_rectangular(v) for v in _labelled((outs, inputs))):
             if not rule.movement:
                 raise EditError(f"{_where(node)} cannot follow the edit: its channels would not fill a rectangle")
             return False
         if rule.rewrite is not None and outs:
-            changed = {d for o in outs for f in o.fields if self.layout(f) is not None for d in f.dims}
+            changed = {d for o in outs for f in o.fields if self.layouts.along(f) is not None for d in f.dims}
             rule.rewrite(
                 NodeEdit(
                     new,
                     None if leaf is None else self.target.get_submodule(str(node.target)),
-                    tuple(self.shape(o) for o in outs),
+                    tuple(self.layouts.shape(o) for o in outs),
                     tuple(o.shape for o in outs),
                     frozenset(changed),
-                    tuple(self.shape(v) if isinstance(v, Labelled) else None for v in inputs),
-                    self.computed(new),
+                    tuple(self.layouts.shape(v) if isinstance(v, Labelled) else None for v in inputs),
+                    self.find_sizes(new),
                     self.copies(outs[0]),
                     self.tensors(new),
                 )
             )
-        return not rule.movement or self.moves_as_asked(rule, node, leaf, out)
+        moved = self.try_movement(node, out) if rule.movement else []
+        return moved is not None and all(np.array_equal(got, asked) for got, asked in moved)
 
-    def computed(self, new: fx.Node) -> dict[fx.Node, tuple[int, ...]]:
+    def find_sizes(self, new: fx.Node) -> dict[fx.Node, tuple[int, ...]]:
         """Values of the shapes that a new node reads."""
         found: dict[fx.Node, tuple[int, ...]] = {}
         for n in new.all_input_nodes:
@@ -272,22 +163,16 @@ class _Rewiring:
     def tensors(self, new: fx.Node) -> dict[fx.Node, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Old and new shapes of the tensors that a new node reads."""
         values = {n: self.record(self.old_of[n]) for n in new.all_input_nodes if n in self.old_of}
-        return {n: (v.shape, self.shape(v)) for n, v in values.items() if isinstance(v, Labelled)}
-
-    def moves_as_asked(self, rule: Rule, node: fx.Node, leaf: Any, out: Any) -> bool:
-        """Run the movement on the new labels and compare."""
-        moved = self.moved(rule, node, leaf, out)
-        return moved is not None and all(np.array_equal(got, asked) for got, asked in moved)
+        return {n: (v.shape, self.layouts.shape(v)) for n, v in values.items() if isinstance(v, Labelled)}
 
     def reorder(self, node: fx.Node, out: Labelled) -> bool:
         """Let the node run as it is and put its result in order, if all that is asked for is in it."""
         if self.stale & set(node.all_input_nodes) or self.takes_piece(node):
             return False
-        if not all(self.rectangular(v) for v in _labelled((out, [self.record(n) for n in node.all_input_nodes]))):
+        if not all(self.is_rectangular(v) for v in _labelled((out, [self.record(n) for n in node.all_input_nodes]))):
             return False
-        leaf = self.source.get_submodule(str(node.target)) if node.op == "call_module" else None
-        moved = self.moved(rule_for(node, leaf), node, leaf, out)
-        changed = [f for f in out.fields if self.layout(f) is not None]
+        moved = self.try_movement(node, out)
+        changed = [f for f in out.fields if self.layouts.along(f) is not None]
         if moved is None or len(changed) != 1 or len(changed[0].dims) != 1:
             return False
         (got, asked) = next(m for m, f in zip(moved, out.fields, strict=True) if f is changed[0])
@@ -301,7 +186,7 @@ class _Rewiring:
         new = self.new[node.name]
         users = list(new.users)
         with self.copy.inserting_after(new):
-            constant = self.copy.get_attr(self.constant(torch.from_numpy(index)))
+            constant = self.constant(index)
         with self.copy.inserting_after(constant):
             selected = self.copy.call_function(torch.index_select, (new, changed[0].dims[0], constant))
         for user in users:
@@ -311,7 +196,7 @@ class _Rewiring:
         self.old_of[selected] = node
         return True
 
-    def moved(self, rule: Rule, node: fx.Node, leaf: Any, out: Any) -> list[tuple[Ids, Ids]] | None:
+    def try_movement(self, node: fx.Node, out: Any) -> list[tuple[Ids, Ids]] | None:
         """For each field of the outputs what the op does to the new inputs, and what is asked of it.
 
         Both as pairs along the last axis: the old position that a new one copies, and its new unit. None where the op
@@ -324,18 +209,20 @@ class _Rewiring:
         )
         inputs = dict.fromkeys(f for value in _labelled((before, after)) for f in value.fields)
         bases = dict(zip(inputs, itertools.accumulate((f.ids.size for f in inputs), initial=0), strict=False))
-        asked = pytree.tree_map(self.edited, out)
+        asked = pytree.tree_map(self.edit_labels, out)
         shapes = (_first_shape(before), _first_shape(out))
         runs = (
-            (Silent(shapes, places=True), before, out, lambda v: _numbered(v, bases)),
-            (Silent(shapes, places=True), after, asked, lambda v: self.edited(v, bases)),
-            (Silent(shapes), after, asked, self.edited),
+            (Silent(shapes, places=True), before, out, lambda v: _number(v, bases)),
+            (Silent(shapes, places=True), after, asked, lambda v: self.edit_labels(v, bases)),
+            (Silent(shapes), after, asked, self.edit_labels),
         )
         results: list[list[Any]] = []
         for ledger, given, result, labels in runs:
             args, kwargs = pytree.tree_map_only(Labelled, labels, given)
             try:
-                fields = rule.relate(Op(ledger, node, leaf, "", ("", ""), result), *args, **kwargs)
+                fields = self.rule(node).relate(
+                    Op(ledger, node, self.leaf(node), "", ("", ""), result), *args, **kwargs
+                )
             except (ValueError, IndexError):  # the new sizes do not fit the op
                 return None
             results.append([fields] if isinstance(result, Labelled) else [f for f in fields if f is not None])
@@ -346,11 +233,11 @@ class _Rewiring:
                 content, place, unit = found
                 if content is None or place is None or unit is None:
                     return None
-                layout = self.layout(f)
-                source = content.ids if layout is None else _taken(content, f, layout)
+                layout = self.layouts.along(f)
+                source = content.ids if layout is None else _take(content, f, layout)
                 if source.shape != place.ids.shape or place.ids.shape != unit.ids.shape:
                     return None
-                holds = np.where(unit.ids < 0, unit.ids, _along(g, unit))
+                holds = np.where(unit.ids < 0, unit.ids, _spread(g, unit))
                 pairs.append((np.stack([place.ids, unit.ids], -1), np.stack([source, holds], -1)))
         return pairs
 
@@ -358,7 +245,7 @@ class _Rewiring:
 
     def select(self, node: fx.Node, out: Labelled) -> None:
         """Replace a node by positions selected from the nearest value before it that holds them."""
-        changed = [f for f in out.fields if self.layout(f) is not None]
+        changed = [f for f in out.fields if self.layouts.along(f) is not None]
         if len(changed) != 1 or len(changed[0].dims) != 1:
             raise EditError(f"{_where(node)} cannot follow the edit")
         asked = changed[0]
@@ -386,7 +273,7 @@ class _Rewiring:
             if read is self.new[parent.name] and (np.diff(index) == 1).all():
                 selected = self.copy.call_function(torch.narrow, (read, dim, int(index[0]), len(index)))
             else:
-                constant = self.copy.get_attr(self.constant(torch.from_numpy(index)))
+                constant = self.constant(index)
                 selected = self.copy.call_function(torch.index_select, (read, dim, constant))
             if found.then is not None:
                 selected = self.copy.call_function(operator.getitem, (selected, found.then))
@@ -400,7 +287,7 @@ class _Rewiring:
 
     def positions(self, held: Field, asked: Field, places: Ids) -> Ids:
         """For each position asked for, the position in the new layout of the axis that holds it."""
-        have, want = self.layout(held), self.layout(asked)
+        have, want = self.layouts.along(held), self.layouts.along(asked)
         assert have is not None
         assert want is not None
         stride = len(self.layouts.source)
@@ -411,14 +298,10 @@ class _Rewiring:
         assert np.array_equal(keys[at], wanted)
         return at
 
-    def constant(self, value: torch.Tensor) -> str:
-        """Register positions with the module, outside its state dict."""
-        number = 0
-        while hasattr(self.target, f"_positions_{number}"):
-            number += 1
-        like = next((t for t in (*self.target.parameters(), *self.target.buffers())), value)
-        self.target.register_buffer(f"_positions_{number}", value.to(like.device), persistent=False)
-        return f"_positions_{number}"
+    def constant(self, positions: Ids) -> fx.Node:
+        like = next(itertools.chain(self.target.parameters(), self.target.buffers()), None)
+        value = torch.from_numpy(positions).to(None if like is None else like.device)
+        return add_constant(self.target, self.copy, "positions", value)
 
     def sweep(self) -> None:
         """Erase what selections left without a reader."""
@@ -439,12 +322,12 @@ def _positions(f: Field, bases: Mapping[Field, int]) -> Ids:
     return (np.arange(f.ids.size) + bases[f]).reshape(f.ids.shape)
 
 
-def _numbered(value: Labelled, bases: Mapping[Field, int]) -> Labelled:
+def _number(value: Labelled, bases: Mapping[Field, int]) -> Labelled:
     """The value with a number of its own for each position."""
     return Labelled(value.value, tuple(Field(f.dims, _positions(f, bases)) for f in value.fields), value.constant)
 
 
-def _taken(before: Field, f: Field, layout: Layout) -> Ids:
+def _take(before: Field, f: Field, layout: Layout) -> Ids:
     """What was at the positions that ``layout`` of ``f`` copies, along ``f``'s dims of ``before``."""
     assert layout.shape is not None
     at = [before.dims.index(d) for d in f.dims]
@@ -454,19 +337,12 @@ def _taken(before: Field, f: Field, layout: Layout) -> Ids:
     return np.moveaxis(taken, range(len(at)), at)
 
 
-def _along(f: Field, shape: Field) -> Ids:
+def _spread(f: Field, shape: Field) -> Ids:
     """Ids of ``f`` repeated along the dims that only ``shape`` has."""
     sizes = [shape.ids.shape[k] if d in f.dims else 1 for k, d in enumerate(shape.dims)]
     if math.prod(sizes) != f.ids.size:
         return np.full(shape.ids.shape, -2)
     return np.broadcast_to(f.ids.reshape(sizes), shape.ids.shape)
-
-
-def _replace_by_number(node: fx.Node, number: int) -> None:
-    """Write a number where a node computed it."""
-    for user in list(node.users):
-        user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda n: number if n is node else n)
-    node.graph.erase_node(node)
 
 
 def _where(node: fx.Node) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from surgery.axes.labels import Field, Ids, Labelled, full_index
+from surgery.edit.sites import compute
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def find_selection(
     anything else than select.
     """
     numbers = torch.arange(start.value.numel()).reshape(start.shape)
-    for whole, at, rest in _replayed(module, record, chain, numbers, asked.dims[0]):
+    for whole, at, rest in _replay(module, record, chain, numbers, asked.dims[0]):
         result, dim, then = _without_new_dims(whole, at, rest, numbers.ndim)
         along = result[tuple(slice(None) if d == dim else 0 for d in range(result.ndim))]
         for held in start.fields:
@@ -53,7 +54,7 @@ def find_selection(
     return None
 
 
-def _replayed(
+def _replay(
     module: nn.Module, record: Callable[[fx.Node], Any], chain: list[fx.Node], numbers: torch.Tensor, dim: int
 ) -> Iterator[tuple[torch.Tensor, int, tuple[Any, ...] | None]]:
     """What the ops make of ``numbers``, and the dim of it that is meant; also up to the last op's index if it has
@@ -63,14 +64,9 @@ def _replayed(
         args: Any
         kwargs: Any
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n] if n in env else _plain(record(n)))
-        if node.op == "call_module":
-            env[node] = module.get_submodule(str(node.target))(*args, **kwargs)
-        elif node.op == "call_method":
-            env[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        env[node] = compute(module, node, args, kwargs)
     yield env[chain[0]], dim, None
-    parts = _parted(chain[0], args, dim)
+    parts = _split_index(chain[0], args, dim)
     if parts is not None:
         index, rest, axis = parts
         yield args[0][index], axis, rest
@@ -94,7 +90,7 @@ def first_input(node: fx.Node) -> Any:
     return node.args[0] if node.args else next((node.kwargs[k] for k in ("input", "tensor") if k in node.kwargs), None)
 
 
-def _parted(node: fx.Node, args: Any, dim: int) -> tuple[tuple[Any, ...], tuple[Any, ...], int] | None:
+def _split_index(node: fx.Node, args: Any, dim: int) -> tuple[tuple[Any, ...], tuple[Any, ...], int] | None:
     """Indexing in two steps: the axis that becomes ``dim`` of the result first, the rest then; and that axis. None
     where there is no rest, or the node does anything else."""
     if node.target is not operator.getitem or not isinstance(args[0], torch.Tensor):

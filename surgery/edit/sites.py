@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from surgery.axes.analysis import Analysis
 from surgery.errors import EditError, unknown_name
@@ -47,9 +49,24 @@ def output_sites(module: nn.Module, name: str) -> Iterator[Site]:
         raise unknown_name("layer", name, names)
 
 
+def called_layer(owner: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The layer, or traced module, that a node of ``owner``'s graph calls; None where it calls none."""
+    return owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def compute(owner: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """What the op that a node calls gives for other arguments."""
+    if node.op == "call_module":
+        return owner.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
 def op_of(owner: TracedModule, node: fx.Node) -> Rule:
     """The record of the op that a node calls; `UNKNOWN` where there is none, or the node calls a traced module."""
-    leaf = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+    leaf = called_layer(owner, node)
     return UNKNOWN if isinstance(leaf, TracedModule) or not node.op.startswith("call_") else rule_for(node, leaf)
 
 
@@ -109,3 +126,23 @@ def in_copy(module: nn.Module, analysis: Analysis, scope: str, name: str) -> tup
     assert isinstance(owner, TracedModule)
     graph = owner.graphs[-1] if scope.endswith(":train") else owner.graph
     return owner, next(node for node in graph.nodes if node.name == name)
+
+
+def place_for(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The container that a new part is registered in, and its name there.
+
+    Raises:
+        EditError: there is such a part already.
+    """
+    parent, _, child = name.rpartition(".")
+    container = module.get_submodule(parent)
+    if hasattr(container, child):
+        raise EditError(f"{name!r} is taken")
+    return container, child
+
+
+def add_constant(owner: TracedModule, graph: fx.Graph, stem: str, value: Tensor) -> fx.Node:
+    """A node that reads ``value`` from a new buffer of ``owner`` outside the state dict."""
+    name = next(name for k in itertools.count() if not hasattr(owner, name := f"_{stem}_{k}"))
+    owner.register_buffer(name, value, persistent=False)
+    return graph.get_attr(name)

@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.labels import Labelled
 from surgery.axes.ledger import Norm
-from surgery.edit.sites import in_copy
+from surgery.edit.sites import add_constant, called_layer, in_copy
 from surgery.edit.step import Step
 from surgery.errors import EditError, UsageError, unknown_name
 from surgery.graph.table import rule_for, rule_of_class
@@ -134,7 +134,7 @@ def _refuse_second(module: nn.Module) -> None:
     """The analysis knows nothing of norms over a part of their channels, so it could not leave out more."""
     for _, part in traced_parts(module):
         for node in (node for graph in part.graphs for node in graph.nodes if node.op.startswith("call")):
-            leaf = part.get_submodule(str(node.target)) if node.op == "call_module" else None
+            leaf = called_layer(part, node)
             if rule_for(node, leaf).kind == "restricted norm":
                 raise EditError(
                     f"channels are already left out of the statistics of {str(node.target if leaf else node.name)!r}: "
@@ -163,28 +163,36 @@ def normalise_over(module: nn.Module, analysis: Analysis, keep: NDArray[np.bool_
     units that are not kept."""
     by_op: defaultdict[tuple[str, tuple[str, str]], list[Norm]] = defaultdict(list)
     for norm in analysis.norms:
-        if not keep[analysis.unit_of[norm.ids]].all():
-            by_op[norm.path, ("", "") if norm.path else norm.key].append(norm)  # a layer may be called more than once
-    for (path, (scope, name)), norms in by_op.items():
+        by_op[norm.path, norm.key].append(norm)
+    by_layer: dict[str, Tensor] = {}
+    for (path, key), norms in by_op.items():
         entries = _entries(analysis, keep, norms)
-        if path:
+        if path and not torch.equal(by_layer.setdefault(path, entries), entries):
+            raise EditError(f"{path} normalises over different channels in each of its calls: mask them alike")
+        if not path and not entries.all():
+            _restrict_call(module, analysis, key, entries)
+    for path, entries in by_layer.items():
+        if not entries.all():
             layer = module.get_submodule(path)
             over = rule_of_class(layer).over
             if over is None:
                 raise EditError(f"{path}: channels cannot be left out of the statistics of a {type(layer).__name__}")
-            restrict_norm(layer, entries.to(next((p.device for p in module.parameters()), None)), over)
-            continue
-        owner, node = in_copy(module, analysis, scope, name)
-        rule = rule_for(node, None)
-        if rule.over is None:
-            raise EditError(f"{name}: channels cannot be left out of its statistics")
-        names = list(inspect.signature(rule.over).parameters)[2:]
-        given = rule.arguments(node)
-        with node.graph.inserting_before(node):
-            mask = _constant(module, owner, node.graph, entries)
-        node.target = rule.over
-        node.args, node.kwargs = (next(iter(given.values())), mask), {k: v for k, v in given.items() if k in names}
-        owner.recompile()
+            restrict_norm(layer, entries.to(_device(module)), over)
+
+
+def _restrict_call(module: nn.Module, analysis: Analysis, key: tuple[str, str], entries: Tensor) -> None:
+    """Let a function that normalises compute its statistics over ``entries``."""
+    owner, node = in_copy(module, analysis, *key)
+    rule = rule_for(node, None)
+    if rule.over is None:
+        raise EditError(f"{key[1]}: channels cannot be left out of its statistics")
+    names = list(inspect.signature(rule.over).parameters)[2:]
+    given = rule.arguments(node)
+    with node.graph.inserting_before(node):
+        mask = _constant(module, owner, node.graph, entries)
+    node.target = rule.over
+    node.args, node.kwargs = (next(iter(given.values())), mask), {k: v for k, v in given.items() if k in names}
+    owner.recompile()
 
 
 def sum_over(module: nn.Module, analysis: Analysis, keep: NDArray[np.bool_]) -> None:
@@ -209,14 +217,11 @@ def sum_over(module: nn.Module, analysis: Analysis, keep: NDArray[np.bool_]) -> 
 
 
 def _constant(module: nn.Module, owner: TracedModule, graph: fx.Graph, keep: Tensor) -> fx.Node:
-    """A node that reads ``keep`` from a buffer outside the state dict."""
-    number = 0
-    while hasattr(owner, f"_kept_{number}"):
-        number += 1
-    owner.register_buffer(
-        f"_kept_{number}", keep.to(next((p.device for p in module.parameters()), None)), persistent=False
-    )
-    return graph.get_attr(f"_kept_{number}")
+    return add_constant(owner, graph, "kept", keep.to(_device(module)))
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    return next((p.device for p in module.parameters()), None)
 
 
 def _entries(analysis: Analysis, keep: NDArray[np.bool_], norms: list[Norm]) -> Tensor:

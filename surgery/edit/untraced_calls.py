@@ -26,23 +26,12 @@ def follow_untraced_calls(module: nn.Module, analysis: Analysis, layouts: Layout
             NodeEdit(
                 node=call.node,
                 module=layer,
-                shapes=tuple(_shape(out, analysis, layouts) for out in call.outs),
+                shapes=tuple(layouts.shape(out) for out in call.outs),
                 changed=frozenset(),
-                inputs=tuple(_shape(v, analysis, layouts) if isinstance(v, Labelled) else None for v in call.args),
+                inputs=tuple(layouts.shape(v) if isinstance(v, Labelled) else None for v in call.args),
                 computed={},
                 copies={},
                 tensors={},
                 old=tuple(out.shape for out in call.outs),
             )
         )
-
-
-def _shape(value: Labelled, analysis: Analysis, layouts: Layouts) -> tuple[int, ...]:
-    """The shape that an edit asks for."""
-    shape = list(value.shape)
-    for f in value.fields:
-        layout = layouts.of(analysis.unit_of[f.ids])
-        if layout is not None and layout.shape is not None:
-            for dim, size in zip(f.dims, layout.shape, strict=True):
-                shape[dim] = size
-    return tuple(shape)

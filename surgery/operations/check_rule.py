@@ -39,7 +39,7 @@ class RuleCheck:
     """What a rule allows, after `check_rule` has found it true."""
 
     free: frozenset[Axis]
-    """Axes of which channels can be dropped, copied and moved."""
+    """Axes whose channels can be dropped, copied and moved."""
     frozen: Mapping[Axis, str]
     """The other axes that hold channels, and why they are left alone."""
 
@@ -61,8 +61,8 @@ def check_rule(op: Any, *args: Any, **kwargs: Any) -> RuleCheck:
     Args:
         op: a function, the name of a tensor's method, or a layer, in evaluation mode if it is one.
         args: the op's arguments. Tensors, also in lists, stand for activations, and an `nn.Parameter` for a weight;
-            their values are used up to a little noise, lest equal numbers hide a difference. Axes of one length should
-            not be related unless the op relates them: give them different lengths.
+            their values are used up to a little noise, so that equal numbers do not hide a difference. Give axes that
+            the op does not relate different lengths.
         kwargs: the op's named arguments, likewise.
 
     Returns:
@@ -70,32 +70,36 @@ def check_rule(op: Any, *args: Any, **kwargs: Any) -> RuleCheck:
 
     Raises:
         VerificationError: a claim is false; the message says which axis and which position.
-        UsageError: there is no rule for ``op``.
+        UsageError: ``op`` has no rule.
+
+    Example:
+        >>> sorted(surgery.check_rule(torch.relu, torch.randn(2, 3)).free)
+        [('0', 0), ('0', 1)]
     """
     sample = Sample(op, args, kwargs)
-    result = _checked(sample, Variant())
+    result = _check(sample, Variant())
     activations = [path for path in sample.tensors if path not in sample.weights]
     for path in activations if len(activations) > 1 else ():
-        _checked(sample, Variant(bare=path))
+        _check(sample, Variant(bare=path))
     for axis in sample.neighbours():
-        _checked(sample, Variant(joined=axis))
+        _check(sample, Variant(joined=axis))
     free, frozen = set(result.free), dict(result.frozen)
     for axis in sample.axes():
         if axis not in free:
-            found = _checked(sample, Variant(alone=axis))
+            found = _check(sample, Variant(alone=axis))
             free |= found.free & {axis}
     return RuleCheck(frozenset(free), {axis: why for axis, why in frozen.items() if axis not in free})
 
 
-def _checked(sample: Sample, variant: Variant) -> RuleCheck:
+def _check(sample: Sample, variant: Variant) -> RuleCheck:
     claims = _Claims(sample, variant)
-    claims.dependence()
+    claims.check_dependence()
     if claims.rule.movement:
-        claims.movement()
+        claims.check_movement()
     else:
-        claims.equivariance()
+        claims.check_equivariance()
     if claims.rule.movement or variant == Variant():
-        claims.edits()
+        claims.check_edits()
     return claims.result()
 
 
@@ -104,17 +108,17 @@ class _Claims:
 
     def __init__(self, sample: Sample, variant: Variant) -> None:
         self.sample, self.variant = sample, variant
-        self.net = _traced(sample, variant, {})
+        self.net = _trace(sample, variant, {})
         if self.rule is UNKNOWN:
             raise UsageError(f"{sample.name} has no rule: register one with surgery.oprule")
         factored = {
             k: [f.dims for f in value.fields if len(f.dims) > 1] for k, value in enumerate(self.results())
         }  # fmt: skip
         if any(factored.values()):
-            self.net = _traced(sample, variant, factored)
+            self.net = _trace(sample, variant, factored)
         self.analysis: Analysis = analyse(self.net)
         self.state = sample.state()
-        self.inputs = self.labelled_inputs()
+        self.inputs = self.label_inputs()
         self.labels = [self.units(value.fields) for value in self.results()]
         self.before = sample.run(self.state)
         self.scale = max((_magnitude(t) for t in self.before), default=0.0) or 1.0
@@ -143,7 +147,7 @@ class _Claims:
     def units(self, fields: Iterable[Field]) -> list[_Axes]:
         return [_Axes(f.dims, self.analysis.unit_of[f.ids]) for f in fields]
 
-    def labelled_inputs(self) -> dict[str, list[_Axes]]:
+    def label_inputs(self) -> dict[str, list[_Axes]]:
         """For each tensor that the op reads the labelled axes."""
         given: Any = fx.map_arg((self.node.args, self.node.kwargs), self.record)
         refs = pytree.tree_leaves((self.sample.args, self.sample.kwargs))
@@ -157,7 +161,7 @@ class _Claims:
                 found.setdefault(name.removeprefix("op."), []).append(_Axes((axis,), units))
         return found
 
-    def anywhere(self) -> NDArray[np.bool_]:
+    def find_contracted(self) -> NDArray[np.bool_]:
         """Units of which every number of the output may depend: what the op contracts, or normalises over."""
         result = np.zeros(self.analysis.count, dtype=bool)
         for units, _ in (*self.analysis.mixed, *self.analysis.single):
@@ -182,25 +186,25 @@ class _Claims:
 
     # ---- tests
 
-    def dependence(self) -> None:
+    def check_dependence(self) -> None:
         """Change one position at a time."""
-        anywhere = self.anywhere()
+        anywhere = self.find_contracted()
         for path, axes in self.inputs.items():
             for axis in axes:
                 for place in np.ndindex(axis.units.shape):
                     unit = int(axis.units[place])
                     if self.analysis.frozen[unit] or anywhere[unit]:
                         continue
-                    after = self.sample.run({**self.state, path: self.changed(path, axis.dims, place)})
+                    after = self.sample.run({**self.state, path: self.change(path, axis.dims, place)})
                     for k, (a, b) in enumerate(zip(self.before, after, strict=True)):
-                        wrong = self.differs(a, b) & ~self.labelled(k, unit)
+                        wrong = self.differs(a, b) & ~self.find_unit(k, unit)
                         if wrong.any():
                             self.fail(
                                 f"changing {_position(path, axis.dims, place)} changes its result "
                                 f"{self.where(k, wrong)}, which the rule does not label with that channel"
                             )
 
-    def movement(self) -> None:
+    def check_movement(self) -> None:
         """An op that only moves data moves the labels as it moves numbers."""
         for k, axes in enumerate(self.labels):
             for axis in axes:
@@ -218,18 +222,18 @@ class _Claims:
                         f"its result {self.where(k, wrong)} does not hold the channel that the rule labels it with"
                     )
 
-    def equivariance(self) -> None:
+    def check_equivariance(self) -> None:
         """Permute the channels of everything that the op reads."""
         for seed in range(3):
             groups = [g for g in self.analysis.groups if g.editable]
             layouts = Layouts(self.analysis, {g: g.permutation(seed) for g in groups}, {})
-            state = {path: _permuted(value, self.inputs.get(path, []), layouts) for path, value in self.state.items()}
+            state = {path: _permute(value, self.inputs.get(path, []), layouts) for path, value in self.state.items()}
             try:
                 after = self.sample.run(state)
             except (RuntimeError, ValueError, IndexError) as error:
                 self.fail(f"it cannot be run on permuted channels: {error}")
             for k, (a, b) in enumerate(zip(self.before, after, strict=True)):
-                wrong = self.differs(_permuted(a, self.labels[k], layouts), b)
+                wrong = self.differs(_permute(a, self.labels[k], layouts), b)
                 if wrong.any():
                     moved = [axis_name(p, x.dims) for p, xs in self.inputs.items() for x in xs if layouts.of(x.units)]
                     self.fail(
@@ -237,7 +241,7 @@ class _Claims:
                         "what the rule's labels say"
                     )
 
-    def edits(self) -> None:
+    def check_edits(self) -> None:
         """Edit the network around the op: all groups at once and, where that is refused, each on its own."""
         names = [g.name for g in self.analysis.groups if g.editable]
         if not self.edit(names, strict=False) and self.variant.joined is None:
@@ -247,20 +251,22 @@ class _Claims:
     def edit(self, names: list[str], strict: bool) -> bool:
         """Permute, double and halve some groups; whether nothing was refused."""
         expected = _outputs(self.net)
-        step = _restricted(slim_plan(self.net, 0.5), names)
-        reference = None if self.analysis.mixed else _outputs(self.switched_off(step))
-        wide = self.edited("widened with surgery.widen", lambda: _widened(self.net, names), expected, strict)
-        slim = self.edited("slimmed with surgery.slim", lambda: apply(self.net, step), reference, strict)
+        step = _restrict(slim_plan(self.net, 0.5), names)
+        reference = None if self.analysis.mixed else _outputs(self.switch_off(step))
+        wide = self.compare_edit("widened with surgery.widen", lambda: _widen(self.net, names), expected, strict)
+        slim = self.compare_edit("slimmed with surgery.slim", lambda: apply(self.net, step), reference, strict)
         edited = [wide, slim]
         if self.rule.movement:
-            same = self.edited("permuted with surgery.reindex", lambda: _shuffled(self.net, names), expected, strict)
+            same = self.compare_edit(
+                "permuted with surgery.reindex", lambda: _shuffle(self.net, names), expected, strict
+            )
             edited.append(same)
         if slim is not None and self.rule.rewrite is not None:
             result = _outputs(slim)
-            self.edited("slimmed, then widened", lambda: _widened(slim, names), result, strict=False)
+            self.compare_edit("slimmed, then widened", lambda: _widen(slim, names), result, strict=False)
         return None not in edited
 
-    def switched_off(self, step: Reindex) -> nn.Module:
+    def switch_off(self, step: Reindex) -> nn.Module:
         """The network whose layers do not read the channels that a step drops."""
         kept = np.ones(self.analysis.count, dtype=bool)
         for name, index in step.indices.items():
@@ -281,7 +287,7 @@ class _Claims:
 
     # ---- numbers
 
-    def changed(self, path: str, dims: tuple[int, ...], place: tuple[int, ...]) -> torch.Tensor:
+    def change(self, path: str, dims: tuple[int, ...], place: tuple[int, ...]) -> torch.Tensor:
         """The tensor with other numbers at one position of an axis."""
         value = self.state[path].clone()
         where = tuple(place[dims.index(d)] if d in dims else slice(None) for d in range(value.ndim))
@@ -295,7 +301,7 @@ class _Claims:
             value[where] = torch.where(part > value.min(), value.min(), value.max())
         return value
 
-    def labelled(self, k: int, unit: int) -> torch.Tensor:
+    def find_unit(self, k: int, unit: int) -> torch.Tensor:
         """Where an output holds a unit."""
         result = torch.zeros(self.before[k].shape, dtype=torch.bool)
         for axis in self.labels[k]:
@@ -305,7 +311,7 @@ class _Claims:
     def differs(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return ~torch.isclose(a, b, rtol=0.0, atol=EXACT * self.scale, equal_nan=True)
 
-    def edited(
+    def compare_edit(
         self, what: str, make: Callable[[], nn.Module], expected: list[torch.Tensor] | None, strict: bool
     ) -> nn.Module | None:
         """The network after an edit, which must give what is expected; None where it is refused.
@@ -351,27 +357,27 @@ class _Axes:
         return torch.tensor(self.units.reshape(sizes)).expand(tuple(shape))
 
 
-def _traced(sample: Sample, variant: Variant, factored: Mapping[int, list[tuple[int, ...]]]) -> TracedModule:
-    net = trace(SampleNetwork(sample, variant, factored), (), check=False)
+def _trace(sample: Sample, variant: Variant, factored: Mapping[int, list[tuple[int, ...]]]) -> TracedModule:
+    net = trace(SampleNetwork(sample, variant, factored), (), check=False)  # it runs as a graph alone
     assert isinstance(net, TracedModule)
     return net
 
 
-def _widened(module: nn.Module, names: list[str]) -> nn.Module:
+def _widen(module: nn.Module, names: list[str]) -> nn.Module:
     """Twice as wide wherever copies can be made."""
-    return apply(module, _restricted(widen_plan(module, 2.0), names))
+    return apply(module, _restrict(widen_plan(module, 2.0), names))
 
 
-def _restricted(step: Reindex, names: list[str]) -> Reindex:
+def _restrict(step: Reindex, names: list[str]) -> Reindex:
     return Reindex({name: index for name, index in step.indices.items() if name in names})
 
 
-def _shuffled(module: nn.Module, names: list[str]) -> nn.Module:
+def _shuffle(module: nn.Module, names: list[str]) -> nn.Module:
     groups = [g for g in analyse(module).groups if g.editable and g.name in names]
     return reindex(module, {g.name: g.permutation(1) for g in groups})
 
 
-def _permuted(value: torch.Tensor, axes: list[_Axes], layouts: Layouts) -> torch.Tensor:
+def _permute(value: torch.Tensor, axes: list[_Axes], layouts: Layouts) -> torch.Tensor:
     for axis in axes:
         layout = layouts.of(axis.units)
         if layout is not None:

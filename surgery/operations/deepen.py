@@ -14,13 +14,14 @@ from torch import fx, nn
 from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.labels import Labelled
 from surgery.edit.apply import apply
-from surgery.edit.blocks import Flow, find_block
+from surgery.edit.blocks import find_block
+from surgery.edit.flow import Flow
 from surgery.edit.insert_block import InsertBlock, copied_blocks, zero_names
 from surgery.edit.insert_dense import InsertDense, dense_edit
 from surgery.edit.insert_identity import InsertIdentity, weight_before
 from surgery.edit.moments import calibrate, identity_eps
 from surgery.edit.names import find_places
-from surgery.edit.sites import Site, is_called, local_name, op_of, output_sites
+from surgery.edit.sites import Site, called_layer, is_called, local_name, op_of, output_sites
 from surgery.edit.step import Step
 from surgery.errors import EditError, UsageError, unknown_name, whole_number
 from surgery.graph.table import rule_of_class
@@ -72,10 +73,18 @@ def deepen(
             statistics the BatchNorms are set to. By default those that the BatchNorms before them predict.
         seed: of the random first layers of residual blocks.
 
+    Returns:
+        a new module.
+
     Raises:
         UsageError: an unknown name or form, a count below 1, a kernel that is even or has another number of directions
             than the place, a calibration batch without finite statistics.
         EditError: a place without one output, or whose output has no channels; a form that is not exact there.
+
+    Example:
+        >>> deep = surgery.deepen(traced, {"layer3": 2})
+        >>> surgery.verify(deep, traced).ok
+        True
     """
     steps = deepen_plan(module, places, form=form, kernel=kernel, seed=seed)
     result = apply(module, steps)
@@ -108,23 +117,25 @@ def deepen_plan(
     for name, count in find_places(module, places.items() if isinstance(places, Mapping) else [(places, 1)]).items():
         count = whole_number(f"the number of layers behind {name!r}", count, 1)
         site = next(iter(output_sites(module, name)))
-        dense = _dense(module, analysis, site, name, form) if kernel is None else None
-        like = dense if dense is not None else _block(module, analysis, site, name, form) if kernel is None else None
+        dense = like = None
+        if kernel is None:
+            dense = _find_dense(module, analysis, site, name, form)
+            like = _find_copied(module, analysis, site, name, form) if dense is None else dense
         for _ in range(count):
-            inside = _numbered(f"{name}.layer", 0, taken) if dense is not None and not like else None
+            inside = _next_free(f"{name}.layer", 0, taken) if dense is not None and not like else None
             new = inside or _new_name(module, site, name, like, taken)
             taken.add(new)
             if dense is not None:
                 steps.append(InsertDense(name, new, dense))
                 dense = new
             elif like is None:
-                steps.append(_step(module, analysis, site, name, new, form, sizes, seed))
+                steps.append(_identity_step(module, analysis, site, name, new, form, sizes, seed))
             else:
-                steps.append(_copy(module, analysis, name, like, new))
+                steps.append(_copy_step(module, analysis, name, like, new))
     return tuple(steps)
 
 
-def _dense(module: nn.Module, analysis: Analysis, site: Site, name: str, form: str | None) -> str | None:
+def _find_dense(module: nn.Module, analysis: Analysis, site: Site, name: str, form: str | None) -> str | None:
     """The container that is the last layer of a dense block at the end of ``name``, or an empty name for one that no
     container is; None where there is no dense block, or by default where it cannot have a further layer."""
     if form not in (None, "block") or is_called(site, name):
@@ -138,7 +149,7 @@ def _dense(module: nn.Module, analysis: Analysis, site: Site, name: str, form: s
     return None if edit is None else edit.like
 
 
-def _block(module: nn.Module, analysis: Analysis, site: Site, name: str, form: str | None) -> str | None:
+def _find_copied(module: nn.Module, analysis: Analysis, site: Site, name: str, form: str | None) -> str | None:
     """What to copy behind ``name``: the name of a container, or an empty one for a block that has none."""
     if form not in (None, "block") or (form is None and is_called(site, name)):
         return None
@@ -155,14 +166,14 @@ def _block(module: nn.Module, analysis: Analysis, site: Site, name: str, form: s
     return like
 
 
-def _copy(module: nn.Module, analysis: Analysis, after: str, like: str, name: str) -> InsertBlock:
+def _copy_step(module: nn.Module, analysis: Analysis, after: str, like: str, name: str) -> InsertBlock:
     zeros = {zero_names(site, block, like, name) for site, _, block in copied_blocks(module, analysis, after, like)}
     if len(zeros) > 1:
         raise EditError(f"{like or after!r} ends in other layers in training than in evaluation")
     return InsertBlock(after, name, like, zeros.pop())
 
 
-def _step(
+def _identity_step(
     module: nn.Module,
     analysis: Analysis,
     site: Site,
@@ -177,7 +188,7 @@ def _step(
     where = f"the output of {after!r}"
     if not isinstance(value, Labelled):
         raise EditError(f"{where} is not one tensor")
-    spatial, channels = _kind(analysis, value, where)
+    spatial, channels = _find_channels(analysis, value, where)
     rule = op_of(site.owner, site.node)
     own = rule.name if rule.activation else ""
     nearest, pieces = _nearest_activation(site)
@@ -192,8 +203,8 @@ def _step(
         after=after,
         name=name,
         form="layer" if layer else "residual",
-        kernel=_kernel(site, after, value, spatial, kernel),
-        norm=spatial > 0 and _normalised(site, after),
+        kernel=_choose_kernel(site, after, value, spatial, kernel),
+        norm=spatial > 0 and _has_batch_norm(site, after),
         activation=activation,
         channels=channels,
         seed=zlib.crc32(f"{seed} {name}".encode()),
@@ -202,7 +213,7 @@ def _step(
     )
 
 
-def _kind(analysis: Analysis, value: Labelled, where: str) -> tuple[int, int]:
+def _find_channels(analysis: Analysis, value: Labelled, where: str) -> tuple[int, int]:
     """Number of spatial dims (0: the channels are last, for a linear layer) and of channels.
 
     Of two axes that hold something, as in (batch, tokens, channels), it is the one that can be edited.
@@ -218,7 +229,7 @@ def _kind(analysis: Analysis, value: Labelled, where: str) -> tuple[int, int]:
     return min(places, key=lambda place: bool(analysis.frozen[analysis.unit_of[place[0].ids]].all()))[1]
 
 
-def _kernel(
+def _choose_kernel(
     site: Site, after: str, value: Labelled, spatial: int, kernel: int | tuple[int, ...] | None
 ) -> tuple[int, ...]:
     """As asked for; else the named layer's own kernel where it is odd, else 3, and 1 along axes of size 1."""
@@ -234,7 +245,7 @@ def _kernel(
     return tuple(1 if size == 1 else k if k % 2 else 3 for k, size in zip(sizes, value.shape[2:], strict=False))
 
 
-def _normalised(site: Site, after: str) -> bool:
+def _has_batch_norm(site: Site, after: str) -> bool:
     """Whether convolutions at the place are followed by BatchNorm: those inside a container, or around a layer."""
     local = local_name(after, site.path)
     named = site.owner.get_submodule(local)
@@ -258,7 +269,7 @@ def _nearest_activation(site: Site) -> tuple[str, int]:
     found, pieces = "ReLU", 1
     for node in site.graph.nodes:
         rule = op_of(site.owner, node)
-        layer = site.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+        layer = called_layer(site.owner, node)
         if rule.activation and rule.kind != "gate" and (isinstance(layer, Maxout) or has_defaults(rule)):
             found = rule.name
             pieces = layer.pieces if isinstance(layer, Maxout) else 1
@@ -268,31 +279,31 @@ def _nearest_activation(site: Site) -> tuple[str, int]:
 
 
 def _free_name(module: nn.Module, site: Site, after: str, what: str, taken: set[str]) -> str:
-    """The next number in a container of numbered children; else a name of its own beside the layer."""
+    """The next number in a container of numbered children; else a name derived from the layer's."""
     named = module.get_submodule(after)
     children = [n for n, _ in named.named_children()]
     if children and all(n.isdigit() for n in children):
-        return _numbered(f"{after}.".lstrip("."), max(map(int, children)) + 1, taken)
-    if site.path == after and after:  # Python calls it: what is beside it is not in its graph
-        return _numbered(f"{after}.{what}", 0, taken)
-    return _numbered(f"{after}_{what}" if after else what, 0, taken)
+        return _next_free(f"{after}.".lstrip("."), max(map(int, children)) + 1, taken)
+    if site.path == after and after:  # Python calls it: its siblings are not in its graph
+        return _next_free(f"{after}.{what}", 0, taken)
+    return _next_free(f"{after}_{what}" if after else what, 0, taken)
 
 
 def _new_name(module: nn.Module, site: Site, after: str, like: str | None, taken: set[str]) -> str:
-    """Of a copy the next number, where what is copied is the last of numbered siblings; else a name beside it."""
+    """The name of a copy: the next number after the last of numbered siblings, else the original's with a suffix."""
     if not like:
         return _free_name(module, site, after, "identity" if like is None else "block", taken)
     parent, _, child = like.rpartition(".")
     number = re.search(r"\d+$", child)
     if number is None:
-        return _numbered(f"{like}_copy", 0, taken)
+        return _next_free(f"{like}_copy", 0, taken)
     stem = child[: number.start()]
     siblings = [n for n, _ in module.get_submodule(parent).named_children()]
     last = max(int(n[len(stem) :]) for n in siblings if re.fullmatch(re.escape(stem) + r"\d+", n))
     if int(number[0]) < last:
-        return _numbered(f"{like}_copy", 0, taken)
-    return _numbered(f"{parent}.{stem}".lstrip("."), last + 1, taken)
+        return _next_free(f"{like}_copy", 0, taken)
+    return _next_free(f"{parent}.{stem}".lstrip("."), last + 1, taken)
 
 
-def _numbered(stem: str, first: int, taken: set[str]) -> str:
+def _next_free(stem: str, first: int, taken: set[str]) -> str:
     return next(name for n in itertools.count(first) if (name := f"{stem}{n}") not in taken)

@@ -46,14 +46,14 @@ def initial_values(
     known = info(module)
     own = dict(module.named_parameters(remove_duplicate=False))
     with drawing(seed):
-        built = _built(_factory(known.source, fresh, trust), module, own)
+        built = _build(_factory(known.source, fresh, trust), module, own)
         if fresh is not None and own.keys().isdisjoint(built):
             raise UsageError("what is passed as fresh= is another model: it has none of the parameters' names")
         found: dict[str, Tensor] = {}
         for name in names:
             value = built.get(_counterpart(name, built, known.steps))
             if value is not None:
-                found[name] = value if name in built else _resampled(value, own[name].shape)
+                found[name] = value if name in built else _resample(value, own[name].shape)
         found |= _by_class(module, {id(own[name]): name for name in names if name not in found})
     return {name: value for name, value in found.items() if value.shape == own[name].shape}
 
@@ -84,7 +84,7 @@ def _factory(source: str | None, fresh: Fresh | None, trust: bool) -> Fresh | No
     return lambda: catalogue.build(architecture, trust=trust)
 
 
-def _built(make: Fresh | None, module: nn.Module, own: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def _build(make: Fresh | None, module: nn.Module, own: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """The parameters of a newly built model, in the shapes of ``own`` where there are any of that name."""
     if make is None or isinstance(make, nn.Module):
         return {} if make is None else _values(make)
@@ -116,9 +116,8 @@ def _built(make: Fresh | None, module: nn.Module, own: dict[str, nn.Parameter]) 
 
     with _registering(resize):
         resized = _values(make())
-    return {
-        name: _resampled(values[name], value.shape) if _unwritten(value) else value for name, value in resized.items()
-    }
+    drawn = {name: _resample(values[name], value.shape) for name, value in resized.items() if _has_unwritten(value)}
+    return resized | drawn
 
 
 @contextmanager
@@ -141,12 +140,12 @@ def _take_sizes(layer: nn.Module, edited: nn.Module) -> None:
     sizes.update({k: v for k, v in vars(edited).items() if k in sizes and type(v) in (int, tuple)})
 
 
-def _unwritten(value: Tensor) -> bool:
+def _has_unwritten(value: Tensor) -> bool:
     """Whether no initialiser wrote all of a parameter: its value was given to it as it was made."""
     return bool(value.isnan().any())
 
 
-def _resampled(value: Tensor, shape: Sequence[int]) -> Tensor:
+def _resample(value: Tensor, shape: Sequence[int]) -> Tensor:
     """Entries of ``value`` in a random order, without repetition as far as there are enough."""
     flat, count = value.flatten(), torch.Size(shape).numel()
     if count == 0 or bool((flat == flat[0]).all()):
@@ -201,4 +200,4 @@ def _by_class(module: nn.Module, wanted: dict[int, str]) -> dict[str, Tensor]:
         return {}
     twin(module)
     drawn = {name: blanks[key].detach() for key, name in wanted.items()}
-    return {name: value for name, value in drawn.items() if not (value.is_meta or _unwritten(value))}
+    return {name: value for name, value in drawn.items() if not (value.is_meta or _has_unwritten(value))}

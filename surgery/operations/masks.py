@@ -1,12 +1,12 @@
-"""Masks of parameters: bool tensors by name, beside the module and never in it."""
+"""Masks of parameters: bool tensors by name, kept apart from the module."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from surgery.axes.analysis import Analysis
@@ -66,7 +66,7 @@ def largest(scores: Tensor, count: int) -> Tensor:
 IMPORTANCE = ("prefix", "magnitude")
 
 
-Scores = np.ndarray[Any, np.dtype[np.float64]]
+Scores = NDArray[np.float64]
 
 
 def unit_scores(module: nn.Module, analysis: Analysis, importance: str) -> dict[DimensionGroup, Scores]:

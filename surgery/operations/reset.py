@@ -1,4 +1,4 @@
-"""The reset-hypothesis drawn anew: what Knowledge Evolution does between two generations.
+"""Drawing the reset-hypothesis again: what Knowledge Evolution does between two generations.
 
 Taha, Shrivastava, Davis, CVPR 2021, section 3: ``F <- M * F + (1 - M) * F_r``, where ``M`` is the mask of a tensor
 ``F`` and ``F_r`` is random.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -39,10 +39,10 @@ def reset_hypothesis(
     trust: bool = False,
     whole: Where = (),
 ) -> nn.Module:
-    """A copy in which every entry outside of the fit-hypothesis is drawn anew.
+    """Draw every entry outside of the fit-hypothesis again (Knowledge Evolution, section 3).
 
     With ``initialiser="own"`` it is drawn as in a new model: from ``fresh``, or from the architecture that the module's
-    source names, built anew at the module's own widths; without either, as the layer's class does it in
+    source names, built again at the module's own widths; without either, as the layer's class does it in
     ``reset_parameters``. Constructors may do otherwise than the classes of their layers (those of ResNets and
     Transformers do): trace with ``source=``, or pass ``fresh``. Layers that `deepen` inserted as identities are drawn
     by their class.
@@ -55,9 +55,9 @@ def reset_hypothesis(
         weights: draw parameters of two and more dimensions, class tokens and tables of positions among them.
         biases: draw vectors, save those of norms.
         norms: give weights and biases of torch's normalisation layers their initial values, mostly 1 and 0.
-        statistics: give running means and variances their initial values, 0 and 1, in the channels of which the masks
-            of the layer keep nothing (of a layer without weights: the masks of the layers that write them); its count
-            of batches begins anew where there are any. Buffers that are no statistics are kept.
+        statistics: give running means and variances their initial values, 0 and 1, in the channels whose masks in
+            the layer keep nothing (of a layer without weights: the masks of the layers that write them); its count of
+            batches restarts where there are any. Other buffers are kept.
         initialiser: ``"own"``; or ``"authors"``, what their code runs: weights of convolutions and linear layers
             uniform within ``1 / sqrt(fan_in)``, which is about 0.4 of the deviation that their networks begin with, and
             all else kept: biases, norms and statistics, whatever the switches say.
@@ -69,9 +69,16 @@ def reset_hypothesis(
         trust: allow a source of the form ``package.module:factory`` to be imported and called.
         whole: layers, containers or parameters that are kept whatever the masks say (`surgery.selectors`).
 
+    Returns:
+        a new module.
+
     Raises:
         UsageError: masks that do not fit, an unknown choice, a negative seed, a source that cannot be built, or
             parameters that nothing initialises.
+
+    Example:
+        >>> masks = surgery.split_masks(traced, 0.5)
+        >>> next_generation = surgery.reset_hypothesis(traced, masks, seed=1)
     """
     info(module)
     if initialiser not in ("own", "authors"):
@@ -87,13 +94,13 @@ def reset_hypothesis(
     chosen = {"weights": weights, "biases": biases and not authors, "norms": norms and not authors}
     names = [name for name, mask in kept.items() if chosen[kinds[name]] and not bool(mask.all())]
     if authors:
-        values = _uniform(module, names, seed)
+        values = _draw_uniform(module, names, seed)
     else:
         values = initial_values(module, names, seed=seed, fresh=fresh, trust=trust)
         _refuse_unknown([name for name in names if name not in values], unknown)
     parameters = dict(module.named_parameters())
     memo: dict[int, Any] = {
-        id(parameters[name]): _mixed(parameters[name], kept[name], value) for name, value in values.items()
+        id(parameters[name]): _mix(parameters[name], kept[name], value) for name, value in values.items()
     }
     result = copy.deepcopy(module, memo)
     if statistics and not authors:
@@ -110,7 +117,7 @@ def _kinds(module: nn.Module) -> dict[str, str]:
     }
 
 
-def _uniform(module: nn.Module, names: list[str], seed: int) -> dict[str, Tensor]:
+def _draw_uniform(module: nn.Module, names: list[str], seed: int) -> dict[str, Tensor]:
     """Weights of convolutions and linear layers as the authors' code draws them."""
     layers = {name.removesuffix(".weight"): name for name in names if name.endswith(".weight")}
     with drawing(seed):
@@ -136,7 +143,7 @@ def _refuse_unknown(names: list[str], unknown: str) -> None:
         )
 
 
-def _mixed(parameter: nn.Parameter, mask: Tensor, value: Tensor) -> nn.Parameter:
+def _mix(parameter: nn.Parameter, mask: Tensor, value: Tensor) -> nn.Parameter:
     """``parameter`` where the mask is true, ``value`` elsewhere, in the memory format of ``parameter``."""
     drawn = torch.empty_like(parameter, requires_grad=False).copy_(value)
     torch.where(mask, parameter.detach(), drawn, out=drawn)
@@ -151,7 +158,11 @@ def _reset_statistics(module: nn.Module, result: nn.Module, kept: Mapping[str, T
         if spared or not hasattr(layer, "reset_running_stats"):
             continue
         own = [names[id(p)] for p in layer.parameters(recurse=False)]
-        gone = _gone([kept[name] for name in own if name in kept]) if own else _unwritten(module, path, layer, kept)
+        if own:
+            masks = [kept[name] for name in own if name in kept]
+            gone = ~torch.stack(masks).any(0) if masks else None
+        else:
+            gone = _find_unwritten(module, path, layer, kept)
         if gone is None or not bool(gone.any()):
             continue
         copied: Any = result.get_submodule(path)
@@ -162,12 +173,7 @@ def _reset_statistics(module: nn.Module, result: nn.Module, kept: Mapping[str, T
                 torch.where(gone, initial.clone(), buffer, out=initial)
 
 
-def _gone(masks: Sequence[Tensor]) -> Tensor | None:
-    """For each channel, whether none of the masks of a layer's vectors keeps it."""
-    return ~torch.stack(list(masks)).any(0) if masks else None
-
-
-def _unwritten(module: nn.Module, path: str, layer: nn.Module, kept: Mapping[str, Tensor]) -> Tensor | None:
+def _find_unwritten(module: nn.Module, path: str, layer: nn.Module, kept: Mapping[str, Tensor]) -> Tensor | None:
     """For each channel of a layer without parameters, whether the masks keep nothing of what it is given."""
     analysis = analyse(module)
     for name, buffer in layer.named_buffers(recurse=False):

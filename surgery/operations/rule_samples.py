@@ -57,19 +57,19 @@ class Sample:
                 for tensor in (*self.op.parameters(), *self.op.buffers()):
                     if tensor.is_floating_point():
                         tensor += 0.5 * torch.rand(tensor.shape, generator=self.generator, dtype=tensor.dtype)
-        self.args = tuple(self.named(a, str(k)) for k, a in enumerate(args))
-        self.kwargs = {k: self.named(a, k) for k, a in kwargs.items()}
+        self.args = tuple(self.name_tensors(a, str(k)) for k, a in enumerate(args))
+        self.kwargs = {k: self.name_tensors(a, k) for k, a in kwargs.items()}
         self.name = op if isinstance(op, str) else type(op).__name__ if isinstance(op, nn.Module) else op.__name__
-        self.outputs = list(output_leaves(self.called(self.state())))
+        self.outputs = list(output_leaves(self.call(self.state())))
         """Output tensors, and how to index the output to get them."""
 
-    def named(self, value: Any, path: str) -> Any:
+    def name_tensors(self, value: Any, path: str) -> Any:
         """The value with a `Ref` for each tensor."""
         if isinstance(value, (list, tuple)):
-            parts = [self.named(v, f"{path}.{k}") for k, v in enumerate(value)]
+            parts = [self.name_tensors(v, f"{path}.{k}") for k, v in enumerate(value)]
             return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
         if isinstance(value, dict):
-            return {k: self.named(v, f"{path}.{k}") for k, v in value.items()}
+            return {k: self.name_tensors(v, f"{path}.{k}") for k, v in value.items()}
         if not isinstance(value, torch.Tensor):
             return value
         if isinstance(value, nn.Parameter):
@@ -101,7 +101,7 @@ class Sample:
             own = {k: v.detach() for k, v in (*self.op.named_parameters(), *self.op.named_buffers())}
         return {**own, **self.tensors}
 
-    def filled(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def fill(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The op's arguments with these values for tensors."""
         fill: Callable[[Any], Any] = lambda v: values[v.path] if isinstance(v, Ref) else v  # noqa: E731
         args, kwargs = pytree.tree_map(fill, (self.args, self.kwargs))
@@ -109,10 +109,10 @@ class Sample:
 
     def run(self, state: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """The op's output tensors, as float64, for the given numbers."""
-        return [leaf.double() for _, leaf in output_leaves(self.called(state))]
+        return [leaf.double() for _, leaf in output_leaves(self.call(state))]
 
-    def called(self, state: Mapping[str, torch.Tensor]) -> Any:
-        args, kwargs = self.filled({k: state[k].clone() for k in self.tensors})
+    def call(self, state: Mapping[str, torch.Tensor]) -> Any:
+        args, kwargs = self.fill({k: state[k].clone() for k in self.tensors})
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.default_generator.manual_seed(0)
             if isinstance(self.op, nn.Module):
@@ -168,7 +168,7 @@ class SampleNetwork(nn.Module):
     def forward(self) -> Any:
         names = {path: f"of_{path.replace('.', '_')}" for path in self.sample.tensors}
         values = {path: self.arguments[name]() for path, name in names.items()}
-        args, kwargs = self.sample.filled(values)
+        args, kwargs = self.sample.fill(values)
         output: Any
         if isinstance(self.sample.op, nn.Module):
             output = self.op(*args, **kwargs)

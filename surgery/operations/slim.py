@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from surgery.axes.analysis import Analysis, analyse
@@ -43,10 +44,18 @@ def slim(module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = 
             parts of it (a ``chunk``), each part keeps its share.
         round_to: kept channels are rounded up to a multiple of this, as far as there are any.
         importance: which channels are kept: ``"prefix"``, the first (KELS), or ``"magnitude"``, as many of those with
-            the largest weights (`surgery.operations.importance`).
+            the largest weights.
+
+    Returns:
+        a new module.
 
     Raises:
         UsageError: a rate outside (0, 1], or an unknown name or importance.
+
+    Example:
+        >>> slim = surgery.slim(traced, 0.5)
+        >>> surgery.verify(slim, surgery.masked(traced, surgery.split_masks(traced, 0.5))).ok
+        True
     """
     return apply(module, slim_plan(module, rate, round_to=round_to, importance=importance))
 
@@ -69,10 +78,23 @@ def split_masks(
     """The fit-hypothesis as a bool tensor for each parameter (True: kept).
 
     Args:
+        module: a traced module.
+        rate: the split rate, as for `slim`; for WELS a single one.
         kind: ``"kels"``: the channels that `slim` keeps. ``"wels"``: of each weight of two or more dimensions exactly
             ``ceil(s * numel)`` entries, drawn without replacement; vectors are kept whole.
         seed: of the draw, at least 0; KELS draws nothing.
-        importance: which channels the fit-hypothesis has, as in `slim`; for KELS alone.
+        round_to, importance: which channels the fit-hypothesis has, as in `slim`; for KELS alone.
+
+    Returns:
+        by qualified name, tied parameters under each of theirs.
+
+    Raises:
+        UsageError: a rate outside (0, 1], an unknown kind or importance, or several rates for WELS.
+
+    Example:
+        >>> masks = surgery.split_masks(traced, 0.5, kind="wels", seed=1)
+        >>> masks["conv1.weight"].shape == traced.conv1.weight.shape
+        True
     """
     seed = whole_number("seed", seed, 0)
     if kind == "kels":
@@ -115,7 +137,7 @@ def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
 
 def fit_units(
     analysis: Analysis, module: nn.Module, rate: Rate, round_to: int = 1, importance: str = "prefix"
-) -> dict[DimensionGroup, np.ndarray[Any, np.dtype[np.bool_]]]:
+) -> dict[DimensionGroup, NDArray[np.bool_]]:
     """For each unit of each group that a rate is for, whether `slim` keeps it."""
     whole_number("round_to", round_to, 1)
     if isinstance(rate, Mapping):
@@ -123,7 +145,7 @@ def fit_units(
     else:
         rates = dict.fromkeys((g for g in analysis.groups if g.editable), _valid_rate(rate))
     scores = unit_scores(module, analysis, importance)
-    return {group: _best(group, r, round_to, scores[group]) for group, r in rates.items()}
+    return {group: _keep_best(group, r, round_to, scores[group]) for group, r in rates.items()}
 
 
 def _valid_rate(rate: float) -> float:
@@ -132,7 +154,7 @@ def _valid_rate(rate: float) -> float:
     return float(rate)
 
 
-def _best(group: DimensionGroup, rate: float, round_to: int, scores: Scores) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def _keep_best(group: DimensionGroup, rate: float, round_to: int, scores: Scores) -> NDArray[np.bool_]:
     """The units of each class with the largest scores, of equal ones the first; their number is shared out so that each
     segment keeps ``ceil(s * n)``."""
     keep = group.frozen.copy()
@@ -144,12 +166,12 @@ def _best(group: DimensionGroup, rate: float, round_to: int, scores: Scores) -> 
         count = math.ceil(round(rate * len(free), 9))
         count = min(len(free), math.ceil(count / step) * step)
         parts = [free[group.classes[free] == c] for c in np.unique(group.classes[free])]
-        for part, n in zip(parts, _shared_out(count, [len(p) for p in parts]), strict=False):
+        for part, n in zip(parts, _share_out(count, [len(p) for p in parts]), strict=False):
             keep[part[np.argsort(-scores[part], kind="stable")[:n]]] = True
     return keep
 
 
-def _shared_out(total: int, sizes: list[int]) -> list[int]:
+def _share_out(total: int, sizes: list[int]) -> list[int]:
     """``total`` in parts proportional to ``sizes``, by largest remainder; no part empty while there is enough."""
     exact = [total * s / sum(sizes) for s in sizes]
     parts = [max(1, math.floor(e)) for e in exact]
@@ -164,7 +186,7 @@ def _shared_out(total: int, sizes: list[int]) -> list[int]:
 
 
 def _kels_masks(
-    module: nn.Module, analysis: Analysis, kept: Mapping[DimensionGroup, np.ndarray[Any, np.dtype[np.bool_]]]
+    module: nn.Module, analysis: Analysis, kept: Mapping[DimensionGroup, NDArray[np.bool_]]
 ) -> dict[str, torch.Tensor]:
     keep = np.ones(analysis.count, dtype=bool)
     for group, flags in kept.items():

@@ -46,7 +46,7 @@ def magnitude_masks(
         scope: ``"layer"``: of each parameter that fraction; ``"global"``: of all together, the smallest anywhere.
         within: masks that the new ones lie within.
         vectors: prune parameters of one dimension too: biases and norms. By default they are kept whole.
-        whole: layers, containers or parameters that are kept whole besides (`surgery.selectors`): ``["fc", "*.bias"]``.
+        whole: further layers, containers or parameters that are kept whole (`surgery.selectors`): ``["fc", "*.bias"]``.
 
     Returns:
         by qualified name, tied parameters under each of theirs.
@@ -54,6 +54,9 @@ def magnitude_masks(
     Raises:
         UsageError: a sparsity outside [0, 1), an unknown scope or name, weights that are not numbers, or ``within``
             keeps fewer weights than are to be kept.
+
+    Example:
+        >>> masks = surgery.magnitude_masks(trained, 0.8, whole="fc")
     """
     info(module)
     if isinstance(sparsity, bool) or not (isinstance(sparsity, Real) and 0 <= sparsity < 1):
@@ -93,8 +96,14 @@ def rewind(module: nn.Module, weights: nn.Module | Mapping[str, Tensor], masks: 
         weights: the module at step k (0: as it was initialised), or its state dict.
         masks: a bool tensor for each parameter (`magnitude_masks`).
 
+    Returns:
+        a new module.
+
     Raises:
         UsageError: masks that do not fit, or a parameter that ``weights`` lacks or has in another shape.
+
+    Example:
+        >>> ticket = surgery.rewind(trained, initial, surgery.magnitude_masks(trained, 0.8))
     """
     info(module)
     given = named_tensors(weights) if isinstance(weights, nn.Module) else weights
@@ -124,8 +133,18 @@ def hold_masked(module: nn.Module, masks: Mapping[str, Tensor]) -> Callable[...,
     Called with a module, as ``after_step`` of `surgery.train` is, it holds that copy of ``module`` instead. It
     holds the masks in the weights' dtype.
 
+    Args:
+        module: the ticket that is trained.
+        masks: a bool tensor for each parameter (`magnitude_masks`).
+
+    Returns:
+        the function.
+
     Raises:
         UsageError: masks that do not fit.
+
+    Example:
+        >>> optimizer.register_step_post_hook(surgery.hold_masked(ticket, masks))
     """
     parameters = dict(module.named_parameters())
     pruned = {name: mask for name, mask in by_first_name(module, masks).items() if not bool(mask.all())}

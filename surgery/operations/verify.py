@@ -132,13 +132,13 @@ def verify(
         given = () if example_inputs is None else example_inputs
         args, named = given if isinstance(given, tuple) else (given,), dict(kwargs or {})
     first, second = (_run(m, args, named, dtype, train, seed) for m in (module, reference))
-    result = _compared(first, second, tolerance)
+    result = _compare(first, second, tolerance)
     other = _other_batch(reference, args, named, dtype, train, seed)
     if other is None:
         return result
     inputs, expected = other
     try:
-        again = _compared(_run(module, *inputs, dtype, train, seed), expected, tolerance)
+        again = _compare(_run(module, *inputs, dtype, train, seed), expected, tolerance)
     except SurgeryError:
         return result  # refused with a reason, as a module may that is good for the traced batch alone
     except Exception as error:
@@ -173,7 +173,7 @@ def _worse(a: Verification, b: Verification) -> Verification:
     )
 
 
-def _compared(run: _Run, expected: _Run, tolerance: float | None) -> Verification:
+def _compare(run: _Run, expected: _Run, tolerance: float | None) -> Verification:
     """The differences for one batch."""
     shapes = [[tuple(t.shape) for t in side.outputs] for side in (run, expected)]
     if shapes[0] != shapes[1]:
@@ -226,12 +226,12 @@ def _gradient_pairs(run: _Run, expected: _Run) -> Iterator[tuple[Tensor, Tensor]
         if name not in run.parameters:
             yield ours, theirs
             continue
-        (a, own), (b, other) = (_sorted(r.parameters[name], g) for r, g in ((run, ours), (expected, theirs)))
+        (a, own), (b, other) = (_sort(r.parameters[name], g) for r, g in ((run, ours), (expected, theirs)))
         if torch.equal(a, b):
             yield own, other
 
 
-def _sorted(values: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+def _sort(values: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     flat, gradients = values.flatten(), gradients.flatten()
     if flat.is_complex():
         return flat, gradients

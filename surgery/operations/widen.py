@@ -62,10 +62,18 @@ def widen(
 
     One factor for every group leaves alone what cannot grow by it exactly (`unwidened`).
 
+    Returns:
+        a new module. It computes the same function, except with ``break_symmetry="noise"``.
+
     Raises:
         UsageError: a factor below 1, a width below the present one or not made of whole units, an unknown name,
             mapping or way to break the symmetry, a ``noise`` that is not above 0.
         EditError: a named layer cannot be widened exactly by that much.
+
+    Example:
+        >>> wide = surgery.widen(traced, {"layer3": 2.0, "layer1.0.conv1": 96})
+        >>> surgery.verify(wide, traced).ok
+        True
     """
     step = widen_plan(
         module, width, mapping=mapping, break_symmetry=break_symmetry, noise=noise, seed=seed, round_to=round_to
@@ -92,16 +100,30 @@ def widen_plan(
     indices = _plan(module, width, mapping, seed, round_to)[0]
     if break_symmetry == "uneven":
         return Reindex(
-            indices, {name: shares for name, index in indices.items() if (shares := _uneven(name, index, seed))}
+            indices, {name: shares for name, index in indices.items() if (shares := _draw_shares(name, index, seed))}
         )
     if break_symmetry is None:
         return Reindex(indices)
     kind = "zero-sum" if break_symmetry == "zero-sum" else "plain"
-    return Reindex(indices, noise=Noise(kind, _number("noise is a number", noise), seed))
+    return Reindex(indices, noise=Noise(kind, _real_number("noise is a number", noise), seed))
 
 
 def unwidened(module: nn.Module, width: float | Mapping[Any, Width], *, round_to: int = 1) -> dict[str, str]:
-    """The editable groups that `widen` leaves as they are, for growing them would not be exact, and why."""
+    """The editable groups that `widen` leaves as they are because it could not widen them exactly.
+
+    Args:
+        module, width, round_to: as for `widen`.
+
+    Returns:
+        by group name, why.
+
+    Raises:
+        UsageError, EditError: as `widen`.
+
+    Example:
+        >>> surgery.unwidened(traced, 1.5)
+        {}
+    """
     return _plan(module, width, "random", 0, round_to)[1]
 
 
@@ -115,12 +137,12 @@ def _plan(
     if isinstance(width, Mapping):
         wishes = resolve(analysis, module, width)
     else:
-        wishes = dict.fromkeys((g for g in analysis.groups if g.editable), _number(_WIDTH, width))
+        wishes = dict.fromkeys((g for g in analysis.groups if g.editable), _real_number(_WIDTH, width))
     indices: dict[str, tuple[int, ...]] = {}
     left: dict[str, str] = {}
     for group, wish in wishes.items():
         try:
-            index = _index(module, analysis, group, _units(group, wish, round_to), mapping, seed)
+            index = _draw_index(module, analysis, group, _wanted_units(group, wish, round_to), mapping, seed)
         except EditError as error:
             if named:
                 raise
@@ -157,16 +179,16 @@ def _drop_uneven(analysis: Analysis, indices: dict[str, tuple[int, ...]], left: 
 _WIDTH = "a width is a factor (float) or, for a name, a number of channels (int)"
 
 
-def _number(what: str, value: object) -> float:
+def _real_number(what: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise UsageError(f"{what}, not {value!r}")
     return float(value)
 
 
-def _units(group: DimensionGroup, wish: Width, round_to: int) -> int:
+def _wanted_units(group: DimensionGroup, wish: Width, round_to: int) -> int:
     """The number of units that a factor or an absolute width asks for."""
     channels = group.size // group.units
-    number = _number(_WIDTH, wish)
+    number = _real_number(_WIDTH, wish)
     if isinstance(wish, Integral):
         width = int(wish)
         if width < group.size or width % channels:
@@ -184,7 +206,7 @@ def _units(group: DimensionGroup, wish: Width, round_to: int) -> int:
     return math.ceil(units / step) * step if units > group.units else units
 
 
-def _index(
+def _draw_index(
     module: nn.Module, analysis: Analysis, group: DimensionGroup, units: int, mapping: str, seed: int
 ) -> list[int]:
     """The old units in order, then for each class its share of new copies; behind whole copies of what is normalised
@@ -223,7 +245,7 @@ def _index(
     return places
 
 
-def _uneven(name: str, index: tuple[int, ...], seed: int) -> tuple[float, ...]:
+def _draw_shares(name: str, index: tuple[int, ...], seed: int) -> tuple[float, ...]:
     """For each new unit of a group its share of what its copies are read with, drawn; none where there are no copies.
 
     A share is the even one times a factor of 1/3 to 3, in few binary digits: the shares of a unit sum to 1 exactly.

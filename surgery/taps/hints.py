@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 from surgery.errors import UsageError
 from surgery.graph.traced import TracedModule, named_tensors
 from surgery.selectors import Where
-from surgery.taps.network import Tap, TappedNetwork, attach
-from surgery.taps.pairing import Guided, names_of_pair, restored, tap_pairs
+from surgery.taps.network import Tap, TappedNetwork
+from surgery.taps.pairing import Guided, names_of_pair, restore_tensors, tap_pairs
 from surgery.taps.regressors import make_regressor, match
+from surgery.taps.tapped_modules import attach, freeze_to, truncate_to
 
 
 def attach_hint(
@@ -35,10 +36,10 @@ def attach_hint(
 
     - ``"auto"``: one convolution from size N_g to N_h: with stride where N_g is a multiple of N_h, transposed where N_h
       is one of N_g, else the paper's with a valid kernel of N_g - N_h + 1; a 1 x 1 convolution where they are equal.
-      Where that is no way, or takes a kernel above 8, maps are brought to the hint's size before (average pooling, or
+      Where that does not fit, or takes a kernel above 8, maps are resized first to the hint's size (average pooling, or
       linear interpolation where one grows) and the kernel is 1 x 1. Vectors and tokens of equal number have a linear
-      layer. Tokens beside a map, or beside another number of tokens, are laid out as a grid; a class token is left
-      out, of the hint too. Tokens that are no such grid are interpolated along the sequence.
+      layer. Tokens that are compared with a map, or with another number of tokens, are laid out as a grid,
+      without a class token, also in the hint. Tokens that do not form a grid are interpolated along the sequence.
     - ``"conv"``: the paper's valid convolution, of any size; ``"fc"``: the paper's fully connected layer.
     - ``"none"``: no regressor, for outputs of equal shape, as the authors' code has it. The paper's equation 3, and so
       ``"auto"``, has one there too.
@@ -55,10 +56,17 @@ def attach_hint(
         regressor: ``"auto"``, ``"conv"``, ``"fc"`` or ``"none"``.
         seed: of the regressor's initial weights.
 
+    Returns:
+        both truncated networks, the regressor, and the loss.
+
     Raises:
         UsageError: an unknown layer or regressor, a module that is traced in parts, networks that cannot be called on
             the same inputs.
         EditError: a layer without one output, in training and in evaluation, or a regressor that cannot be.
+
+    Example:
+        >>> pair = surgery.attach_hint(student, teacher, guided="layer2", hint="layer2")
+        >>> pair.loss(images).backward()
     """
     ours = TappedNetwork(student, "student", mode="training and evaluation")
     theirs = TappedNetwork(teacher, "teacher", mode="evaluation", like=student)
@@ -68,7 +76,7 @@ def attach_hint(
         made, taps[k] = regressor_between(ours, theirs, pair, regressor, seed + k)
         regressors.append(made)
     names = [(g.name, h.name) for g, h in taps]
-    truncated = ours.truncated([g for g, _ in taps]), theirs.frozen([h for _, h in taps])
+    truncated = truncate_to(ours, [g for g, _ in taps]), freeze_to(theirs, [h for _, h in taps])
     return HintPair(*truncated, regressors, names, student)
 
 
@@ -158,7 +166,7 @@ class HintPair(nn.Module):
             UsageError: a tensor of the prefix has no counterpart of its shape in ``student``.
         """
         source = "the student that the hint was attached to"
-        return restored(self.student, student, self._prefix, "the guided prefix", source)
+        return restore_tensors(self.student, student, self._prefix, "the guided prefix", source)
 
 
 def hint_loss(guided: Tensor | Sequence[Tensor], hint: Tensor | Sequence[Tensor]) -> Tensor:
@@ -184,7 +192,7 @@ def hint_loss(guided: Tensor | Sequence[Tensor], hint: Tensor | Sequence[Tensor]
 
 
 def _extend(graph: fx.Graph, regressors: Sequence[nn.Sequential], at: str) -> None:
-    """Let the graph's outputs go through the regressors, if any; a single one is no tuple."""
+    """Let the graph's outputs go through the regressors, if any; a single one is not in a tuple."""
     end = graph.output_node()
     (outputs,) = end.args
     assert isinstance(outputs, tuple)

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from surgery.axes.labels import Labelled
-from surgery.edit.blocks import Flow
+from surgery.edit.flow import Flow
 from surgery.edit.sites import output_sites
 from surgery.errors import EditError, UsageError
 from surgery.layers.activation import make_activation
@@ -126,7 +126,7 @@ def classifier_input(flow: Flow, layer: fx.Node) -> fx.Node:
 def _passes_on(flow: Flow, node: fx.Node) -> bool:
     """Whether a node gives every number of one tensor, alike for all channels and at its place."""
     rule, before = flow.rule(node), flow.tensors(node)
-    if rule is None or rule.linear != "first" or len(before) != 1:
+    if rule.linear != "first" or len(before) != 1:
         return False
     shapes = [value.shape for n in (node, before[0]) if isinstance(value := flow.value(n), Labelled)]
     return len(shapes) == 2 and shapes[0] == shapes[1]
@@ -187,9 +187,9 @@ def nonlinearity(flow: Flow, node: fx.Node) -> nn.Module | None:
 
     None where the value is linear."""
     rule = flow.rule(node)
-    if rule is not None and rule.activation:
+    if rule.activation:
         return make_activation(rule, node, flow.leaf(node))
-    if rule is None or not (rule.movement or rule.within or rule.linear == "first"):
+    if not (rule.movement or rule.within or rule.linear == "first"):
         return None
     before = [nonlinearity(flow, n) for n in flow.tensors(node)]
     alike = before and all(b is not None and repr(b) == repr(before[0]) for b in before)

@@ -1,8 +1,7 @@
-"""Taps: values of a traced module that are taken out of it while it trains."""
+"""A traced module to take values out of: which values there are, and what is known of them."""
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,43 +15,19 @@ from torch.utils import _pytree as pytree
 
 from surgery.axes.analysis import analyse
 from surgery.axes.labels import Labelled
-from surgery.edit.blocks import Flow
+from surgery.edit.flow import Flow
 from surgery.edit.sites import Site, output_sites
 from surgery.errors import EditError, TraceError, UsageError
 from surgery.graph.arguments import bound_arguments
 from surgery.graph.guards import Values
-from surgery.graph.traced import TracedModule, TraceInfo, example_inputs, info, set_info
+from surgery.graph.traced import TracedModule, example_inputs, info
 from surgery.selectors import Where, each_selector, select
 from surgery.taps.landmarks import classifier, classifier_input, middle, name_of, nonlinearity, stage_ends
 from surgery.taps.regressors import ActivationLayout
-from surgery.taps.truncate import copied, needed_for, truncate
+from surgery.taps.truncate import needed_for
 
 Step = tuple[Callable[..., Tensor], tuple[Any, ...]]
 """A function of a tensor, and its further arguments."""
-
-
-def tap(module: nn.Module, where: Where) -> TracedModule:
-    """A copy of a traced module that hands out the values of some of its layers while it trains.
-
-    In training mode it returns ``(output, values)``: what the module returns, auxiliary outputs included, and a tuple
-    with the output of each named layer or container. A layer's output is taken behind the normalisation and activation
-    that follow it alone, that of a container where it leaves it, before any op that changes it in place. In evaluation
-    mode it returns what the module returns. Parameters, buffers and their names are those of the module, and nothing is
-    shared with it.
-
-    Raises:
-        UsageError: an unknown layer, or a module that is traced in parts.
-        EditError: a layer without one output in training.
-    """
-    network = TappedNetwork(module, "module", mode="training")
-    taps = [network.tap(name) for name in names_of(module, where)]
-    result = network.observed([taps], [None])
-    end = result.graphs[-1].output_node()
-    returned: Any = end.args[0]
-    output, (values,) = returned
-    end.args = ((output, values),)
-    result.recompile()
-    return result
 
 
 def names_of(module: nn.Module, where: Where) -> list[str]:
@@ -284,60 +259,8 @@ class TappedNetwork:
             f"compare: trace both with the same inputs ({error})"
         )
 
-    # ---- modules that compute values
 
-    def truncated(self, taps: Sequence[Tap]) -> TracedModule:
-        """A module that computes these values and nothing else, and returns a tuple of them."""
-        result = truncate(self.module, [(f, [t.nodes[k] for t in taps]) for k, f in enumerate(self.flows)])
-        for graph in result.graphs:
-            end = graph.output_node()
-            values: Any = end.args[0]
-            with graph.inserting_before(end):
-                end.args = (tuple(t.emit(graph, value) for t, value in zip(taps, values, strict=True)),)
-            graph.lint()
-        result.recompile()
-        return result
-
-    def frozen(self, taps: Sequence[Tap]) -> TracedModule:
-        """The same as a teacher: in evaluation mode, without gradients for its parameters or through its outputs."""
-        detached = [t.through((torch.detach, ())) for t in taps]
-        return self.truncated(detached).requires_grad_(False).eval()
-
-    def observed(self, groups: Sequence[Sequence[Tap]], heads: Sequence[nn.Module | None]) -> TracedModule:
-        """A copy of the module that returns ``(output, values)`` in training: for each group of values a tuple of them,
-        or, where there is a head, what that gives for them.
-
-        The heads are in a container ``heads`` (or with a name like it that is free), each by the number of its group.
-        """
-        (flow,) = self.flows
-        result = copy.deepcopy(self.module)
-        ends = [t.nodes[0] for group in groups for t in group]
-        graph, new, values = copied(flow, ends, set(flow.graph.nodes))
-        held = {str(k): head for k, head in enumerate(heads) if head is not None}
-        at = attach(result, "heads", nn.ModuleDict(held), result) if held else ""
-        outputs = []
-        for k, (group, head) in enumerate(zip(groups, heads, strict=True)):
-            given = tuple(t.emit(graph, values[t.nodes[0]]) for t in group)
-            outputs.append(given if head is None else graph.call_module(f"{at}.{k}", given))
-        graph.output((fx.map_arg(_output(flow), new.__getitem__), tuple(outputs)))
-        graph.lint()
-        result.__dict__["train_graph"] = graph
-        result.recompile()
-        set_info(result, TraceInfo(None, info(self.module).args, info(self.module).kwargs))
-        return result
-
-
-def attach(module: TracedModule, name: str, part: nn.Module, whole: nn.Module) -> str:
-    """Add a part to a module, in its dtype, mode and device, and return its name: ``name``, or one like it that
-    ``whole`` does not have."""
-    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    names = (name, *(f"{name}_{k}" for k in range(len(whole._modules) + 1)))
-    free = next(n for n in names if not hasattr(whole, n))
-    module.add_module(free, part.to(like.device, like.dtype).train(module.training))
-    return free
-
-
-def _output(flow: Flow) -> Any:
+def output_of(flow: Flow) -> Any:
     """What a graph returns, with nodes in it."""
     output: Any = flow.graph.output_node().args[0]
     codegen = flow.graph._codegen
@@ -347,7 +270,7 @@ def _output(flow: Flow) -> Any:
 
 def _first_output(flow: Flow) -> fx.Node | None:
     """The node that a graph returns, or the first of a tuple."""
-    output = _output(flow)
+    output = output_of(flow)
     if isinstance(output, fx.Node) and isinstance(output.target, type) and issubclass(output.target, tuple):
         output = output.args  # a named tuple is made of its fields
     if isinstance(output, (tuple, list)):

@@ -15,7 +15,7 @@ from surgery.graph.traced import named_tensors
 from surgery.selectors import Where
 from surgery.taps.network import Tap, TappedNetwork, names_of
 from surgery.taps.regressors import grid
-from surgery.taps.stages import aligned
+from surgery.taps.stages import align_stages
 
 Guided = Where | Mapping[Any, Where] | None
 """Guided layers, or guided layers with their hints."""
@@ -27,7 +27,7 @@ def names_of_pair(
     """The names of guided layers and of hints, each None where none are given.
 
     Raises:
-        UsageError: a mapping from guided layers to hints, and hints besides; or a name that matches nothing.
+        UsageError: a mapping from guided layers to hints, and hints as well; or a name that matches nothing.
     """
     if isinstance(guided, Mapping):
         if hint is not None:
@@ -79,13 +79,13 @@ def stage_pairs(
         [math.prod(network.layout(end).sizes) for end in found]
         for network, found in zip((student, teacher), ends, strict=True)
     )
-    places = aligned(first, second)
+    places = align_stages(first, second)
     return list(zip(ends[0][places[0]], ends[1][places[1]], strict=True))
 
 
 def as_maps(student: TappedNetwork, teacher: TappedNetwork, pair: tuple[Tap, Tap]) -> tuple[Tap, Tap]:
     """Both values as maps (N, C, H, W): channels to the front; tokens as the grid that `surgery.taps.regressors.grid`
-    finds, of the aspect ratio of the map beside them, without a class token.
+    finds, of the other map's aspect ratio, without a class token.
 
     Raises:
         EditError: one of them is something else.
@@ -107,7 +107,7 @@ def as_maps(student: TappedNetwork, teacher: TappedNetwork, pair: tuple[Tap, Tap
     return result[0], result[1]
 
 
-def restored(trained: nn.Module, student: nn.Module, names: Iterable[str], what: str, source: str) -> nn.Module:
+def restore_tensors(trained: nn.Module, student: nn.Module, names: Iterable[str], what: str, source: str) -> nn.Module:
     """A copy of ``student`` with the tensors of these names as they are in ``trained``: see `counterparts`."""
     result = copy.deepcopy(student)
     with torch.no_grad():

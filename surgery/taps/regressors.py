@@ -66,7 +66,7 @@ def match(guided: ActivationLayout, hint: ActivationLayout, kind: str) -> Match:
     """What of the two values is compared, and as maps of what sizes.
 
     Tokens that are compared with a map, or with a sequence of another length, are a grid if there are as many as in a
-    grid of the map's aspect ratio (of a square beside other tokens), or one more: the first is a class token then, and
+    grid of the map's aspect ratio (of a square for other tokens), or one more: the first is a class token then, and
     left out. Where there is no such grid, or a map has other dimensions, both are sequences, maps row by row.
     """
     whole = Match(guided, hint, (guided.sizes, hint.sizes), (0, 0))
@@ -123,25 +123,27 @@ def make_regressor(found: Match, kind: str, activation: nn.Module | None, seed: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind == "fc":
-            return _fully_connected(guided, hint, pieces, activation)
+            return _make_fully_connected(guided, hint, pieces, activation)
         alike = guided.sizes == hint.sizes and guided.last and hint.last
         if alike and (kind == "auto" or not guided.sizes):
-            return _named(linear=nn.Linear(guided.channels, hint.channels * pieces), act=_along(activation, -1))
-        resize, conv = _convolution(found, kind, pieces)
-    parts = {"resize": resize, "conv": conv, "act": _along(activation, 1)}
-    return _named(**_to_maps(guided, found.sizes[0]), **parts, **_from_maps(hint, found.sizes[1]))
+            return _make_sequential(
+                linear=nn.Linear(guided.channels, hint.channels * pieces), act=_turn_maxout(activation, -1)
+            )
+        resize, conv = _make_convolution(found, kind, pieces)
+    parts = {"resize": resize, "conv": conv, "act": _turn_maxout(activation, 1)}
+    return _make_sequential(**_to_maps(guided, found.sizes[0]), **parts, **_from_maps(hint, found.sizes[1]))
 
 
-def _fully_connected(
+def _make_fully_connected(
     guided: ActivationLayout, hint: ActivationLayout, pieces: int, activation: nn.Module | None
 ) -> nn.Sequential:
     linear = nn.Linear(math.prod(guided.shape), math.prod(hint.shape) * pieces)
     flatten = nn.Flatten(1) if guided.sizes else None
     unflatten = nn.Unflatten(1, hint.shape) if hint.sizes else None
-    return _named(flatten=flatten, linear=linear, act=_along(activation, 1), unflatten=unflatten)
+    return _make_sequential(flatten=flatten, linear=linear, act=_turn_maxout(activation, 1), unflatten=unflatten)
 
 
-def _convolution(found: Match, kind: str, pieces: int) -> tuple[nn.Module | None, nn.Module]:
+def _make_convolution(found: Match, kind: str, pieces: int) -> tuple[nn.Module | None, nn.Module]:
     """What brings a map to a size that a convolution can read, and the convolution to the hint's sizes."""
     ins, outs = found.guided.channels, found.hint.channels * pieces
     before, after = found.sizes
@@ -153,8 +155,8 @@ def _convolution(found: Match, kind: str, pieces: int) -> tuple[nn.Module | None
                 "reaches it; use regressor='auto'"
             )
         return None, layer_class("Conv", rank)(ins, outs, tuple(b - a + 1 for b, a in zip(before, after, strict=True)))
-    down = [_shrinking(b, a) for b, a in zip(before, after, strict=True)]
-    up = [_shrinking(a, b) if a % b == 0 else None for b, a in zip(before, after, strict=True)]
+    down = [_find_kernel(b, a) for b, a in zip(before, after, strict=True)]
+    up = [_find_kernel(a, b) if a % b == 0 else None for b, a in zip(before, after, strict=True)]
     if all(down):
         kernel, stride = zip(*(d for d in down if d), strict=True)
         return None, layer_class("Conv", rank)(ins, outs, kernel, stride)
@@ -169,7 +171,7 @@ def _convolution(found: Match, kind: str, pieces: int) -> tuple[nn.Module | None
     return resize, layer_class("Conv", rank)(ins, outs, 1)
 
 
-def _shrinking(before: int, after: int) -> tuple[int, int] | None:
+def _find_kernel(before: int, after: int) -> tuple[int, int] | None:
     """Kernel and stride from one size to a smaller one: a factor where it is one, else a valid convolution."""
     if before < after:
         return None
@@ -199,10 +201,10 @@ def _reshape(before: tuple[int, ...], after: tuple[int, ...]) -> nn.Module | Non
     return nn.Flatten(2) if len(after) == 1 else nn.Unflatten(2, after)
 
 
-def _along(activation: nn.Module | None, dim: int) -> nn.Module | None:
+def _turn_maxout(activation: nn.Module | None, dim: int) -> nn.Module | None:
     """The activation, with the channels of a maxout where they are here."""
     return Maxout(activation.pieces, dim) if isinstance(activation, Maxout) else activation
 
 
-def _named(**layers: nn.Module | None) -> nn.Sequential:
+def _make_sequential(**layers: nn.Module | None) -> nn.Sequential:
     return nn.Sequential(OrderedDict((name, layer) for name, layer in layers.items() if layer is not None))

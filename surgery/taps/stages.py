@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
-from surgery.graph.batches import tensors
-from surgery.graph.traced import example_inputs
+from surgery.graph.batches import batch_of, tensors
+from surgery.graph.traced import example_inputs, info
 from surgery.taps.network import TappedNetwork
 from surgery.taps.regressors import grid
 
@@ -54,7 +55,9 @@ def stages(module: nn.Module) -> tuple[Stage, ...]:
         [('layer1', 64, 4), ('layer2', 128, 8), ('layer3', 256, 16), ('layer4', 512, 32)]
     """
     network = TappedNetwork(module, "module", mode="evaluation")
-    image = _image_size(module)
+    args, kwargs = example_inputs(module)
+    image = _image_size((args, kwargs))
+    batch = batch_of(args, kwargs) or 1
     found = []
     for end in network.stages():
         layout = network.layout(end)
@@ -63,14 +66,15 @@ def stages(module: nn.Module) -> tuple[Stage, ...]:
             tokens = grid(layout.sizes[0], image)
             sizes = tokens[1] if tokens else layout.sizes
         shape = network.shape(end)
+        if info(module).batched:  # analysed at a batch of 2
+            shape = (shape[0] * batch // 2, *shape[1:])
         found.append(Stage(end.name, end.nodes[0].name, shape, layout.channels, _reduction(image, sizes)))
     return tuple(found)
 
 
-def _image_size(module: nn.Module) -> tuple[int, ...]:
-    """The size of the maps that a module was traced with; empty where it takes none."""
-    args, kwargs = example_inputs(module)
-    given: list[Tensor] = tensors((args, kwargs))
+def _image_size(inputs: Any) -> tuple[int, ...]:
+    """The size of the maps among a module's inputs; empty where there are none."""
+    given: list[Tensor] = tensors(inputs)
     return next((tuple(t.shape[2:]) for t in given if t.ndim in (4, 5)), ())
 
 
@@ -81,7 +85,7 @@ def _reduction(image: Sequence[int], sizes: Sequence[int]) -> int | None:
     return round(math.sqrt(math.prod(image[-2:]) / math.prod(sizes[-2:])))
 
 
-def aligned(ours: Sequence[int], theirs: Sequence[int]) -> tuple[slice, slice]:
+def align_stages(ours: Sequence[int], theirs: Sequence[int]) -> tuple[slice, slice]:
     """Which stages of two networks to pair: as many as the one with fewer has, next to each other in both, where the
     numbers of positions agree best; of two ways as good the later one."""
     count = min(len(ours), len(theirs))

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from surgery.axes.ledger import labelled_leaves
-from surgery.edit.blocks import Flow
+from surgery.edit.flow import Flow
 from surgery.graph.guards import expect
 from surgery.graph.traced import TracedModule, TraceInfo, info, set_info
 
@@ -28,20 +28,20 @@ def truncate(module: TracedModule, cuts: Sequence[tuple[Flow, Sequence[fx.Node]]
     Returns:
         a module that shares no storage with ``module``. Its state dict is a subset, by the same names.
     """
-    graphs = [_prefix(flow, nodes) for flow, nodes in cuts]
-    root = _tree(module, graphs)
+    graphs = [_cut_graph(flow, nodes) for flow, nodes in cuts]
+    root = _copy_layers(module, graphs)
     result = TracedModule(root, graphs[0], graphs[1] if len(graphs) > 1 else None)
     known = info(module)
     set_info(result, TraceInfo(None, known.args, known.kwargs))
     return result
 
 
-def copied(
+def copy_graph(
     flow: Flow, ends: Sequence[fx.Node], kept: set[fx.Node]
 ) -> tuple[fx.Graph, dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]]:
     """A graph of some nodes, without an output yet; each node's copy; and the value of each of ``ends``, which no later
     op changes: what one of them changes in place is copied before."""
-    changed = overwritten(flow, ends, kept)
+    changed = find_overwritten(flow, ends, kept)
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     values: dict[fx.Node, fx.Node] = {}
@@ -57,9 +57,9 @@ def copied(
     return graph, new, values
 
 
-def _prefix(flow: Flow, ends: Sequence[fx.Node]) -> fx.Graph:
+def _cut_graph(flow: Flow, ends: Sequence[fx.Node]) -> fx.Graph:
     """The graph that computes ``ends``."""
-    graph, _, values = copied(flow, ends, needed_for(flow, ends))
+    graph, _, values = copy_graph(flow, ends, needed_for(flow, ends))
     graph.output([values[end] for end in ends])
     graph.lint()
     return graph
@@ -85,7 +85,7 @@ def _is_guard(flow: Flow, node: fx.Node, needed: set[fx.Node]) -> bool:
 
 def _writes(flow: Flow, node: fx.Node, needed: set[fx.Node]) -> bool:
     """Whether a node changes in place what a needed node reads behind it."""
-    written = _written(flow, node)
+    written = _find_written(flow, node)
     return bool(written) and any(
         written & _storages(flow, read)
         for n in needed
@@ -94,9 +94,9 @@ def _writes(flow: Flow, node: fx.Node, needed: set[fx.Node]) -> bool:
     )
 
 
-def overwritten(flow: Flow, values: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> set[fx.Node]:
+def find_overwritten(flow: Flow, values: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Those of ``values`` that one of ``nodes`` behind them changes in place."""
-    written = [(flow.order[node], memory) for node in nodes if (memory := _written(flow, node))]
+    written = [(flow.order[node], memory) for node in nodes if (memory := _find_written(flow, node))]
     return {
         value
         for value in values
@@ -104,20 +104,19 @@ def overwritten(flow: Flow, values: Iterable[fx.Node], nodes: Iterable[fx.Node])
     }
 
 
-def _written(flow: Flow, node: fx.Node) -> set[int]:
+def _find_written(flow: Flow, node: fx.Node) -> set[int]:
     """The memory that a node changes: that of its output where it is that of its first argument, but for views."""
     first = node.args[0] if node.args else None
     if not node.op.startswith("call_") or not isinstance(first, fx.Node):
         return set()
-    rule = flow.rule(node)
-    return set() if rule is None or rule.movement else _storages(flow, first) & _storages(flow, node)
+    return set() if flow.rule(node).movement else _storages(flow, first) & _storages(flow, node)
 
 
 def _storages(flow: Flow, node: fx.Node) -> set[int]:
     return {label.value.untyped_storage()._cdata for label in labelled_leaves(flow.value(node))}
 
 
-def _tree(module: nn.Module, graphs: Sequence[fx.Graph]) -> nn.Module:
+def _copy_layers(module: nn.Module, graphs: Sequence[fx.Graph]) -> nn.Module:
     """The layers and tensors that the graphs name, in containers of the same names and modes."""
     memo: dict[int, Any] = {}
     root = nn.Module()
@@ -133,7 +132,7 @@ def _tree(module: nn.Module, graphs: Sequence[fx.Graph]) -> nn.Module:
         path, _, name = target.rpartition(".")
         holder, source = _container(root, module, path)
         if not hasattr(holder, name):
-            _hand_over(source, holder, name, memo)
+            _copy_attribute(source, holder, name, memo)
     return root
 
 
@@ -148,7 +147,7 @@ def _container(root: nn.Module, module: nn.Module, path: str) -> tuple[nn.Module
     return root, module
 
 
-def _hand_over(source: nn.Module, target: nn.Module, name: str, memo: dict[int, Any]) -> None:
+def _copy_attribute(source: nn.Module, target: nn.Module, name: str, memo: dict[int, Any]) -> None:
     value = copy.deepcopy(getattr(source, name), memo)
     if name in source._buffers:
         target.register_buffer(name, value, persistent=name not in source._non_persistent_buffers_set)

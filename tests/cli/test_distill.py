@@ -359,7 +359,7 @@ TAUGHT = [*LONG, "--teacher-epochs", "1"]
         ([STUDENT, TEACHER, *LONG, "--augment", "rotate"], "unknown augmentation 'rotate'"),
         (
             [STUDENT, TEACHER, *LONG, "--augment", "flip", "--cache", "memory"],
-            "the images change from one reading to the next (augmentation), so the teacher's outputs for them cannot ",
+            "the images change from one reading to the next (augmentation), so the teacher's outputs cannot be ",
         ),
         ([STUDENT, TEACHER, *LONG, "--optimizer", "adam"], "unknown optimizer 'adam'; did you mean 'adamw'"),
         ([STUDENT, TEACHER, *LONG, "--schedule", "linear"], "unknown schedule 'linear'"),

@@ -9,7 +9,7 @@ import torch
 
 import surgery
 from surgery import models as catalogue
-from surgery.edit.copies import shared_out
+from surgery.edit.copies import share_out
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -21,7 +21,7 @@ def test_the_shares_of_a_weight_sum_to_it_in_exact_arithmetic(dtype):
     weight[3, 2] = 0.0
     old = torch.tensor([*range(9), 0, 0, 1, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3])
     share = 1.0 / torch.bincount(old)[old].double()
-    result = shared_out(weight, 1, old, share)
+    result = share_out(weight, 1, old, share)
     assert result.dtype == dtype
     for row in range(6):
         for column in range(9):
@@ -44,7 +44,7 @@ def test_noise_between_shares_leaves_their_sum_as_exact(dtype):
         asked.append(torch.randn(shape, generator=generator))
         return asked[-1]
 
-    result = shared_out(weight, 1, old, share, draw)
+    result = share_out(weight, 1, old, share, draw)
     assert result.dtype == dtype
     assert asked[0].shape == (5, 6, 1)  # all copies but the last of each
     for row in range(5):
@@ -60,7 +60,7 @@ def test_noise_between_shares_leaves_their_sum_as_exact(dtype):
 def test_shares_of_either_sign_sum_to_the_weight_too():
     weight = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
     old, share = torch.tensor([0, 1, 2, 2, 2]), torch.tensor([1.0, 1.0, -0.4, 0.7, 0.7], dtype=torch.float64)
-    result = shared_out(weight, 1, old, share)
+    result = share_out(weight, 1, old, share)
     assert torch.equal(result[:, 2:].double().sum(1), weight[:, 2].double())
     assert torch.allclose(result[:, 2], -0.4 * weight[:, 2], rtol=1e-6)
 
@@ -68,7 +68,7 @@ def test_shares_of_either_sign_sum_to_the_weight_too():
 def test_uneven_shares_sum_to_the_weight_too():
     weight = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
     old, share = torch.tensor([0, 1, 1, 1]), torch.tensor([1.0, 0.2, 0.7, 0.1], dtype=torch.float64)
-    result = shared_out(weight, 1, old, share).double()
+    result = share_out(weight, 1, old, share).double()
     assert torch.equal(result[:, 1:].sum(1), weight[:, 1].double())
     assert torch.allclose(result[:, 2], 0.7 * weight[:, 1].double(), rtol=1e-6)
 

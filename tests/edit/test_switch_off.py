@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_masks_that_keep_everything_change_nothing(between):
     module, x = traced(between)
     masked = surgery.masked(module, surgery.split_masks(module, 1.0))
     assert surgery.verify(masked, module, x).max_abs == 0
-    assert type(masked.get_submodule("layer")) is nn.LayerNorm
+    assert type(masked.get_submodule("layer")) is type(module.get_submodule("layer"))
 
 
 def test_wels_masks_leave_statistics_as_they_are():
@@ -105,6 +106,34 @@ def test_wels_masks_leave_statistics_as_they_are():
     masked = surgery.masked(module, masks)
     assert type(masked.get_submodule("layer")) is nn.LayerNorm
     assert not surgery.verify(masked, module, x).ok
+
+
+@pytest.mark.parametrize("dump", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+@pytest.mark.parametrize("between", [layer_norm, functional_layer_norm, group_norm, positive_products])
+def test_a_masked_module_is_copied_and_pickled(between, dump):
+    module, x = traced(between)
+    masked = surgery.masked(module, surgery.split_masks(module, 0.5))
+    twin = dump(masked)
+    assert surgery.verify(twin, masked, x, train=True).max_abs == 0
+    assert type(twin.get_submodule("layer")) is type(masked.get_submodule("layer"))
+    assert surgery.recipe(twin) == surgery.recipe(masked)
+    assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in masked.parameters()}
+
+
+def test_a_norm_that_is_called_twice_leaves_out_the_same_channels_each_time():
+    module, x = traced(lambda net, x: net.out(net.layer(net.a(x)) + net.layer(net.a(x) + net.b(x))))
+    masked = surgery.masked(module, surgery.split_masks(module, 0.5))
+    assert surgery.verify(surgery.slim(module, 0.5), masked, x).max_rel <= 1e-12
+
+
+def test_a_norm_that_would_leave_out_other_channels_in_another_call_is_refused():
+    net = Net(lambda net, x: net.out(net.bare(net.a(x))) + net.other(net.bare(net.b(x))))
+    net.other = nn.Linear(8, 3)
+    module = surgery.trace(net, torch.randn(2, 5, 4))
+    keep = torch.arange(8) < 4
+    masks = {"a.weight": keep[:, None].expand(8, 4), "a.bias": keep}
+    with pytest.raises(surgery.EditError, match="bare normalises over different channels in each of its calls"):
+        surgery.masked(module, masks)
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, float("inf")])

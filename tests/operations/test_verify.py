@@ -152,7 +152,7 @@ def test_gradients_agree_after_every_exact_operation(edit: str) -> None:
     model = torchvision.models.resnet18(num_classes=10).double()
     for p in model.parameters():
         nn.init.normal_(p, std=0.1) if p.ndim < 2 else None
-    traced = surgery.trace(model, torch.randn(2, 3, 33, 33))
+    traced = surgery.trace(model, torch.randn(2, 3, 33, 33, dtype=torch.float64))
     reference = traced
     if edit == "widen":
         edited = surgery.widen(traced, 1.5)

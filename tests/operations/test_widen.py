@@ -12,7 +12,8 @@ from surgery import models as catalogue
 
 @pytest.fixture(scope="module")
 def resnet():
-    return surgery.trace(catalogue.build("resnet18", num_classes=10, seed=0).double(), torch.zeros(2, 3, 32, 32))
+    net = catalogue.build("resnet18", num_classes=10, seed=0).double()
+    return surgery.trace(net, torch.zeros(2, 3, 32, 32, dtype=torch.float64))
 
 
 def test_widths_are_factors_for_floats_and_channels_for_ints(resnet):

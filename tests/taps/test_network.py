@@ -15,9 +15,21 @@ import surgery
 from surgery import models as catalogue
 from surgery.errors import EditError, UsageError
 from surgery.graph.traced import info
-from surgery.taps.network import TappedNetwork, tap
-from surgery.taps.stages import aligned
+from surgery.taps.network import TappedNetwork, names_of
+from surgery.taps.stages import align_stages
+from surgery.taps.tapped_modules import observe_taps, truncate_to
 from tests.zoo import BranchesOnMode, build_family, randomised, traced_of
+
+
+def tap(module, where):
+    """A copy of a traced module that returns ``(output, values)`` in training, with the outputs of some layers."""
+    network = TappedNetwork(module, "module", mode="training")
+    result = observe_taps(network, [[network.tap(name) for name in names_of(module, where)]], [None])
+    end = result.graphs[-1].output_node()
+    output, (values,) = end.args[0]
+    end.args = ((output, values),)
+    result.recompile()
+    return result
 
 
 def hooked(model: nn.Module, names: list[str], x: Any) -> tuple[Any, list[torch.Tensor]]:
@@ -183,7 +195,7 @@ def test_a_part_with_graphs_of_its_own_is_tapped_in_its_training_graph():
 
 
 def computed(network: TappedNetwork, value: Any, x: Any) -> torch.Tensor:
-    (result,) = network.truncated([value])(x)
+    (result,) = truncate_to(network, [value])(x)
     return result
 
 
@@ -336,5 +348,5 @@ def test_a_stage_ends_before_padding():
     ],
 )
 def test_stages_are_paired_where_their_sizes_agree_best(ours, theirs, expected):
-    first, second = aligned(ours, theirs)
+    first, second = align_stages(ours, theirs)
     assert (ours[first], theirs[second]) == expected

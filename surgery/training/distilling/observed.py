@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from surgery.errors import UsageError, whole_number
 from surgery.graph.traced import TracedModule, named_tensors
 from surgery.taps.network import Tap, TappedNetwork
-from surgery.taps.pairing import counterparts, restored
+from surgery.taps.pairing import counterparts, restore_tensors
+from surgery.taps.tapped_modules import freeze_to, observe_taps
 from surgery.training.distilling.objectives import Objective
 
 
@@ -77,7 +78,7 @@ class Observed:
         Raises:
             UsageError: a tensor has no counterpart of its shape in ``student``.
         """
-        return restored(self.student, student, self.trained, *_NAMED)
+        return restore_tensors(self.student, student, self.trained, *_NAMED)
 
 
 _NAMED = "the observed student", "the student that is observed"
@@ -121,8 +122,8 @@ def observe(
     for compared in found:
         wanted += [hint for _, hint in compared.pairs if hint not in wanted]
     return Observed(
-        ours.observed([[tap for tap, _ in compared.pairs] for compared in found], [c.head for c in found]),
-        theirs.frozen(wanted),
+        observe_taps(ours, [[tap for tap, _ in compared.pairs] for compared in found], [c.head for c in found]),
+        freeze_to(theirs, wanted),
         objectives,
         epochs,
         tuple(tuple((g.name, h.name) for g, h in compared.pairs) for compared in found),
