@@ -35,8 +35,7 @@ LEVELS = [
 ]
 """The folders and files of the package, from the lowest level to the highest."""
 
-UNDOCUMENTED = {
-}
+UNDOCUMENTED = {}
 """Public functions whose docstring still lacks Returns or Example. Remove those that have both; add none."""
 
 
