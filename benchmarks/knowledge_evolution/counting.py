@@ -53,7 +53,7 @@ def ke_cost(module: nn.Module, example_inputs: Any = None) -> KECost:
 
     @contextmanager
     def watching(fake: nn.Module) -> Iterator[None]:
-        for layer in fake.modules():
+        for layer in filter(_per_output, fake.modules()):
             layer.register_forward_hook(note)  # on a copy that is thrown away
         yield
 
