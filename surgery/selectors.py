@@ -46,7 +46,7 @@ def select(module: nn.Module, where: Where) -> tuple[str, ...]:
         Qualified names, each once; for each selector in the order of ``named_modules``.
 
     Raises:
-        UsageError: a selector matches nothing, or is no selector. The message lists close names.
+        UsageError: a selector matches nothing, or is of another type. The message lists close names.
 
     Example:
         >>> surgery.select(torchvision.models.resnet18(), ["layer4.*.conv2", nn.Linear])
@@ -60,7 +60,7 @@ def each_selector(where: Where) -> Iterator[Selector]:
     """The selectors in a collection, or the one given.
 
     Raises:
-        UsageError: something that is no selector.
+        UsageError: something is not a selector.
     """
     if isinstance(where, (str, type)) or (callable(where) and not isinstance(where, nn.Module)):
         if isinstance(where, type) and not issubclass(where, nn.Module):

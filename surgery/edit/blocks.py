@@ -46,8 +46,8 @@ class Block:
 
 
 def find_block(flow: Flow, end: fx.Node, name: str) -> tuple[str, Block] | None:
-    """The block at the end of a container, and the container that is exactly that block: the outermost one that is no
-    row of such containers. Its name is empty where there is none, and the smallest block is taken."""
+    """The block at the end of a container, and the container that is exactly that block: the outermost one that is not
+    a row of such containers. Without one the name is empty and the block is the smallest."""
     found = list(_find_blocks(flow, end, name))
     back = flow.before(end)
     within: str | None = name

@@ -50,7 +50,7 @@ def normalised_streams(module: nn.Module, analysis: Analysis, group: DimensionGr
             walk.graph(scope, [])
     norms = [n for n in analysis.norms if walk.holds(n.ids)]
     if len(norms) < sum(walk.covers(units) for units, _ in analysis.mixed):
-        raise EditError("something that is no LayerNorm mixes its channels")
+        raise EditError("something other than a LayerNorm mixes its channels")
     for norm in norms:
         if norm.key not in walk.norms:
             raise EditError(f"{norm.path or norm.key[1]} does not normalise over the whole stream as it was written")

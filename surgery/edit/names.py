@@ -52,7 +52,7 @@ def resolve(analysis: Analysis, module: nn.Module, wishes: Mapping[Any, T]) -> d
         wishes: by selector, what is asked.
 
     Raises:
-        UsageError: a selector matches nothing, or two disagree of which neither is more specific.
+        UsageError: a selector matches nothing, or two equally specific ones disagree.
         EditError: a named group or layer cannot be edited, or nothing that a selector matches can; with the reason.
     """
     asked = [_find(analysis, module, s, value) for where, value in wishes.items() for s in each_selector(where)]
@@ -63,7 +63,7 @@ def find_places(module: nn.Module, wishes: Iterable[tuple[Where, T]]) -> dict[st
     """The layers and containers that each selector names, and what is asked of them: see `resolve`.
 
     Raises:
-        UsageError: a selector matches nothing, or two disagree of which neither is more specific.
+        UsageError: a selector matches nothing, or two equally specific ones disagree.
     """
     asked = [
         Wish(s, (_LAYER, 0) if names == (s,) else rank(s), names, value)
@@ -78,7 +78,7 @@ def decide(asked: Sequence[Wish[K, T]], describe: Callable[[K], str]) -> dict[K,
     """What is asked of each target, by the most specific wish; in the order of the wishes.
 
     Raises:
-        UsageError: two wishes disagree of which neither is more specific.
+        UsageError: two equally specific wishes disagree.
     """
     decided: dict[K, Wish[K, T]] = {}
     for wish in sorted(asked, key=lambda w: w.rank, reverse=True):

@@ -133,9 +133,9 @@ class Step(ABC):
         cls = Step.known.get(str(name))
         if cls is None:
             raise UsageError(f"unknown step {name!r}: import the module that defines it first")
-        made = _decode_fields(cls, {key: value for key, value in data.items() if key != "step"}, f"step {name}")
-        assert isinstance(made, Step)
-        return made
+        step = _decode_fields(cls, {key: value for key, value in data.items() if key != "step"}, f"step {name}")
+        assert isinstance(step, Step)
+        return step
 
 
 # ---------------------------------------------------------------------------------------------------------------------

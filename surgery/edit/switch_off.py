@@ -87,7 +87,7 @@ def parse_mask(text: str, shape: torch.Size, name: str) -> Tensor:
     """The inverse of `mask_text`, on the CPU.
 
     Raises:
-        UsageError: the text is no mask of that shape.
+        UsageError: the text does not describe a mask of that shape.
     """
     problem = UsageError(f"the mask of {name!r} is not one for its shape {tuple(shape)}")
     try:

@@ -162,7 +162,7 @@ class _Claims:
         return found
 
     def find_contracted(self) -> NDArray[np.bool_]:
-        """Units of which every number of the output may depend: what the op contracts, or normalises over."""
+        """Units that every number of the output may depend on: what the op contracts, or normalises over."""
         result = np.zeros(self.analysis.count, dtype=bool)
         for units, _ in (*self.analysis.mixed, *self.analysis.single):
             result[units] = True

@@ -140,7 +140,7 @@ class TappedNetwork:
         Maps and tokens are averaged over their positions.
 
         Raises:
-            UsageError: the output is no logits.
+            UsageError: the output is not logits.
             EditError: no such layer that everything passes through.
         """
         logits = self.logits()

@@ -30,7 +30,7 @@ class Stage:
     """C of that shape."""
     reduction: int | None
     """How many pixels of the input one position covers in each direction, rounded: 4 where 224 became 56. None where
-    the input is no map (N, C, H, W) or (N, C, T, H, W)."""
+    the input is not a map (N, C, H, W) or (N, C, T, H, W)."""
 
 
 def stages(module: nn.Module) -> tuple[Stage, ...]:
@@ -79,7 +79,7 @@ def _image_size(inputs: Any) -> tuple[int, ...]:
 
 
 def _reduction(image: Sequence[int], sizes: Sequence[int]) -> int | None:
-    """Input positions for each of a value's, along the last two axes; None where these are no map."""
+    """Input positions for each of a value's, along the last two axes; None where these are not a map."""
     if not image or len(sizes) < 2:
         return None
     return round(math.sqrt(math.prod(image[-2:]) / math.prod(sizes[-2:])))
