@@ -66,9 +66,9 @@ from surgery.graph.table import oprule as oprule
 from surgery.graph.table import restore_rules as restore_rules
 from surgery.graph.traced import example_inputs as example_inputs
 from surgery.graph.tracing import trace as trace
-from surgery.models.checkpoint import load as load
-from surgery.models.checkpoint import save as save
 from surgery.models.detectors import comparable as comparable
+from surgery.models.saving import load as load
+from surgery.models.saving import save as save
 from surgery.operations.check_rule import RuleCheck as RuleCheck
 from surgery.operations.check_rule import check_rule as check_rule
 from surgery.operations.deepen import deepen as deepen
@@ -120,5 +120,5 @@ from surgery.training.loop import train as train
 from surgery.training.lottery import Lottery as Lottery
 from surgery.training.lottery import Ticket as Ticket
 from surgery.training.lottery import lottery as lottery
-from surgery.training.optimizer import transfer_optimizer as transfer_optimizer
+from surgery.training.optimizer_state import transfer_optimizer as transfer_optimizer
 from surgery.version import __version__ as __version__

@@ -35,7 +35,7 @@ OPTIMIZERS: Mapping[str, Usual] = {
 mean square (the optimizer of the FitNets paper)."""
 
 SCHEDULES = ("one-cycle", "cosine", "warmup-cosine", "constant")
-"""Learning rate schedules: see `surgery.training.descent.SCHEDULES`."""
+"""Learning rate schedules: see `surgery.training.optimizers.SCHEDULES`."""
 
 PRECISIONS = ("no", "bf16", "fp16")
 """Mixed precision: none, or the dtype of layers where it is safe. Weights and losses stay in float32."""

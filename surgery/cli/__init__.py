@@ -19,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 import surgery
-from surgery.cli import evolve, measure, operate, sensitivity, show, teach
+from surgery.cli import distill, evolve, measure, operate, sensitivity, show
 from surgery.errors import EditError, SurgeryError, TraceError, UsageError, WeightsWarning
 
 _ParserError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
@@ -79,7 +79,7 @@ def _options(
     """Take the options that may stand before a verb."""
 
 
-for verbs in (show, operate, teach, evolve, measure, sensitivity):
+for verbs in (show, operate, distill, evolve, measure, sensitivity):
     verbs.register(app)
 
 

@@ -1,8 +1,7 @@
 from surgery.models.building import build as build
-from surgery.models.checkpoint import RECIPE as RECIPE
-from surgery.models.entries import CATALOGUE as CATALOGUE
-from surgery.models.entries import Entry as Entry
-from surgery.models.entries import Value as Value
+from surgery.models.catalogue import CATALOGUE as CATALOGUE
+from surgery.models.catalogue import Entry as Entry
+from surgery.models.catalogue import Value as Value
 from surgery.models.examples import example_inputs as example_inputs
 from surgery.models.examples import example_targets as example_targets
 from surgery.models.examples import inputs_of_shape as inputs_of_shape
@@ -15,6 +14,7 @@ from surgery.models.listing import list_models as list_models
 from surgery.models.opening import is_saved as is_saved
 from surgery.models.opening import open_model as open_model
 from surgery.models.opening import open_pair as open_pair
+from surgery.models.saving import RECIPE as RECIPE
 from surgery.models.sources import Source as Source
 from surgery.models.sources import canonical as canonical
 from surgery.models.sources import parse as parse

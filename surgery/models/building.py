@@ -15,7 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from surgery.errors import SurgeryError, UsageError
 from surgery.models import pretrained
-from surgery.models.entries import FROZEN_NORM, Value, text
+from surgery.models.catalogue import FROZEN_NORM, Value, text
 from surgery.models.fitnet_modules import build_fitnet
 from surgery.models.sources import Source, parse
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from surgery.errors import UsageError
-from surgery.models.entries import CATALOGUE, Entry
+from surgery.models.catalogue import CATALOGUE, Entry
 from surgery.models.sources import Source, parse
 
 Targets = list[dict[str, Tensor]]

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from surgery.models.entries import Entry
+from surgery.models.catalogue import Entry
 
 
 @dataclass(frozen=True)

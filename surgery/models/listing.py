@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 from surgery.errors import unknown_name
-from surgery.models.entries import CATALOGUE, Entry
+from surgery.models.catalogue import CATALOGUE, Entry
 from surgery.models.fitnets import FITNETS, fitnet_cost
 
 _SCORES = {"acc@1": "{:.1f}% top-1", "miou": "{:.1f} mIoU", "box_map": "{:.1f} box mAP", "epe": "{:.2f} px"}

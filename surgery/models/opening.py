@@ -11,10 +11,10 @@ from torch import nn
 from surgery.errors import UsageError
 from surgery.graph import tracing
 from surgery.models.building import build
-from surgery.models.checkpoint import RECIPE, load
-from surgery.models.entries import CATALOGUE
+from surgery.models.catalogue import CATALOGUE
 from surgery.models.examples import example_inputs, inputs_of_shape
 from surgery.models.fitnets import FITNETS
+from surgery.models.saving import RECIPE, load
 from surgery.models.sources import canonical
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from surgery.errors import UsageError, WeightsWarning, unknown_name
-from surgery.models.entries import FROZEN_NORM, Entry
+from surgery.models.catalogue import FROZEN_NORM, Entry
 from surgery.models.sources import Source, published
 
 

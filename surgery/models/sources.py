@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from surgery.errors import UsageError, unknown_name
-from surgery.models.entries import CATALOGUE, Entry, Value, text
+from surgery.models.catalogue import CATALOGUE, Entry, Value, text
 from surgery.models.fitnets import FITNETS
 
 

@@ -25,11 +25,11 @@ from surgery.progress import Progress
 from surgery.settings import EvolveSettings, accepts, renamed
 from surgery.training.data.data import Data
 from surgery.training.data.loading import loader
-from surgery.training.descent import check_scored
 from surgery.training.evaluation import evaluate
 from surgery.training.history import History, Score
 from surgery.training.loop import train
 from surgery.training.modes import device_of, in_mode, mixed_seed, plain_modes, random_state, seed_everything
+from surgery.training.optimizers import check_scored
 from surgery.training.resume import plain_identity
 from surgery.training.run import LossFn
 

@@ -19,11 +19,11 @@ from surgery.progress import Progress
 from surgery.settings import TrainSettings, accepts
 from surgery.training.data.data import Data, count
 from surgery.training.data.fingerprint import module_digest, training_digest
-from surgery.training.descent import OPTIMIZERS, check_data, check_trainable, parameter_groups
 from surgery.training.engine import Engine
 from surgery.training.growth import Growth
 from surgery.training.history import History
 from surgery.training.modes import device_of, plain_modes, random_state
+from surgery.training.optimizers import OPTIMIZERS, check_data, check_trainable, parameter_groups
 from surgery.training.phases import Phase, plan_phases, rehearse
 from surgery.training.resume import Checkpoint
 from surgery.training.run import Batch, LossFn, Run, steps_of_epoch

@@ -20,11 +20,11 @@ from surgery.progress import Progress
 from surgery.selectors import Where
 from surgery.settings import LotterySettings, accepts, renamed
 from surgery.training.data.data import Data
-from surgery.training.descent import check_scored
 from surgery.training.evaluation import evaluate
 from surgery.training.history import History, Score
 from surgery.training.loop import train
 from surgery.training.modes import plain_modes
+from surgery.training.optimizers import check_scored
 from surgery.training.resume import plain_identity
 from surgery.training.run import LossFn, steps_of_epoch
 

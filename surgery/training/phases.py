@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 from surgery.errors import UsageError, unknown_name
 from surgery.training.data.data import Data, Images, count, labels_of, stratified_split
 from surgery.training.growth import Growth, grow_model
-from surgery.training.optimizer import NEW
+from surgery.training.optimizer_state import NEW
 
 
 @dataclass(frozen=True)

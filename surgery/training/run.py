@@ -16,13 +16,13 @@ from surgery.progress import Progress
 from surgery.settings import TrainSettings
 from surgery.training.data.data import Data, Images, count
 from surgery.training.data.loading import EpochOrder, loader
-from surgery.training.descent import SCHEDULES, set_rate
 from surgery.training.engine import Engine
 from surgery.training.evaluation import evaluate
 from surgery.training.growth import Growth, grow_model, record_growth
 from surgery.training.history import Epoch, History, Score
 from surgery.training.modes import in_mode, seed_everything
-from surgery.training.optimizer import transfer_optimizer
+from surgery.training.optimizer_state import transfer_optimizer
+from surgery.training.optimizers import SCHEDULES, set_rate
 from surgery.training.phases import Phase
 from surgery.training.resume import Checkpoint, Progressed, Saved
 

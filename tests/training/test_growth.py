@@ -13,10 +13,10 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 import surgery
 from surgery.edit.recipe import Recipe
-from surgery.training.descent import SCHEDULES
 from surgery.training.evaluation import evaluate
 from surgery.training.growth import Growth
 from surgery.training.loop import train
+from surgery.training.optimizers import SCHEDULES
 from surgery.training.phases import plan_phases
 from tests.helpers import same_tensors
 

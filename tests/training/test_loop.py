@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from surgery.errors import UsageError
 from surgery.training.data.data import load_data
-from surgery.training.descent import SCHEDULES
 from surgery.training.evaluation import evaluate
 from surgery.training.history import Score
 from surgery.training.loop import classification_loss, train
+from surgery.training.optimizers import SCHEDULES
 
 
 def small_net(seed: int = 0) -> nn.Module:

@@ -20,7 +20,7 @@ from surgery.deploy.curve.store import NOTE, Kept, Store, data_identity, key_of,
 from surgery.deploy.curve.teaching import Lesson
 from surgery.deploy.measure.environment import environment, usable_cores
 from surgery.deploy.onnx.export import export_onnx
-from surgery.models.checkpoint import save
+from surgery.models.saving import save
 from surgery.operations.slim import slim
 from surgery.settings import BudgetSettings, TimingSettings, TradeoffSettings, TrainSettings
 from surgery.training.data.data import Data

@@ -16,7 +16,7 @@ from torch import nn
 
 from surgery.deploy.measure.environment import environment
 from surgery.errors import UsageError
-from surgery.models.checkpoint import RECIPE, WEIGHTS, load_weights
+from surgery.models.saving import RECIPE, WEIGHTS, load_weights
 from surgery.training.data.data import Data
 from surgery.training.data.fingerprint import images_digest, training_digest
 from surgery.training.history import Epoch, History, Score

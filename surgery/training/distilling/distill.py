@@ -22,7 +22,6 @@ from surgery.taps.pairing import Guided
 from surgery.training.data.cache import cache_bytes, cache_outputs, open_cache
 from surgery.training.data.data import Data, Derived
 from surgery.training.data.fingerprint import is_deterministic, module_digest
-from surgery.training.descent import check_data, check_trainable
 from surgery.training.distilling.objectives import KD, Objective
 from surgery.training.distilling.observed import Observed, observe
 from surgery.training.engine import Engine
@@ -30,6 +29,7 @@ from surgery.training.evaluation import evaluate
 from surgery.training.history import History, Score
 from surgery.training.loop import classification_loss, label_loss, train
 from surgery.training.modes import plain_modes
+from surgery.training.optimizers import check_data, check_trainable
 from surgery.training.resume import is_finished
 from surgery.training.run import Batch, LossFn
 

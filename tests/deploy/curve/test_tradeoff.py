@@ -16,7 +16,7 @@ from surgery.deploy.curve.points import pareto
 from surgery.deploy.curve.tradeoff import tradeoff
 from surgery.errors import UsageError
 from surgery.folders import staged_folder
-from surgery.models.checkpoint import load
+from surgery.models.saving import load
 from surgery.training.data.data import load_data
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn, optim
 
 import surgery
-from surgery.training.optimizer import transfer_optimizer
+from surgery.training.optimizer_state import transfer_optimizer
 
 OPTIMIZERS = {
     "sgd": (optim.SGD, {"lr": 0.05}),
