@@ -40,8 +40,8 @@ def test_no_public_function_has_more_than_12_parameters(function):
 
 
 def test_every_choice_in_settings_has_an_implementation():
-    assert OPTIMIZERS.keys() == descent.OPTIMIZERS.keys()
-    assert set(SCHEDULES) == descent.SCHEDULES.keys()
+    assert OPTIMIZERS.keys() == optimizers.OPTIMIZERS.keys()
+    assert set(SCHEDULES) == optimizers.SCHEDULES.keys()
     assert set(RUNTIMES) == RUNNERS.keys()
 
 
