@@ -17,6 +17,7 @@ from surgery.cli import app
 from surgery.cli.fields import settings_of
 from surgery.deploy.measure.runners import RUNTIMES as RUNNERS
 from surgery.settings import OPTIMIZERS, RUNTIMES, SCHEDULES, Settings, accepts
+from surgery.training import optimizers
 
 KINDS = [
     surgery.TrainSettings,
