@@ -42,7 +42,9 @@ class Wish(Generic[K, T]):
     value: T
 
 
-def resolve(analysis: Analysis, module: nn.Module, wishes: Mapping[Any, T]) -> dict[DimensionGroup, T]:
+def resolve(
+    analysis: Analysis, module: nn.Module, wishes: Mapping[Any, T], *, frozen: bool = False
+) -> dict[DimensionGroup, T]:
     """The groups that each selector means, and what is asked of them.
 
     A selector (`surgery.selectors`) means the groups that the layers it matches write; a group's own name means it.
@@ -50,12 +52,13 @@ def resolve(analysis: Analysis, module: nn.Module, wishes: Mapping[Any, T]) -> d
 
     Args:
         wishes: by selector, what is asked.
+        frozen: whether a group may be named that cannot be edited, to be left as it is.
 
     Raises:
         UsageError: a selector matches nothing, or two equally specific ones disagree.
         EditError: a named group or layer cannot be edited, or nothing that a selector matches can; with the reason.
     """
-    asked = [_find(analysis, module, s, value) for where, value in wishes.items() for s in each_selector(where)]
+    asked = [_find(analysis, module, s, value, frozen) for where, value in wishes.items() for s in each_selector(where)]
     return decide(asked, lambda group: f"group {group.name!r}")
 
 
@@ -108,14 +111,14 @@ def _is_more_specific(wish: Wish[Any, Any], other: Wish[Any, Any]) -> bool:
     return wish.rank > other.rank if kind == 2 else not outer or str(wish.selector).startswith(f"{outer}.")
 
 
-def _find(analysis: Analysis, module: nn.Module, selector: Selector, value: T) -> Wish[DimensionGroup, T]:
+def _find(analysis: Analysis, module: nn.Module, selector: Selector, value: T, frozen: bool) -> Wish[DimensionGroup, T]:
     """The groups that one selector means."""
     named = analysis.layers
     own = {g.name: g for g in analysis.groups}
     if isinstance(selector, str):
         group = own.get(selector) or named.get(selector)
         if group is not None:
-            if not group.editable:
+            if not (group.editable or frozen):
                 raise EditError(f"group {group.name!r} cannot be edited: {group.reason}")
             return Wish(selector, (_LAYER, len(selector)), (group,), value)
     modules = dict(module.named_modules(remove_duplicate=False))

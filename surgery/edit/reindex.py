@@ -87,7 +87,7 @@ def reindex(
     analysis = analyse(module)
     wished = {where: tuple(int(i) for i in index) for where, index in indices.items()}
     weighed = {where: tuple(float(v) for v in values) for where, values in (shares or {}).items()}
-    by_group = {group.name: index for group, index in resolve(analysis, module, wished).items()}
+    by_group = {group.name: index for group, index in resolve(analysis, module, wished, frozen=True).items()}
     by_share = {group.name: values for group, values in resolve(analysis, module, weighed).items()}
     return apply(module, Reindex(by_group, by_share))
 

@@ -309,8 +309,7 @@ class _Rewiring(EditedGraph):
             if node.users or node.op not in ("call_function", "call_method", "get_attr", "call_module"):
                 continue
             old = self.analysis.values.get((self.scope, node.name))
-            number = old is not None and not any(True for _ in _labelled(old))
-            if node.op == "get_attr" or number or self.rule(node).movement:
+            if node.op == "get_attr" or not any(True for _ in _labelled(old)) or self.rule(node).movement:
                 self.copy.erase_node(node)
 
 

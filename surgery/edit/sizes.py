@@ -70,6 +70,8 @@ def _scale(size: fx.Node, was: int, now: int) -> None:
         scaled = graph.call_function(operator.mul, (size, was // divisor))
     with graph.inserting_after(scaled):
         result = graph.call_function(operator.floordiv, (scaled, now // divisor))
+    for new in (scaled, result):
+        new.meta["path"] = size.meta.get("path", "")
     for user in users:
         user.replace_input_with(size, result)
 
@@ -79,6 +81,8 @@ def _holds_channels_alone(edit: EditedGraph, node: fx.Node, dim: int) -> bool:
     if not node.op.startswith("call"):
         return node.op == "get_attr"
     value = edit.record(node)
+    if edit.rule(node).kind == "concatenation":
+        return all(_holds_channels_alone(edit, n, dim) for n in node.all_input_nodes)
     if edit.rule(node).movement or not isinstance(value, Labelled):
         return False
     held = value.at(dim)

@@ -87,7 +87,8 @@ class _Seen:
     run: _Run
     kind: type | None = None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    gradients: dict[str, torch.Tensor] | None = field(default_factory=dict)
+    """None where autograd refuses."""
     error: Exception | None = None
 
     def says(self) -> str:
@@ -156,8 +157,8 @@ def _call(module: nn.Module, run: _Run) -> _Seen:
     return seen
 
 
-def _gradients(outputs: list[torch.Tensor], leaves: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gradients of a random combination of the outputs; none where the model has none that can be had."""
+def _gradients(outputs: list[torch.Tensor], leaves: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """Gradients of a random combination of the outputs; None where autograd refuses."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.rand(t.shape, generator=generator).to(t.device, t.real.dtype) for t in outputs]
     terms = [(t.real * w).sum() for t, w in zip(outputs, weights, strict=True) if t.requires_grad]
@@ -166,7 +167,7 @@ def _gradients(outputs: list[torch.Tensor], leaves: dict[str, torch.Tensor]) -> 
     try:
         torch.stack([term.double() for term in terms]).sum().backward()  # type: ignore[no-untyped-call]
     except RuntimeError:
-        return {}
+        return None
     return {name: t.grad for name, t in leaves.items() if t.grad is not None}
 
 
@@ -182,6 +183,10 @@ def _first_difference(expected: list[_Seen], found: list[_Seen]) -> str:
         wrong = _different(ours.tensors, theirs.tensors)
         if wrong is not None:
             return f"{theirs.run.what}, the output{wrong} is another"
+        if theirs.gradients is None:  # a graph adds where the model adds in place, which autograd may refuse
+            continue
+        if ours.gradients is None:
+            return f"{theirs.run.what}, its graph cannot be differentiated"
         if ours.gradients.keys() != theirs.gradients.keys():
             return f"{theirs.run.what}, gradients reach other parameters or inputs: " + ", ".join(
                 sorted(ours.gradients.keys() ^ theirs.gradients.keys())

@@ -371,7 +371,7 @@ def test_a_file_that_is_no_model_is_refused_as_one_and_one_with_a_models_name_is
 
 def test_bench_says_how_many_sessions_it_takes(run):
     fewest = fewest_sessions(0.95)
-    assert f"1, or to compare over them {fewest} or more" in " ".join(
+    assert f"1, or at least {fewest} to compare over them" in " ".join(
         run("bench", "--help")[1].replace("│", "").split()
     )
     err = run("bench", *TINY, *TINY_PIXELS, "--sessions", fewest - 1)[2]

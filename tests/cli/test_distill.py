@@ -147,7 +147,7 @@ def test_an_interrupted_run_says_how_to_resume_and_ends_with_the_same_student(ru
 def test_a_killed_run_resumes_in_another_process(run, empty_folder):
     code = f"""
         import os
-        from surgery.cli import main, teach
+        from surgery.cli import main
         from surgery.cli.output import Bars
 
         Bars.__call__ = lambda bars, task, done, total: (task, done) == ("distill", 6) and os._exit(9)

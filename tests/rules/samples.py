@@ -24,6 +24,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from surgery.layers import attention as heads
 from surgery.layers import norms as lengths
 from surgery.layers.maxout import Maxout
+from surgery.layers.norms import RestrictedNorm, group_norm_over, layer_norm_over, rms_norm_over
 from surgery.rules.elementwise import bare_axes
 
 P = nn.Parameter
@@ -49,7 +50,11 @@ class Sample:
 
 
 SAMPLES: list[Sample] = []
-NO_SAMPLE = {"cuda": "needs a device that tests do not have", "mT": "is an attribute, sampled as one"}
+NO_SAMPLE = {
+    RestrictedNorm: "is the base of classes that are made of norms",
+    "cuda": "needs a device that tests do not have",
+    "mT": "is an attribute, sampled as one",
+}
 
 
 def sample(op: Any, *args: Any, free: str = "", wrong: str = "", **kwargs: Any) -> None:
@@ -322,6 +327,10 @@ for layer in (nn.RNN, nn.LSTM, nn.GRU):
     sample(layer(4, 3), t(5, 2, 4), free="0:1,2 weight_ih_l0:0")
 for layer in (nn.RNNCell, nn.LSTMCell, nn.GRUCell):
     sample(layer(4, 3), t(2, 4), free="0:0,1 weight_ih:0")
+kept = torch.tensor([True, False, True, True])
+sample(layer_norm_over, t(2, 4), kept)
+sample(rms_norm_over, t(2, 4), kept)
+sample(group_norm_over, t(2, 4, 3), kept, 2)
 sample(nn.LocalResponseNorm(3), t(2, 4, 5), free="0:0,2")
 sample(F.local_response_norm, t(2, 4, 5, 3), size=3, free="0:0,2,3")
 
