@@ -87,6 +87,8 @@ class DataOptions(Settings):
     image_size: int | None = option(None, "Side in pixels. [default: the data's own]", least=1)
     data_root: Path | None = option(None, "Where torchvision's data sets are kept.", metavar="DIR")
     limit: int | None = option(None, "Use so many training and test images at most.")
+    skip_bad: bool = option(False, "Leave out images that cannot be read.", result=False)
+    strict: bool = option(False, "Identify data by the content of every file, not by size and date.", result=False)
 
 
 @dataclass(frozen=True, kw_only=True)
