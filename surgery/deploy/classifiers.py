@@ -108,7 +108,8 @@ def classifier(
         A traced module in evaluation mode.
 
     Raises:
-        UsageError: the model cannot be built, does not take the images, or has a different number of classes.
+        UsageError: the model cannot be built, does not take the images, has a different number of classes, or weights
+            that do not fit.
 
     Example:
         >>> traced = surgery.classifier("torchvision:resnet18", data)
@@ -116,12 +117,17 @@ def classifier(
     images = torch.zeros(2, data.channels, data.image_size, data.image_size)
     source = None
     if isinstance(model, str):
-        known = catalogue.parse(model).entry is not None
-        keywords = {"num_classes": len(data.classes)} if known else {}
+        parsed = catalogue.parse(model)
+        asked = parsed.keywords.get("num_classes", len(data.classes))
+        if parsed.entry is not None and asked != len(data.classes):
+            raise UsageError(f"{what} {model!r} has {asked} classes, and {data.source!r} has {len(data.classes)}")
+        keywords = {} if parsed.entry is None else {"num_classes": len(data.classes)}
         source = catalogue.canonical(model, **keywords, weights=weights)
         model = catalogue.build(model, **keywords, weights=weights, trust=trust, seed=seed)
     _refuse_misfit(model, images, data, what)
     traced = copy.deepcopy(model) if is_traced(model) else trace(model, images, source=source)
+    if source is None:
+        catalogue.give_weights(traced, weights, what=what)
     (traced_with, *_), _named = example_inputs(traced)
     if traced_with.shape[1:] != images.shape[1:]:
         with_info(traced, args=(TensorSpec(tuple(images.shape), images.dtype),))

@@ -101,7 +101,9 @@ def tradeoff(
     if settings.importance not in IMPORTANCE:
         raise unknown_name("importance", settings.importance, IMPORTANCE)
     plan = plan_candidates(rates, candidates)
-    weights = catalogue.parse(source, weights=settings.weights).weights if isinstance(source, str) else "as given"
+    weights = settings.weights
+    if not catalogue.is_weights_file(weights):
+        weights = catalogue.parse(source, weights=weights).weights if isinstance(source, str) else "as given"
     shared = ("data_root", "image_size", "limit", "skip_bad", "strict")
     data = data_for({"the model": source}, dataset, **{name: getattr(settings, name) for name in shared})
     dense = classifier(source, data, weights=settings.weights, trust=trust, seed=settings.seed)
