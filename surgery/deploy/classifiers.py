@@ -13,13 +13,14 @@ from surgery import models as catalogue
 from surgery.errors import UsageError
 from surgery.graph.traced import TensorSpec, example_inputs, is_traced, with_info
 from surgery.graph.tracing import trace
-from surgery.training.data.data import Data, load_data
+from surgery.training.data.adapt import AnyData, as_data
+from surgery.training.data.data import Data, change_data, load_data
 from surgery.units import counted
 
 
 def data_for(
     models: Mapping[str, str | nn.Module],
-    dataset: str,
+    dataset: str | AnyData,
     *,
     data_root: str | Path | None = None,
     image_size: int | None = None,
@@ -34,7 +35,8 @@ def data_for(
 
     Args:
         models: text for `surgery.models.build`, or modules, by their names in messages.
-        dataset, data_root, limit, augment, skip_bad, strict: as in `surgery.load_data`.
+        dataset: a name, or what `surgery.as_data` takes.
+        data_root, limit, augment, skip_bad, strict: as in `surgery.load_data`.
         image_size: side in pixels; by default the data's own, but at least the minimum of the models.
 
     Returns:
@@ -73,6 +75,8 @@ def data_for(
         )
         raise UsageError(f"{found}: no images fit all of them")
     image_size = image_size or next(iter(sizes.values()), None)
+    if not isinstance(dataset, str):
+        return change_data(as_data(dataset, image_size=image_size), limit=limit, augment=augment)
     return load_data(
         dataset,
         data_root=data_root,
