@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from surgery.graph.seeding import seed_generators
 from surgery.graph.traced import named_tensors
 from surgery.training.data.data import Images, count
 
@@ -35,7 +36,7 @@ def training_digest(images: Images) -> str:
     """Like `images_digest`, of images and labels alone; of labels alone where images change between readings."""
     first = 0 if is_deterministic(images) else 1
     with _random_states():
-        torch.manual_seed(0)
+        seed_generators(0)
         random.seed(0)
         np.random.seed(0)
         return _digest(tuple(images[k])[first:2] for k in _sample(images))
