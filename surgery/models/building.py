@@ -14,6 +14,7 @@ from torchvision.models import get_model_builder
 from torchvision.ops import FrozenBatchNorm2d
 
 from surgery.errors import SurgeryError, UsageError
+from surgery.graph.seeding import seed_generators
 from surgery.models import pretrained
 from surgery.models.catalogue import FROZEN_NORM, Value, text
 from surgery.models.fitnet_modules import build_fitnet
@@ -76,7 +77,7 @@ def _seeded(seed: int | None) -> Iterator[None]:
         yield
         return
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_generators(seed)
         yield
 
 
