@@ -19,7 +19,6 @@ Comparisons make numbers of missing values: the models that are judged here comp
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -51,68 +50,86 @@ class Source:
     factors: Tensor
 
 
-def find_sources(module: nn.Module, edit: Callable[[nn.Module], nn.Module]) -> tuple[nn.Module, dict[str, Source]]:
+def find_sources(
+    module: nn.Module, edit: Callable[[nn.Module], nn.Module], copies: bool = True
+) -> tuple[nn.Module, dict[str, Source]]:
     """The edited module, and the source of each of its parameters.
 
-    The edit runs on ``module`` with other numbers in its parameters, which it must not look at: ones show the factors,
-    a different number in each entry then shows the positions. A parameter with entries that mix several has no source.
+    The edit runs on ``module`` with other numbers in its parameters, which it must not look at: a different one in each
+    entry shows the positions. Where there may be ``copies``, ones show the factors before. A parameter with entries
+    that mix several has no source.
     """
-    edited, parameters = edit(module), list(module.parameters())
+    edited, sources = edit(module), {}
+    with parameters_as(module, lambda p: torch.ones_like(p)):
+        factors = dict((edit(module) if copies else edited).named_parameters())
+    with parameters_as(module, lambda p: 1 + torch.arange(p.numel(), dtype=p.dtype).view(p.shape)):
+        shown = dict(edit(module).named_parameters())
+    for name, number in shown.items():
+        factor = factors[name].detach() if copies else torch.ones_like(number)
+        positions = torch.where(factor == 0, torch.ones_like(factor), number.detach() / factor)
+        if (positions - positions.round()).abs().max() < 1e-6:
+            sources[name] = Source(positions.round().long() - 1, factor)
+    return edited, sources
+
+
+@contextlib.contextmanager
+def parameters_as(module: nn.Module, values: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Other values in the parameters, for a while."""
+    parameters = list(module.parameters())
     before = [p.detach().clone() for p in parameters]
-    shown = []
     try:
-        for step in (0, 1):
-            with torch.no_grad():
-                for p in parameters:
-                    p.copy_(1 + step * torch.arange(p.numel(), dtype=p.dtype).view(p.shape))
-            shown.append({name: p.detach() for name, p in edit(module).named_parameters()})
+        with torch.no_grad():
+            for p in parameters:
+                p.copy_(values(p))
+        yield
     finally:
         with torch.no_grad():
-            for p, values in zip(parameters, before, strict=True):
-                p.copy_(values)
-    sources = {}
-    for name, factors in shown[0].items():
-        numbers = torch.where(factors == 0, torch.ones_like(factors), shown[1][name] / factors)
-        if (numbers - numbers.round()).abs().max() < 1e-6:
-            sources[name] = Source(numbers.round().long() - 1, factors)
-    return edited, sources
+            for p, value in zip(parameters, before, strict=True):
+                p.copy_(value)
 
 
 def run_switched_off(
     dense: nn.Module, kept: Mapping[str, Source], inputs: tuple[Tensor, ...], train: bool, seed: int = 0
 ) -> Run:
     """The dense model without the entries that are not ``kept``."""
-    twin = copy.deepcopy(dense)
-    with torch.no_grad():
-        for name, parameter in twin.named_parameters():
-            values, places = torch.full_like(parameter, NAN).flatten(), kept[name].positions.flatten()
-            values[places] = parameter.flatten()[places]
-            parameter.copy_(values.view(parameter.shape))
-    return run(twin, inputs, train, seed, mode=Missing())
+    names = {id(p): name for name, p in dense.named_parameters()}
+
+    def without(parameter: Tensor) -> Tensor:
+        values, places = torch.full_like(parameter, NAN).flatten(), kept[names[id(parameter)]].positions.flatten()
+        values[places] = parameter.flatten()[places]
+        return values.view(parameter.shape)
+
+    with parameters_as(dense, without):
+        return run(dense, inputs, train, seed, mode=Missing())
 
 
 def run(
     module: nn.Module, inputs: tuple[Tensor, ...], train: bool, seed: int = 0, mode: TorchFunctionMode | None = None
 ) -> Run:
-    """Call a copy of a module, and in training differentiate a random linear function of its outputs."""
-    twin = copy.deepcopy(module).train(train)
+    """Call a module, and in training differentiate a random linear function of its outputs. It stays as it is."""
+    state = {name: value.clone() for name, value in module.named_buffers()}
+    was = module.training
     leaves = [x.detach().clone().requires_grad_(train) for x in inputs]
-    with torch.set_grad_enabled(train):
-        with mode or contextlib.nullcontext():
-            outputs = list(tensors_of(twin(*leaves)))
-        gradients: dict[str, Tensor] = {}
-        if train:
-            wanted = {**{f"input {k}": x for k, x in enumerate(leaves)}, **dict(twin.named_parameters())}
-            generator = torch.Generator().manual_seed(seed)
-            weights = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in outputs]
-            ends = [(t, w) for t, w in zip(outputs, weights, strict=True) if t.requires_grad]
-            found = torch.autograd.grad(
-                [t for t, _ in ends], list(wanted.values()), [w for _, w in ends], allow_unused=True
-            )
-            gradients = {
-                n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(wanted.items(), found, strict=True)
-            }
+    try:
+        with torch.set_grad_enabled(train):
+            with mode or contextlib.nullcontext():
+                outputs = list(tensors_of(module.train(train)(*leaves)))
+            wanted = {f"input {k}": x for k, x in enumerate(leaves)} | dict(module.named_parameters())
+            gradients = _gradients(outputs, wanted, seed) if train else {}
+    finally:
+        module.train(was)
+        with torch.no_grad():
+            for name, value in module.named_buffers():
+                value.copy_(state[name])
     return Run([t.detach() for t in outputs], gradients)
+
+
+def _gradients(outputs: list[Tensor], wanted: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in outputs]
+    ends = [(t, w) for t, w in zip(outputs, weights, strict=True) if t.requires_grad]
+    found = torch.autograd.grad([t for t, _ in ends], list(wanted.values()), [w for _, w in ends], allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(wanted.items(), found, strict=True)}
 
 
 def narrowed(run: Run, kept: Mapping[str, Source]) -> Run:

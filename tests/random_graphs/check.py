@@ -22,6 +22,8 @@ from tests.random_graphs import Steps, build
 from tests.switched_off import Run, Source, find_sources, narrowed, pulled_back, run, run_switched_off, worst_difference
 
 Made = TypeVar("Made")
+Runs = dict[tuple[bool, int], Run]
+"""By whether it is in training, and the batch size."""
 EXACT = 1e-10
 ENDS = ("network", "no layer contracts", "holds no channels")
 """Reasons of groups that are not meant to be edited: inputs and outputs, and what nothing reads."""
@@ -68,8 +70,8 @@ class _Check:
         if traced is None:
             return self.outcome
         self.outcome.traced = True
-        plain = self.runs(self.net)
-        self.compare("trace", self.runs(traced), plain)
+        plain = self.runs("the network", self.net)
+        self.compare("trace", self.runs("trace", traced), plain)
         groups = surgery.dimension_groups(traced)
         inner = [g for g in groups if not any(end in g.reason for end in ENDS)]
         self.outcome.groups, self.outcome.editable = len(inner), sum(g.editable for g in inner)
@@ -77,37 +79,42 @@ class _Check:
         self.edit("reindex", traced, plain, lambda m: surgery.reindex(m, order))
         factor = [1.6, 2.0][len(self.steps) % 2]
         wide = self.edit("widen", traced, plain, lambda m: surgery.widen(m, factor, seed=2))
-        self.slim("slim", traced, 0.5)
-        if wide is not None:
-            again = self.slim("slim of widen", wide, 0.4)
-            if again is not None:
-                self.through_file(again)
+        slim = self.slim("slim", traced, 0.5)
+        if slim is not None:
+            off = self.attempt("masked", lambda: surgery.masked(traced, surgery.split_masks(traced, 0.5)))
+            if off is not None:
+                self.compare("masked", self.narrowed("masked", off, slim[1]), self.runs("slim", slim[0]))
+        again = None if wide is None else self.slim("slim of widen", wide, 0.4)
+        for made in (again, slim)[len(self.steps) // 2 % 2 :]:
+            if made is not None:
+                self.through_file(made[0])
+                break
         return self.outcome
 
     def edit(
-        self, what: str, traced: nn.Module, plain: list[Run], edit: Callable[[nn.Module], nn.Module]
+        self, what: str, traced: nn.Module, plain: Runs, edit: Callable[[nn.Module], nn.Module]
     ) -> nn.Module | None:
         """An edit that keeps the function."""
         made = self.attempt(what, lambda: find_sources(traced, edit))
         if made is None:
             return None
         edited, sources = made
-        runs = self.runs(edited)
-        self.compare(what, [pulled_back(r, p, sources) for r, p in zip(runs, plain, strict=True)], plain)
+        runs = self.runs(what, edited)
+        self.compare(what, {how: pulled_back(r, plain[how], sources) for how, r in runs.items()}, plain)
         return edited
 
-    def slim(self, what: str, dense: nn.Module, rate: float) -> nn.Module | None:
-        made = self.attempt(what, lambda: find_sources(dense, lambda m: surgery.slim(m, rate)))
+    def slim(self, what: str, dense: nn.Module, rate: float) -> tuple[nn.Module, dict[str, Source]] | None:
+        """A slim network, compared with what is switched off in the dense one."""
+        made = self.attempt(what, lambda: find_sources(dense, lambda m: surgery.slim(m, rate), copies=False))
         if made is None:
             return None
-        slim, kept = made
-        runs = self.runs(slim)
-        expected = self.runs(dense, kept)
-        self.compare(what, runs, [narrowed(r, kept) for r in expected])
-        masked = self.attempt(f"masked, {what}", lambda: surgery.masked(dense, surgery.split_masks(dense, rate)))
-        if masked is not None:
-            self.compare(f"masked, {what}", [narrowed(r, kept) for r in self.runs(masked)], runs)
-        return slim
+        self.compare(what, self.runs(what, made[0]), self.narrowed(f"switched off, {what}", dense, made[1], off=True))
+        return made
+
+    def narrowed(self, what: str, dense: nn.Module, kept: dict[str, Source], off: bool = False) -> Runs:
+        """Of the dense network, its parts that the slim one has; the others are switched ``off`` here, or are so."""
+        runs = self.runs(what, dense, kept if off else None)
+        return {how: narrowed(found, kept) for how, found in runs.items()}
 
     def through_file(self, module: nn.Module) -> None:
         fresh, _ = build(self.steps, self.output)
@@ -117,7 +124,7 @@ class _Check:
                 return
             loaded = self.attempt("load", lambda: surgery.load(place, model=fresh))
         if loaded is not None:
-            self.compare("load", self.runs(loaded), self.runs(module))
+            self.compare("load", self.runs("load", loaded), self.runs("save", module))
 
     def attempt(self, what: str, make: Callable[[], Made]) -> Made | None:
         try:
@@ -128,29 +135,38 @@ class _Check:
         except Exception as error:
             raise WrongError(f"{what}: {type(error).__name__}: {error}") from error
 
-    def runs(self, module: nn.Module, kept: dict[str, Source] | None = None) -> list[Run]:
-        """In both modes, at both batch sizes."""
-        found = []
+    def runs(self, what: str, module: nn.Module, kept: dict[str, Source] | None = None) -> Runs:
+        """By mode and batch size; without those for which the module refuses to run, with a reason."""
+        found = {}
         for train in (False, True):
             for inputs in self.batches:
+                batch = len(inputs[0])
                 try:
-                    found.append(_run(module, inputs, train, kept))
+                    found[train, batch] = _run(module, inputs, train, kept)
+                except SurgeryError as error:
+                    if batch == self.batch:
+                        raise WrongError(f"{what}: refuses the batch that was traced: {error}") from error
+                    self.outcome.refused[f"batch {batch}, {what}"] = str(error)
                 except Exception as error:
-                    how = f"{'training' if train else 'evaluation'} at batch {len(inputs[0])}"
-                    raise WrongError(f"a result cannot run in {how}: {type(error).__name__}: {error}") from error
+                    how = f"{_mode(train)} at batch {batch}"
+                    raise WrongError(f"{what}: cannot run in {how}: {type(error).__name__}: {error}") from error
         return found
 
-    def compare(self, what: str, runs: list[Run], expected: list[Run]) -> None:
-        for k, (one, other) in enumerate(zip(runs, expected, strict=True)):
-            how = f"{what}, in {'training' if k > 1 else 'evaluation'} at batch {(self.batch, 3)[k % 2]}"
+    def compare(self, what: str, runs: Runs, expected: Runs) -> None:
+        for (train, batch), found in runs.items():
+            how = f"{what}, in {_mode(train)} at batch {batch}"
             try:
-                worst = worst_difference(one, other)
+                worst = worst_difference(found, expected[train, batch])
             except AssertionError as error:
                 raise WrongError(f"{how}: {error}") from error
             if not worst <= EXACT:
                 raise WrongError(f"{how}: off by {worst:.2g}")
             self.outcome.worst = max(self.outcome.worst, worst)
         self.outcome.edits += 1
+
+
+def _mode(train: bool) -> str:
+    return "training" if train else "evaluation"
 
 
 def _run(module: nn.Module, inputs: tuple[Tensor, ...], train: bool, kept: dict[str, Source] | None) -> Run:

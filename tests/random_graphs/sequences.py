@@ -92,7 +92,7 @@ class SequenceSteps(Planning):
         q = self.get_submodule(f"{name}_q")(x).unflatten(-1, (heads, size)).transpose(1, 2)
         pair = self.get_submodule(f"{name}_kv")(as_tokens(maps[1]))
         if form == "unbind":
-            k, v = pair.reshape(len(pair), -1, 2, heads, size).permute(2, 0, 3, 1, 4).unbind(0)
+            k, v = pair.reshape(pair.shape[0], -1, 2, heads, size).permute(2, 0, 3, 1, 4).unbind(0)
         else:
             parts = pair.split(heads * size, -1) if form == "split" else pair.chunk(2, -1)
             k, v = (t.reshape(t.shape[0], t.shape[1], heads, size).transpose(1, 2) for t in parts)
