@@ -54,7 +54,7 @@ PLAIN = _kinds(MapSteps, TokenSteps)
 KINDS = PLAIN + _kinds(SequenceSteps, PythonSteps)
 
 
-def draw(seed: int, longest: int = 9) -> tuple[Steps, str]:
+def draw(seed: int, longest: int = 7) -> tuple[Steps, str]:
     """The steps and the output of a random network."""
     drawn = random.Random(seed)
     count = drawn.randint(2, longest)

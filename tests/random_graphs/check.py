@@ -76,7 +76,7 @@ class _Check:
         inner = [g for g in groups if not any(end in g.reason for end in ENDS)]
         self.outcome.groups, self.outcome.editable = len(inner), sum(g.editable for g in inner)
         order = {g.name: g.permutation(seed=1) for g in groups if g.editable}
-        self.edit("reindex", traced, plain, lambda m: surgery.reindex(m, order))
+        self.edit("reindex", traced, plain, lambda m: surgery.reindex(m, order), copies=False)
         factor = [1.6, 2.0][len(self.steps) % 2]
         wide = self.edit("widen", traced, plain, lambda m: surgery.widen(m, factor, seed=2))
         slim = self.slim("slim", traced, 0.5)
@@ -92,10 +92,10 @@ class _Check:
         return self.outcome
 
     def edit(
-        self, what: str, traced: nn.Module, plain: Runs, edit: Callable[[nn.Module], nn.Module]
+        self, what: str, traced: nn.Module, plain: Runs, edit: Callable[[nn.Module], nn.Module], copies: bool = True
     ) -> nn.Module | None:
         """An edit that keeps the function."""
-        made = self.attempt(what, lambda: find_sources(traced, edit))
+        made = self.attempt(what, lambda: find_sources(traced, edit, copies))
         if made is None:
             return None
         edited, sources = made
