@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, FrameType
@@ -22,12 +23,16 @@ from benchmarks.mutants.rooms import ROOMS
 _FOLDERS = tuple(f"{ROOT / room}{os.sep}" for room in ROOMS)
 _LINES: dict[str, dict[str, Any]] = {}
 _now: dict[CodeType, set[int]] = {}
+_calls: Counter[CodeType] = Counter()
+_ENOUGH = 30
+"""Calls of a function that are followed in a test: following costs time, and later calls seldom take new ways."""
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Follow one test, its fixtures included."""
     _now.clear()
+    _calls.clear()
     started = time.process_time()
     sys.settrace(_follow)
     yield
@@ -59,6 +64,9 @@ def _follow(frame: FrameType, event: str, argument: Any) -> Any:
         return None
     seen = _now.setdefault(code, set())
     seen.add(frame.f_lineno)
+    _calls[code] += 1
+    if _calls[code] > _ENOUGH:
+        return None
 
     def note(frame: FrameType, event: str, argument: Any) -> Any:
         seen.add(frame.f_lineno)
