@@ -64,6 +64,8 @@ FAST: dict[str, set[str]] = {
     "test_densenet_at_rate_0_8_has_their_figures_with_the_channel_that_leaks": set(),
     "test_raft_is_traced_whole_bit_for_bit_also_at_other_sizes": {"False"},
     "test_raft_shrinks_and_grows": set(),
+    # random networks
+    "test_every_edit_of_many_random_networks_is_exact_or_refused": set(),
     # trainings
     "test_steps_are_timed_three_ways_in_as_many_rounds": set(),
     "test_the_slim_network_catches_up_with_the_dense_one": set(),
