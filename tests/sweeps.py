@@ -32,6 +32,8 @@ FAST: dict[str, set[str]] = {
     "test_densenet_at_rate_0_8_has_their_figures_with_the_channel_that_leaks": set(),
     "test_raft_is_traced_whole_bit_for_bit_also_at_other_sizes": {"False"},
     "test_raft_shrinks_and_grows": set(),
+    # the parts of what a GPU is asked
+    "test_latency_is_measured_at_each_rate": set(),
     # trainings
     "test_steps_are_timed_three_ways_in_as_many_rounds": set(),
     "test_the_slim_network_catches_up_with_the_dense_one": set(),

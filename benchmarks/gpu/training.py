@@ -8,13 +8,13 @@ import warnings
 import torch
 
 import surgery
-from benchmarks.gpu.parts import images, net
+from benchmarks.gpu.parts import net, random_images
 
 
 def main() -> None:
     file, device, small = sys.argv[1:]
     warnings.filterwarnings("ignore")
-    data = images(64, 4 if int(small) else 32)
+    data = random_images(bool(int(small)))
     trained = surgery.train(net(device), data, epochs=3, batch_size=64, lr=0.05, test_each_epoch=False).module
     torch.save({name: value.cpu() for name, value in trained.state_dict().items()}, file)
 
