@@ -66,6 +66,8 @@ FAST: dict[str, set[str]] = {
     "test_raft_shrinks_and_grows": set(),
     # random networks
     "test_every_edit_of_many_random_networks_is_exact_or_refused": set(),
+    # the parts of what a GPU is asked
+    "test_latency_is_measured_at_each_rate": set(),
     # trainings
     "test_steps_are_timed_three_ways_in_as_many_rounds": set(),
     "test_the_slim_network_catches_up_with_the_dense_one": set(),
