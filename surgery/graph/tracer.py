@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import inspect
 import operator
@@ -116,6 +117,13 @@ class GuardingTracer(fx.Tracer):
         keys = tuple(self._value(obj, "the keys"))
         self.guard(obj.node, "the set of keys", keys)
         return list(keys)
+
+    def is_tensor(self, obj: fx.Proxy) -> bool:
+        """Whether a proxy is known to stand for a tensor."""
+        try:
+            return isinstance(self.values.of(obj.node), torch.Tensor)
+        except TraceError:
+            return False
 
     def _value(self, obj: fx.Proxy, what: str) -> Any:
         try:
@@ -271,6 +279,41 @@ def symbolic_factories(tracer: Tracer) -> Iterator[None]:
     finally:
         for name, function in original.items():
             setattr(torch, name, function)
+
+
+@contextmanager
+def symbolic_types(tracer: Tracer) -> Iterator[None]:
+    """While tracing, a proxy of a tensor is an instance of `torch.Tensor` to Python that asks."""
+    plain = builtins.isinstance
+
+    def ask(value: Any, kinds: Any) -> bool:
+        if plain(value, kinds):
+            return True
+        if not plain(value, SizeProxy) or tracer.values.busy or not _has_tensor(kinds):
+            return False
+        asking = str(sys._getframe(1).f_globals.get("__name__", ""))
+        return not asking.startswith(_OWN) and tracer.is_tensor(value)
+
+    def _has_tensor(kinds: Any) -> bool:
+        return any(map(_has_tensor, kinds)) if plain(kinds, tuple) else kinds is torch.Tensor
+
+    builtins.isinstance = ask  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        builtins.isinstance = plain
+
+
+_OWN = (
+    "surgery.",
+    "torch.fx",
+    "torch.utils.",
+    "torch.overrides",
+    "torch.nn.parameter",
+    "torch.nn.modules.module",
+    "torch._",
+)
+"""Python that tells proxies from tensors."""
 
 
 @contextmanager

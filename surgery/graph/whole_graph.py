@@ -17,7 +17,14 @@ from surgery.graph.containers import HOOKS, turn_into_container
 from surgery.graph.gradients import symbolic_gradients, unmark_plain
 from surgery.graph.guards import Values
 from surgery.graph.traced import TracedModule, shelled
-from surgery.graph.tracer import ModeBranchError, Tracer, symbolic_factories, symbolic_functions, symbolic_modes
+from surgery.graph.tracer import (
+    ModeBranchError,
+    Tracer,
+    symbolic_factories,
+    symbolic_functions,
+    symbolic_modes,
+    symbolic_types,
+)
 
 _VIEWS_OF_DICTS = ("items", "keys", "values")
 
@@ -70,6 +77,7 @@ def _trace_mode(root: nn.Module, given: Arguments, modal: set[str], *, training:
             symbolic_modes(root, tracer),
             symbolic_factories(tracer),
             symbolic_functions(root, tracer),
+            symbolic_types(tracer),
             symbolic_gradients(tracer),
         ):
             graph = tracer.trace(root)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import SurgeryError, UsageError, VerificationError
 from surgery.graph.batches import Args, Kwargs, batch_of, with_batch
+from surgery.graph.fused import avoid_fused_paths
 from surgery.graph.outputs import tensors_in
 from surgery.graph.seeding import seeded
 from surgery.graph.traced import example_inputs as remembered_inputs
@@ -252,6 +253,7 @@ def _sort(values: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
 def _run(module: nn.Module, args: Args, kwargs: Kwargs, dtype: torch.dtype | None, train: bool, seed: int) -> _Run:
     """Call a copy of a module on copies of inputs; with ``train``, and differentiate."""
     twin = copy.deepcopy(module).train(train)
+    avoid_fused_paths(twin)
     twin = twin if dtype is None else twin.to(dtype)
     leaves: list[Tensor] = []
 
