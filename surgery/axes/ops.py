@@ -115,6 +115,34 @@ class Op:
         dims, shape = tuple(d - first for d in f.dims), self.shape[first : last + 1]
         self._ledger.findings.norms.append(Norm(self.path, (self.key[1], self.key[2]), shape, dims, f.ids))
 
+    def averages(self, x: Labelled, f: Field, dims: Iterable[int]) -> None:
+        """One number is computed over ``f`` and the other ``dims`` of ``x``, which equally many copies of each channel
+        leave as it is: a mean, a maximum. `Rule.over` leaves channels out of it."""
+        if not self._is_called_in_graph(f):
+            return
+        along = {d for g in x.fields for d in g.dims if set(g.dims) <= set(dims)}
+        shape = tuple(size if d in along else 1 for d, size in enumerate(x.shape))
+        if len(f.dims) > 1:
+            self.grid(f)
+        findings = self._ledger.findings
+        findings.mixed.append((f.ids.ravel(), self.name))
+        findings.contracted.append(f.ids.ravel())
+        findings.norms.append(Norm(self.path, (self.key[1], self.key[2]), shape, f.dims, f.ids))
+
+    def adds(self, f: Field) -> None:
+        """A sum or a length is computed over ``f``, to which equally many copies of each channel add by a known
+        factor: the op's rewrite takes it out."""
+        if self._is_called_in_graph(f):
+            self.measures(f)
+            self._ledger.findings.contracted.append(f.ids.ravel())
+
+    def _is_called_in_graph(self, f: Field) -> bool:
+        """Whether the op is a node of a graph; otherwise Python calls it, and ``f`` stays as it is."""
+        if self.key[1] in self._ledger.findings.graphs:
+            return True
+        self.freeze(f, f"{self.name} reduces it outside the traced parts")
+        return False
+
     def alike(self, fields: Fields) -> Fields:
         """The same fields for each output; a tree of them where the op has several."""
         found: Fields = pytree.tree_map(lambda _: fields, self.out)

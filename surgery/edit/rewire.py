@@ -136,6 +136,7 @@ class _Rewiring(EditedGraph):
                     self.find_sizes(new),
                     self.copies(outs[0]),
                     self.tensors(new),
+                    self.read_copies(new),
                 )
             )
         moved = self.try_movement(node, out) if rule.movement else []
@@ -164,6 +165,11 @@ class _Rewiring(EditedGraph):
         """Old and new shapes of the tensors that a new node reads."""
         values = {n: self.record(self.old_of[n]) for n in new.all_input_nodes if n in self.old_of}
         return {n: (v.shape, self.layouts.shape(v)) for n, v in values.items() if isinstance(v, Labelled)}
+
+    def read_copies(self, new: fx.Node) -> dict[fx.Node, dict[int, int]]:
+        """As `copies`, of the tensors that a new node reads."""
+        values = {n: self.record(self.old_of[n]) for n in new.all_input_nodes if n in self.old_of}
+        return {n: self.copies(v) for n, v in values.items() if isinstance(v, Labelled)}
 
     def reorder(self, node: fx.Node, out: Labelled) -> bool:
         """Let the node run as it is and put its result in order, if all that is asked for is in it."""

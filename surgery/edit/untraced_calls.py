@@ -32,6 +32,7 @@ def follow_untraced_calls(module: nn.Module, analysis: Analysis, layouts: Layout
                 computed={},
                 copies={},
                 tensors={},
+                read={},
                 old=tuple(out.shape for out in call.outs),
             )
         )

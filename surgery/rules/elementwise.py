@@ -1,4 +1,4 @@
-"""Rows of the rule table for ops position by position, along spatial axes and reductions.
+"""Rows of the rule table for ops position by position and along spatial axes.
 
 Add a row for an op of your own with the same decorator::
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from surgery.axes.labels import Field, Fields, Labelled, moved
+from surgery.axes.labels import Field, Fields, Labelled
 from surgery.axes.ops import Op
 from surgery.graph.table import oprule
 
@@ -95,7 +95,7 @@ def _elementwise(op: Op, *operands: Any, **named: Any) -> Fields:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Along spatial axes, reductions
+# Along spatial axes
 
 
 @oprule(
@@ -134,35 +134,6 @@ def _resampled(op: Op, input: Labelled, *rest: Any, **named: Any) -> Fields:
 def _pad(op: Op, input: Labelled, pad: Any, *rest: Any, **named: Any) -> Fields:
     dims = [input.ndim - 1 - k // 2 for k in range(len(pad)) if pad[k] != 0]
     return op.keep(input, dims)
-
-
-@oprule(torch.mean, "mean", torch.sum, "sum", linear="first")
-@oprule(
-    torch.amax, torch.amin, torch.var, torch.std, torch.any, torch.all, torch.prod,
-    torch.max, torch.min, torch.logsumexp,
-    "amax", "amin", "var", "std", "any", "all", "prod", "max", "min", "logsumexp",
-)  # fmt: skip
-def _reduce(op: Op, input: Labelled, *args: Any, **named: Any) -> Any:
-    dim = named.get("dim", named.get("axis", args[0] if args else None))
-    if isinstance(dim, Labelled):  # the larger of two
-        return op.elementwise(input, dim)
-    if dim is None or isinstance(dim, bool):
-        dim = range(input.ndim)
-    return op.alike(_reduced(op, input, [dim] if isinstance(dim, int) else list(dim)))
-
-
-@oprule(torch.norm, "norm")
-def _norm(op: Op, input: Labelled, p: Any = None, dim: Any = None, *rest: Any, **named: Any) -> Fields:
-    return _reduced(op, input, range(input.ndim) if dim is None else [dim] if isinstance(dim, int) else list(dim))
-
-
-def _reduced(op: Op, input: Labelled, dims: Any) -> Fields:
-    gone = {d % max(input.ndim, 1) for d in dims}
-    fields = op.keep(input, gone, f"{op.name} reduces it")
-    if len(op.shape) == input.ndim:
-        return fields
-    place = {d: k for k, d in enumerate(d for d in range(input.ndim) if d not in gone)}
-    return tuple(moved(f, tuple(place[d] for d in f.dims)) for f in fields)
 
 
 @oprule(nn.Softmax, F.softmax, torch.softmax, "softmax")
