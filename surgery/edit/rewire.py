@@ -217,10 +217,11 @@ class _Rewiring(EditedGraph):
         bases = dict(zip(inputs, itertools.accumulate((f.ids.size for f in inputs), initial=0), strict=False))
         asked = pytree.tree_map(self.edit_labels, out)
         shapes = (_first_shape(before), _first_shape(out))
+        gone = self.analysis.merged.get((self.scope, node.name), frozenset())
         runs = (
-            (Silent(shapes, places=True), before, out, lambda v: _number(v, bases)),
-            (Silent(shapes, places=True), after, asked, lambda v: self.edit_labels(v, bases)),
-            (Silent(shapes), after, asked, self.edit_labels),
+            (Silent(shapes, places=True, gone=gone), before, out, lambda v: _number(v, bases)),
+            (Silent(shapes, places=True, gone=gone), after, asked, lambda v: self.edit_labels(v, bases)),
+            (Silent(shapes, gone=gone), after, asked, self.edit_labels),
         )
         results: list[list[Any]] = []
         for ledger, given, result, labels in runs:
