@@ -202,7 +202,7 @@ class Op:
             self._ledger.findings.axes[f.key[1], f.key[2]].roles.add(role)
             self.claimed.add((f.key[1], f.key[2]))
         elif role == "consumer":
-            self._ledger.findings.single.append((f.ids.ravel(), f"{self.name} contracts a computed weight"))
+            (self.sums if self.in_graph else self.once)(f, "contracts a computed weight")
 
     def elementwise(self, *operands: Any) -> Fields:
         """Output fields of an op that works position by position, with broadcasting."""
@@ -248,9 +248,9 @@ class Op:
                 self.grid(f, (dim % x.ndim, vector))
         return f
 
-    def fresh(self, dim: int) -> Field:
-        """Channels along an axis of the output that nothing is tied to yet."""
-        return Field((dim,), self._ledger.fresh(self.shape[dim]))
+    def fresh(self, dim: int, size: int | None = None) -> Field:
+        """Channels along an axis of the output, or ``size`` of them, that nothing is tied to yet."""
+        return Field((dim,), self._ledger.fresh(self.shape[dim] if size is None else size))
 
     def repeated(self, dim: int) -> Field:
         """As `fresh`, where the op repeats what it reads: the axis can be as long as what it meets."""

@@ -137,6 +137,7 @@ class _Rewiring(EditedGraph):
                     self.copies(outs[0]),
                     self.tensors(new),
                     self.read_copies(new),
+                    self.sources(outs[0]),
                 )
             )
         moved = self.try_movement(node, out) if rule.movement else []
@@ -165,6 +166,11 @@ class _Rewiring(EditedGraph):
         """Old and new shapes of the tensors that a new node reads."""
         values = {n: self.record(self.old_of[n]) for n in new.all_input_nodes if n in self.old_of}
         return {n: (v.shape, self.layouts.shape(v)) for n, v in values.items() if isinstance(v, Labelled)}
+
+    def sources(self, value: Labelled) -> dict[int, Ids]:
+        """For each changed dim of the value that alone holds its channels, the old positions that new ones copy."""
+        layouts = ((f, self.layouts.along(f)) for f in value.fields if len(f.dims) == 1)
+        return {f.dims[0]: layout.old for f, layout in layouts if layout is not None}
 
     def read_copies(self, new: fx.Node) -> dict[fx.Node, dict[int, int]]:
         """As `copies`, of the tensors that a new node reads."""

@@ -33,6 +33,7 @@ def follow_untraced_calls(module: nn.Module, analysis: Analysis, layouts: Layout
                 copies={},
                 tensors={},
                 read={},
+                sources={},
                 old=tuple(out.shape for out in call.outs),
             )
         )

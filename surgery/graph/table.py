@@ -322,6 +322,8 @@ class NodeEdit:
     """Old and new shapes of the arguments that are tensors, positional or not."""
     read: Mapping[fx.Node, Mapping[int, int]]
     """As ``copies``, for each of these."""
+    sources: Mapping[int, Any]
+    """For each changed dim of the first output the old position that each new one copies, (size,) of int64."""
 
     def argument(self, name: str, default: Any = None) -> Any:
         """What the function or method is called with, or the layer's attribute of that name."""

@@ -14,6 +14,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -21,7 +22,7 @@ from torch import nn
 
 from surgery.axes.labels import Field, Fields, Labelled
 from surgery.axes.ops import Op
-from surgery.graph.table import oprule
+from surgery.graph.table import NodeEdit, oprule
 
 
 def _named(namespace: Any, names: str) -> list[Any]:
@@ -130,10 +131,37 @@ def _resampled(op: Op, input: Labelled, *rest: Any, **named: Any) -> Fields:
     return op.keep(input, [*([0] if positions else []), *range(2, input.ndim)])
 
 
-@oprule(F.pad)
-def _pad(op: Op, input: Labelled, pad: Any, *rest: Any, **named: Any) -> Fields:
-    dims = [input.ndim - 1 - k // 2 for k in range(len(pad)) if pad[k] != 0]
-    return op.keep(input, dims)
+def _resize_pad(edit: NodeEdit) -> None:
+    """As much in front of the channels and behind them as is left of it."""
+    pad, read = list(edit.argument("pad")), edit.tensor("input")
+    for dim, old in edit.sources.items():
+        k = 2 * (len(edit.old[0]) - 1 - dim)
+        if read is not None and any(pad[k : k + 2]):
+            pad[k], pad[k + 1] = int((old < pad[k]).sum()), int((old >= pad[k] + read[0][dim]).sum())
+    edit.set_argument("pad", tuple(pad))
+
+
+@oprule(F.pad, rewrite=_resize_pad, python="always")
+def _pad(
+    op: Op, input: Labelled, pad: Any, mode: str = "constant", value: Any = None, *rest: Any, **named: Any
+) -> Fields:
+    """Positions in front of an axis and behind it; channels that hold one number where the axis is one of channels."""
+    fields = list(input.fields)
+    for k in range(0, len(pad), 2):
+        dim = input.ndim - 1 - k // 2
+        f = next((f for f in fields if dim in f.dims), None)
+        before, behind = pad[k : k + 2]
+        if f is None or not (before or behind):
+            continue
+        fields.remove(f)
+        if len(f.dims) > 1 or mode != "constant" or min(before, behind) < 0 or not op.in_graph:
+            fields += op.keep(Labelled(input.value, (f,)), [dim])
+            continue
+        parts = [op.fresh(dim, before).ids, f.ids, op.fresh(dim, behind).ids]
+        for ids in parts:
+            op.cut(Field((dim,), ids))
+        fields.append(Field((dim,), np.concatenate(parts), f.key))
+    return tuple(fields)
 
 
 @oprule(nn.Softmax, F.softmax, torch.softmax, "softmax")

@@ -179,3 +179,9 @@ def _reduced(op: Op, input: Labelled, dims: tuple[int, ...] | None, how: str) ->
         return tuple(fields)
     place = {d: k for k, d in enumerate(d for d in range(input.ndim) if d not in gone)}
     return tuple(moved(f, tuple(place[d] for d in f.dims)) for f in fields)
+
+
+@oprule(mean_over, var_over, std_over, var_mean_over, std_mean_over, amax_over, amin_over, max_over, min_over,
+        kind="restricted norm")  # fmt: skip
+def _restricted(op: Op, *args: Any, **named: Any) -> Any:
+    return op.unknown(*args, *named.values(), why="leaves channels that are switched off out of its result")
