@@ -43,7 +43,9 @@ class HeadAttention(nn.MultiheadAttention):
         k, v = self._with_bias(k, self.bias_k), self._with_bias(v, self.bias_v)
         q, k, v = (self._split(t) for t in (q, k, v))
         further = k.shape[2] - key.shape[1]
-        attn_mask, key_padding_mask = (None if m is None else F.pad(m, (0, further)) for m in (attn_mask, key_padding_mask))
+        attn_mask, key_padding_mask = (
+            None if m is None else F.pad(m, (0, further)) for m in (attn_mask, key_padding_mask)
+        )
         mask = _merged_mask(attn_mask, key_padding_mask, q, k)
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)
         if mask is not None:

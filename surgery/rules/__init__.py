@@ -2,4 +2,14 @@
 
 from surgery.rules import attention, contraction, elementwise, movement, norms, recurrent, reductions, vision, weights
 
-__all__ = ["attention", "contraction", "elementwise", "movement", "norms", "recurrent", "reductions", "vision", "weights"]
+__all__ = [
+    "attention",
+    "contraction",
+    "elementwise",
+    "movement",
+    "norms",
+    "recurrent",
+    "reductions",
+    "vision",
+    "weights",
+]

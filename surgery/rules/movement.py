@@ -388,6 +388,12 @@ def _pixel_unshuffle(op: Op, input: Labelled, downscale_factor: int | None = Non
     return rest if f is None else (*rest, Field(f.dims, np.repeat(f.ids, op.shape[-3] // f.ids.size), f.key))
 
 
+@oprule("unfold")
+def _windows(op: Op, input: Labelled, dimension: int, size: int, step: int) -> Fields:
+    """Windows along an axis, with their positions in a new last axis."""
+    return op.keep(input, [dimension], f"{op.name} takes windows along it") if input.ndim else ()
+
+
 @oprule(F.unfold, nn.Unfold)
 def _unfold(op: Op, input: Labelled, *args: Any, **named: Any) -> Fields:
     """Each channel becomes its patches' positions, one behind the other."""

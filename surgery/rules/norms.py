@@ -178,7 +178,8 @@ def _resize_batch_norm(edit: NodeEdit) -> None:
 
 
 @oprule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, F.batch_norm, rewrite=_resize_batch_norm,
-        zeros=WEIGHT_AND_BIAS, kind="batch norm", tensors=_STATISTICS, python="always", over=batch_norm_over)  # fmt: skip
+        zeros=WEIGHT_AND_BIAS, kind="batch norm", tensors=_STATISTICS, python="always",
+        over=batch_norm_over)  # fmt: skip
 def _batch_norm(
     op: Op,
     input: Labelled,

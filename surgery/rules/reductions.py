@@ -119,15 +119,17 @@ def _norm(op: Op, input: Labelled, p: Any = "fro", dim: Any = None, keepdim: boo
 
 
 @oprule(torch.linalg.vector_norm, rewrite=_share_length, python="always")
-def _vector_norm(op: Op, x: Labelled, ord: Any = 2, dim: Any = None, keepdim: bool = False, **named: Any) -> Fields:
-    return _reduced(op, x, reduced_dims(dim), "freezes" if _power(ord) is None else "sums")
+def _vector_norm(op: Op, input: Labelled, ord: Any = 2, dim: Any = None, keepdim: bool = False, **named: Any) -> Fields:
+    return _reduced(op, input, reduced_dims(dim), "freezes" if _power(ord) is None else "sums")
 
 
 @oprule(torch.linalg.norm, rewrite=_share_length, python="always")
-def _linalg_norm(op: Op, A: Labelled, ord: Any = None, dim: Any = None, keepdim: bool = False, **named: Any) -> Fields:
+def _linalg_norm(
+    op: Op, input: Labelled, ord: Any = None, dim: Any = None, keepdim: bool = False, **named: Any
+) -> Fields:
     dims = reduced_dims(dim)
-    vector = ord is None or (A.ndim == 1 if dims is None else len(dims) == 1)
-    return _reduced(op, A, dims, "sums" if vector and _power(ord) is not None else "freezes")
+    vector = ord is None or (input.ndim == 1 if dims is None else len(dims) == 1)
+    return _reduced(op, input, dims, "sums" if vector and _power(ord) is not None else "freezes")
 
 
 def _power(p: Any, ord: Any = None) -> float | None:
@@ -140,10 +142,9 @@ def _power(p: Any, ord: Any = None) -> float | None:
 
 def _divide(edit: NodeEdit, dims: tuple[int, ...] | None, power: float) -> None:
     """Let each copy count for its part in the sum of powers along ``dims``."""
-    name = next(n for n in ("input", "x", "A") if edit.tensor(n) is not None)
-    read, rank = edit.argument(name), len((edit.tensor(name) or ((),))[0])
+    read, rank = edit.argument("input"), len((edit.tensor("input") or ((),))[0])
     inside = range(rank) if dims is None else {d % rank for d in dims}
-    copies = math.prod(n for d, n in edit.copies_of(name).items() if d in inside)
+    copies = math.prod(n for d, n in edit.copies_of("input").items() if d in inside)
     if copies == 1:
         return
     with edit.node.graph.inserting_before(edit.node):

@@ -84,7 +84,8 @@ def _conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Fields:
-    return convolved(op, input, weight, bias, groups, False, op.setting("stride", stride), op.setting("padding", padding))
+    stride, padding = op.setting("stride", stride), op.setting("padding", padding)
+    return convolved(op, input, weight, bias, groups, False, stride, padding)
 
 
 @oprule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
