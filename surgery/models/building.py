@@ -17,6 +17,7 @@ from surgery.errors import SurgeryError, UsageError
 from surgery.models import pretrained
 from surgery.models.catalogue import FROZEN_NORM, Value, text
 from surgery.models.fitnet_modules import build_fitnet
+from surgery.models.libraries import LIBRARIES, open_library
 from surgery.models.sources import Source, parse
 
 
@@ -32,7 +33,8 @@ def build(
 
     Args:
         source: a name of the catalogue, optionally with the prefix ``torchvision:`` or ``fitnets:`` and with builder
-            keywords (``resnet50?num_classes=10``); or ``package.module:factory``, your own code.
+            keywords (``resnet50?num_classes=10``); a model of a library in `LIBRARIES` (``hf:vit?hidden_size=192``); or
+            ``package.module:factory``, your own code.
         num_classes: the builder's keyword.
         weights: ``"DEFAULT"`` or another name of torchvision's weights of the model. Where ``num_classes`` or another
             keyword differs from theirs, entries whose shape fits are copied, and a `WeightsWarning` names the others.
@@ -51,6 +53,9 @@ def build(
     """
     parsed = parse(source, num_classes=num_classes, weights=weights)
     with _seeded(seed):
+        if parsed.prefix in LIBRARIES:
+            module: nn.Module = open_library(parsed.prefix).build(parsed)
+            return module
         if parsed.entry is None:
             return _from_factory(parsed, trust)
         if parsed.weights is None:
