@@ -30,7 +30,7 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A torchvision name, with builder keywords if you like (resnet18?num_classes=10), hf:CONFIG or hf:DIR of "
-        "transformers, a saved folder, or package.module:factory with --trust.",
+        "transformers, timm:NAME, a saved folder, or package.module:factory with --trust.",
         autocompletion=complete_model,
     ),
 ]

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
