@@ -152,7 +152,7 @@ def tradeoff(
     """
     rates, others = options.plan()
     refuse_folder(run.out, marker=MARKER, force=run.force)
-    source = load_if_saved(model, trust=run.trust)
+    source = load_if_saved(model, run)
     with interruptible(), Bars() as bars:
         result = surgery.tradeoff(
             source,

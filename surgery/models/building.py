@@ -13,8 +13,9 @@ from torch import nn
 from torchvision.models import get_model_builder
 from torchvision.ops import FrozenBatchNorm2d
 
-from surgery.errors import SurgeryError, UsageError
+from surgery.errors import CheckpointError, SurgeryError, UsageError
 from surgery.models import pretrained
+from surgery.models.bounds import refuse_keywords, refuse_too_large
 from surgery.models.catalogue import FROZEN_NORM, Value, text
 from surgery.models.fitnet_modules import build_fitnet
 from surgery.models.sources import Source, parse
@@ -58,6 +59,32 @@ def build(
         return pretrained.build(parsed, parsed.entry, parsed.weights, _call)
 
 
+def build_stored(source: str, where: str, *, trust: bool = False) -> nn.Module:
+    """Build the model that a source in a file names. No weights are fetched, whatever it says.
+
+    Args:
+        source: as in `build`.
+        where: the file, for errors.
+        trust: as in `build`.
+
+    Raises:
+        UsageError: a factory without ``trust``.
+        CheckpointError: any other source that cannot be built, or that names weights.
+
+    Example:
+        >>> module = build_stored("torchvision:resnet18?num_classes=10", "student/recipe.json")
+    """
+    try:
+        parsed = parse(source)
+        if parsed.entry is not None and parsed.weights is not None:
+            raise UsageError(f"{source!r} names weights to fetch, which a file may not")
+        if parsed.entry is not None:
+            return build(source)
+    except UsageError as error:
+        raise CheckpointError(f"{where}: 'source': {error}") from error
+    return build(source, trust=trust)
+
+
 @contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
@@ -97,19 +124,31 @@ def _describe(keywords: Mapping[str, Value]) -> str:
 def _call(source: Source, keywords: Mapping[str, Any]) -> nn.Module:
     """Call the builder, then apply the keywords that torchvision's builders do not know."""
     fitnet = partial(build_fitnet, source.name)
+    refuse_keywords(source)
     builder = fitnet if source.prefix == "fitnets" else cast(Callable[..., nn.Module], get_model_builder(source.name))
     keywords = dict(keywords)
     own = source.entry is not None and FROZEN_NORM in source.entry.pretrained
     eps = keywords.pop(FROZEN_NORM, None) if own else None
+    refuse_too_large(source.name, builder, keywords)
     try:
         module = builder(**keywords)
     except UsageError:
         raise
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"model {source.name!r} cannot be built with {_describe(source.keywords)}: {error}") from error
+    except Exception as error:  # numbers that make no layer fail wherever they are first computed with
+        raise UsageError(
+            f"model {source.name!r} cannot be built with {_describe(source.keywords)}: {_reason(error)}"
+        ) from error
     if eps is not None:
         _freeze_norms(cast(nn.Module, module.backbone), eps)
     return module
+
+
+def _reason(error: Exception) -> str:
+    """What the error says, in one line; the name of its class where that is not said by the text."""
+    said = " ".join(str(error).split())
+    if isinstance(error, (TypeError, ValueError)) and said:
+        return said
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def _freeze_norms(backbone: nn.Module, eps: float) -> None:

@@ -26,6 +26,7 @@ def open_model(
     weights: str | None = None,
     seed: int | None = None,
     trust: bool = False,
+    allow_changed_weights: bool = False,
 ) -> nn.Module:
     """Open a model by its name or folder, as the command line does.
 
@@ -38,6 +39,7 @@ def open_model(
         weights: the name of published weights, or ``"DEFAULT"``.
         seed: of the initial weights.
         trust: allow ``package.module:factory`` to be imported and called.
+        allow_changed_weights: of a saved model, as in `surgery.load`.
 
     Returns:
         a traced module in evaluation mode.
@@ -51,7 +53,7 @@ def open_model(
     if is_saved(source):
         if input_shape is not None:
             raise UsageError(f"{source} has an input shape of its own: input_shape (--input-shape) is for new models")
-        return load(source, trust=trust).eval()
+        return load(source, trust=trust, allow_changed_weights=allow_changed_weights).eval()
     module = build(source, weights=weights, trust=trust, seed=seed).eval()
     architecture = canonical(source, weights=weights)
     if inputs is None and input_shape is not None:
@@ -69,6 +71,7 @@ def open_pair(
     weights: str | None = None,
     seed: int | None = None,
     trust: bool = False,
+    allow_changed_weights: bool = False,
 ) -> tuple[nn.Module, nn.Module]:
     """Open two models for the same inputs: those of the saved one, or else those of the first.
 
@@ -84,14 +87,16 @@ def open_pair(
     Example:
         >>> dense, slim = surgery.models.open_pair("resnet18", "slim/")
     """
+    opening: dict[str, Any] = {"trust": trust, "allow_changed_weights": allow_changed_weights}
+    building: dict[str, Any] = {"weights": weights, "seed": seed, **opening}
     if is_saved(second) and not is_saved(first):
-        opened = open_pair(second, first, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
+        opened = open_pair(second, first, input_shape=input_shape, **building)
         return opened[1], opened[0]
-    one = open_model(first, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
+    one = open_model(first, input_shape=input_shape, **building)
     if is_saved(second):
-        return one, open_model(second, trust=trust)
+        return one, open_model(second, **opening)
     inputs, _ = tracing.example_inputs(one)
-    return one, open_model(second, inputs=inputs, weights=weights, seed=seed, trust=trust)
+    return one, open_model(second, inputs=inputs, **building)
 
 
 def is_saved(source: str) -> bool:
