@@ -43,6 +43,16 @@ class DamageWarning(UserWarning):
     """A stored part of a run was damaged, and is made again."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory, in Python's words, torch's or ONNX Runtime's."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in said for text in _MEMORY))
+
+
+_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "bad_alloc",
+           "failed to allocate", "bad allocation")  # fmt: skip
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
     """Make a `UsageError` for a ``kind`` that does not exist, which lists the closest names, or all if they are few."""
     options = sorted(set(known))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Set
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from surgery.errors import CheckpointError, UsageError
+from surgery.locks import hold
 from surgery.stored import check_type, digest_file, parse_object, refuse_special
 from surgery.training.history import Epoch, Grown
 
@@ -66,14 +68,13 @@ class Checkpoint:
     path: Path
     identity: Mapping[str, Any]
 
-    def prepare(self) -> None:
-        """Make the folder of the file. Raise `UsageError` if it cannot be written to."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._part.touch()
-            self._part.unlink()
-        except OSError as error:
-            raise UsageError(f"the checkpoint {self.path} cannot be written: {error}") from error
+    def hold(self) -> AbstractContextManager[None]:
+        """Make the folder of the file, and be the only one that writes the file.
+
+        Raises:
+            UsageError: it cannot be written, or another training is writing it.
+        """
+        return hold(self.path)
 
     def save(
         self,
