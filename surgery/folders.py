@@ -102,10 +102,13 @@ def unfinished_folder(
     folder = unfinished(out)
     wanted = json.loads(json.dumps(settings))
     missing = [above for above in folder.parents if not above.exists()]
-    if folder.exists():
-        _settings(folder)  # nothing is written into a folder of something else, not even a lock
-    else:
-        _begin(folder, wanted)
+    with hold(folder):
+        with refused(folder):
+            there = folder.exists()
+        if there:
+            _settings(folder)  # nothing is written into a folder of something else, not even a lock
+        else:
+            _begin(folder, wanted)
     with locked(folder / LOCK, folder):
         before = _settings(folder)
         other = [f"{k} {before.get(k)} and not {v}" for k, v in wanted.items() if k not in before or before[k] != v]
@@ -137,15 +140,7 @@ def unfinished(out: str | os.PathLike[str]) -> Path:
 
 
 def _begin(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make the folder with its settings, unless another run makes it at the same moment."""
-    with refused(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    with hold(folder):
-        if not folder.exists():
-            _fill(folder, settings)
-
-
-def _fill(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make the folder with its settings, unless another program makes it at the same moment."""
     staging = make_staging(folder)
     write_object(staging / SETTINGS, settings)
     staging.chmod(0o755)

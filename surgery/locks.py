@@ -95,6 +95,7 @@ _FORBIDDEN = {
     errno.EPERM: "its folder does not permit it",
     errno.ENOENT: "its folder cannot hold files",
     errno.ENOTDIR: "a part of its path is a file",
+    errno.EEXIST: "a part of its path is a file",
 }
 
 
