@@ -253,6 +253,8 @@ class TradeoffSettings(Settings):
         None, "Folder of torchvision's data sets.", result=False, metavar="DIR"
     )
     limit: int | None = option(None, "Largest number of training, and of test, images.", least=1)
+    skip_bad: bool = option(False, "Leave out images that cannot be read.", result=False)
+    strict: bool = option(False, "Identify data by the content of every file, not by size and date.", result=False)
     threads: int | None = option(None, "Threads of one query. [default: all usable cores]", least=1)
     seed: int = option(0, "Seed of everything random, initial weights included.", least=0)
 

@@ -29,8 +29,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A torchvision name, with builder keywords if you like (resnet18?num_classes=10), a saved folder, or "
-        "package.module:factory with --trust.",
+        help="A torchvision name, with builder keywords if you like (resnet18?num_classes=10), hf:CONFIG or hf:DIR of "
+        "transformers, a saved folder, or package.module:factory with --trust.",
         autocompletion=complete_model,
     ),
 ]
@@ -38,7 +38,8 @@ InputShape = Annotated[
     str | None,
     typer.Option(
         metavar="N,C,H,W",
-        help="Shape of the example input; N,C,T,H,W for videos. [default: 2 samples of the model's own size]",
+        help="Shape of the example input; N,C,T,H,W for videos, N,L for tokens. "
+        "[default: 2 samples of the model's own size]",
     ),
 ]
 Weights = Annotated[str, typer.Option(metavar="NAME", help="torchvision's weights: none, DEFAULT or one by name.")]
@@ -100,6 +101,8 @@ class DataOptions(Settings):
     image_size: int | None = option(None, "Side in pixels. [default: the data's own]", least=1)
     data_root: Path | None = option(None, "Where torchvision's data sets are kept.", metavar="DIR")
     limit: int | None = option(None, "Use so many training and test images at most.")
+    skip_bad: bool = option(False, "Leave out images that cannot be read.", result=False)
+    strict: bool = option(False, "Identify data by the content of every file, not by size and date.", result=False)
 
 
 @dataclass(frozen=True, kw_only=True)

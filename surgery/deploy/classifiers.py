@@ -25,6 +25,8 @@ def data_for(
     image_size: int | None = None,
     limit: int | None = None,
     augment: str = "none",
+    skip_bad: bool = False,
+    strict: bool = False,
 ) -> Data:
     """Load data at an image size, and with channels, that all models take.
 
@@ -32,7 +34,7 @@ def data_for(
 
     Args:
         models: text for `surgery.models.build`, or modules, by their names in messages.
-        dataset, data_root, limit, augment: as in `surgery.load_data`.
+        dataset, data_root, limit, augment, skip_bad, strict: as in `surgery.load_data`.
         image_size: side in pixels; by default the data's own, but at least the minimum of the models.
 
     Returns:
@@ -79,6 +81,8 @@ def data_for(
         limit=limit,
         augment=augment,
         channels=next(iter(channels.values()), 3),
+        skip_bad=skip_bad,
+        strict=strict,
     )
 
 

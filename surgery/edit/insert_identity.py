@@ -54,20 +54,23 @@ class InsertIdentity(Step):
 
     def apply(self, module: nn.Module) -> nn.Module:
         """Insert the layers in every graph that computes what they read. See `Step.apply`."""
-        result = copy.deepcopy(module)
-        sites = list(output_sites(result, self.after))
-        block = _block(self, weight_before(result, sites[0], len(self.kernel)))
+        return self.apply_in_place(copy.deepcopy(module))
+
+    def apply_in_place(self, module: nn.Module) -> nn.Module:
+        """See `Step.apply_in_place`."""
+        sites = list(output_sites(module, self.after))
+        block = _block(self, weight_before(module, sites[0], len(self.kernel)))
         if self.form == "layer" and self.norm:
             moments = predicted_moments(sites[0].owner, sites[0].node)
             if moments is not None:
                 set_moments(block.get_submodule("norm"), *moments)
-        container, child = place_for(result, self.name)
+        container, child = place_for(module, self.name)
         container.add_module(child, block)
         block.train(container.training)
         for site in sites:
             _insert(site, self, block)
             site.owner.recompile()
-        return result
+        return module
 
     def inserted(self) -> tuple[Inserted, ...]:
         """See `Step.inserted`."""

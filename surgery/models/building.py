@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from surgery.models import pretrained
 from surgery.models.bounds import refuse_keywords, refuse_too_large
 from surgery.models.catalogue import FROZEN_NORM, Value, text
 from surgery.models.fitnet_modules import build_fitnet
+from surgery.models.libraries import LIBRARIES, open_library
 from surgery.models.sources import Source, parse
 
 
@@ -33,7 +35,8 @@ def build(
 
     Args:
         source: a name of the catalogue, optionally with the prefix ``torchvision:`` or ``fitnets:`` and with builder
-            keywords (``resnet50?num_classes=10``); or ``package.module:factory``, your own code.
+            keywords (``resnet50?num_classes=10``); a model of a library in `LIBRARIES` (``hf:vit?hidden_size=192``); or
+            ``package.module:factory``, your own code.
         num_classes: the builder's keyword.
         weights: ``"DEFAULT"`` or another name of torchvision's weights of the model. Where ``num_classes`` or another
             keyword differs from theirs, entries whose shape fits are copied, and a `WeightsWarning` names the others.
@@ -52,6 +55,9 @@ def build(
     """
     parsed = parse(source, num_classes=num_classes, weights=weights)
     with _seeded(seed):
+        if parsed.prefix in LIBRARIES:
+            module: nn.Module = open_library(parsed.prefix).build(parsed)
+            return module
         if parsed.entry is None:
             return _from_factory(parsed, trust)
         if parsed.weights is None:
@@ -75,6 +81,7 @@ def build_stored(source: str, where: str, *, trust: bool = False) -> nn.Module:
         >>> module = build_stored("torchvision:resnet18?num_classes=10", "student/recipe.json")
     """
     try:
+        _refuse_file(source)
         parsed = parse(source)
         if parsed.entry is not None and parsed.weights is not None:
             raise UsageError(f"{source!r} names weights to fetch, which a file may not")
@@ -83,6 +90,14 @@ def build_stored(source: str, where: str, *, trust: bool = False) -> nn.Module:
     except UsageError as error:
         raise CheckpointError(f"{where}: 'source': {error}") from error
     return build(source, trust=trust)
+
+
+def _refuse_file(source: str) -> None:
+    """Refuse a source that would read another file; the canonical form of a configuration holds all of it."""
+    prefix, _, rest = source.partition(":")
+    name = rest.partition("?")[0]
+    if prefix in LIBRARIES and not rest.startswith("{") and ("/" in name or "\\" in name or Path(name).exists()):
+        raise UsageError(f"{source!r} names a file to read, which a file may not")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from surgery.models.building import build
 from surgery.models.catalogue import CATALOGUE
 from surgery.models.examples import example_inputs, inputs_of_shape
 from surgery.models.fitnets import FITNETS
+from surgery.models.libraries import LIBRARIES
 from surgery.models.saving import RECIPE, load
 from surgery.models.sources import canonical
 
@@ -31,10 +32,10 @@ def open_model(
     """Open a model by its name or folder, as the command line does.
 
     Args:
-        source: a name of the catalogue with builder keywords, a folder that `surgery.save` wrote, or
-            ``package.module:factory``.
-        input_shape: of the example input, (N, channels, height, width) or (N, channels, frames, height, width); by
-            default 2 samples of the model's own size. A saved model has its own.
+        source: a name of the catalogue with builder keywords, a model of a library (``hf:bert?num_hidden_layers=2``), a
+            folder that `surgery.save` wrote, or ``package.module:factory``.
+        input_shape: of the example input, (N, channels, height, width) or (N, channels, frames, height, width), or
+            (N, length) of token numbers; by default 2 samples of the model's own size. A saved model has its own.
         inputs: example inputs, as `surgery.trace` takes them, instead of random ones.
         weights: the name of published weights, or ``"DEFAULT"``.
         seed: of the initial weights.
@@ -108,6 +109,8 @@ def is_saved(source: str) -> bool:
     Raises:
         UsageError: a path to anything but a saved model; the message says what to pass instead.
     """
+    if source.partition(":")[0] in LIBRARIES:
+        return False
     path = Path(source)
     if path.is_dir():
         if not (path / RECIPE).is_file():

@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from surgery.edit.apply import apply
+from surgery.edit.apply import carry_out
 from surgery.edit.recipe import Recipe, recipe, refuse_large
+from surgery.edit.step import Step
 from surgery.errors import CheckpointError, SurgeryError, UsageError
 from surgery.folders import refuse_folder, staged_folder
 from surgery.graph.structure import changes_since_seal, hooks
@@ -135,7 +136,7 @@ def load(
             if steps.source is None:
                 raise UsageError(f"{source} does not say where its architecture comes from: pass model=")
             model = build_stored(steps.source, where, trust=trust)
-        with _replaying(f"{where}: 'inputs'"):
+        with _replaying([f"{where}: 'inputs'"]):
             args, kwargs = inputs_like(specs, model)
         traced = trace(model, args, kwargs=kwargs, source=steps.source)
         with_info(traced, args=specs[0], kwargs=specs[1])
@@ -161,21 +162,23 @@ def _read_steps(content: SavedRecipe, where: str) -> Recipe:
 
 def _replay(traced: nn.Module, steps: Recipe, where: str) -> nn.Module:
     """Carry out the steps of a file, which nobody has planned for this model if the file is damaged."""
-    module = traced
-    for number, step in enumerate(steps.steps):
-        with _replaying(f"{where}: step {number} ({type(step).__name__})"):
-            module = apply(module, step)
-    return module if module is not traced else apply(traced, ())
+    at = [where]
+
+    def begin(number: int, step: Step) -> None:
+        at[0] = f"{where}: step {number} ({type(step).__name__})"
+
+    with _replaying(at):
+        return carry_out(traced, steps.steps, begin)
 
 
 @contextmanager
-def _replaying(where: str) -> Iterator[None]:
-    """Say of an error where in the file its cause is."""
+def _replaying(at: Sequence[str]) -> Iterator[None]:
+    """Say of an error where in the file its cause is: at ``at[0]``."""
     try:
         yield
     except Exception as error:  # values that no operation has planned make torch and Python raise what they like
         said = str(error) if isinstance(error, SurgeryError) else f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{where} cannot be carried out: {said}") from error
+        raise CheckpointError(f"{at[0]} cannot be carried out: {said}") from error
 
 
 def _lay_out(module: nn.Module, content: SavedRecipe) -> None:

@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl, urlencode
 from surgery.errors import UsageError, unknown_name
 from surgery.models.catalogue import CATALOGUE, Entry, Value, text
 from surgery.models.fitnets import FITNETS
+from surgery.models.libraries import LIBRARIES, open_library
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Source:
 
 def canonical(source: str, **keywords: Value | None) -> str:
     """Write a source in its one full form, ``torchvision:NAME?key=value``, with sorted keywords.
+
+    A configuration of ``hf:`` is in it whole, wherever it was read from.
 
     The form describes the architecture and never its values: ``weights`` are replaced by the builder keywords that
     they need.
@@ -77,8 +80,15 @@ def parse(source: str, **keywords: Value | None) -> Source:
         UsageError: the source names nothing.
     """
     path, _, query = source.partition("?")
+    library, colon, rest = path.partition(":")
+    if colon and library in LIBRARIES:
+        if rest.startswith("{"):  # a configuration, in which anything may stand
+            rest, query = source.partition(":")[2], ""
+        given = {k: v for k, v in keywords.items() if v is not None}
+        parsed: Source = open_library(library).parse(rest, query, given)
+        return parsed
     prefix, _, name = path.rpartition(":")
-    merged: dict[str, Any] = {k: _value(v) for k, v in parse_qsl(query, keep_blank_values=True)}
+    merged: dict[str, Any] = parse_query(query)
     merged |= {k: v for k, v in keywords.items() if v is not None}
     weights = _named(merged.pop("weights", None))
     if prefix == "fitnets" or (not prefix and name in FITNETS):
@@ -113,7 +123,16 @@ def published(name: str) -> Any:
 
 def short(source: str) -> str:
     """Return the name of the model that a source names, without prefix and keywords."""
+    prefix, colon, rest = source.partition(":")
+    if colon and prefix in LIBRARIES:
+        named = open_library(prefix).parse(rest, "", {}).entry if rest.startswith("{") else None
+        return named.name if named is not None else rest.partition("?")[0]
     return source.removeprefix("torchvision:").removeprefix("fitnets:").partition("?")[0]
+
+
+def parse_query(query: str) -> dict[str, Value]:
+    """Parse what stands behind ``?`` in a source: numbers, booleans and tuples of whole numbers are such."""
+    return {k: _value(v) for k, v in parse_qsl(query, keep_blank_values=True)}
 
 
 def _named(weights: Any) -> Any:

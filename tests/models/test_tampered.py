@@ -270,6 +270,7 @@ def no_fetching(monkeypatch):
         ("resnet18?nothing=1", "unexpected keyword argument 'nothing'"),
         ("nothing", "unknown model 'nothing'"),
         ("?", "unknown model"),
+        ("hf:/etc", "names a file to read, which a file may not"),
     ],
 )
 def test_a_source_in_a_file_fetches_nothing_and_has_bounds(saved, no_fetching, source, message):

@@ -102,8 +102,8 @@ def tradeoff(
         raise unknown_name("importance", settings.importance, IMPORTANCE)
     plan = plan_candidates(rates, candidates)
     weights = catalogue.parse(source, weights=settings.weights).weights if isinstance(source, str) else "as given"
-    size = {"data_root": settings.data_root, "image_size": settings.image_size, "limit": settings.limit}
-    data = data_for({"the model": source}, dataset, **size)  # type: ignore[arg-type]
+    shared = ("data_root", "image_size", "limit", "skip_bad", "strict")
+    data = data_for({"the model": source}, dataset, **{name: getattr(settings, name) for name in shared})
     dense = classifier(source, data, weights=settings.weights, trust=trust, seed=settings.seed)
     settings = replace(settings, weights=weights, threads=settings.threads or usable_cores())
     run = RunProgress(_task_weights(dense, plan, data, settings), progress)
