@@ -52,7 +52,7 @@ class _PlainFlags:
         return params
 
 
-class _Interrupted(Exception):
+class _InterruptedError(Exception):
     """An interruption of a verb, which typer would make its own of."""
 
 
@@ -65,7 +65,7 @@ class _Command(_PlainFlags, TyperCommand):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise _Interrupted from error
+            raise _InterruptedError from error
 
 
 class _Group(_PlainFlags, TyperGroup):
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             said = f"there is not enough memory for this: {error}" if str(error) else "out of memory"
             return _fail(error, said, 1)
-        except _Interrupted as error:
+        except _InterruptedError as error:
             return _interrupted(error.__cause__)
         except (typer.Abort, KeyboardInterrupt) as error:  # before or after a verb
             return _interrupted(error)
