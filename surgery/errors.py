@@ -35,6 +35,10 @@ class WeightsWarning(UserWarning):
     """Published weights do not fit the model everywhere, so some initial values stay."""
 
 
+class NothingChangedWarning(UserWarning):
+    """An operation on a whole model left it as it is, because nothing of it can be edited."""
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
     """Make a `UsageError` for a ``kind`` that does not exist, which lists the closest names, or all if they are few."""
     options = sorted(set(known))

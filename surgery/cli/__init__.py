@@ -20,7 +20,7 @@ from typer.main import get_command
 
 import surgery
 from surgery.cli import distill, evolve, measure, operate, sensitivity, show
-from surgery.errors import EditError, SurgeryError, TraceError, UsageError, WeightsWarning
+from surgery.errors import EditError, NothingChangedWarning, SurgeryError, TraceError, UsageError, WeightsWarning
 
 _ParserError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
 """What typer raises for arguments it cannot parse: it names only this subclass of it publicly."""
@@ -101,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.simplefilter("always", WeightsWarning)
+        for told in (WeightsWarning, NothingChangedWarning):
+            warnings.simplefilter("always", told)
         warnings.showwarning = lambda message, *_, **__: _say("warning", message)
         try:
             code = get_command(app)(arguments, prog_name="surgery", standalone_mode=False, obj=arguments)
