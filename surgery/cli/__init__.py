@@ -1,6 +1,7 @@
 """The command line: thin verbs over the public API.
 
-Each verb takes a torchvision name, a folder that `surgery.save` wrote, or ``package.module:factory`` with ``--trust``.
+Each verb takes a torchvision name, a model of another library (``hf:CONFIG-or-DIR``, ``timm:NAME``), a folder that
+`surgery.save` wrote, or ``package.module:factory`` with ``--trust``.
 The result goes to stdout, as a table or, with ``--json``, as one JSON object; everything else goes to stderr. A verb
 calls the public package and nothing else; what it needs of that is imported when it runs, so help needs no torch.
 """

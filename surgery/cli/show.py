@@ -29,10 +29,13 @@ def models(
     family: Annotated[
         str | None, typer.Option(metavar="FAMILY", help="Only one family, or a glob over families: 'swin*'.")
     ] = None,
+    library: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The models of another library: hf (transformers) or timm.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the models known by name, with their inputs and their published figures."""
-    known = surgery.models.list_models(pattern, family)
+    known = surgery.models.list_models(pattern, family, library)
     notes: dict[str, list[str]] = {}
     for one in known:
         if one.entry.notes:
@@ -50,8 +53,10 @@ def _listing(known: Sequence[surgery.models.KnownModel]) -> Iterator[Table]:
             if one.entry.family != family:
                 family = one.entry.family
                 rows.append([f"{family}:", "", "", "", ""])
-            size = "x".join(map(str, one.entry.input_size[1:]))
-            rows.append([one.entry.name, size, quantity(one.params), quantity(1e9 * one.gmacs), one.score])
+            size = "x".join(map(str, one.entry.input_size[1:] or one.entry.input_size))
+            params = "" if one.params is None else quantity(one.params)
+            macs = "" if one.gmacs is None else quantity(1e9 * one.gmacs)
+            rows.append([one.entry.name, size, params, macs, one.score])
         title = f"{counted(sum(one.entry.kind == kind for one in known), 'model')}, input: {kind}"
         yield table(title, ["name", "size", "params", "MACs", "published"], rows)
 

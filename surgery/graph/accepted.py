@@ -40,11 +40,20 @@ def private_copy(model: nn.Module) -> nn.Module:
         what = str(error).strip().partition("\n")[0]
         raise TraceError(f"{type(model).__name__} cannot be copied: {_of_a_run(model) or what}") from error
     for module in list(result.modules()):
+        _switch_off_cache(module)
         for name, child in module._modules.items():
             if child is not None:
                 module._modules[name] = unwrap(child) if _is_compiled(child) else child
     avoid_fused_paths(result)
     return result
+
+
+def _switch_off_cache(module: nn.Module) -> None:
+    """Clear ``use_cache`` in a configuration, as language models have it: a graph computes nothing that a later call
+    reads. A call that asks for a cache stays Python."""
+    config = getattr(module, "config", None)
+    if config is not None and getattr(config, "use_cache", None) is True:
+        config.use_cache = False
 
 
 def _is_compiled(module: object) -> bool:

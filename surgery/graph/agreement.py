@@ -20,6 +20,7 @@ from surgery.errors import TraceError, UsageError
 from surgery.graph.batches import batch_of, with_batch
 from surgery.graph.fused import warning_of_padding
 from surgery.graph.outputs import tensors_in
+from surgery.graph.seeding import seed_generators
 from surgery.graph.traced import TracedModule, traced_parts
 
 _FEW = 3e10
@@ -232,7 +233,7 @@ def _repeatable(module: nn.Module) -> Iterator[None]:
             warnings.simplefilter("ignore")
             random.seed(0)
             np.random.seed(0)
-            torch.manual_seed(0)
+            seed_generators(0)
             yield
     finally:
         random.setstate(python)

@@ -14,7 +14,16 @@ FROZEN_NORM = "frozen_norm"
 """A keyword of this catalogue: the norms of a detection model's backbone become FrozenBatchNorm2d with this eps.
 torchvision's builders do that only when they load published weights."""
 
-Kind = Literal["image", "video", "two images", "list of images"]
+Kind = Literal["image", "video", "two images", "list of images", "tokens", "features"]
+
+_PLURALS = {
+    "image": "images",
+    "video": "videos",
+    "two images": "two images",
+    "list of images": "lists of images",
+    "tokens": "token sequences",
+    "features": "feature sequences",
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,8 @@ class Entry:
     """One builder of torchvision.
 
     ``kind`` says what the model takes: a batch of images (N, 3, height, width), a batch of videos
-    (N, 3, frames, height, width), two batches of images, or a list of images (3, height, width) each.
+    (N, 3, frames, height, width), two batches of images, or a list of images (3, height, width) each; of other
+    libraries also token numbers (N, length) or sequences of features (N, channels, length).
 
     ``input_size`` is the size of one sample, (3, height, width), that the published weights are evaluated at, or
     (3, frames, height, width) of a video; if the model is evaluated at many sizes, the size at which the published
@@ -59,8 +69,7 @@ class Entry:
     @property
     def input_words(self) -> str:
         """Describe the input in words: ``videos of 3 x 16 x 112 x 112``."""
-        kind = {"image": "images", "video": "videos", "two images": "two images", "list of images": "lists of images"}
-        return f"{kind[self.kind]} of {' x '.join(map(str, self.input_size))}"
+        return f"{_PLURALS[self.kind]} of {' x '.join(map(str, self.input_size))}"
 
     @property
     def small_source(self) -> str:

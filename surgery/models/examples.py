@@ -10,9 +10,20 @@ from torch import Tensor
 
 from surgery.errors import UsageError
 from surgery.models.catalogue import CATALOGUE, Entry
+from surgery.models.libraries import LIBRARIES, open_library
 from surgery.models.sources import Source, parse
 
 Targets = list[dict[str, Tensor]]
+
+FORMS = {
+    "image": "N,C,H,W",
+    "two images": "N,C,H,W",
+    "list of images": "N,C,H,W",
+    "video": "N,C,T,H,W",
+    "tokens": "N,L",
+    "features": "N,C,L",
+}
+"""The axes of the inputs of a model, by its kind."""
 
 BOXES = 3
 """Objects in each image of `example_targets`."""
@@ -63,6 +74,9 @@ def inputs_of_shape(source: str, shape: Sequence[int]) -> Tensor | tuple[Any, ..
     if entry is not None:
         _refuse_misfit(parsed, entry, tuple(shape))
     generator = torch.Generator().manual_seed(0)
+    if parsed.prefix in LIBRARIES:
+        inputs: Tensor | tuple[Any, ...] = open_library(parsed.prefix).inputs(parsed, tuple(shape), generator)
+        return inputs
     samples = torch.randn(*shape, generator=generator)
     if entry is not None and entry.kind == "two images":
         return samples, torch.randn(*shape, generator=generator)
@@ -114,11 +128,13 @@ def _sample_size(source: Source, image_size: int | None, frames: int | None) -> 
     size = source.sample_size()
     if entry.kind == "video":
         size = (3, frames or size[1], *size[2:])
-    return size if image_size is None else (*size[:-2], image_size, image_size)
+    if image_size is None or entry.kind in ("tokens", "features"):
+        return size
+    return (*size[:-2], image_size, image_size)
 
 
 def _refuse_misfit(source: Source, entry: Entry, shape: tuple[int, ...]) -> None:
-    form = "N,C,T,H,W" if entry.kind == "video" else "N,C,H,W"
+    form = FORMS[entry.kind]
     if len(shape) != 1 + len(entry.input_size):
         raise UsageError(f"model {entry.name!r} takes inputs of the form {form}, not {','.join(map(str, shape))}")
     size = source.sample_size()

@@ -13,6 +13,7 @@ from typing import Any
 from surgery.errors import unknown_name
 from surgery.models.catalogue import CATALOGUE, Entry
 from surgery.models.fitnets import FITNETS, fitnet_cost
+from surgery.models.libraries import LIBRARIES, open_library
 
 _SCORES = {"acc@1": "{:.1f}% top-1", "miou": "{:.1f} mIoU", "box_map": "{:.1f} box mAP", "epe": "{:.2f} px"}
 """How the metrics of torchvision are printed, in the order of preference."""
@@ -24,14 +25,14 @@ class KnownModel:
 
     Attributes:
         entry: what the model is called with and how it is built.
-        params: number of parameters.
-        gmacs: billions of multiply-accumulates for one input, as published.
+        params: number of parameters; None where it is not published.
+        gmacs: billions of multiply-accumulates for one input, as published; None where they are not.
         metrics: scores by data set and metric, as torchvision publishes them with its default weights; none of FitNets.
     """
 
     entry: Entry
-    params: int
-    gmacs: float
+    params: int | None
+    gmacs: float | None
     metrics: Mapping[str, Mapping[str, float]]
 
     @property
@@ -57,33 +58,43 @@ class KnownModel:
         }
 
 
-def list_models(pattern: str = "*", family: str | None = None) -> list[KnownModel]:
+def list_models(pattern: str = "*", family: str | None = None, library: str | None = None) -> list[KnownModel]:
     """List the models that can be built by name.
 
     Args:
         pattern: a glob over names.
         family: a glob over families, in any case (``"swin*"``).
+        library: the prefix of another library's sources (``"hf"``); by default torchvision's and the FitNets.
 
     Returns:
         the models that match both, in the order of the catalogue.
 
     Raises:
-        UsageError: nothing matches; lists close names.
+        UsageError: nothing matches; lists close names. There is no such library, or it is not installed.
 
     Example:
         >>> [known.entry.name for known in surgery.models.list_models("resnet1*")]
         ['resnet18', 'resnet101', 'resnet152']
     """
-    known = {**CATALOGUE, **FITNETS}
+    known = {model.entry.name: model for model in _of_library(library)}
     if family is not None:
-        families = {entry.family for entry in known.values()}
-        known = {name: entry for name, entry in known.items() if fnmatchcase(entry.family.lower(), family.lower())}
+        families = {model.entry.family for model in known.values()}
+        known = {name: m for name, m in known.items() if fnmatchcase(m.entry.family.lower(), family.lower())}
         if not known:
             raise unknown_name("family", family, families)
-    found = [_known(entry) for name, entry in known.items() if fnmatchcase(name, pattern)]
+    found = [model for name, model in known.items() if fnmatchcase(name, pattern)]
     if not found:
         raise unknown_name("model", pattern, known)
     return found
+
+
+def _of_library(library: str | None) -> list[KnownModel]:
+    if library in (None, "torchvision"):
+        return [_known(entry) for entry in {**CATALOGUE, **FITNETS}.values()]
+    if library not in LIBRARIES:
+        raise unknown_name("library", library, ["torchvision", *LIBRARIES])
+    models: list[KnownModel] = open_library(library).models()
+    return models
 
 
 def _known(entry: Entry) -> KnownModel:

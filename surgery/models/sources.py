@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from surgery.errors import UsageError, unknown_name
 from surgery.models.catalogue import CATALOGUE, Entry, Value, text
 from surgery.models.fitnets import FITNETS
+from surgery.models.libraries import LIBRARIES, open_library
+
+WEIGHTS_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+"""What the names of files of weights end in."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class Source:
 def canonical(source: str, **keywords: Value | None) -> str:
     """Write a source in its one full form, ``torchvision:NAME?key=value``, with sorted keywords.
 
+    A configuration of ``hf:`` is in it whole, wherever it was read from.
+
     The form describes the architecture and never its values: ``weights`` are replaced by the builder keywords that
     they need.
 
@@ -71,14 +78,24 @@ def parse(source: str, **keywords: Value | None) -> Source:
         keywords: replace those of the source; None leaves the source's own.
 
     Returns:
-        its parts; of weights the name under which torchvision publishes them, also for ``DEFAULT``.
+        its parts; of weights the name under which torchvision publishes them, also for ``DEFAULT``. A file of weights
+        is no part of a source.
 
     Raises:
         UsageError: the source names nothing.
     """
+    if is_weights_file(keywords.get("weights")):
+        keywords = {**keywords, "weights": None}
     path, _, query = source.partition("?")
+    library, colon, rest = path.partition(":")
+    if colon and library in LIBRARIES:
+        if rest.startswith("{"):  # a configuration, in which anything may stand
+            rest, query = source.partition(":")[2], ""
+        given = {k: v for k, v in keywords.items() if v is not None}
+        parsed: Source = open_library(library).parse(rest, query, given)
+        return parsed
     prefix, _, name = path.rpartition(":")
-    merged: dict[str, Any] = {k: _value(v) for k, v in parse_qsl(query, keep_blank_values=True)}
+    merged: dict[str, Any] = parse_query(query)
     merged |= {k: v for k, v in keywords.items() if v is not None}
     weights = _named(merged.pop("weights", None))
     if prefix == "fitnets" or (not prefix and name in FITNETS):
@@ -104,6 +121,11 @@ def parse(source: str, **keywords: Value | None) -> Source:
     return Source("torchvision", name, CATALOGUE[name], merged, weights)
 
 
+def is_weights_file(weights: object) -> bool:
+    """Whether ``weights`` names a file, by its ending, and not published weights."""
+    return isinstance(weights, (str, PurePath)) and PurePath(weights).suffix.lower() in WEIGHTS_ENDINGS
+
+
 def published(name: str) -> Any:
     """Return torchvision's enumeration of the weights of a model; of its float form, if it is quantizable."""
     from torchvision.models import get_model_weights  # a source can be read without it
@@ -113,7 +135,16 @@ def published(name: str) -> Any:
 
 def short(source: str) -> str:
     """Return the name of the model that a source names, without prefix and keywords."""
+    prefix, colon, rest = source.partition(":")
+    if colon and prefix in LIBRARIES:
+        named = open_library(prefix).parse(rest, "", {}).entry if rest.startswith("{") else None
+        return named.name if named is not None else rest.partition("?")[0]
     return source.removeprefix("torchvision:").removeprefix("fitnets:").partition("?")[0]
+
+
+def parse_query(query: str) -> dict[str, Value]:
+    """Parse what stands behind ``?`` in a source: numbers, booleans and tuples of whole numbers are such."""
+    return {k: _value(v) for k, v in parse_qsl(query, keep_blank_values=True)}
 
 
 def _named(weights: Any) -> Any:
