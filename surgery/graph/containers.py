@@ -77,7 +77,8 @@ def _container_class(shell: type[nn.Module], callable: bool) -> Any:
         if not callable:
             namespace["forward"] = _refuse
         # The first base decides the layout of instances, which has to stay for one to change its class.
-        _CLASSES[shell, callable] = type(shell)(shell.__name__, (shell, Container), namespace)
+        meta: Any = type(shell)
+        _CLASSES[shell, callable] = meta(shell.__name__, (shell, Container), namespace)
     return _CLASSES[shell, callable]
 
 
