@@ -48,6 +48,9 @@ FAST: dict[str, set[str]] = {
             "depthwise_res",
         ),
     },
+    "test_an_edited_block_gets_layers_too": {
+        *("densenet-False", "running-True", "two graphs-False", "two graphs-True", "no containers-False"),
+    },
     # blocks of large models; `test_deepening_each_stage_changes_nothing` has them too
     "test_blocks_are_exact_in_both_modes_however_often": _LIGHT_BLOCKS_IN_BOTH_MODES,
     "test_blocks_belong_to_dimension_groups": _LIGHT_BLOCKS,
@@ -69,7 +72,14 @@ FAST: dict[str, set[str]] = {
     "test_every_edit_of_many_random_networks_is_exact_or_refused": set(),
     # the parts of what a GPU is asked
     "test_latency_is_measured_at_each_rate": set(),
+    # several processes: `test_two_processes_train_as_one_does` is fast
+    "test_two_processes_distill_as_one_does": set(),
+    "test_several_processes_print_and_write_once": set(),
     # trainings
+    "test_a_killed_distillation_ends_with_the_same_weights": {"hints-5", "distill-7"},
+    "test_networks_of_different_families_learn_from_each_other": {
+        *("vision transformer-mobilenet_v3_small", "convnext-swin"),
+    },
     "test_steps_are_timed_three_ways_in_as_many_rounds": set(),
     "test_the_slim_network_catches_up_with_the_dense_one": set(),
 }

@@ -308,10 +308,11 @@ def test_origins_are_composed_with_what_comes_before_and_behind():
     assert known["features.denseblock1.denselayer4.conv1.weight"] is None
 
 
+NARROW = "densenet121?growth_rate=4&num_init_features=8"
+
+
 def test_deepened_densenets_are_saved_and_loaded(tmp_path):
-    traced = surgery.trace(
-        catalogue.build("densenet121", seed=0), torch.zeros(2, 3, 32, 32), source="torchvision:densenet121"
-    )
+    traced = surgery.trace(catalogue.build(NARROW, seed=0), torch.zeros(2, 3, 32, 32), source=f"torchvision:{NARROW}")
     deep = surgery.deepen(traced, {"features.denseblock3": 1, "features.denseblock4": 2})
     assert [s.name.rpartition(".")[2] for s in surgery.recipe(deep).steps] == [f"denselayer{k}" for k in (25, 17, 18)]
     again = surgery.load(surgery.save(deep, tmp_path / "deep"))
@@ -321,7 +322,7 @@ def test_deepened_densenets_are_saved_and_loaded(tmp_path):
 def test_a_dry_run_prints_what_reads_the_new_layer():
     result = CliRunner().invoke(
         app,
-        ["deepen", "densenet121", "--at", "features.denseblock1", "--input-shape", "1,3,32,32", "--dry-run", "--json"],
+        ["deepen", NARROW, "--at", "features.denseblock1", "--input-shape", "1,3,32,32", "--dry-run", "--json"],
     )
     assert result.exit_code == 0, result.output
     changes = json.loads(result.stdout)

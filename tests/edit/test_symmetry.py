@@ -29,13 +29,11 @@ def without_dropout(module: nn.Module) -> nn.Module:
     return module
 
 
-@pytest.fixture(scope="module", params=["googlenet", "inception_v3", "resnet50"])
+@pytest.fixture(scope="module", params=["googlenet", "inception_v3", "resnext50_32x4d"])
 def convolutional(request):
-    """A model with all its branches and auxiliary heads at a quarter of its width, and its inputs."""
-    size = {"googlenet": 64, "inception_v3": 299, "resnet50": 64}[request.param]
-    net = without_dropout(randomised(catalogue.build(request.param, seed=0))).eval()
-    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    return surgery.slim(surgery.trace(net, x), 0.25), x
+    """A narrow model with all its branches and auxiliary heads, and its inputs."""
+    family = build_family(request.param)
+    return without_dropout(family.traced).float(), family.x.float()
 
 
 @pytest.mark.parametrize("way", WAYS)
