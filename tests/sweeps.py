@@ -89,6 +89,7 @@ FAST: dict[str, set[str]] = {
     # fresh processes; fast are `test_two_processes_train_as_one_does` and those of `tests/models/test_saving.py`
     "test_two_processes_distill_as_one_does": set(),
     "test_several_processes_print_and_write_once": set(),
+    "test_a_killed_run_resumes_in_another_process": set(),
     "test_a_network_with_selections_loads_in_a_fresh_process": set(),
     # trainings
     "test_all_kinds_of_models_evolve": {"shufflenet_v2_x0_5-32"},
