@@ -65,6 +65,12 @@ class OnGpu(torch.Tensor):
     def cpu(self) -> torch.Tensor:
         return self.to("cpu")
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.held.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
     def tolist(self) -> Any:
         return self.held.tolist()
 
@@ -112,11 +118,13 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return outputs
     wrapped = {id(tensor.held): tensor for tensor in given if isinstance(tensor, OnGpu)}
     plain = {id(tensor) for tensor in given if not isinstance(tensor, OnGpu)}
-    return pytree.tree_map_only(
-        torch.Tensor,
-        lambda tensor: tensor if id(tensor) in plain else wrapped.get(id(tensor)) or OnGpu(tensor),
-        outputs,
-    )
+
+    def wrap(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) in wrapped:  # an operator that works in place returns what it was given
+            return wrapped[id(tensor)]
+        return tensor if id(tensor) in plain else OnGpu(tensor)
+
+    return pytree.tree_map_only(torch.Tensor, wrap, outputs)
 
 
 _aten = torch.ops.aten
