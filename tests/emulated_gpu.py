@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -64,6 +65,12 @@ class OnGpu(torch.Tensor):
 
     def cpu(self) -> torch.Tensor:
         return self.to("cpu")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            made = OnGpu(self.held.clone()).requires_grad_(self.requires_grad)
+            memo[id(self)] = nn.Parameter(made, self.requires_grad) if isinstance(self, nn.Parameter) else made
+        return memo[id(self)]
 
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.held.untyped_storage()

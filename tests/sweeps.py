@@ -70,6 +70,8 @@ FAST: dict[str, set[str]] = {
     "test_every_edit_of_many_random_networks_is_exact_or_refused": set(),
     # the parts of what a GPU is asked
     "test_latency_is_measured_at_each_rate": set(),
+    # families on an emulated GPU
+    "test_every_family_is_operated_on_where_it_is": {"squeezenet1_1", "vision transformer"},
     # trainings
     "test_steps_are_timed_three_ways_in_as_many_rounds": set(),
     "test_the_slim_network_catches_up_with_the_dense_one": set(),
