@@ -1,7 +1,8 @@
 """Tensors that say that they are on a GPU, where there is none: what mixes devices fails as it would on one.
 
 Their data are on the CPU, which does the computing. An operator that is given tensors of both devices is an error, but
-for the cases that CUDA takes: scalars, copies, and indices on the CPU.
+for the cases that CUDA takes: scalars, copies, and indices on the CPU. (``plain.to(other)`` does not move to the device
+of ``other``: name the device.)
 """
 
 from __future__ import annotations

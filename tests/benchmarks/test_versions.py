@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from benchmarks.versions import __main__ as versions
-from benchmarks.versions import suite
+from benchmarks.versions import environments, suite
 from benchmarks.versions.environments import InstallError, requirements
 from benchmarks.versions.report import markdown
 
@@ -27,6 +27,25 @@ def test_the_floor_is_what_pyproject_allows_at_least():
 
 def pyproject():
     return (suite.ROOT / "pyproject.toml").read_text()
+
+
+def test_an_environment_is_made_once_and_gets_what_the_package_comes_to_need(tmp_path, monkeypatch):
+    ran = []
+
+    def run(args, **options):
+        ran.append("venv" if "venv" in args else args[-1])
+        (tmp_path / "2.13").mkdir(exist_ok=True)
+        return environments.subprocess.CompletedProcess(args, 0, "", "")
+
+    project = {"dependencies": ["torch>=2.11"], "optional-dependencies": {"dev": ["pytest"]}}
+    monkeypatch.setattr(environments.subprocess, "run", run)
+    monkeypatch.setattr(environments, "_project", lambda: project)
+    for _ in range(2):
+        environments.make_environment(tmp_path / "2.13", ["torch==2.13.*"])
+    assert ran == ["venv", "torch==2.13.*"]
+    project["dependencies"].append("msgspec>=0.19")
+    environments.make_environment(tmp_path / "2.13", ["torch==2.13.*"])
+    assert ran == ["venv", "torch==2.13.*", "torch==2.13.*"]
 
 
 def test_tests_are_counted_and_those_that_failed_named():

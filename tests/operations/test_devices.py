@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import surgery
+from surgery.models.inputs import other_values
 from tests import zoo
 from tests.emulated_gpu import GPU, DeviceMixError, OnGpu, emulated_gpu
 
@@ -70,3 +71,38 @@ def test_every_family_is_operated_on_where_it_is(name):
         there, here = on_cpu(slim), rate.state_dict()
         assert there.keys() == here.keys()
         assert [name for name in here if not torch.equal(here[name], there[name])] == []
+
+
+class AddsNorms(nn.Module):
+    """A sum of a norm with weights and one without, which a deeper network has to predict the statistics of."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+        self.norm, self.plain = nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False)
+        self.stage = nn.Sequential(nn.ReLU())
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.head(self.stage(self.norm(self.one(x)) + self.plain(self.other(x))))
+
+
+def test_a_network_is_deepened_where_it_is():
+    torch.manual_seed(0)
+    model, x = zoo.randomised(AddsNorms()).double().eval(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    here = surgery.deepen(surgery.trace(model, x), ["stage"]).state_dict()
+    with emulated_gpu():
+        there = copy.deepcopy(model).to(GPU)
+        deep = surgery.deepen(surgery.trace(there, on_gpu(x)), ["stage"])
+        assert_close(outputs(deep, on_gpu(x)), outputs(there, on_gpu(x)))
+        found = on_cpu(deep)
+    assert found.keys() == here.keys()
+    assert all(torch.allclose(found[name], here[name], rtol=1e-12) for name in here)
+
+
+@pytest.mark.parametrize("value", [torch.arange(6.0), torch.ones(6), torch.zeros(6)])
+def test_other_values_of_inputs_are_on_their_device(value):
+    with emulated_gpu():
+        ((found,), _) = other_values((value.to(GPU),), {})
+        assert isinstance(found, OnGpu)
+        assert found.shape == value.shape
