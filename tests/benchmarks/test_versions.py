@@ -102,7 +102,7 @@ def test_a_run_goes_on_where_it_was_ended_and_removes_its_environments(tmp_path,
     rows = json.loads(out.read_text())["environments"]
     assert [row["target"] for row in rows] == ["floor", "2.13", "2.14"]
     text = out.with_suffix(".md").read_text()
-    assert "| 2.14 | 3 / 0 / 0 | 3 / 1 / 0 | 2026-01-31 |" in text
+    assert "| 2.14 | 3 / 0 / 0 |  |  |  | 3 / 1 / 0 |  |  |  |  | 2026-01-31 |" in text
     assert "- 2.14, cost: `tests.a::test_b`: assert 1 == 2\n" in text
     assert "- 2.13: no such version\n" in text
     capsys.readouterr()
