@@ -54,6 +54,12 @@ def test_tests_are_counted_and_those_that_failed_named():
     assert counts["failed"] == {"tests.a::test_bad[1]": "assert 1 == 2", "tests.b::test_set_up": "no fixture"}
 
 
+def test_the_test_at_which_a_process_died_is_named():
+    said = 'Fatal Python error\n  File "/x/y/torch/a.py", line 3 in f\n  File "/x/tests/graph/test_b.py", line 7 in g\n'
+    assert suite._where(said) == "it died in tests/graph/test_b.py, line 7"
+    assert suite._where("one\nno tests ran\n") == "no tests ran"
+
+
 def test_every_part_has_tests():
     assert all((suite.ROOT / path).exists() for paths in suite.PARTS.values() for path in paths)
 
@@ -65,6 +71,8 @@ def test_a_part_is_run_by_the_python_of_its_environment(tmp_path, monkeypatch):
     result = suite.run_part(sys.executable, "cost", 1, 300)
     assert (result["passed"], result["skipped"], result["error"]) == (1, 1, None)
     assert list(result["failed"].values()) == ["assert 1 == 2"]
+    file.write_text("import os\ndef test_a(): os.abort()\n")
+    assert suite.run_part(sys.executable, "cost", 1, 300)["error"].startswith("pytest ended with code -6")
     file.write_text("")
     assert suite.run_part(sys.executable, "cost", 1, 300)["error"].startswith("pytest ended with code 5")
     assert "at the time limit of 0.001 minutes" in suite.run_part(sys.executable, "cost", 1, 0.06)["error"]
