@@ -1,7 +1,8 @@
 """Tensors that say that they are on a GPU, where there is none: what mixes devices fails as it would on one.
 
 Their data are on the CPU, which does the computing. An operator that is given tensors of both devices is an error, but
-for the cases that CUDA takes: scalars, copies, and indices on the CPU.
+for the cases that CUDA takes: scalars, copies, and indices on the CPU. (``plain.to(other)`` does not move to the device
+of ``other``: name the device.)
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -65,6 +67,18 @@ class OnGpu(torch.Tensor):
     def cpu(self) -> torch.Tensor:
         return self.to("cpu")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            made = OnGpu(self.held.clone()).requires_grad_(self.requires_grad)
+            memo[id(self)] = nn.Parameter(made, self.requires_grad) if isinstance(self, nn.Parameter) else made
+        return memo[id(self)]
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.held.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
     def tolist(self) -> Any:
         return self.held.tolist()
 
@@ -112,11 +126,13 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return outputs
     wrapped = {id(tensor.held): tensor for tensor in given if isinstance(tensor, OnGpu)}
     plain = {id(tensor) for tensor in given if not isinstance(tensor, OnGpu)}
-    return pytree.tree_map_only(
-        torch.Tensor,
-        lambda tensor: tensor if id(tensor) in plain else wrapped.get(id(tensor)) or OnGpu(tensor),
-        outputs,
-    )
+
+    def wrap(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) in wrapped:  # an operator that works in place returns what it was given
+            return wrapped[id(tensor)]
+        return tensor if id(tensor) in plain else OnGpu(tensor)
+
+    return pytree.tree_map_only(torch.Tensor, wrap, outputs)
 
 
 _aten = torch.ops.aten

@@ -91,6 +91,8 @@ FAST: dict[str, set[str]] = {
     "test_several_processes_print_and_write_once": set(),
     "test_a_killed_run_resumes_in_another_process": set(),
     "test_a_network_with_selections_loads_in_a_fresh_process": set(),
+    # families on an emulated GPU
+    "test_every_family_is_operated_on_where_it_is": {"squeezenet1_1", "vision transformer"},
     # trainings
     "test_all_kinds_of_models_evolve": {"shufflenet_v2_x0_5-32"},
     "test_a_detector_evolves_with_its_own_loss_and_score": set(),

@@ -6,6 +6,7 @@ import ast
 import importlib
 import re
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,9 @@ def test_private_names_of_others_are_listed_and_no_others_are():
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.parametrize("name", LISTED)
 def test_a_listed_name_exists_in_the_installed_version(name):
+    package = name.partition(".")[0]
+    if package == "transformers" and find_spec(package) is None:
+        pytest.skip("transformers is not installed")
     find(name)
 
 

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.results_io import RESULTS, command, read_document, write_document
+from benchmarks.results_io import RESULTS, read_document, write_document
 from benchmarks.versions.environments import NEWEST, InstallError, make_environment, requirements
 from benchmarks.versions.report import failed, line, markdown
 from benchmarks.versions.suite import PARTS, installed_versions, run_part
@@ -48,7 +48,7 @@ def main() -> None:
     rows = {row["target"]: row for row in document["environments"]}
 
     def store() -> None:
-        document.update(command=command("versions"), environments=list(rows.values()))
+        document.update(command="python -m benchmarks.versions", environments=list(rows.values()))
         write_document(out, document)
         out.with_suffix(".md").write_text(markdown(document))
 

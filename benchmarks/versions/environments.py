@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 NEWEST = "newest"
@@ -31,14 +32,20 @@ def requirements(target: str, pyproject: str | None = None) -> list[str]:
         return []
     if target != "floor":
         return [f"torch=={target}.*"]
-    text = (ROOT / "pyproject.toml").read_text() if pyproject is None else pyproject
-    dependencies = tomllib.loads(text)["project"]["dependencies"]
+    dependencies = _project(pyproject)["dependencies"]
     found = [re.match(r"(torch|torchvision)>=([\d.]+)", dependency) for dependency in dependencies]
     return [f"{match[1]}=={match[2]}.*" for match in found if match]
 
 
+def _project(text: str | None = None) -> dict[str, Any]:
+    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text() if text is None else text)["project"]
+    return found
+
+
 def make_environment(folder: Path, wanted: list[str]) -> Path:
-    """Make a virtual environment with the package, its tools and ``wanted``; take the one that is there and complete.
+    """Make a virtual environment with the package, its tools and ``wanted``.
+
+    One that is there is taken; what the package has come to need since is installed.
 
     Returns:
         Its Python.
@@ -47,11 +54,14 @@ def make_environment(folder: Path, wanted: list[str]) -> Path:
         InstallError: when pip fails.
     """
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    ready, asked = folder / _READY, "\n".join(wanted)
+    project = _project()
+    asked = "\n".join([*wanted, *project["dependencies"], *project["optional-dependencies"]["dev"]])
+    ready = folder / _READY
     if ready.exists() and ready.read_text() == asked:
         return python
-    shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    if not ready.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", f"{ROOT}[dev]", *wanted]
     done = subprocess.run([str(python), *install], capture_output=True, text=True, check=False)
     if done.returncode:

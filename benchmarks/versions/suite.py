@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -70,8 +71,7 @@ def run_part(python: Path, part: str, processes: int, seconds: float) -> dict[st
                 check=False,
             )
             if done.returncode not in (0, 1):  # 1: tests ran and some failed
-                said = (done.stderr or done.stdout).strip().splitlines()[-1:] or [""]
-                said = f"pytest ended with code {done.returncode}: {said[0]}"
+                said = f"pytest ended with code {done.returncode}: {_where(done.stderr or done.stdout)}"
         except subprocess.TimeoutExpired:
             said = f"ended at the time limit of {seconds / 60:g} minutes"
         counts = read_report(report.read_text()) if report.exists() else {"passed": 0, "skipped": 0, "failed": {}}
@@ -79,6 +79,12 @@ def run_part(python: Path, part: str, processes: int, seconds: float) -> dict[st
         said = "no test ran"
     spent = round(time.perf_counter() - begun)
     return {**counts, "error": said or None, "seconds": spent, "date": datetime.now(UTC).date().isoformat()}
+
+
+def _where(said: str) -> str:
+    """The line of a test at which the process died, as Python's fault handler tells; else the last line."""
+    found = re.search(r'File ".*?/(tests/(?!conftest)[\w/]+\.py)", line (\d+)', said)
+    return f"it died in {found[1]}, line {found[2]}" if found else (said.strip().splitlines() or [""])[-1][:200]
 
 
 def read_report(text: str) -> dict[str, Any]:

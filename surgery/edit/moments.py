@@ -46,7 +46,9 @@ def _predict(owner: TracedModule, node: fx.Node, known: dict[fx.Node, Moments | 
     rule = op_of(owner, node)
     if leaf is not None and rule.kind == "batch norm":
         if leaf.weight is None:
-            return torch.zeros(leaf.num_features).double(), torch.ones(leaf.num_features).double()
+            device = next((t.device for t in (*leaf.buffers(), *owner.parameters())), None)
+            mean = torch.zeros(leaf.num_features, dtype=torch.float64, device=device)
+            return mean, torch.ones_like(mean)
         return leaf.bias.detach().double(), leaf.weight.detach().double().square()
     if rule is UNKNOWN or not node.args:
         return None

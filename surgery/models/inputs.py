@@ -82,8 +82,8 @@ def other_values(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
             return tensor
         values = tensor.flatten()
         if (values != values[0]).any():
-            return values[torch.randint(len(values), tensor.shape, generator=generator)]
-        fractions = 0.5 + torch.rand(tensor.shape, generator=generator).to(tensor.dtype)
+            return values[torch.randint(len(values), tensor.shape, generator=generator).to(tensor.device)]
+        fractions = 0.5 + torch.rand(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
         return fractions * tensor if values[0] else fractions
 
     return each_tensor(change, args, kwargs)

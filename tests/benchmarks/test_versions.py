@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from benchmarks.versions import __main__ as versions
-from benchmarks.versions import suite
+from benchmarks.versions import environments, suite
 from benchmarks.versions.environments import InstallError, requirements
 from benchmarks.versions.report import markdown
 
@@ -29,10 +29,35 @@ def pyproject():
     return (suite.ROOT / "pyproject.toml").read_text()
 
 
+def test_an_environment_is_made_once_and_gets_what_the_package_comes_to_need(tmp_path, monkeypatch):
+    ran = []
+
+    def run(args, **options):
+        ran.append("venv" if "venv" in args else args[-1])
+        (tmp_path / "2.13").mkdir(exist_ok=True)
+        return environments.subprocess.CompletedProcess(args, 0, "", "")
+
+    project = {"dependencies": ["torch>=2.11"], "optional-dependencies": {"dev": ["pytest"]}}
+    monkeypatch.setattr(environments.subprocess, "run", run)
+    monkeypatch.setattr(environments, "_project", lambda: project)
+    for _ in range(2):
+        environments.make_environment(tmp_path / "2.13", ["torch==2.13.*"])
+    assert ran == ["venv", "torch==2.13.*"]
+    project["dependencies"].append("msgspec>=0.19")
+    environments.make_environment(tmp_path / "2.13", ["torch==2.13.*"])
+    assert ran == ["venv", "torch==2.13.*", "torch==2.13.*"]
+
+
 def test_tests_are_counted_and_those_that_failed_named():
     counts = suite.read_report(REPORT)
     assert (counts["passed"], counts["skipped"]) == (1, 1)
     assert counts["failed"] == {"tests.a::test_bad[1]": "assert 1 == 2", "tests.b::test_set_up": "no fixture"}
+
+
+def test_the_test_at_which_a_process_died_is_named():
+    said = 'Fatal Python error\n  File "/x/y/torch/a.py", line 3 in f\n  File "/x/tests/graph/test_b.py", line 7 in g\n'
+    assert suite._where(said) == "it died in tests/graph/test_b.py, line 7"
+    assert suite._where("one\nno tests ran\n") == "no tests ran"
 
 
 def test_every_part_has_tests():
@@ -46,6 +71,8 @@ def test_a_part_is_run_by_the_python_of_its_environment(tmp_path, monkeypatch):
     result = suite.run_part(sys.executable, "cost", 1, 300)
     assert (result["passed"], result["skipped"], result["error"]) == (1, 1, None)
     assert list(result["failed"].values()) == ["assert 1 == 2"]
+    file.write_text("import os\ndef test_a(): os.abort()\n")
+    assert suite.run_part(sys.executable, "cost", 1, 300)["error"].startswith("pytest ended with code -6")
     file.write_text("")
     assert suite.run_part(sys.executable, "cost", 1, 300)["error"].startswith("pytest ended with code 5")
     assert "at the time limit of 0.001 minutes" in suite.run_part(sys.executable, "cost", 1, 0.06)["error"]
@@ -83,7 +110,7 @@ def test_a_run_goes_on_where_it_was_ended_and_removes_its_environments(tmp_path,
     rows = json.loads(out.read_text())["environments"]
     assert [row["target"] for row in rows] == ["floor", "2.13", "2.14"]
     text = out.with_suffix(".md").read_text()
-    assert "| 2.14 | 3 / 0 / 0 | 3 / 1 / 0 | 2026-01-31 |" in text
+    assert "| 2.14 | 3 / 0 / 0 |  |  |  | 3 / 1 / 0 |  |  |  |  | 2026-01-31 |" in text
     assert "- 2.14, cost: `tests.a::test_b`: assert 1 == 2\n" in text
     assert "- 2.13: no such version\n" in text
     capsys.readouterr()
