@@ -232,7 +232,7 @@ def interrupt(*_):
 
 def test_two_writers_of_one_folder_are_refused_and_leave_no_lock(tmp_path):
     def second():
-        with pytest.raises(UsageError, match="another run is writing to .*out: wait until it is over"):
+        with pytest.raises(UsageError, match=r"another run is writing to .*out: wait until it is over"):
             write(tmp_path / "out", force=True)
 
     write(tmp_path / "out", meanwhile=second)

@@ -25,6 +25,7 @@ from typer.main import get_command
 import surgery
 from surgery.cli import distill, evolve, measure, operate, sensitivity, show
 from surgery.errors import (
+    FULL,
     DamageWarning,
     EditError,
     SurgeryError,
@@ -33,7 +34,6 @@ from surgery.errors import (
     WeightsWarning,
     is_out_of_memory,
 )
-from surgery.locks import FULL
 
 _ParserError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
 """What typer raises for arguments it cannot parse: it names only this subclass of it publicly."""
@@ -52,7 +52,7 @@ class _PlainFlags:
         return params
 
 
-class _Interrupted(Exception):
+class _Interruption(Exception)  # noqa: N818 - it is none:
     """An interruption of a verb, which typer would make its own of."""
 
 
@@ -65,7 +65,7 @@ class _Command(_PlainFlags, TyperCommand):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise _Interrupted from error
+            raise _Interruption from error
 
 
 class _Group(_PlainFlags, TyperGroup):
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             said = f"there is not enough memory for this: {error}" if str(error) else "out of memory"
             return _fail(error, said, 1)
-        except _Interrupted as error:
+        except _Interruption as error:
             return _interrupted(error.__cause__)
         except (typer.Abort, KeyboardInterrupt) as error:  # before or after a verb
             return _interrupted(error)

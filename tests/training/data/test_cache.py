@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import surgery
 from surgery.errors import UsageError
+from surgery.stored import sign
 from surgery.training.data.cache import MARKER, cache_bytes, cache_outputs, open_cache, write_cache
 from surgery.training.data.data import load_data
 from surgery.training.data.fingerprint import is_deterministic, module_digest
-from surgery.stored import sign
 from tests.zoo import randomised
 
 
@@ -297,7 +297,7 @@ def test_two_runs_into_one_folder_never_mix(tmp_path):
     refused = []
 
     def meanwhile(task, done, total):
-        with pytest.raises(UsageError, match="another run is writing to .*cache") as caught:
+        with pytest.raises(UsageError, match=r"another run is writing to .*cache") as caught:
             write_cache(make_teacher(seed=1), make_images(), tmp_path / "cache")
         refused.append(caught.value)
 
