@@ -52,7 +52,7 @@ class _PlainFlags:
         return params
 
 
-class _Interruption(Exception)  # noqa: N818 - it is none:
+class _Interruption(Exception):  # noqa: N818 - it is none
     """An interruption of a verb, which typer would make its own of."""
 
 
