@@ -1,7 +1,7 @@
 """The command line: thin verbs over the public API.
 
-Each verb takes a torchvision name, a model of another library (``hf:CONFIG-or-DIR``), a folder that `surgery.save`
-wrote, or ``package.module:factory`` with ``--trust``.
+Each verb takes a torchvision name, a model of another library (``hf:CONFIG-or-DIR``, ``timm:NAME``), a folder that
+`surgery.save` wrote, or ``package.module:factory`` with ``--trust``.
 The result goes to stdout, as a table or, with ``--json``, as one JSON object; everything else goes to stderr. A verb
 calls the public package and nothing else; what it needs of that is imported when it runs, so help needs no torch.
 """
@@ -52,7 +52,7 @@ class _PlainFlags:
         return params
 
 
-class _Interruption(Exception):  # noqa: N818 - it is none
+class _InterruptedError(Exception):
     """An interruption of a verb, which typer would make its own of."""
 
 
@@ -65,7 +65,7 @@ class _Command(_PlainFlags, TyperCommand):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise _Interruption from error
+            raise _InterruptedError from error
 
 
 class _Group(_PlainFlags, TyperGroup):
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             said = f"there is not enough memory for this: {error}" if str(error) else "out of memory"
             return _fail(error, said, 1)
-        except _Interruption as error:
+        except _InterruptedError as error:
             return _interrupted(error.__cause__)
         except (typer.Abort, KeyboardInterrupt) as error:  # before or after a verb
             return _interrupted(error)

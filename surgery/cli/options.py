@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -30,7 +30,7 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A torchvision name, with builder keywords if you like (resnet18?num_classes=10), hf:CONFIG or hf:DIR of "
-        "transformers, a saved folder, or package.module:factory with --trust.",
+        "transformers, timm:NAME, a saved folder, or package.module:factory with --trust.",
         autocompletion=complete_model,
     ),
 ]
@@ -42,7 +42,13 @@ InputShape = Annotated[
         "[default: 2 samples of the model's own size]",
     ),
 ]
-Weights = Annotated[str, typer.Option(metavar="NAME", help="torchvision's weights: none, DEFAULT or one by name.")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="torchvision's weights (none, DEFAULT or one by name), or a .safetensors or .pth file.",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of everything random, initial weights included.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Allow package.module:factory to be imported and called.")]
 ChangedWeights = Annotated[
@@ -76,6 +82,12 @@ class Opening:
     def open(self, source: str) -> nn.Module:
         """Open one model, as `surgery.models.open_model` does."""
         return surgery.models.open_model(source, **self._keywords)
+
+    def open_all(self, sources: Sequence[str]) -> dict[str, nn.Module]:
+        """Open several models; weights are for those by name, and for saved ones only where there is no other."""
+        saved = [source for source in sources if surgery.models.is_saved(source)]
+        alone = replace(self, weights="none") if len(saved) < len(sources) else self
+        return {source: (alone if source in saved else self).open(source) for source in sources}
 
     def open_pair(self, first: str, second: str) -> tuple[nn.Module, nn.Module]:
         """Open two models for the same inputs."""
@@ -133,7 +145,7 @@ def refuse_untrained(role: str, source: str, weights: str, *, epochs: str, becau
         epochs: the option that trains it, with a number.
         because: why random weights are of no use.
     """
-    if surgery.models.is_saved(source):
+    if surgery.models.is_saved(source) or surgery.models.is_weights_file(weights):
         return
     parsed = surgery.models.parse(source, weights=weights)
     if parsed.entry is not None and parsed.weights is None:

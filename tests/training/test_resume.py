@@ -201,7 +201,10 @@ def test_a_class_or_predicate_cannot_be_stored_in_a_checkpoint(digits, tmp_path,
 def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_training(digits, tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", Path("/proc")):
-        with pytest.raises(surgery.UsageError, match=r"cannot write .*a\.pt: (a part of its|its folder cannot)"):
+        with pytest.raises(
+            surgery.UsageError,
+            match=r"cannot write .*a\.pt: (a part of its path is a file|its folder cannot hold files)",
+        ):
             train(net(), digits, epochs=1, loss_fn=no_step, checkpoint=folder / "a.pt")
 
 
@@ -248,7 +251,9 @@ def test_every_damaged_byte_of_a_checkpoint_is_refused(digits, tmp_path):
         damaged = bytearray(content)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
-        with pytest.raises(surgery.CheckpointError, match=r"training\.pt is .*[:;] remove it to"):
+        with pytest.raises(
+            surgery.CheckpointError, match=r"training\.pt is .*: remove it to|; remove it to repeat this"
+        ):
             train(net(), digits, epochs=1, checkpoint=path)
     for length in (0, 1, 80, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
