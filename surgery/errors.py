@@ -7,6 +7,15 @@ import errno
 from collections.abc import Iterable
 from numbers import Integral
 
+UNWRITABLE = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "it would be larger than this process may write",
+    errno.EROFS: "the file system is read-only",
+    errno.ENAMETOOLONG: "its name is too long",
+}
+"""Reasons for which nothing can be written, by the number of the error."""
+
 
 class SurgeryError(Exception):
     """Base of every error raised on purpose by this package."""
@@ -42,16 +51,6 @@ class WeightsWarning(UserWarning):
 
 class DamageWarning(UserWarning):
     """A stored part of a run was damaged, and is made again."""
-
-
-FULL = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "it would be larger than this process may write",
-    errno.EROFS: "the file system is read-only",
-    errno.ENAMETOOLONG: "its name is too long",
-}
-"""Reasons for which nothing can be written, by the number of the error."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from surgery.errors import FULL, UsageError
+from surgery.errors import UNWRITABLE, UsageError
 
 LOCKED, WRITING, REPLACED = ".surgery-lock", ".surgery-writing", ".surgery-replaced"
 """How the names end of a lock, of what becomes a result, and of a result while another one takes its place."""
@@ -78,7 +78,7 @@ def reason(error: Exception) -> str:
     """Say why a file cannot be written, in one line."""
     number = error.errno if isinstance(error, OSError) else None
     said = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return said if number is None else {**FULL, **_FORBIDDEN}.get(number, said)
+    return said if number is None else {**UNWRITABLE, **_FORBIDDEN}.get(number, said)
 
 
 _FORBIDDEN = {

@@ -25,7 +25,7 @@ from typer.main import get_command
 import surgery
 from surgery.cli import distill, evolve, measure, operate, sensitivity, show
 from surgery.errors import (
-    FULL,
+    UNWRITABLE,
     DamageWarning,
     EditError,
     SurgeryError,
@@ -181,9 +181,9 @@ def _interrupted(error: BaseException | None) -> int:
 
 def _say_why(error: OSError) -> str:
     """Say in one line what cannot be read or written."""
-    if error.errno not in FULL:
+    if error.errno not in UNWRITABLE:
         return str(error)
-    return f"cannot write {error.filename or 'the result'}: {FULL[error.errno]}"
+    return f"cannot write {error.filename or 'the result'}: {UNWRITABLE[error.errno]}"
 
 
 def _fail(error: BaseException, message: object, code: int) -> int:

@@ -44,7 +44,7 @@ _OWN = (
 class SizeProxy(fx.Proxy):
     """A proxy that Python can branch on, count with and iterate over, where its value follows from shapes."""
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type[Any]:
         """`torch.Tensor` to a model's Python that asks for the type of a tensor (``isinstance``)."""
         asking, tracer = str(sys._getframe(1).f_globals.get("__name__", "")), cast(Tracer, self.tracer)
@@ -177,7 +177,7 @@ class GuardingTracer(fx.Tracer):
             keys = self._keys(whole)
             if isinstance(value, _KEYS):
                 return iter(keys)
-            return iter([whole[k] if isinstance(value, _VALUES) else (k, whole[k]) for k in keys])  # type: ignore[index]
+            return iter([whole[k] if isinstance(value, _VALUES) else (k, whole[k]) for k in keys])
         if isinstance(value, dict):
             return iter(self._keys(obj))
         return iter([obj[k] for k in range(self.length(obj))])  # type: ignore[index]
