@@ -38,6 +38,10 @@ class Derived(Dataset[tuple[Any, ...]]):
         return count(self.images)
 
 
+class Extended(Derived):
+    """The same items, with computed values behind the image and its label; a training is identified without them."""
+
+
 class ByContent(Derived):
     """The same items; their files are identified by content, not by size and date."""
 
