@@ -88,12 +88,16 @@ def std_mean_over(
 
 def amax_over(input: Tensor, keep: Tensor, dim: Dims = (), keepdim: bool = False) -> Tensor:
     """`torch.amax` over the channels where ``keep``."""
-    return torch.amax(input.masked_fill(~keep, -math.inf), () if dim is None else dim, keepdim)
+    return torch.amax(input.masked_fill(~keep, -math.inf), _as_tuple(dim), keepdim)
 
 
 def amin_over(input: Tensor, keep: Tensor, dim: Dims = (), keepdim: bool = False) -> Tensor:
     """`torch.amin` over the channels where ``keep``."""
-    return torch.amin(input.masked_fill(~keep, math.inf), () if dim is None else dim, keepdim)
+    return torch.amin(input.masked_fill(~keep, math.inf), _as_tuple(dim), keepdim)
+
+
+def _as_tuple(dim: Dims) -> tuple[int, ...]:
+    return () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
 
 
 def max_over(input: Tensor, keep: Tensor, dim: int | None = None, keepdim: bool = False) -> Any:
