@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from surgery.errors import UsageError
+from surgery.errors import UNWRITABLE, UsageError
 
 LOCKED, WRITING, REPLACED = ".surgery-lock", ".surgery-writing", ".surgery-replaced"
 """How the names end of a lock, of what becomes a result, and of a result while another one takes its place."""
@@ -78,17 +78,8 @@ def reason(error: Exception) -> str:
     """Say why a file cannot be written, in one line."""
     number = error.errno if isinstance(error, OSError) else None
     said = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return said if number is None else {**FULL, **_FORBIDDEN}.get(number, said)
+    return said if number is None else {**UNWRITABLE, **_FORBIDDEN}.get(number, said)
 
-
-FULL = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "it would be larger than this process may write",
-    errno.EROFS: "the file system is read-only",
-    errno.ENAMETOOLONG: "its name is too long",
-}
-"""Reasons for which nothing can be written, by the number of the error."""
 
 _FORBIDDEN = {
     errno.EACCES: "its folder does not permit it",

@@ -25,6 +25,7 @@ from typer.main import get_command
 import surgery
 from surgery.cli import distill, evolve, measure, operate, sensitivity, show
 from surgery.errors import (
+    UNWRITABLE,
     DamageWarning,
     EditError,
     SurgeryError,
@@ -33,7 +34,6 @@ from surgery.errors import (
     WeightsWarning,
     is_out_of_memory,
 )
-from surgery.locks import FULL
 
 _ParserError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
 """What typer raises for arguments it cannot parse: it names only this subclass of it publicly."""
@@ -181,9 +181,9 @@ def _interrupted(error: BaseException | None) -> int:
 
 def _say_why(error: OSError) -> str:
     """Say in one line what cannot be read or written."""
-    if error.errno not in FULL:
+    if error.errno not in UNWRITABLE:
         return str(error)
-    return f"cannot write {error.filename or 'the result'}: {FULL[error.errno]}"
+    return f"cannot write {error.filename or 'the result'}: {UNWRITABLE[error.errno]}"
 
 
 def _fail(error: BaseException, message: object, code: int) -> int:
