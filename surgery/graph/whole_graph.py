@@ -44,6 +44,7 @@ def traced_copy(
         places: `find_ruled_functions` of ``root`` or of what it is a part of.
     """
     places = find_ruled_functions(root) if places is None else places
+    _refuse_taken_names(root)
     modal: set[str] = set()  # submodules that branch on their own flag: traced on their own, called as leaves
     while True:
         try:
@@ -87,6 +88,13 @@ def _arguments(module: nn.Module, node: fx.Node, values: Values) -> Arguments:
     """The arguments that a node calls a module with, on the meta device."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), values.of)
     return bound_arguments(module, args, kwargs)
+
+
+def _refuse_taken_names(root: nn.Module) -> None:
+    """A graph that reads ``self.code`` would get the source of the traced module, and not a buffer of that name."""
+    for name in (*root._modules, *root._parameters, *root._buffers):
+        if hasattr(TracedModule, name) or name in ("meta", "train_graph"):
+            raise TraceError(f"{type(root).__name__} has a part named {name!r}, as a traced module has: rename it")
 
 
 def _register_plain_tensors(root: nn.Module, graph: fx.Graph | None) -> None:

@@ -273,7 +273,7 @@ def _resize_prelu(edit: NodeEdit) -> None:
         edit.module.num_parameters = edit.module.weight.shape[0]
 
 
-@oprule(nn.PReLU, F.prelu, torch.prelu, rewrite=_resize_prelu, python="always")
+@oprule(nn.PReLU, F.prelu, torch.prelu, rewrite=_resize_prelu, python="always", kind="learned activation")
 def _prelu(op: Op, input: Labelled, weight: Labelled | None = None) -> Fields:
     weight = op.param("weight", weight)
     if weight is not None and (op.module is None or weight.shape[0] > 1):
