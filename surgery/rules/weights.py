@@ -131,6 +131,7 @@ def convolved(
         op.freeze(weight.at(k), "kernel size")
     moving = range(spatial) if mixed else _mixed_positions(weight.shape[2:], stride, padding)
     rest = tuple(f for f in op.keep(x, [dim + 1 + k for k in moving]) if dim not in f.dims)
+    rest = tuple(f for f in rest if min(f.dims) < dim or not op.stays(f))
     whole = x.at(dim)
     if whole is not None and len(whole.dims) > 1 and groups == x.shape[dim] == op.shape[dim] and not transposed:
         op.freeze(ins, "one per group")
