@@ -95,6 +95,7 @@ from surgery.taps.hints import HintPair as HintPair
 from surgery.taps.hints import attach_hint as attach_hint
 from surgery.taps.stages import Stage as Stage
 from surgery.taps.stages import stages as stages
+from surgery.training.data.adapt import as_data as as_data
 from surgery.training.data.cache import cache_bytes as cache_bytes
 from surgery.training.data.data import Data as Data
 from surgery.training.data.data import load_data as load_data

@@ -40,7 +40,8 @@ def bench(
         raise UsageError("a model is given more than once")
     sizes = _parse_sizes(batch_size)
     opening = Opening(input_shape, weights, settings.seed, trust)
-    opened: Mapping[str, Any] = {name: _find_file(name) or opening.open(name) for name in candidates}
+    opened: Mapping[str, Any] = {name: _find_file(name) or None for name in candidates}
+    opened = {**opened, **opening.open_all([name for name, file in opened.items() if file is None])}
     measured = surgery.sweep(opened, sizes, settings=settings)
     plain = {size: compared.to_dict() for size, compared in measured.items()}
     emit(

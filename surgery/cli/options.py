@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -42,7 +42,13 @@ InputShape = Annotated[
         "[default: 2 samples of the model's own size]",
     ),
 ]
-Weights = Annotated[str, typer.Option(metavar="NAME", help="torchvision's weights: none, DEFAULT or one by name.")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="torchvision's weights (none, DEFAULT or one by name), or a .safetensors or .pth file.",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of everything random, initial weights included.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Allow package.module:factory to be imported and called.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what --out names, if it was made by this command.")]
@@ -69,6 +75,12 @@ class Opening:
         """Open one model, as `surgery.models.open_model` does."""
         return surgery.models.open_model(source, **self._keywords)
 
+    def open_all(self, sources: Sequence[str]) -> dict[str, nn.Module]:
+        """Open several models; weights are for those by name, and for saved ones only where there is no other."""
+        saved = [source for source in sources if surgery.models.is_saved(source)]
+        alone = replace(self, weights="none") if len(saved) < len(sources) else self
+        return {source: (alone if source in saved else self).open(source) for source in sources}
+
     def open_pair(self, first: str, second: str) -> tuple[nn.Module, nn.Module]:
         """Open two models for the same inputs."""
         return surgery.models.open_pair(first, second, **self._keywords)
@@ -87,6 +99,8 @@ class DataOptions(Settings):
     image_size: int | None = option(None, "Side in pixels. [default: the data's own]", least=1)
     data_root: Path | None = option(None, "Where torchvision's data sets are kept.", metavar="DIR")
     limit: int | None = option(None, "Use so many training and test images at most.")
+    skip_bad: bool = option(False, "Leave out images that cannot be read.", result=False)
+    strict: bool = option(False, "Identify data by the content of every file, not by size and date.", result=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +128,7 @@ def refuse_untrained(role: str, source: str, weights: str, *, epochs: str, becau
         epochs: the option that trains it, with a number.
         because: why random weights are of no use.
     """
-    if surgery.models.is_saved(source):
+    if surgery.models.is_saved(source) or surgery.models.is_weights_file(weights):
         return
     parsed = surgery.models.parse(source, weights=weights)
     if parsed.entry is not None and parsed.weights is None:

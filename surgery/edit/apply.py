@@ -34,8 +34,10 @@ def apply(module: nn.Module, edit: Recipe | Step | Iterable[Step]) -> nn.Module:
     steps = edit.steps if isinstance(edit, Recipe) else (edit,) if isinstance(edit, Step) else tuple(edit)
     result = module
     for step in steps:
-        before = result
-        result = step.apply(before)
-        with_info(result, steps=(*info(before).steps, step))
-        follow_seal(before, result)
-    return copy.deepcopy(module) if result is module else result
+        done = info(result).steps
+        result = step.apply(result) if result is module else step.apply_in_place(result)
+        with_info(result, steps=(*done, step))
+    if result is module:
+        return copy.deepcopy(module)
+    follow_seal(module, result)
+    return result

@@ -39,12 +39,15 @@ class InsertBlock(Step):
 
     def apply(self, module: nn.Module) -> nn.Module:
         """Insert the copy in every graph that computes what it reads. See `Step.apply`."""
-        result = copy.deepcopy(module)
-        found = copied_blocks(result, analyse(result), self.after, self.like)
+        return self.apply_in_place(copy.deepcopy(module))
+
+    def apply_in_place(self, module: nn.Module) -> nn.Module:
+        """See `Step.apply_in_place`."""
+        found = copied_blocks(module, analyse(module), self.after, self.like)
         if any(zero_names(site, block, self.like, self.name) != self.zeros for site, _, block in found):
             raise EditError(f"a copy of {self.like or self.after!r} is not the identity where {list(self.zeros)} are 0")
         memo: dict[int, Any] = {}  # what is tied in the block is tied in the copy, and to it alone
-        new = _add_container(result, self, memo)
+        new = _add_container(module, self, memo)
         names: dict[tuple[str, str], str] = {}
         for site, _, block in found:
             for node in block.nodes:
@@ -53,13 +56,13 @@ class InsertBlock(Step):
                     names[site.path, target] = _copy_part(site, self, target, memo)
         with torch.no_grad():
             for name in self.zeros:
-                operator.attrgetter(name)(result).zero_()
+                operator.attrgetter(name)(module).zero_()
         for parameter in new.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         for site, end, block in found:
             _insert(site, self, end, block, names)
             site.owner.recompile()
-        return result
+        return module
 
     def inserted(self) -> tuple[Inserted, ...]:
         """See `Step.inserted`."""

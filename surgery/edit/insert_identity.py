@@ -17,6 +17,7 @@ from surgery.edit.moments import predicted_moments, set_moments
 from surgery.edit.sites import Site, local_name, output_sites, place_for
 from surgery.edit.step import Inserted, Step
 from surgery.errors import UsageError
+from surgery.graph.seeding import seed_generators
 from surgery.graph.table import activation_named
 from surgery.layers.activation import make_activation
 from surgery.layers.maxout import Maxout
@@ -54,20 +55,23 @@ class InsertIdentity(Step):
 
     def apply(self, module: nn.Module) -> nn.Module:
         """Insert the layers in every graph that computes what they read. See `Step.apply`."""
-        result = copy.deepcopy(module)
-        sites = list(output_sites(result, self.after))
-        block = _block(self, weight_before(result, sites[0], len(self.kernel)))
+        return self.apply_in_place(copy.deepcopy(module))
+
+    def apply_in_place(self, module: nn.Module) -> nn.Module:
+        """See `Step.apply_in_place`."""
+        sites = list(output_sites(module, self.after))
+        block = _block(self, weight_before(module, sites[0], len(self.kernel)))
         if self.form == "layer" and self.norm:
             moments = predicted_moments(sites[0].owner, sites[0].node)
             if moments is not None:
                 set_moments(block.get_submodule("norm"), *moments)
-        container, child = place_for(result, self.name)
+        container, child = place_for(module, self.name)
         container.add_module(child, block)
         block.train(container.training)
         for site in sites:
             _insert(site, self, block)
             site.owner.recompile()
-        return result
+        return module
 
     def inserted(self) -> tuple[Inserted, ...]:
         """See `Step.inserted`."""
@@ -99,7 +103,7 @@ def _block(step: InsertIdentity, like: torch.Tensor) -> nn.Sequential:
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     kind = "conv" if step.kernel else "linear"
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(step.seed)
+        seed_generators(step.seed)
         first, last = _weights(step, step.channels * step.pieces), _weights(step, step.channels)
     if step.form == "layer":
         _set_identity(first, step.pieces)

@@ -101,6 +101,13 @@ class Step(ABC):
             UsageError: the step names what is not there.
         """
 
+    def apply_in_place(self, module: nn.Module) -> nn.Module:
+        """Carry the step out on a module that nobody else holds, and that may be changed. By default this is `apply`.
+
+        A step that changes little is faster so: a recipe of many such steps copies the model once.
+        """
+        return self.apply(module)
+
     def origins(self, module: nn.Module) -> Mapping[str, Origin]:
         """Where the tensors of the result come from, for those that ``module`` does not hold by the same name and in
         the same shape; tied ones under their first name. By default there are none."""

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from surgery.errors import TraceError, UsageError
+from surgery.graph.fused import avoid_fused_paths
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -25,7 +26,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def private_copy(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` to trace, in which compiled parts are the modules that they were.
+    """A copy of ``model`` to trace, in which compiled parts are the modules that they were, and all parts are called.
 
     Raises:
         UsageError: a part is TorchScript, converted to int8 or lazy, or a parameter has a gradient hook.
@@ -43,6 +44,7 @@ def private_copy(model: nn.Module) -> nn.Module:
         for name, child in module._modules.items():
             if child is not None:
                 module._modules[name] = unwrap(child) if _is_compiled(child) else child
+    avoid_fused_paths(result)
     return result
 
 

@@ -17,18 +17,17 @@ from surgery.graph.containers import HOOKS, turn_into_container
 from surgery.graph.finite import FINITE
 from surgery.graph.gradients import symbolic_gradients, unmark_plain
 from surgery.graph.guards import Values
-from surgery.graph.traced import TracedModule, shelled
-from surgery.graph.tracer import (
-    ModeBranchError,
+from surgery.graph.hooks import own_hooks, packages_of
+from surgery.graph.symbolic import (
     Places,
-    Tracer,
     find_ruled_functions,
-    own_hooks,
-    packages_of,
     symbolic_factories,
     symbolic_functions,
     symbolic_modes,
+    symbolic_types,
 )
+from surgery.graph.traced import TracedModule, shelled
+from surgery.graph.tracer import ModeBranchError, Tracer
 
 _VIEWS_OF_DICTS = ("items", "keys", "values")
 
@@ -112,6 +111,7 @@ def _trace_mode(
             symbolic_modes(root, tracer),
             symbolic_factories(tracer),
             symbolic_functions(places, tracer),
+            symbolic_types(tracer),
             symbolic_gradients(tracer),
         ):
             graph = tracer.trace(root)

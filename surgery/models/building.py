@@ -14,11 +14,13 @@ from torchvision.models import get_model_builder
 from torchvision.ops import FrozenBatchNorm2d
 
 from surgery.errors import SurgeryError, UsageError
+from surgery.graph.seeding import seed_generators
 from surgery.models import pretrained
 from surgery.models.catalogue import FROZEN_NORM, Value, text
 from surgery.models.fitnet_modules import build_fitnet
 from surgery.models.libraries import LIBRARIES, open_library
-from surgery.models.sources import Source, parse
+from surgery.models.sources import Source, is_weights_file, parse
+from surgery.models.weights_file import load_weights_file
 
 
 def build(
@@ -37,7 +39,9 @@ def build(
             ``package.module:factory``, your own code.
         num_classes: the builder's keyword.
         weights: ``"DEFAULT"`` or another name of torchvision's weights of the model. Where ``num_classes`` or another
-            keyword differs from theirs, entries whose shape fits are copied, and a `WeightsWarning` names the others.
+            keyword differs from theirs, entries whose shape fits are copied, and a `WeightsWarning` names the others. A
+            name that ends in ``.safetensors`` or ``.pth`` is a file of yours, which must match entry by entry
+            (`surgery.models.load_weights_file`).
         trust: allow ``package.module:factory`` to be imported and called.
         seed: of the initial values; the global random state stays as it was.
 
@@ -51,6 +55,10 @@ def build(
     Example:
         >>> model = surgery.models.build("resnet50", num_classes=10, seed=0)
     """
+    if is_weights_file(weights):
+        built = build(source, num_classes=num_classes, trust=trust, seed=seed)
+        load_weights_file(built, str(weights), what=repr(source))
+        return built
     parsed = parse(source, num_classes=num_classes, weights=weights)
     with _seeded(seed):
         if parsed.prefix in LIBRARIES:
@@ -69,7 +77,7 @@ def _seeded(seed: int | None) -> Iterator[None]:
         yield
         return
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_generators(seed)
         yield
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 from surgery.errors import UsageError, whole_number
 from surgery.progress import Progress
 from surgery.settings import TrainSettings, accepts
+from surgery.training.data.adapt import AnyData, as_data
 from surgery.training.data.data import Data, count
 from surgery.training.data.fingerprint import module_digest, training_digest
 from surgery.training.engine import Engine
@@ -33,7 +34,7 @@ from surgery.training.run import Batch, LossFn, Run, steps_of_epoch
 @plain_modes()
 def train(
     model: nn.Module,
-    data: Data,
+    data: AnyData,
     settings: TrainSettings = TrainSettings(),
     *,
     grow: Mapping[int, Growth] | None = None,
@@ -55,7 +56,7 @@ def train(
 
     Args:
         model: any module that classifies the images; traced, if it grows.
-        data: images (N, C, H, W) and labels, as of `surgery.load_data`.
+        data: images (N, C, H, W) and labels, as of `surgery.load_data`, or what `surgery.as_data` takes.
         settings: see `surgery.TrainSettings`. Its fields may be given as keywords, which take precedence. ``one-cycle``
             warms up over the first quarter of the steps and anneals to zero, ``cosine`` begins at ``lr``.
         grow: growths by the epoch, from 0, that they come before: ``{0: Growth(images=0.3), 4: Growth(images=1.0,
@@ -81,6 +82,7 @@ def train(
     Example:
         >>> trained = surgery.train(model, surgery.load_data("digits"), epochs=3, lr=0.1).module
     """
+    data = as_data(data)
     settings = settings.training()
     check_data(data)
     check_trainable(model)

@@ -215,3 +215,44 @@ def test_a_parametrization_that_learns_by_being_read_is_not_read():
     before = {name: tensor.clone() for name, tensor in traced.state_dict().items()}
     surgery.slim(traced, 0.5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in traced.state_dict().items())
+
+
+class Parts(nn.Module):
+    """A layer whose channels are read in parts, by a layer each."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.first = nn.Conv2d(3, sum(sizes), 1)
+        self.readers = nn.ModuleList(nn.Conv2d(size, 2, 1) for size in sizes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = self.first(x).relu().split(self.sizes, 1)
+        return sum(reader(part) for reader, part in zip(self.readers, parts, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rate", "kept"),
+    [
+        ((1, 1, 4), 0.5, [1, 1, 1]),  # 3 in all, of which no part may be empty
+        ((1, 1, 4), 0.75, [1, 1, 3]),
+        ((1, 1, 1, 5), 0.5, [1, 1, 1, 1]),
+        ((5, 1, 1, 1), 0.5, [1, 1, 1, 1]),
+        ((4, 4), 0.5, [2, 2]),
+        ((3, 3), 0.5, [2, 1]),  # of equal remainders the first gets more
+        ((2, 6), 0.6, [1, 4]),
+        ((3, 6), 0.25, [1, 2]),
+        ((2, 3, 7), 0.3, [1, 1, 2]),
+    ],
+)
+def test_each_part_that_is_read_keeps_its_share_and_all_of_them_the_rate(sizes, rate, kept):
+    model = Parts(sizes).double().eval()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    traced = surgery.trace(model, x)
+    slim = surgery.slim(traced, rate)
+    assert [reader.in_channels for reader in slim.readers] == kept
+    assert slim.first.out_channels == math.ceil(rate * sum(sizes)) == sum(kept)
+    starts = [sum(sizes[:k]) for k in range(len(sizes))]
+    rows = [start + k for start, count in zip(starts, kept, strict=True) for k in range(count)]
+    assert torch.equal(slim.first.weight, traced.first.weight[rows])
+    assert surgery.verify(slim, surgery.masked(traced, surgery.split_masks(traced, rate)), x).ok

