@@ -50,6 +50,8 @@ FAST: dict[str, set[str]] = {
     # blocks of large models; `test_deepening_each_stage_changes_nothing` has them too
     "test_blocks_are_exact_in_both_modes_however_often": _LIGHT_BLOCKS_IN_BOTH_MODES,
     "test_blocks_belong_to_dimension_groups": _LIGHT_BLOCKS,
+    # writers that are killed, by the first system call
+    "test_a_forced_save_leaves_the_old_model_or_the_new_one": {"exchange-0", "renames-3"},
     # models of the published size
     "test_a_model_trains_on_images_of_its_minimum_size": {
         *("resnet18", "squeezenet1_0", "mnasnet0_5", "swin_t", "lraspp_mobilenet_v3_large"),

@@ -30,7 +30,7 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A torchvision name, with builder keywords if you like (resnet18?num_classes=10), hf:CONFIG or hf:DIR of "
-        "transformers, a saved folder, or package.module:factory with --trust.",
+        "transformers, timm:NAME, a saved folder, or package.module:factory with --trust.",
         autocompletion=complete_model,
     ),
 ]
@@ -51,6 +51,13 @@ Weights = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of everything random, initial weights included.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Allow package.module:factory to be imported and called.")]
+ChangedWeights = Annotated[
+    bool,
+    typer.Option(
+        "--allow-changed-weights",
+        help="Load a saved folder whose weights were trained further elsewhere: of the same shapes and dtypes.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what --out names, if it was made by this command.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
 
@@ -70,6 +77,7 @@ class Opening:
     weights: Weights = "none"
     seed: Seed = 0
     trust: Trust = False
+    allow_changed_weights: ChangedWeights = False
 
     def open(self, source: str) -> nn.Module:
         """Open one model, as `surgery.models.open_model` does."""
@@ -88,7 +96,13 @@ class Opening:
     @property
     def _keywords(self) -> dict[str, Any]:
         shape = None if self.input_shape is None else parse_shape(self.input_shape)
-        return {"input_shape": shape, "weights": self.weights, "seed": self.seed, "trust": self.trust}
+        return {
+            "input_shape": shape,
+            "weights": self.weights,
+            "seed": self.seed,
+            "trust": self.trust,
+            "allow_changed_weights": self.allow_changed_weights,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +125,16 @@ class RunOptions:
     augment: Annotated[str, typer.Option(help="Training images: none, flip or flip-crop.")] = "none"
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")] = "auto"
     trust: Trust = False
+    allow_changed_weights: ChangedWeights = False
     force: Force = False
     as_json: AsJson = False
 
 
-def load_if_saved(source: str, *, trust: bool) -> str | nn.Module:
+def load_if_saved(source: str, run: RunOptions) -> str | nn.Module:
     """Load a saved folder; return any other source as it is."""
-    return surgery.load(source, trust=trust) if surgery.models.is_saved(source) else source
+    if not surgery.models.is_saved(source):
+        return source
+    return surgery.load(source, trust=run.trust, allow_changed_weights=run.allow_changed_weights)
 
 
 def refuse_untrained(role: str, source: str, weights: str, *, epochs: str, because: str) -> None:

@@ -32,6 +32,8 @@ def follow_untraced_calls(module: nn.Module, analysis: Analysis, layouts: Layout
                 computed={},
                 copies={},
                 tensors={},
+                read={},
+                sources={},
                 old=tuple(out.shape for out in call.outs),
             )
         )

@@ -42,8 +42,8 @@ def with_batch(args: Args, kwargs: Kwargs, size: int) -> tuple[Args, Kwargs]:
     """These inputs with ``size`` samples: the samples given, and beyond those, copies of them.
 
     A copy is rolled along its last axis, so that it differs from its original and yet holds values of the same kind
-    (token numbers stay token numbers). A graph that mixes up samples cannot then pass for one that does not. Masks (bool
-    tensors) stay as they are: rolled, they may leave nothing of a sample.
+    (token numbers stay token numbers). A graph that mixes up samples cannot then pass for one that does not. Masks
+    (bool tensors) stay as they are: rolled, they may leave nothing of a sample.
     """
     batch = batch_of(args, kwargs)
     if not batch:

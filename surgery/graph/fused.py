@@ -19,7 +19,7 @@ def avoid_fused_paths(model: nn.Module) -> None:
     """Let the Transformer encoders in ``model`` call their parts, whatever the mode."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # type: ignore[assignment]  # a condition of the kernel
+            module.activation_relu_or_gelu = 0  # a condition of the kernel
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
 
@@ -65,5 +65,5 @@ def padding_encoders(model: nn.Module) -> frozenset[str]:
         for path, module in model.named_modules()
         if isinstance(module, nn.TransformerEncoder)
         and module.use_nested_tensor
-        and getattr(module.layers[0], "activation_relu_or_gelu", 0)
+        and bool(getattr(module.layers[0], "activation_relu_or_gelu", False))
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import functools
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.graph.hooks import packages_of
 from surgery.graph.table import ruled_functions
-from surgery.graph.tracer import LEAF, SizeProxy, Tracer
+from surgery.graph.tracer import LEAF, Tracer
 
 _FACTORIES = (
     "zeros",
@@ -47,41 +46,6 @@ def symbolic_factories(tracer: Tracer) -> Iterator[None]:
     finally:
         for name, function in original.items():
             setattr(torch, name, function)
-
-
-@contextmanager
-def symbolic_types(tracer: Tracer) -> Iterator[None]:
-    """While tracing, a proxy of a tensor is an instance of `torch.Tensor` to Python that asks."""
-    plain = builtins.isinstance
-
-    def ask(value: Any, kinds: Any) -> bool:
-        if plain(value, kinds):
-            return True
-        if not plain(value, SizeProxy) or tracer.values.busy or not _has_tensor(kinds):
-            return False
-        asking = str(sys._getframe(1).f_globals.get("__name__", ""))
-        return not asking.startswith(_OWN) and tracer.is_tensor(value)
-
-    def _has_tensor(kinds: Any) -> bool:
-        return any(map(_has_tensor, kinds)) if plain(kinds, tuple) else kinds is torch.Tensor
-
-    builtins.isinstance = ask  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        builtins.isinstance = plain
-
-
-_OWN = (
-    "surgery.",
-    "torch.fx",
-    "torch.utils.",
-    "torch.overrides",
-    "torch.nn.parameter",
-    "torch.nn.modules.module",
-    "torch._",
-)
-"""Python that tells proxies from tensors."""
 
 
 Places = list[tuple[dict[str, Any], str, FunctionType]]

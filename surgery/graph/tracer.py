@@ -7,7 +7,7 @@ import operator
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -27,8 +27,28 @@ _KEYS, _VALUES, _ITEMS = (
 )
 
 
+_OWN = (
+    "surgery.",
+    "torch.fx",
+    "torch.utils.",
+    "torch.overrides",
+    "torch.nn.parameter",
+    "torch.nn.modules.module",
+    "torch._",
+)
+"""Python that tells proxies from tensors."""
+
+
 class SizeProxy(fx.Proxy):
     """A proxy that Python can branch on, count with and iterate over, where its value follows from shapes."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
+        """`torch.Tensor` to a model's Python that asks for the type of a tensor (``isinstance``)."""
+        asking, tracer = str(sys._getframe(1).f_globals.get("__name__", "")), cast(Tracer, self.tracer)
+        if not asking.startswith(_OWN) and not tracer.values.busy and tracer.is_tensor(self):
+            return torch.Tensor
+        return type(self)
 
     def __getattr__(self, name: str) -> Any:
         return self.tracer.attribute(self, name)  # type: ignore[attr-defined]
@@ -155,7 +175,7 @@ class GuardingTracer(fx.Tracer):
             keys = self._keys(whole)
             if isinstance(value, _KEYS):
                 return iter(keys)
-            return iter([whole[k] if isinstance(value, _VALUES) else (k, whole[k]) for k in keys])  # type: ignore[index]
+            return iter([whole[k] if isinstance(value, _VALUES) else (k, whole[k]) for k in keys])
         if isinstance(value, dict):
             return iter(self._keys(obj))
         return iter([obj[k] for k in range(self.length(obj))])  # type: ignore[index]

@@ -26,7 +26,6 @@ from surgery.graph.symbolic import (
     symbolic_factories,
     symbolic_functions,
     symbolic_modes,
-    symbolic_types,
 )
 from surgery.graph.traced import TracedModule, shelled
 from surgery.graph.tracer import ModeBranchError, Tracer
@@ -132,7 +131,6 @@ def _trace_mode(
             symbolic_modes(root, tracer),
             symbolic_factories(tracer),
             symbolic_functions(places, tracer),
-            symbolic_types(tracer),
             symbolic_gradients(tracer),
         ):
             graph = tracer.trace(root)

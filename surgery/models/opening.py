@@ -30,6 +30,7 @@ def open_model(
     weights: str | None = None,
     seed: int | None = None,
     trust: bool = False,
+    allow_changed_weights: bool = False,
 ) -> nn.Module:
     """Open a model by its name or folder, as the command line does.
 
@@ -43,6 +44,7 @@ def open_model(
             model too.
         seed: of the initial weights.
         trust: allow ``package.module:factory`` to be imported and called.
+        allow_changed_weights: of a saved model, as in `surgery.load`.
 
     Returns:
         a traced module in evaluation mode.
@@ -54,7 +56,7 @@ def open_model(
         >>> traced = surgery.models.open_model("resnet18?num_classes=10", input_shape=(2, 3, 32, 32))
     """
     if is_saved(source):
-        saved = load(source, trust=trust).eval()
+        saved = load(source, trust=trust, allow_changed_weights=allow_changed_weights).eval()
         give_weights(saved, weights, what=source)
         return saved if input_shape is None else _with_shape(saved, tuple(input_shape), source)
     module = build(source, weights=weights, trust=trust, seed=seed).eval()
@@ -74,6 +76,7 @@ def open_pair(
     weights: str | None = None,
     seed: int | None = None,
     trust: bool = False,
+    allow_changed_weights: bool = False,
 ) -> tuple[nn.Module, nn.Module]:
     """Open two models for the same inputs: those of the saved one, or else those of the first.
 
@@ -89,16 +92,18 @@ def open_pair(
     Example:
         >>> dense, slim = surgery.models.open_pair("resnet18", "slim/")
     """
+    opening: dict[str, Any] = {"trust": trust, "allow_changed_weights": allow_changed_weights}
+    building: dict[str, Any] = {"weights": weights, "seed": seed, **opening}
     if is_saved(second) and not is_saved(first):
-        opened = open_pair(second, first, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
+        opened = open_pair(second, first, input_shape=input_shape, **building)
         return opened[1], opened[0]
     named = not is_saved(second)
     own = None if named and is_saved(first) else weights  # weights are for a model by name, where there is one
-    one = open_model(first, input_shape=input_shape, weights=own, seed=seed, trust=trust)
+    one = open_model(first, input_shape=input_shape, **{**building, "weights": own})
     if not named:
-        return one, open_model(second, trust=trust)
+        return one, open_model(second, **opening)
     inputs, _ = tracing.example_inputs(one)
-    return one, open_model(second, inputs=inputs, weights=weights, seed=seed, trust=trust)
+    return one, open_model(second, inputs=inputs, **building)
 
 
 def give_weights(module: nn.Module, weights: str | None, *, what: str) -> None:

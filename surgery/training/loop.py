@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,6 @@ def train(
         file = Checkpoint(Path(checkpoint), {**own, **_identity(model, data, plan), **(identity or {})})
     saved = None if file is None else file.read()
     engine.wait()  # no process may write before all have read
-    if file is not None and engine.main:
-        file.prepare()
     model = copy.deepcopy(model).to(engine.device)
     make = OPTIMIZERS[settings.optimizer]
     run = Run(
@@ -119,7 +118,7 @@ def train(
         task=task,
         saved=saved,
     )
-    with random_state(engine.device):
+    with file.hold() if file is not None and engine.main else nullcontext(), random_state(engine.device):
         return run.complete(plan)
 
 

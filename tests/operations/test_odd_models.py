@@ -395,7 +395,7 @@ def spatial_gate_expand_sizes(self, x):
     return gap(self.d(y * self.g(y).sigmoid().expand(-1, 6, -1, -1)))
 
 
-@odd(a=conv(3, 6), b=conv(1, 5), frozen=("mean reduces it",))
+@odd(a=conv(3, 6), b=conv(1, 5))
 def mean_channels(self, x):
     return gap(self.b(self.a(x).mean(1, keepdim=True)))
 
@@ -405,18 +405,18 @@ def softmax_channels(self, x):
     return gap(self.b(F.softmax(self.a(x), dim=1)))
 
 
-@odd(a=conv(3, 6), b=conv(1, 5), frozen=("max reduces it",))
+@odd(a=conv(3, 6), b=conv(1, 5))
 def max_channels(self, x):
     return gap(self.b(self.a(x).max(1, keepdim=True)[0]))
 
 
-@odd(a=conv(3, 6), b=conv(2, 5), frozen=("amax reduces it", "mean reduces it"))
+@odd(a=conv(3, 6), b=conv(2, 5))
 def cbam_spatial(self, x):
     y = self.a(x)
     return gap(self.b(torch.cat([y.mean(1, True), y.amax(1, True)], 1)))
 
 
-@odd(a=conv(3, 6), b=conv(6, 5), frozen=("mean reduces it",))
+@odd(a=conv(3, 6), b=conv(6, 5))
 def sub_mean(self, x):
     y = self.a(x)
     return gap(self.b(y - y.mean(1, keepdim=True)))
@@ -427,13 +427,13 @@ def l2_norm_args(self, x):
     return gap(self.b(F.normalize(self.a(x), 2, 1)))
 
 
-@odd((2, 3, 6), a=lambda: nn.Conv1d(3, 6, 1), b=lambda: nn.Conv1d(6, 5, 1), frozen=("norm reduces it",))
+@odd((2, 3, 6), a=lambda: nn.Conv1d(3, 6, 1), b=lambda: nn.Conv1d(6, 5, 1))
 def norm_positional(self, x):
     y = self.a(x)
     return self.b(y / (y.norm(2, 1).unsqueeze(1) + 1)).mean(2)
 
 
-@odd((2, 3, 6), a=lambda: nn.Conv1d(3, 6, 1), b=lambda: nn.Conv1d(6, 5, 1), frozen=("norm reduces it",))
+@odd((2, 3, 6), a=lambda: nn.Conv1d(3, 6, 1), b=lambda: nn.Conv1d(6, 5, 1))
 def norm_positional_function(self, x):
     y = self.a(x)
     return self.b(y / (torch.norm(y, 2, 1, True) + 1)).mean(2)
@@ -644,7 +644,7 @@ class PrivatelyStandardised(nn.Conv2d):
     a=lambda: Standardised(3, 8, 3),
     b=lambda: Standardised(8, 8, 3, padding=1),
     d=conv(8, 5),
-    frozen=("kernel size", "mean reduces it", "std reduces it"),
+    frozen=("kernel size",),
 )
 def weight_standardised(self, x):
     return gap(self.d(self.b(self.a(x).relu()).relu()))
@@ -654,7 +654,7 @@ def weight_standardised(self, x):
     a=lambda: PrivatelyStandardised(3, 8, 3),
     b=lambda: PrivatelyStandardised(8, 8, 3, padding=1),
     d=conv(8, 5),
-    frozen=("kernel size", "mean reduces it", "std reduces it"),
+    frozen=("kernel size",),
 )
 def weight_standardised_private(self, x):
     return gap(self.d(self.b(self.a(x).relu()).relu()))
