@@ -76,7 +76,11 @@ def bound_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         signature = inspect.signature(model.forward)
         bound = signature.bind(*args, **kwargs)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
+        try:  # a decorator may fill in what the function that it wraps needs
+            signature = inspect.signature(model.forward, follow_wrapped=False)
+            bound = signature.bind(*args, **kwargs)
+        except (TypeError, ValueError):
+            raise UsageError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
     passed = frozenset(bound.arguments)
     bound.apply_defaults()
     stars = {name: _STARS.get(p.kind, "") for name, p in signature.parameters.items()}

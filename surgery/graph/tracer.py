@@ -80,6 +80,10 @@ class SizeProxy(fx.Proxy):
 class _SizeAttribute(fx.proxy.Attribute, SizeProxy):
     """``x.shape``, and anything else that is read from a proxy."""
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().__call__(*args, **kwargs)
+        return self.tracer.found(result) if self.attr == "get" else result  # type: ignore[attr-defined]
+
 
 class GuardingTracer(fx.Tracer):
     """Resolves control flow on sizes, and records a guard for each decision."""
@@ -117,6 +121,18 @@ class GuardingTracer(fx.Tracer):
             if absent:
                 return self._none(operator.getitem, obj, key)
         return self.create_proxy("call_function", operator.getitem, (obj, key), {})
+
+    def found(self, got: fx.Proxy) -> Any:
+        """What ``get`` gives: None where a mapping has nothing."""
+        if self.values.busy or not may_hold(got.node):
+            return got
+        try:
+            absent = self.values.of(got.node) is None
+        except TraceError:
+            return got
+        if absent:
+            self.guard(got.node, "the value", None)
+        return None if absent else got
 
     def set_item(self, obj: fx.Proxy, key: Any, value: Any) -> None:
         """``obj[key] = value``: the name stands for what the node gives from now on."""

@@ -21,6 +21,7 @@ from torchvision.models.video import mvit
 from torchvision.models.video import swin_transformer as swin_transformer_3d
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from surgery.graph.items import set_items
 from surgery.layers import attention as heads
 from surgery.layers import norms as lengths
 from surgery.layers.maxout import Maxout
@@ -594,3 +595,8 @@ sample("unfold", t(2, 3, 6, 4), 2, 3, 1, free="0:0,1,3")
 sample(nn.Conv1d(2, 3, 1), t(2, 2, 4), free="0:0,1,2 weight:0,1 bias:0")
 sample(F.scaled_dot_product_attention, t(2, 4, 5, 3), t(2, 2, 6, 3), t(2, 2, 6, 7), enable_gqa=True,
        free="0:0,1,2 1:1 2:1,3")  # fmt: skip
+sample(torch.zeros, 2, 3)
+sample(torch.zeros, (2, 3))
+sample(torch.ones, size=(2, 3))
+sample(torch.full, (2, 3), 0.5)
+sample(set_items, t(2, 3, 4), (slice(None), 0), t(2, 4), free="2:1")
