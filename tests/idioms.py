@@ -165,6 +165,7 @@ class NoBias(Base):
     def body(self, x: Tensor) -> Tensor:
         split = [v.view(*x.shape[:2], -1, 2).transpose(1, 2) for v in (self.layer(x), x, x.relu())]
         bias = torch.zeros((1, 4, x.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
+        bias = bias + torch.ones(1, 4, x.shape[1], 1, dtype=x.dtype, device=x.device)
         mixed = F.scaled_dot_product_attention(*split, attn_mask=bias)
         return mixed.transpose(1, 2).reshape(*x.shape[:2], -1)
 
