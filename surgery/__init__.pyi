@@ -54,6 +54,8 @@ from surgery.edit.step import Inserted as Inserted
 from surgery.edit.step import Origin as Origin
 from surgery.edit.step import Step as Step
 from surgery.edit.switch_off import SwitchOff as SwitchOff
+from surgery.errors import CheckpointError as CheckpointError
+from surgery.errors import DamageWarning as DamageWarning
 from surgery.errors import EditError as EditError
 from surgery.errors import ExportError as ExportError
 from surgery.errors import SurgeryError as SurgeryError
@@ -95,6 +97,7 @@ from surgery.taps.hints import HintPair as HintPair
 from surgery.taps.hints import attach_hint as attach_hint
 from surgery.taps.stages import Stage as Stage
 from surgery.taps.stages import stages as stages
+from surgery.training.data.adapt import as_data as as_data
 from surgery.training.data.cache import cache_bytes as cache_bytes
 from surgery.training.data.data import Data as Data
 from surgery.training.data.data import load_data as load_data

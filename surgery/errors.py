@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from numbers import Integral
+
+UNWRITABLE = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "it would be larger than this process may write",
+    errno.EROFS: "the file system is read-only",
+    errno.ENAMETOOLONG: "its name is too long",
+}
+"""Reasons for which nothing can be written, by the number of the error."""
 
 
 class SurgeryError(Exception):
@@ -13,6 +23,10 @@ class SurgeryError(Exception):
 
 class UsageError(SurgeryError, ValueError):
     """The caller asked for something that cannot be: a wrong name, rate, shape or folder. The CLI exits with 2."""
+
+
+class CheckpointError(UsageError):
+    """A stored file is damaged, malformed or of something else; the message names the file and the field."""
 
 
 class TraceError(SurgeryError):
@@ -33,6 +47,20 @@ class ExportError(SurgeryError):
 
 class WeightsWarning(UserWarning):
     """Published weights do not fit the model everywhere, so some initial values stay."""
+
+
+class DamageWarning(UserWarning):
+    """A stored part of a run was damaged, and is made again."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory, in Python's words, torch's or ONNX Runtime's."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in said for text in _MEMORY))
+
+
+_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "bad_alloc",
+           "failed to allocate", "bad allocation")  # fmt: skip
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:

@@ -6,15 +6,15 @@ import csv
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from surgery.errors import UsageError
+from surgery.errors import CheckpointError, UsageError
+from surgery.locks import aside, hold, locked, make_staging, refused, remove_empty
+from surgery.renaming import exchange, rename_new
+from surgery.stored import DIGEST, check_signature, read_object, write_object
 
 SETTINGS = "settings.json"
 """The file that marks the folder of an unfinished run."""
@@ -27,29 +27,59 @@ LOCK = ".lock"
 def staged_folder(out: str | os.PathLike[str], *, marker: str, force: bool = False) -> Iterator[Path]:
     """Make an empty folder next to ``out`` that becomes ``out`` when the block ends; remove it if the block raises.
 
+    Nobody else writes ``out`` meanwhile. A run that is killed leaves the earlier results or the new ones, whole; what
+    else it left is removed by the next run.
+
     Args:
         out: the folder of results.
         marker: the file that marks results of the same kind, as in `refuse_folder`.
         force: replace earlier results.
 
     Raises:
-        UsageError: as `refuse_folder` does, before anything is written.
+        UsageError: as `refuse_folder` does, before anything is written, and for what has appeared at ``out`` meanwhile;
+            another run is writing there, or nothing can be written there.
     """
-    out = Path(out)
+    out = Path(os.path.realpath(out))  # what a link leads to is replaced, not the link
     refuse_folder(out, marker=marker, force=force)
-    missing = [folder for folder in out.parents if not folder.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    with hold(out):
+        refuse_folder(out, marker=marker, force=force)
+        staging = make_staging(out)
+        try:
+            yield staging
+            with refused(out):
+                staging.chmod(0o755)
+            _place(staging, out, marker, force)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+def _place(staging: Path, out: Path, marker: str, force: bool) -> None:
+    """Rename the new results to ``out``, and remove the earlier ones that were there."""
+    refuse_folder(out, marker=marker, force=force)
     try:
-        yield staging
-        staging.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        staging.rename(out)
+        with refused(out):
+            if not out.exists():
+                try:
+                    return rename_new(staging, out)
+                except FileExistsError:
+                    raise UsageError(f"{out} has appeared meanwhile: choose another folder") from None
+            old = staging
+            if not exchange(staging, out):
+                old = aside(staging)
+                out.rename(old)
+                rename_new(staging, out)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        _remove(missing)
+        if aside(staging).exists() and not out.exists():  # between the two renames
+            aside(staging).rename(out)
         raise
+    if any(old.iterdir()) and not (old / marker).is_file():  # it has changed since it was looked at
+        if old is not staging or not exchange(staging, out):
+            out.rename(staging)
+            old.rename(out)
+        raise UsageError(f"{out} is not replaced: something else was written there meanwhile")
+    shutil.rmtree(old, ignore_errors=True)
+    return None
 
 
 @contextmanager
@@ -72,11 +102,14 @@ def unfinished_folder(
     folder = unfinished(out)
     wanted = json.loads(json.dumps(settings))
     missing = [above for above in folder.parents if not above.exists()]
-    if folder.exists():
-        _settings(folder)  # nothing is written into a folder of something else, not even a lock
-    else:
-        _begin(folder, wanted)
-    with _locked(folder):
+    with hold(folder):
+        with refused(folder):
+            there = folder.exists()
+        if there:
+            _settings(folder)  # nothing is written into a folder of something else, not even a lock
+        else:
+            _begin(folder, wanted)
+    with locked(folder / LOCK, folder):
         before = _settings(folder)
         other = [f"{k} {before.get(k)} and not {v}" for k, v in wanted.items() if k not in before or before[k] != v]
         if other or set(before) - set(wanted):
@@ -91,11 +124,13 @@ def unfinished_folder(
         except BaseException as error:
             if {file.name for file in folder.rglob("*") if not file.is_dir()} <= {SETTINGS, LOCK}:
                 shutil.rmtree(folder, ignore_errors=True)
-                _remove(missing)
+                remove_empty(missing)
             else:
                 error.add_note(f"what is done is kept in {folder}")
             raise
-        shutil.rmtree(folder)
+        done = make_staging(folder)
+        folder.rename(done)  # a run that is killed while it removes files leaves nothing in the way of the next
+    shutil.rmtree(done)
 
 
 def unfinished(out: str | os.PathLike[str]) -> Path:
@@ -105,10 +140,9 @@ def unfinished(out: str | os.PathLike[str]) -> Path:
 
 
 def _begin(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make the folder with its settings, unless another run makes it at the same moment."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    (staging / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
+    """Make the folder with its settings, unless another program makes it at the same moment."""
+    staging = make_staging(folder)
+    write_object(staging / SETTINGS, settings)
     staging.chmod(0o755)
     try:
         staging.rename(folder)
@@ -125,44 +159,23 @@ def _restart(folder: Path, settings: Mapping[str, Any]) -> None:
             shutil.rmtree(path)
         elif path.name not in (SETTINGS, LOCK):
             path.unlink()
-    part = folder / f"{SETTINGS}.part"
-    part.write_text(json.dumps(settings, indent=1) + "\n")
-    os.replace(part, folder / SETTINGS)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; raise `UsageError` while another run, in this process or another, holds it."""
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UsageError(
-            f"another run is writing to {folder}: wait until it is over, or choose another folder"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+    write_object(folder / SETTINGS, settings)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
     """Read the settings in the folder of an unfinished run."""
     try:
-        content = json.loads((folder / SETTINGS).read_text())
-    except (OSError, ValueError) as error:
+        content = read_object(folder / SETTINGS)
+    except CheckpointError as error:
         raise UsageError(
-            f"{folder} is in the way: it has no {SETTINGS} that can be read, so no unfinished run wrote it"
+            f"{folder} is in the way: it has no {SETTINGS} that can be read, so no unfinished run wrote it ({error})"
         ) from error
-    assert isinstance(content, dict)
-    return content
-
-
-def _remove(folders: list[Path]) -> None:
-    """Remove those that are empty."""
-    for folder in folders:
-        with suppress(OSError):  # not empty: someone else has used it meanwhile
-            folder.rmdir()
+    if DIGEST in content:  # there was none in earlier versions
+        try:
+            check_signature(content, str(folder / SETTINGS))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; remove {folder} to start that run again") from error
+    return {name: value for name, value in content.items() if name != DIGEST}
 
 
 def refuse_folder(out: str | os.PathLike[str], *, marker: str, force: bool) -> None:
@@ -172,15 +185,16 @@ def refuse_folder(out: str | os.PathLike[str], *, marker: str, force: bool) -> N
     wrote. No other folder is ever replaced.
     """
     out = Path(out)
-    above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not above.is_dir():
-        raise UsageError(f"cannot write {out}: {above} is a file")
-    if not out.exists():
-        return
-    if not force:
-        raise UsageError(f"{out} exists: choose another folder, or replace it with force=True (--force)")
-    if any(out.iterdir()) and not (out / marker).is_file():
-        raise UsageError(f"{out} is not replaced: it holds no {marker}, so it was not made by this command")
+    with refused(out):
+        above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        if not above.is_dir():
+            raise UsageError(f"cannot write {out}: {above} is a file")
+        if not out.exists():
+            return
+        if not force:
+            raise UsageError(f"{out} exists: choose another folder, or replace it with force=True (--force)")
+        if any(out.iterdir()) and not (out / marker).is_file():
+            raise UsageError(f"{out} is not replaced: it holds no {marker}, so it was not made by this command")
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

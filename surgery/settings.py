@@ -248,7 +248,11 @@ class TradeoffSettings(Settings):
     lr: float = option(0.02, "Peak learning rate, of SGD.", above=0)
     batch_size: int = option(64, "Images of one training step.", least=2)
     image_size: int | None = option(None, "Side in pixels. [default: the data's own]", least=1)
-    weights: str | None = option(None, "torchvision's weights: none, DEFAULT or one by name.", metavar="NAME")
+    weights: str | None = option(
+        None,
+        "torchvision's weights, none, DEFAULT or one by name, or a .safetensors or .pth file.",
+        metavar="NAME|FILE",
+    )
     data_root: str | os.PathLike[str] | None = option(
         None, "Folder of torchvision's data sets.", result=False, metavar="DIR"
     )

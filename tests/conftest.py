@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from surgery.cli import main
+from surgery.graph.seeding import seed_generators
 from surgery.training.data.data import Data
 from tests.helpers import load_digits
 from tests.sweeps import is_slow
@@ -33,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Each test draws the same, its fixtures included, whatever ran before it in the same process."""
-    torch.manual_seed(0)
+    seed_generators(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

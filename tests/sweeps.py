@@ -11,6 +11,12 @@ HEAVY = {"resnext50_32x4d", "densenet121", "googlenet", "inception_v3", "deeplab
 """Families that take seconds for each operation. Fast of these is `ORACLE` alone."""
 ORACLE = "test_permuting_every_group_changes_nothing"
 
+_LIGHT_BLOCKS = {
+    *("basic", "inverted residual", "convnext", "vision transformer", "swin", "layers of torch"),
+    *("no container", "no container, an activation behind"),
+}
+_LIGHT_BLOCKS_IN_BOTH_MODES = {f"{name}-{train}" for name in _LIGHT_BLOCKS for train in (False, True)}
+
 FAST: dict[str, set[str]] = {
     # exports of whole models, by file
     "test_the_onnx_file_computes_what_the_model_computes_at_batches_1_2_and_3": {
@@ -18,6 +24,34 @@ FAST: dict[str, set[str]] = {
     },
     "test_a_row_says_what_the_export_is_like": set(),
     "test_ours_and_a_plain_export_are_compared": set(),
+    # edits of what was edited already: one model for each way in which channels are followed
+    "test_edited_odd_models_can_be_edited_again": {
+        *(
+            "add_of_cat",
+            "split_sizes",
+            "glu",
+            "shuffle_view",
+            "pixel_shuffle",
+            "collapsed_groups",
+            "depthwise_multiplier",
+        ),
+        *("se_view", "flatten_nhwc", "repeat_interleave_channels", "stack_flatten", "group_norm_cat", "layer_norm_cat"),
+        *(
+            "modal_two_widths",
+            "inplace_chunk",
+            "mha",
+            "lstm",
+            "maxout",
+            "weight_as_value",
+            "dense_block",
+            "depthwise_res",
+        ),
+    },
+    # blocks of large models; `test_deepening_each_stage_changes_nothing` has them too
+    "test_blocks_are_exact_in_both_modes_however_often": _LIGHT_BLOCKS_IN_BOTH_MODES,
+    "test_blocks_belong_to_dimension_groups": _LIGHT_BLOCKS,
+    # writers that are killed, by the first system call
+    "test_a_forced_save_leaves_the_old_model_or_the_new_one": {"exchange-0", "renames-3"},
     # models of the published size
     "test_a_model_trains_on_images_of_its_minimum_size": {
         *("resnet18", "squeezenet1_0", "mnasnet0_5", "swin_t", "lraspp_mobilenet_v3_large"),
@@ -34,6 +68,8 @@ FAST: dict[str, set[str]] = {
     "test_raft_shrinks_and_grows": set(),
     # random networks
     "test_every_edit_of_many_random_networks_is_exact_or_refused": set(),
+    # the parts of what a GPU is asked
+    "test_latency_is_measured_at_each_rate": set(),
     # trainings
     "test_steps_are_timed_three_ways_in_as_many_rounds": set(),
     "test_the_slim_network_catches_up_with_the_dense_one": set(),

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from surgery import folders
 from surgery.errors import UsageError
-from surgery.folders import LOCK, SETTINGS, unfinished, unfinished_folder
+from surgery.folders import LOCK, SETTINGS, staged_folder, unfinished, unfinished_folder
 
 ASKED = {"epochs": 3, "layers": ("a", "b"), "lr": None}
 
@@ -28,6 +29,12 @@ def cut_off(out, settings, file="weights.pt", error=KeyboardInterrupt):
         run()
 
 
+def settings_in(folder):
+    content = json.loads((folder / SETTINGS).read_text())
+    assert content.pop("sha256")
+    return content
+
+
 def test_what_was_left_is_found_by_a_run_with_the_same_settings_and_removed_when_it_is_over(tmp_path):
     out = tmp_path / "new" / "demo"
     cut_off(out, ASKED)
@@ -35,7 +42,7 @@ def test_what_was_left_is_found_by_a_run_with_the_same_settings_and_removed_when
     with unfinished_folder(out, ASKED) as folder:
         assert folder == unfinished(out)
         assert (folder / "weights.pt").read_text() == "half of the work"
-        assert json.loads((folder / SETTINGS).read_text()) == {"epochs": 3, "layers": ["a", "b"], "lr": None}
+        assert settings_in(folder) == {"epochs": 3, "layers": ["a", "b"], "lr": None}
         assert folder.stat().st_mode & 0o777 == 0o755
     assert not any(out.parent.iterdir())
 
@@ -59,7 +66,7 @@ def test_a_run_with_other_settings_is_refused_unless_it_is_to_begin_anew(tmp_pat
     assert (unfinished(tmp_path / "demo") / "weights.pt").exists()
     with unfinished_folder(tmp_path / "demo", settings, force=True) as folder:
         assert {file.name for file in folder.iterdir()} == {SETTINGS, LOCK}
-        assert json.loads((folder / SETTINGS).read_text()) == json.loads(json.dumps(settings))
+        assert settings_in(folder) == json.loads(json.dumps(settings))
 
 
 def test_force_goes_on_with_a_run_of_the_same_settings(tmp_path):
@@ -132,6 +139,7 @@ def test_of_two_runs_that_begin_at_the_same_moment_one_makes_the_folder(tmp_path
     def beaten(staging, folder):
         folder.mkdir()
         (folder / SETTINGS).write_text(json.dumps({"epochs": 3}))
+        monkeypatch.undo()
         rename(staging, folder)
 
     monkeypatch.setattr(Path, "rename", beaten)
@@ -157,3 +165,126 @@ def test_the_folder_lies_beside_a_relative_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(unfinished("runs/demo")) == "runs/demo.unfinished"
     assert unfinished(".") == tmp_path.with_name(f"{tmp_path.name}.unfinished")
+
+
+def write(out, text="new", *, force=False, meanwhile=lambda: None):
+    with staged_folder(out, marker="made.json", force=force) as folder:
+        (folder / "made.json").write_text(text)
+        meanwhile()
+
+
+def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
+    out = tmp_path / "out"
+
+    def appear():
+        out.mkdir()
+        (out / "thesis.txt").write_text("years of work")
+
+    with pytest.raises(UsageError, match="out exists"):
+        write(out, meanwhile=appear)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis.txt"]
+
+
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_what_appears_at_the_last_moment_is_kept(tmp_path, monkeypatch, exchanged):
+    out = tmp_path / "out"
+    out.mkdir()
+    swap = folders.exchange
+
+    def late(one, other):
+        if not (other / "thesis.txt").exists():
+            (other / "thesis.txt").write_text("years of work")
+        return swap(one, other) if exchanged else False
+
+    monkeypatch.setattr(folders, "exchange", late)
+    with pytest.raises(UsageError, match="out is not replaced: something else was written there meanwhile"):
+        write(out, force=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis.txt"]
+
+
+def test_a_name_that_is_taken_at_the_last_moment_is_refused(tmp_path, monkeypatch):
+    rename = folders.rename_new
+
+    def late(source, target):
+        target.mkdir()
+        rename(source, target)
+
+    monkeypatch.setattr(folders, "rename_new", late)
+    with pytest.raises(UsageError, match="out has appeared meanwhile: choose another folder"):
+        write(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interruption_between_two_renames_puts_the_earlier_results_back(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write(out, "old")
+    monkeypatch.setattr(folders, "exchange", lambda one, other: False)
+    monkeypatch.setattr(folders, "rename_new", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write(out, force=True)
+    assert (out / "made.json").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_two_writers_of_one_folder_are_refused_and_leave_no_lock(tmp_path):
+    def second():
+        with pytest.raises(UsageError, match=r"another run is writing to .*out: wait until it is over"):
+            write(tmp_path / "out", force=True)
+
+    write(tmp_path / "out", meanwhile=second)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path):
+    for name in (".out-abc.surgery-writing", ".other-abc.surgery-writing", ".out-mine", "out-notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    write(tmp_path / "out")
+    assert {p.name for p in tmp_path.iterdir()} == {".other-abc.surgery-writing", ".out-mine", "out-notes", "out"}
+
+
+def test_results_behind_a_link_are_replaced_and_the_link_stays(tmp_path):
+    write(tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    write(tmp_path / "link", "newer", force=True)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "made.json").read_text() == "newer"
+
+
+def test_a_name_of_any_length_that_the_system_takes_is_written(tmp_path):
+    write(tmp_path / ("x" * 255))
+    assert [path.name for path in tmp_path.iterdir()] == ["x" * 255]
+
+
+def begin(out):
+    with unfinished_folder(out, ASKED):
+        pytest.fail("the run began")
+
+
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [
+        ("x" * 256, "its name is too long"),
+        ("/proc/out", "its folder cannot hold files"),
+        ("/proc/new/out", "its folder cannot hold files"),
+        ("/dev/null/out", "(/dev/null|a part of its path) is a file"),
+    ],
+)
+@pytest.mark.parametrize("make", [write, begin], ids=["staged", "run"])
+def test_what_cannot_be_written_is_refused_in_one_line(tmp_path, monkeypatch, out, reason, make):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"^cannot write .*: {reason}$"):
+        make(Path(out))
+    assert not any(tmp_path.iterdir())
+
+
+def test_damaged_settings_are_named(tmp_path):
+    cut_off(tmp_path / "demo", ASKED)
+    file = unfinished(tmp_path / "demo") / SETTINGS
+    file.write_text(file.read_text().replace("3", "4"))
+    with pytest.raises(UsageError, match=r"settings\.json was damaged or edited .*; remove .*unfinished to start"):
+        cut_off(tmp_path / "demo", ASKED)

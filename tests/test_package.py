@@ -19,7 +19,7 @@ from tests.zoo import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"errors", "folders", "lazy", "units", "version"},
+    {"errors", "folders", "lazy", "locks", "renaming", "stored", "units", "version"},
     {"progress", "settings", "selectors"},
     {"graph"},
     {"axes"},

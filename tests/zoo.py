@@ -8,12 +8,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torchvision import models
-from torchvision.models import convnext, swin_transformer, video
+from torchvision.models import convnext, inception, swin_transformer, video
+from torchvision.models.googlenet import BasicConv2d, Inception, InceptionAux
 from torchvision.models.video import mvit
 from torchvision.ops import StochasticDepth
 
@@ -24,11 +26,11 @@ FAMILIES: dict[str, int | None] = {
     "alexnet": None,
     "vgg11_bn": None,
     "resnet18": 64,
-    "resnext50_32x4d": 64,
+    "resnext50_32x4d": None,
     "squeezenet1_1": 64,
-    "densenet121": 64,
-    "googlenet": 96,
-    "inception_v3": 299,
+    "densenet121": None,
+    "googlenet": None,
+    "inception_v3": None,
     "mobilenet_v2": 64,
     "mobilenet_v3_small": 64,
     "mnasnet0_5": 64,
@@ -75,6 +77,31 @@ def _video_resnet(conv: Any, stem: Any) -> nn.Module:
     return video.resnet.VideoResNet(video.resnet.BasicBlock, [conv] * 4, [1, 1, 1, 1], stem, num_classes=10)
 
 
+def _eighth(make: Callable[..., nn.Module], conv: Any, *blocks: Any) -> nn.Module:
+    """A GoogLeNet or Inception v3 with an eighth of the channels."""
+
+    def narrow(ins: int, outs: int, **options: Any) -> nn.Module:
+        return conv(ins if ins == 3 else ins // 8, outs // 8, **options)
+
+    model = make([narrow, *(partial(block, conv_block=narrow) for block in blocks)])
+    linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    for name in linear:
+        layer = model.get_submodule(name)
+        outs = layer.out_features
+        model.set_submodule(name, nn.Linear(layer.in_features // 8, outs if outs == 10 else outs // 8))
+    return model
+
+
+def _googlenet() -> nn.Module:
+    make = partial(models.GoogLeNet, 10, init_weights=False)
+    return _eighth(lambda blocks: make(blocks=blocks), BasicConv2d, Inception, InceptionAux)
+
+
+def _inception() -> nn.Module:
+    parts = [getattr(inception, name) for name in ("BasicConv2d", *(f"Inception{c}" for c in "ABCDE"), "InceptionAux")]
+    return _eighth(lambda blocks: models.Inception3(10, init_weights=False, inception_blocks=blocks), *parts)
+
+
 def _with_narrow_classifier(make: Callable[[], nn.Module]) -> nn.Module:
     """A model whose classifier has 64 hidden channels: the published one has most of the weights."""
     with torch.device("meta"):
@@ -93,6 +120,13 @@ def _with_narrow_classifier(make: Callable[[], nn.Module]) -> nn.Module:
 SMALL: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]]]] = {
     "alexnet": (lambda: _with_narrow_classifier(models.alexnet), [(2, 3, 64, 64)]),
     "vgg11_bn": (lambda: _with_narrow_classifier(models.vgg11_bn), [(2, 3, 32, 32)]),
+    "resnext50_32x4d": (
+        lambda: models.ResNet(models.resnet.Bottleneck, [2, 1, 1, 2], 10, groups=8, width_per_group=4),
+        [(2, 3, 64, 64)],
+    ),
+    "densenet121": (lambda: models.DenseNet(8, (3, 3, 3, 3), 16, num_classes=10), [(2, 3, 64, 64)]),
+    "googlenet": (_googlenet, [(2, 3, 96, 96)]),
+    "inception_v3": (_inception, [(2, 3, 299, 299)]),
     "vision transformer": (lambda: models.VisionTransformer(32, 8, 2, 3, 24, 48, num_classes=10), [(2, 3, 32, 32)]),
     "swin": (lambda: _swin(swin_transformer.SwinTransformerBlock, swin_transformer.PatchMerging), [(2, 3, 40, 32)]),
     "swin v2": (

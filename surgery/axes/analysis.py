@@ -64,6 +64,7 @@ class Analysis:
         norms: the normalisations that `mixed` tells of.
         sums: the nodes that add something up over the units of the given ids.
         values: the output of each node, with a `Labelled` for each tensor.
+        merged: for reshapes that merge axes, the fields of the input, by number, that their output does not hold.
         graphs: for each scope the path of its module and the graph.
         calls: layers that Python outside the graphs calls, as far as their attributes follow an edit.
     """
@@ -81,6 +82,7 @@ class Analysis:
     norms: tuple[Norm, ...]
     sums: tuple[tuple[NodeKey, Ids], ...]
     values: Mapping[NodeKey, Any]
+    merged: Mapping[NodeKey, frozenset[int]]
     graphs: Mapping[str, tuple[str, fx.Graph]]
     calls: tuple[Called, ...]
 
@@ -137,6 +139,7 @@ def analyse(module: nn.Module) -> Analysis:
         norms=tuple(findings.norms),
         sums=tuple(findings.sums),
         values=MappingProxyType(findings.nodes),
+        merged=MappingProxyType(findings.merged),
         graphs=MappingProxyType(findings.graphs),
         calls=tuple(findings.calls),
     )

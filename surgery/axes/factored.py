@@ -35,7 +35,7 @@ def settle(findings: Findings) -> Settled:
     """Decide for every grid which of its axes may change. ``findings`` are not changed.
 
     A grid with one free axis is decided: that axis may change. This ties more ids, which may decide other grids. When
-    it decides no more, the rows of the remaining grids are tied, so that their last axis may change.
+    it decides no more, the rows of the remaining grids are tied, so that the last of their free axes may change.
     """
     ties, frozen, rows = list(findings.ties), list(findings.frozen), list(findings.rows)
     component = find_components(ties, findings.count)
@@ -50,8 +50,9 @@ def settle(findings: Findings) -> Settled:
                 frozen += [(ids, _SHARED.format(grid.what)) for n, ids in grid.partners if n != axis]
                 rows += _rows(grid, axis)
         if len(left) == len(undecided):
-            for grid in left:
-                lines = grid.ids.reshape(-1, grid.ids.shape[-1])
+            for grid, axes in zip(undecided, free, strict=True):
+                front = np.moveaxis(grid.ids, axes[-1], -1)
+                lines = front.reshape(-1, front.shape[-1])
                 ties.append(_tied(lines[:1], lines))
         undecided = left
         component = find_components(ties, findings.count)

@@ -197,7 +197,7 @@ class Interpreter(Ledger):
         if not isinstance(out, (Labelled, dict, list, tuple)):
             return out
         if isinstance(out, Labelled):
-            own = tuple(f if f in turned else Field(f.dims, f.ids, op.key) for f in fields)
+            own = tuple(f if f in turned else Field(f.dims, f.ids, op.key, f.repeats) for f in fields)
             for f in fields:
                 self.edge(f.key, op.key, op.name)
             for f in own:

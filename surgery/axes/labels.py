@@ -27,6 +27,8 @@ class Field:
     ids: Ids
     key: Any = None
     """Where the field stands, for explanations: ``("param", name, axis)`` or ``("node", scope, name)``."""
+    repeats: bool = False
+    """Whether every position holds the same numbers, as where an op expands an axis."""
 
 
 Fields = tuple[Field, ...]
@@ -61,7 +63,7 @@ def moved(field: Field, dims: tuple[int, ...], ids: Ids | None = None) -> Field:
     order = sorted(range(len(dims)), key=lambda i: dims[i])
     if order != list(range(len(dims))):
         ids = ids.transpose(order)
-    return Field(tuple(dims[i] for i in order), ids, field.key)
+    return Field(tuple(dims[i] for i in order), ids, field.key, field.repeats)
 
 
 def permuted(fields: Fields, order: tuple[int, ...]) -> Fields:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from surgery.axes.labels import Field, Ids, Labelled, Pairing
+from surgery.axes.labels import Field, Fields, Ids, Labelled, Pairing
 from surgery.graph.outputs import leaves_in
 from surgery.graph.table import NodeEdit
 
@@ -101,6 +101,8 @@ class Findings:
     """Axes that two activations are contracted over: they are read, though no layer contracts over them."""
     grids: list[Grid] = field(default_factory=list)
     """Axes that factor one (`surgery.axes.factored`)."""
+    merged: dict[NodeKey, frozenset[int]] = field(default_factory=dict)
+    """Where a reshape merges axes, which of its input's fields stay as they are so that another may change."""
     cuts: list[Ids] = field(default_factory=list)
     """Parts of axes that an op takes out."""
     rows: list[Row] = field(default_factory=list)
@@ -138,6 +140,10 @@ class Ledger:
         """A parameter or buffer, with as many of its axes labelled as this ledger knows."""
         return None if value is None else Labelled(value)
 
+    def unmerged(self, fields: Fields) -> Fields:
+        """The fields of a reshape's input that its output holds, as far as that is known."""
+        return fields
+
     def fresh(self, size: int) -> Ids:
         ids = np.arange(self.findings.count, self.findings.count + size, dtype=np.int64)
         self.findings.count += size
@@ -169,9 +175,12 @@ class Silent(Ledger):
 
     whole = True
 
-    def __init__(self, pairing: Pairing, *, places: bool = False) -> None:
+    def __init__(self, pairing: Pairing, *, places: bool = False, gone: frozenset[int] = frozenset()) -> None:
         super().__init__(Findings())
-        self.pairing, self.places = pairing, places
+        self.pairing, self.places, self.gone = pairing, places, gone
+
+    def unmerged(self, fields: Fields) -> Fields:
+        return tuple(f for k, f in enumerate(fields) if k not in self.gone)
 
     def fresh(self, size: int) -> Ids:
         return np.full(size, -1, dtype=np.int64)

@@ -8,7 +8,8 @@ may tie channels together (`Op.tie`), freeze them (`Op.freeze`), or say what bec
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,6 +61,11 @@ class Op:
         """Whether only the output's labels are wanted: an op that moves data is tried on others."""
         return self._ledger.whole
 
+    @property
+    def in_graph(self) -> bool:
+        """Whether the op is a node of a graph; otherwise Python calls it, and its arguments stay as they are."""
+        return self.key[1] in self._ledger.findings.graphs
+
     def setting(self, name: str, given: Any = None) -> Any:
         """The layer's attribute of that name; for a function ``given``, its argument."""
         return given if self.module is None else getattr(self.module, name)
@@ -81,6 +87,13 @@ class Op:
     def cut(self, f: Field) -> None:
         """``f`` is a part of an axis: its channels are not moved into or out of it."""
         self._ledger.findings.cuts.append(f.ids.ravel())
+
+    def takes_apart(self, x: Labelled, dims: Iterable[int]) -> None:
+        """Positions along ``dims`` go different ways: what is one of several factors of an axis there, as keys and
+        values are of a packed projection, must be as long in each."""
+        for f in x.fields:
+            if len(f.dims) > 1 and set(f.dims) & set(dims):
+                self.grid(f)
 
     def axis(self, x: Labelled, dim: int) -> tuple[Field | None, Fields]:
         """The channels along ``dim``, and the fields along other dims. Where ``dim`` is one factor of a field, the
@@ -114,6 +127,30 @@ class Op:
         self._ledger.findings.mixed.append((f.ids.ravel(), self.name))
         dims, shape = tuple(d - first for d in f.dims), self.shape[first : last + 1]
         self._ledger.findings.norms.append(Norm(self.path, (self.key[1], self.key[2]), shape, dims, f.ids))
+
+    def averages(self, x: Labelled, f: Field, dims: Iterable[int]) -> None:
+        """One number is computed over ``f`` and the other ``dims`` of ``x``, which equally many copies of each channel
+        leave as it is: a mean, a maximum. `Rule.over` leaves channels out of it."""
+        if not self.in_graph:
+            self.freeze(f, _OUTSIDE.format(self.name))
+            return
+        along = {d for g in x.fields for d in g.dims if set(g.dims) <= set(dims)}
+        shape = tuple(size if d in along else 1 for d, size in enumerate(x.shape))
+        if len(f.dims) > 1:
+            self.grid(f)
+        findings = self._ledger.findings
+        findings.mixed.append((f.ids.ravel(), self.name))
+        findings.contracted.append(f.ids.ravel())
+        findings.norms.append(Norm(self.path, (self.key[1], self.key[2]), shape, f.dims, f.ids))
+
+    def adds(self, f: Field) -> None:
+        """A sum or a length is computed over ``f``, to which equally many copies of each channel add by a known
+        factor: the op's rewrite takes it out."""
+        if not self.in_graph:
+            self.freeze(f, _OUTSIDE.format(self.name))
+            return
+        self.measures(f)
+        self._ledger.findings.contracted.append(f.ids.ravel())
 
     def alike(self, fields: Fields) -> Fields:
         """The same fields for each output; a tree of them where the op has several."""
@@ -165,7 +202,7 @@ class Op:
             self._ledger.findings.axes[f.key[1], f.key[2]].roles.add(role)
             self.claimed.add((f.key[1], f.key[2]))
         elif role == "consumer":
-            self._ledger.findings.single.append((f.ids.ravel(), f"{self.name} contracts a computed weight"))
+            (self.sums if self.in_graph else self.once)(f, "contracts a computed weight")
 
     def elementwise(self, *operands: Any) -> Fields:
         """Output fields of an op that works position by position, with broadcasting."""
@@ -211,18 +248,41 @@ class Op:
                 self.grid(f, (dim % x.ndim, vector))
         return f
 
-    def fresh(self, dim: int) -> Field:
-        """Channels along an axis of the output that nothing is tied to yet."""
-        return Field((dim,), self._ledger.fresh(self.shape[dim]))
+    def fresh(self, dim: int, size: int | None = None) -> Field:
+        """Channels along an axis of the output, or ``size`` of them, that nothing is tied to yet."""
+        return Field((dim,), self._ledger.fresh(self.shape[dim] if size is None else size))
+
+    def repeated(self, dim: int) -> Field:
+        """As `fresh`, where the op repeats what it reads: the axis can be as long as what it meets."""
+        return replace(self.fresh(dim), repeats=True)
 
     def reshapes(self, x: Labelled, pairing: Pairing | None = None) -> Fields:
         """``x`` in the output's shape, positions in their order. ``pairing`` are two shapes, of the input and of the
         output, that say which sizes belong together where some are equal."""
         run = self._ledger
-        pairing = pairing or run.pairing
-        fields, lost = reshaped(x.fields, x.shape, self.shape, pairing=pairing, whole=run.whole, places=run.places)
+        named: Any = {"pairing": pairing or run.pairing, "whole": run.whole, "places": run.places}
+        held = run.unmerged(x.fields)
+        fields, lost = reshaped(held, x.shape, self.shape, **named)
+        for gone in () if self.trial or not lost else self._merged(lost):
+            kept = tuple(f for f in held if f not in gone)
+            found, still = reshaped(kept, x.shape, self.shape, **named)
+            if not still:
+                numbers = frozenset(k for k, f in enumerate(x.fields) if f in gone)
+                run.findings.merged[self.key[1], self.key[2]] = numbers
+                fields, lost = found, gone
+                break
         self.lose(lost, f"{self.name} merges it with another axis")
         return fields
+
+    def _merged(self, lost: list[Field]) -> Iterator[list[Field]]:
+        """Of axes that the op merges, those that stay as they are so that another may change: what is repeated, then
+        what must stay already, then all but the outermost."""
+        frozen = np.concatenate([np.zeros(0, dtype=np.int64), *(ids for ids, _ in self._ledger.findings.frozen)])
+        first = min(lost, key=lambda f: f.dims)
+        for gone in ([f for f in lost if f.repeats], [f for f in lost if np.isin(f.ids, frozen).all()]):
+            if gone and len(gone) < len(lost):
+                yield gone
+        yield [f for f in lost if f is not first]
 
     def concatenates(self, tensors: Sequence[Labelled], dim: int) -> Fields:
         """The tensors one after the other along ``dim``; along other axes their channels are chosen alike."""
@@ -321,6 +381,9 @@ class Op:
         """The output does not hold these fields: they must stay as they are."""
         for f in fields:
             self.freeze(f, reason)
+
+
+_OUTSIDE = "{} reduces it outside the traced parts"
 
 
 def _spread(coarse: Field, fine: Field) -> Any:

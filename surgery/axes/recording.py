@@ -28,6 +28,7 @@ from surgery.axes.untraced import FACTORIES, HARMLESS, NUMBERS, WatchedSize, nam
 from surgery.errors import TraceError
 from surgery.graph.islands import cloned, quietly
 from surgery.graph.outputs import tensors_in
+from surgery.graph.seeding import seed_generators
 from surgery.graph.table import UNKNOWN, Rule, rule_for
 from surgery.graph.traced import TracedModule
 
@@ -61,7 +62,7 @@ def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mo
         twin.train(training)
         try:
             with recording.listening(twin), quietly(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+                seed_generators(0)
                 result = twin(*cloned(args), **cloned(kwargs))
         except (RuntimeError, ValueError, IndexError, KeyError, AssertionError) as error:
             mode = "training" if training else "evaluation"

@@ -1,7 +1,7 @@
 """The command line: thin verbs over the public API.
 
-Each verb takes a torchvision name, a model of another library (``hf:CONFIG-or-DIR``), a folder that `surgery.save`
-wrote, or ``package.module:factory`` with ``--trust``.
+Each verb takes a torchvision name, a model of another library (``hf:CONFIG-or-DIR``, ``timm:NAME``), a folder that
+`surgery.save` wrote, or ``package.module:factory`` with ``--trust``.
 The result goes to stdout, as a table or, with ``--json``, as one JSON object; everything else goes to stderr. A verb
 calls the public package and nothing else; what it needs of that is imported when it runs, so help needs no torch.
 """
@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, cast
 
 import typer
@@ -21,7 +24,16 @@ from typer.main import get_command
 
 import surgery
 from surgery.cli import distill, evolve, measure, operate, sensitivity, show
-from surgery.errors import EditError, SurgeryError, TraceError, UsageError, WeightsWarning
+from surgery.errors import (
+    UNWRITABLE,
+    DamageWarning,
+    EditError,
+    SurgeryError,
+    TraceError,
+    UsageError,
+    WeightsWarning,
+    is_out_of_memory,
+)
 
 _ParserError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
 """What typer raises for arguments it cannot parse: it names only this subclass of it publicly."""
@@ -40,8 +52,20 @@ class _PlainFlags:
         return params
 
 
+class _InterruptedError(Exception):
+    """An interruption of a verb, which typer would make its own of."""
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
 class _Command(_PlainFlags, TyperCommand):
-    pass
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _InterruptedError from error
 
 
 class _Group(_PlainFlags, TyperGroup):
@@ -92,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         the exit code. 0: done. 1: it failed, as when a verification does. 2: the request cannot be met, and nothing was
-        done. 130: interrupted.
+        done. 130: interrupted. 143: terminated.
 
     Example:
         >>> surgery.cli.main(["slim", "resnet18", "--rate", "0.5", "--out", "slim"])
@@ -103,21 +127,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", WeightsWarning)
+        warnings.simplefilter("always", DamageWarning)
         warnings.showwarning = lambda message, *_, **__: _say("warning", message)
         try:
-            code = get_command(app)(arguments, prog_name="surgery", standalone_mode=False, obj=arguments)
+            with _terminable():
+                code = get_command(app)(arguments, prog_name="surgery", standalone_mode=False, obj=arguments)
         except _ParserError as error:
             return _fail(error, error.format_message(), 2)
         except _REFUSED as error:
             return _fail(error, error, 2)
-        except (SurgeryError, FloatingPointError, OSError) as error:
+        except OSError as error:
+            return _fail(error, _say_why(error), 1)
+        except (SurgeryError, FloatingPointError) as error:
             return _fail(error, error, 1)
-        except MemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             said = f"there is not enough memory for this: {error}" if str(error) else "out of memory"
             return _fail(error, said, 1)
-        except typer.Abort:  # what some versions of typer make of a KeyboardInterrupt; others return 130
-            return 130
+        except _InterruptedError as error:
+            return _interrupted(error.__cause__)
+        except (typer.Abort, KeyboardInterrupt) as error:  # before or after a verb
+            return _interrupted(error)
     return code or 0
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end a verb as an interruption does, unless the caller handles it."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(*_: object) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _interrupted(error: BaseException | None) -> int:
+    """Print what an interrupted verb keeps."""
+    terminated = isinstance(error, _Terminated)
+    notes = [f"{note}: give the same command again to go on" for note in getattr(error, "__notes__", ())]
+    word = "terminated" if terminated else "interrupted"
+    for note in notes or [f"{word}: results are written whole or not at all"]:
+        print(note, file=sys.stderr)
+    return 143 if terminated else 130
+
+
+def _say_why(error: OSError) -> str:
+    """Say in one line what cannot be read or written."""
+    if error.errno not in UNWRITABLE:
+        return str(error)
+    return f"cannot write {error.filename or 'the result'}: {UNWRITABLE[error.errno]}"
 
 
 def _fail(error: BaseException, message: object, code: int) -> int:

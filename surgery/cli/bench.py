@@ -10,7 +10,7 @@ import typer
 
 import surgery
 from surgery.cli.fields import takes_fields
-from surgery.cli.options import AsJson, InputShape, Opening, Trust, Weights
+from surgery.cli.options import AsJson, ChangedWeights, InputShape, Opening, Trust, Weights
 from surgery.cli.output import emit, table
 from surgery.errors import UsageError
 from surgery.settings import TimingSettings
@@ -30,6 +30,7 @@ def bench(
     input_shape: InputShape = None,
     weights: Weights = "none",
     trust: Trust = False,
+    allow_changed_weights: ChangedWeights = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure latency, throughput, memory and size; several models take turns and are compared with the first.
@@ -39,8 +40,9 @@ def bench(
     if len(set(candidates)) < len(candidates):
         raise UsageError("a model is given more than once")
     sizes = _parse_sizes(batch_size)
-    opening = Opening(input_shape, weights, settings.seed, trust)
-    opened: Mapping[str, Any] = {name: _find_file(name) or opening.open(name) for name in candidates}
+    opening = Opening(input_shape, weights, settings.seed, trust, allow_changed_weights)
+    opened: Mapping[str, Any] = {name: _find_file(name) or None for name in candidates}
+    opened = {**opened, **opening.open_all([name for name, file in opened.items() if file is None])}
     measured = surgery.sweep(opened, sizes, settings=settings)
     plain = {size: compared.to_dict() for size, compared in measured.items()}
     emit(

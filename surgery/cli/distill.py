@@ -146,7 +146,7 @@ def _open(
 ) -> tuple[Data, nn.Module, nn.Module]:
     """Load the data, and both networks for it."""
     sources = {"student": student, "teacher": teacher}
-    opened = {w: load_if_saved(s, trust=run.trust) for w, s in sources.items()}
+    opened = {w: load_if_saved(s, run) for w, s in sources.items()}
     images = surgery.data_for(opened, **vars(data), augment=run.augment)
     build: dict[str, Any] = {"trust": run.trust, "seed": seed}
     pupil = surgery.classifier(opened["student"], images, what="the student", weights=teaching.weights, **build)

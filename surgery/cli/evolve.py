@@ -91,7 +91,7 @@ def evolve(
         raise UsageError("--lottery prunes after each training but the last: it needs --generations 2 or more")
     refuse_folder(run.out, marker=MARKER, force=run.force)
     engine = surgery.Engine(parse_device(run.device), settings.precision)
-    opened = load_if_saved(model, trust=run.trust)
+    opened = load_if_saved(model, run)
     with one_after_the_other(engine):  # the first may have to fetch what the others then read
         images = surgery.data_for({"the model": opened}, **vars(data), augment=run.augment)
         network = surgery.classifier(opened, images, weights=options.weights, trust=run.trust, seed=settings.seed)

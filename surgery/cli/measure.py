@@ -24,7 +24,6 @@ from surgery.cli.options import (
     refuse_if_taken,
 )
 from surgery.cli.output import Bars, emit, table
-from surgery.cli.runs import interruptible
 from surgery.folders import refuse_folder
 from surgery.settings import TradeoffSettings, option
 from surgery.units import counted, mebibytes, quantity
@@ -152,8 +151,8 @@ def tradeoff(
     """
     rates, others = options.plan()
     refuse_folder(run.out, marker=MARKER, force=run.force)
-    source = load_if_saved(model, trust=run.trust)
-    with interruptible(), Bars() as bars:
+    source = load_if_saved(model, run)
+    with Bars() as bars:
         result = surgery.tradeoff(
             source,
             dataset=dataset,

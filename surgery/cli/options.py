@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -30,7 +30,7 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A torchvision name, with builder keywords if you like (resnet18?num_classes=10), hf:CONFIG or hf:DIR of "
-        "transformers, a saved folder, or package.module:factory with --trust.",
+        "transformers, timm:NAME, a saved folder, or package.module:factory with --trust.",
         autocompletion=complete_model,
     ),
 ]
@@ -42,9 +42,22 @@ InputShape = Annotated[
         "[default: 2 samples of the model's own size]",
     ),
 ]
-Weights = Annotated[str, typer.Option(metavar="NAME", help="torchvision's weights: none, DEFAULT or one by name.")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="torchvision's weights (none, DEFAULT or one by name), or a .safetensors or .pth file.",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of everything random, initial weights included.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Allow package.module:factory to be imported and called.")]
+ChangedWeights = Annotated[
+    bool,
+    typer.Option(
+        "--allow-changed-weights",
+        help="Load a saved folder whose weights were trained further elsewhere: of the same shapes and dtypes.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what --out names, if it was made by this command.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
 
@@ -64,10 +77,17 @@ class Opening:
     weights: Weights = "none"
     seed: Seed = 0
     trust: Trust = False
+    allow_changed_weights: ChangedWeights = False
 
     def open(self, source: str) -> nn.Module:
         """Open one model, as `surgery.models.open_model` does."""
         return surgery.models.open_model(source, **self._keywords)
+
+    def open_all(self, sources: Sequence[str]) -> dict[str, nn.Module]:
+        """Open several models; weights are for those by name, and for saved ones only where there is no other."""
+        saved = [source for source in sources if surgery.models.is_saved(source)]
+        alone = replace(self, weights="none") if len(saved) < len(sources) else self
+        return {source: (alone if source in saved else self).open(source) for source in sources}
 
     def open_pair(self, first: str, second: str) -> tuple[nn.Module, nn.Module]:
         """Open two models for the same inputs."""
@@ -76,7 +96,13 @@ class Opening:
     @property
     def _keywords(self) -> dict[str, Any]:
         shape = None if self.input_shape is None else parse_shape(self.input_shape)
-        return {"input_shape": shape, "weights": self.weights, "seed": self.seed, "trust": self.trust}
+        return {
+            "input_shape": shape,
+            "weights": self.weights,
+            "seed": self.seed,
+            "trust": self.trust,
+            "allow_changed_weights": self.allow_changed_weights,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +125,16 @@ class RunOptions:
     augment: Annotated[str, typer.Option(help="Training images: none, flip or flip-crop.")] = "none"
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")] = "auto"
     trust: Trust = False
+    allow_changed_weights: ChangedWeights = False
     force: Force = False
     as_json: AsJson = False
 
 
-def load_if_saved(source: str, *, trust: bool) -> str | nn.Module:
+def load_if_saved(source: str, run: RunOptions) -> str | nn.Module:
     """Load a saved folder; return any other source as it is."""
-    return surgery.load(source, trust=trust) if surgery.models.is_saved(source) else source
+    if not surgery.models.is_saved(source):
+        return source
+    return surgery.load(source, trust=run.trust, allow_changed_weights=run.allow_changed_weights)
 
 
 def refuse_untrained(role: str, source: str, weights: str, *, epochs: str, because: str) -> None:
@@ -116,7 +145,7 @@ def refuse_untrained(role: str, source: str, weights: str, *, epochs: str, becau
         epochs: the option that trains it, with a number.
         because: why random weights are of no use.
     """
-    if surgery.models.is_saved(source):
+    if surgery.models.is_saved(source) or surgery.models.is_weights_file(weights):
         return
     parsed = surgery.models.parse(source, weights=weights)
     if parsed.entry is not None and parsed.weights is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,23 +32,12 @@ def under_way(
     """Give the folder of a run's checkpoints, and the function to report progress to.
 
     The main process makes the folder, draws the progress, and removes the folder when the block ends; the others wait
-    for it. If the run is interrupted, it prints how to resume.
+    for it.
     """
     if not engine.main:
         engine.wait()
         yield unfinished(out), None
         return
-    with interruptible(), Bars() as bars, unfinished_folder(out, settings, force=force) as folder:
+    with Bars() as bars, unfinished_folder(out, settings, force=force) as folder:
         engine.wait()
         yield folder, Whole(shares, bars)
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Print what an interrupted run keeps: an interruption, unlike an error, may not reach `main`."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        for note in getattr(error, "__notes__", ()):
-            print(f"{note}: give the same command again to go on", file=sys.stderr)
-        raise

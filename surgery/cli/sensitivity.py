@@ -53,7 +53,7 @@ def sensitivity(
     if not epochs:
         worthless = "none of which is worth more than another"
         refuse_untrained("model", model, options.weights, epochs="--epochs 5", because=worthless)
-    source = load_if_saved(model, trust=run.trust)
+    source = load_if_saved(model, run)
     images = surgery.data_for({"the model": source}, **vars(data))
     module = surgery.classifier(source, images, weights=options.weights, trust=run.trust, seed=settings.seed)
     slimming: dict[str, Any] = {name: getattr(options, name) for name in ("by", "importance", "round_to")}

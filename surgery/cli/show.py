@@ -30,7 +30,7 @@ def models(
         str | None, typer.Option(metavar="FAMILY", help="Only one family, or a glob over families: 'swin*'.")
     ] = None,
     library: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The models of another library: hf (transformers).")
+        str | None, typer.Option(metavar="NAME", help="The models of another library: hf (transformers) or timm.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

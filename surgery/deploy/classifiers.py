@@ -13,13 +13,14 @@ from surgery import models as catalogue
 from surgery.errors import UsageError
 from surgery.graph.traced import TensorSpec, example_inputs, is_traced, with_info
 from surgery.graph.tracing import trace
-from surgery.training.data.data import Data, load_data
+from surgery.training.data.adapt import AnyData, as_data
+from surgery.training.data.data import Data, change_data, load_data
 from surgery.units import counted
 
 
 def data_for(
     models: Mapping[str, str | nn.Module],
-    dataset: str,
+    dataset: str | AnyData,
     *,
     data_root: str | Path | None = None,
     image_size: int | None = None,
@@ -34,7 +35,8 @@ def data_for(
 
     Args:
         models: text for `surgery.models.build`, or modules, by their names in messages.
-        dataset, data_root, limit, augment, skip_bad, strict: as in `surgery.load_data`.
+        dataset: a name, or what `surgery.as_data` takes.
+        data_root, limit, augment, skip_bad, strict: as in `surgery.load_data`.
         image_size: side in pixels; by default the data's own, but at least the minimum of the models.
 
     Returns:
@@ -73,6 +75,8 @@ def data_for(
         )
         raise UsageError(f"{found}: no images fit all of them")
     image_size = image_size or next(iter(sizes.values()), None)
+    if not isinstance(dataset, str):
+        return change_data(as_data(dataset, image_size=image_size), limit=limit, augment=augment)
     return load_data(
         dataset,
         data_root=data_root,
@@ -108,7 +112,8 @@ def classifier(
         A traced module in evaluation mode.
 
     Raises:
-        UsageError: the model cannot be built, does not take the images, or has a different number of classes.
+        UsageError: the model cannot be built, does not take the images, has a different number of classes, or weights
+            that do not fit.
 
     Example:
         >>> traced = surgery.classifier("torchvision:resnet18", data)
@@ -116,12 +121,17 @@ def classifier(
     images = torch.zeros(2, data.channels, data.image_size, data.image_size)
     source = None
     if isinstance(model, str):
-        known = catalogue.parse(model).entry is not None
-        keywords = {"num_classes": len(data.classes)} if known else {}
+        parsed = catalogue.parse(model)
+        asked = parsed.keywords.get("num_classes", len(data.classes))
+        if parsed.entry is not None and asked != len(data.classes):
+            raise UsageError(f"{what} {model!r} has {asked} classes, and {data.source!r} has {len(data.classes)}")
+        keywords = {} if parsed.entry is None else {"num_classes": len(data.classes)}
         source = catalogue.canonical(model, **keywords, weights=weights)
         model = catalogue.build(model, **keywords, weights=weights, trust=trust, seed=seed)
     _refuse_misfit(model, images, data, what)
     traced = copy.deepcopy(model) if is_traced(model) else trace(model, images, source=source)
+    if source is None:
+        catalogue.give_weights(traced, weights, what=what)
     (traced_with, *_), _named = example_inputs(traced)
     if traced_with.shape[1:] != images.shape[1:]:
         with_info(traced, args=(TensorSpec(tuple(images.shape), images.dtype),))

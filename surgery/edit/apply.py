@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
@@ -31,9 +31,20 @@ def apply(module: nn.Module, edit: Recipe | Step | Iterable[Step]) -> nn.Module:
         >>> again = surgery.apply(traced, surgery.recipe(slim))
     """
     info(module)
-    steps = edit.steps if isinstance(edit, Recipe) else (edit,) if isinstance(edit, Step) else tuple(edit)
+    return carry_out(module, edit.steps if isinstance(edit, Recipe) else (edit,) if isinstance(edit, Step) else edit)
+
+
+def carry_out(
+    module: nn.Module, steps: Iterable[Step], begin: Callable[[int, Step], object] = lambda number, step: None
+) -> nn.Module:
+    """`apply`, which calls ``begin`` with the number of each step and the step before it is carried out.
+
+    Example:
+        >>> again = carry_out(traced, surgery.recipe(slim).steps, lambda number, step: print(number, step))
+    """
     result = module
-    for step in steps:
+    for number, step in enumerate(steps):
+        begin(number, step)
         done = info(result).steps
         result = step.apply(result) if result is module else step.apply_in_place(result)
         with_info(result, steps=(*done, step))

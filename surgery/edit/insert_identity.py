@@ -17,6 +17,7 @@ from surgery.edit.moments import predicted_moments, set_moments
 from surgery.edit.sites import Site, local_name, output_sites, place_for
 from surgery.edit.step import Inserted, Step
 from surgery.errors import UsageError
+from surgery.graph.seeding import seed_generators
 from surgery.graph.table import activation_named
 from surgery.layers.activation import make_activation
 from surgery.layers.maxout import Maxout
@@ -102,7 +103,7 @@ def _block(step: InsertIdentity, like: torch.Tensor) -> nn.Sequential:
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     kind = "conv" if step.kernel else "linear"
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(step.seed)
+        seed_generators(step.seed)
         first, last = _weights(step, step.channels * step.pieces), _weights(step, step.channels)
     if step.form == "layer":
         _set_identity(first, step.pieces)

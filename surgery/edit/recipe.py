@@ -5,18 +5,23 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from surgery import edit
-from surgery.edit.step import Step
-from surgery.errors import UsageError
+from surgery.edit.step import Step, count_units
+from surgery.errors import CheckpointError
 from surgery.graph.traced import info
+from surgery.stored import check_type, parse_object
 
-SCHEMA = 2
+SCHEMA = 3
+"""Since 3, a saved folder's recipe holds digests."""
+
+_MOST_UNITS = 2**22
+"""The most entries of all indices of a recipe: the widest models have some 200,000 units."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +50,18 @@ class Recipe:
         """The inverse of `to_dict`; it reads older schemas too. Other keys are ignored.
 
         Raises:
-            UsageError: the data is not a recipe, has an unknown schema, or a step has unknown or missing fields.
+            CheckpointError: the data is not a recipe, has an unknown schema, expands to too many numbers, or a step has
+                unknown or missing fields or a value of another type.
         """
-        try:
-            schema, source, steps = data["schema"], data["source"], [dict(step) for step in data["steps"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"not a recipe: {error!r}") from error
-        if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
-            raise UsageError(f"recipe has schema {schema}, this version reads 1 to {SCHEMA}")
+        for field in ("schema", "source", "steps"):
+            if field not in data:
+                raise CheckpointError(f"not a recipe: it lacks the field {field!r}")
+        schema = check_type(data["schema"], int, "'schema' of the recipe")
+        source = check_type(data["source"], _Text, "'source' of the recipe")
+        steps = check_type(data["steps"], list[dict[str, Any]], "'steps' of the recipe")
+        if not 1 <= schema <= SCHEMA:
+            raise CheckpointError(f"recipe has schema {schema}, this version reads 1 to {SCHEMA}")
+        refuse_large(steps)
         for older in range(schema, SCHEMA):
             steps = [_MIGRATIONS[older](step) for step in steps]
         _import_steps()
@@ -61,11 +70,17 @@ class Recipe:
     @staticmethod
     def from_json(text: str) -> Recipe:
         """`from_dict` of JSON text, and what it raises."""
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise UsageError(f"not a recipe: {error!r}") from error
-        return Recipe.from_dict(data)
+        return Recipe.from_dict(parse_object(text, "not a recipe: the text"))
+
+
+_Text: Any = str | None
+
+
+def refuse_large(steps: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `CheckpointError` for steps, as JSON data, whose indices would take too much memory."""
+    units = count_units(list(steps))
+    if units > _MOST_UNITS:
+        raise CheckpointError(f"'steps' of the recipe hold {units} numbers, more than the {_MOST_UNITS} that are read")
 
 
 def recipe(module: nn.Module) -> Recipe:
@@ -104,12 +119,12 @@ def _from_schema_1(step: dict[str, Any]) -> dict[str, Any]:
         "InsertBlock": dict.fromkeys(("after", "name", "like", "zeros")),
         "InsertDense": dict.fromkeys(("after", "name", "like")),
     }
-    fields = known.get(step.get("step", ""))
+    fields = known.get(str(step.get("step", "")))
     if fields is None:
         return step
     given = {key: value for key, value in step.items() if key in fields}
     return {"step": step["step"], **{k: v for k, v in fields.items() if v is not None}, **given}
 
 
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_schema_1}
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_schema_1, 2: lambda step: step}
 """For each older schema what makes a step of it one of the next schema."""

@@ -136,6 +136,8 @@ class _Rewiring(EditedGraph):
                     self.find_sizes(new),
                     self.copies(outs[0]),
                     self.tensors(new),
+                    self.read_copies(new),
+                    self.sources(outs[0]),
                 )
             )
         moved = self.try_movement(node, out) if rule.movement else []
@@ -164,6 +166,16 @@ class _Rewiring(EditedGraph):
         """Old and new shapes of the tensors that a new node reads."""
         values = {n: self.record(self.old_of[n]) for n in new.all_input_nodes if n in self.old_of}
         return {n: (v.shape, self.layouts.shape(v)) for n, v in values.items() if isinstance(v, Labelled)}
+
+    def sources(self, value: Labelled) -> dict[int, Ids]:
+        """For each changed dim of the value that alone holds its channels, the old positions that new ones copy."""
+        layouts = ((f, self.layouts.along(f)) for f in value.fields if len(f.dims) == 1)
+        return {f.dims[0]: layout.old for f, layout in layouts if layout is not None}
+
+    def read_copies(self, new: fx.Node) -> dict[fx.Node, dict[int, int]]:
+        """As `copies`, of the tensors that a new node reads."""
+        values = {n: self.record(self.old_of[n]) for n in new.all_input_nodes if n in self.old_of}
+        return {n: self.copies(v) for n, v in values.items() if isinstance(v, Labelled)}
 
     def reorder(self, node: fx.Node, out: Labelled) -> bool:
         """Let the node run as it is and put its result in order, if all that is asked for is in it."""
@@ -211,10 +223,11 @@ class _Rewiring(EditedGraph):
         bases = dict(zip(inputs, itertools.accumulate((f.ids.size for f in inputs), initial=0), strict=False))
         asked = pytree.tree_map(self.edit_labels, out)
         shapes = (_first_shape(before), _first_shape(out))
+        gone = self.analysis.merged.get((self.scope, node.name), frozenset())
         runs = (
-            (Silent(shapes, places=True), before, out, lambda v: _number(v, bases)),
-            (Silent(shapes, places=True), after, asked, lambda v: self.edit_labels(v, bases)),
-            (Silent(shapes), after, asked, self.edit_labels),
+            (Silent(shapes, places=True, gone=gone), before, out, lambda v: _number(v, bases)),
+            (Silent(shapes, places=True, gone=gone), after, asked, lambda v: self.edit_labels(v, bases)),
+            (Silent(shapes, gone=gone), after, asked, self.edit_labels),
         )
         results: list[list[Any]] = []
         for ledger, given, result, labels in runs:

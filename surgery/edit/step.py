@@ -3,7 +3,7 @@
 A new step is one file: a frozen dataclass that inherits `Step` and says what it does (`Step.apply`), where the tensors
 of its result come from (`Step.origins`), what it inserts (`Step.inserted`) and how it reads (`Step.describe`). Its
 fields are strings, numbers, flags, tuples, mappings with string keys, and frozen dataclasses of those; this file turns
-them into JSON and back.
+them into JSON and back. Bounds of a number are part of its type: ``Annotated[int, msgspec.Meta(ge=1)]``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from surgery.errors import UsageError
+from surgery.errors import CheckpointError, UsageError
+from surgery.stored import check_type
 
 MEAN = -1
 """The entry of an index that stands for the mean of all units of its group (`surgery.edit.means`)."""
@@ -134,12 +135,12 @@ class Step(ABC):
         """The inverse of `to_dict`.
 
         Raises:
-            UsageError: an unknown step, a field that the step does not have or lacks, a value of another type.
+            CheckpointError: an unknown step, a field that the step does not have or lacks, a value of another type.
         """
         name = data.get("step")
         cls = Step.known.get(str(name))
         if cls is None:
-            raise UsageError(f"unknown step {name!r}: import the module that defines it first")
+            raise CheckpointError(f"unknown step {name!r}: import the module that defines it first")
         step = _decode_fields(cls, {key: value for key, value in data.items() if key != "step"}, f"step {name}")
         assert isinstance(step, Step)
         return step
@@ -174,37 +175,47 @@ def _is_empty(value: Any) -> bool:
 
 def _decode_fields(cls: type[Any], data: Any, where: str) -> Any:
     if not isinstance(data, Mapping):
-        raise UsageError(f"{where} is {data!r}, not an object with fields")
+        raise CheckpointError(f"{where} is {short(data)}, not an object with fields")
     held = {f.name: f for f in dataclasses.fields(cls)}
     for name in data:
         if name not in held:
-            raise UsageError(f"{where} has no field {name!r}: its fields are {', '.join(held)}")
+            raise CheckpointError(f"{where} has no field {short(name)}: its fields are {', '.join(held)}")
     for name, field in held.items():
         if name not in data and not _is_optional(field):
-            raise UsageError(f"{where} lacks the field {name!r}")
-    kinds = typing.get_type_hints(cls)
-    return cls(**{name: _decode(kinds[name], value, f"{name!r} of {where}") for name, value in data.items()})
+            raise CheckpointError(f"{where} lacks the field {name!r}")
+    kinds = typing.get_type_hints(cls, include_extras=True)
+    fields = {name: _decode(kinds[name], value, f"{name!r} of {where}") for name, value in data.items()}
+    try:
+        return cls(**fields)
+    except (TypeError, ValueError) as error:  # what the class itself refuses
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
-    """``value`` as the type ``kind``, one of those that a step's fields may have."""
+    """``value`` as the type ``kind``; the runs of an index are expanded first."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in inner:
-            return None
-        return _decode(next(k for k in inner if k is not type(None)), value, where)
-    if origin is tuple and isinstance(value, list):
-        items = _expand_runs(value, where) if inner[0] is int else value
-        return tuple(_decode(inner[0], item, where) for item in items)
+    if origin in (types.UnionType, typing.Union) and value is not None:
+        others = [k for k in inner if k is not type(None)]
+        if len(others) == 1:
+            return _decode(others[0], value, where)
     if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):
-        return {name: _decode(inner[1], item, where) for name, item in value.items()}
-    if dataclasses.is_dataclass(kind):
-        return _decode_fields(typing.cast(type[Any], kind), value, where)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise UsageError(f"{where} cannot be {value!r}")
-    return value
+        return {name: _decode(inner[1], item, f"{short(name)} in {where}") for name, item in value.items()}
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return _decode_fields(kind, value, where)
+    if origin is tuple and inner[0] is int and isinstance(value, list):
+        value = list(_expand_runs(value, where))
+        if any(type(item) is int and not -_WHOLE <= item < _WHOLE for item in value):
+            raise CheckpointError(f"{where} holds a number beyond 64 bits")
+    return check_type(value, kind, where)
+
+
+_WHOLE = 2**63
+
+
+def short(value: object) -> str:
+    """The value as text that fits into a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _runs(index: Sequence[int]) -> list[int | str]:
@@ -221,12 +232,37 @@ def _runs(index: Sequence[int]) -> list[int | str]:
     return result
 
 
-def _expand_runs(runs: Iterable[int | str], where: str) -> Iterator[int | str]:
+def count_units(data: Any) -> int:
+    """The most entries that the indices in JSON data can have once their runs are expanded."""
+    total, rest = 0, [data]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, Mapping):
+            rest.extend(value.values())
+        elif isinstance(value, list):
+            rest.extend(item for item in value if isinstance(item, (list, Mapping)))
+            total += sum(_length(item) if isinstance(item, str) else 1 for item in value)
+    return total
+
+
+def _length(run: str) -> int:
+    """The number of entries of a run; 1 for other text."""
+    first, _, last = run.partition(":")
+    if not (_is_number(first) and _is_number(last)):
+        return 1
+    return max(int(last) - int(first), 0)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 19
+
+
+def _expand_runs(runs: Iterable[Any], where: str) -> Iterator[Any]:
     for run in runs:
         if isinstance(run, str):
-            first, colon, last = run.partition(":")
-            if not (colon and first.isdigit() and last.isdigit()):
-                raise UsageError(f"{where} cannot hold {run!r}: a run is written 'first:last+1'")
+            first, _, last = run.partition(":")
+            if not (_is_number(first) and _is_number(last)):
+                raise CheckpointError(f"{where} cannot hold {short(run)}: a run is written 'first:last+1'")
             yield from range(int(first), int(last))
         else:
             yield run

@@ -190,7 +190,7 @@ def _restrict_call(module: nn.Module, analysis: Analysis, key: tuple[str, str], 
     given = rule.arguments(node)
     with node.graph.inserting_before(node):
         mask = _constant(module, owner, node.graph, entries)
-    node.target = rule.over
+    node.op, node.target = "call_function", rule.over
     node.args, node.kwargs = (next(iter(given.values())), mask), {k: v for k, v in given.items() if k in names}
     owner.recompile()
 

@@ -15,7 +15,7 @@ def follow_untraced_calls(module: nn.Module, analysis: Analysis, layouts: Layout
     for call in {call.path: call for call in analysis.calls}.values():
         layer = module.get_submodule(call.path)
         held = [
-            analysis.axis_units.get((f"{call.path}.{name}", axis))
+            analysis.axis_units.get((f"{call.path}.{name}".lstrip("."), axis))
             for name, tensor in layer.named_parameters(remove_duplicate=False)
             for axis in range(tensor.ndim)
         ]
@@ -32,6 +32,8 @@ def follow_untraced_calls(module: nn.Module, analysis: Analysis, layouts: Layout
                 computed={},
                 copies={},
                 tensors={},
+                read={},
+                sources={},
                 old=tuple(out.shape for out in call.outs),
             )
         )

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from surgery.errors import TraceError, UsageError
+from surgery.graph.fused import avoid_fused_paths
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -25,7 +26,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def private_copy(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` to trace, in which compiled parts are the modules that they were.
+    """A copy of ``model`` to trace, in which compiled parts are the modules that they were, and all parts are called.
 
     Raises:
         UsageError: a part is TorchScript, converted to int8 or lazy, or a parameter has a gradient hook.
@@ -39,10 +40,20 @@ def private_copy(model: nn.Module) -> nn.Module:
         what = str(error).strip().partition("\n")[0]
         raise TraceError(f"{type(model).__name__} cannot be copied: {_of_a_run(model) or what}") from error
     for module in list(result.modules()):
+        _switch_off_cache(module)
         for name, child in module._modules.items():
             if child is not None:
                 module._modules[name] = unwrap(child) if _is_compiled(child) else child
+    avoid_fused_paths(result)
     return result
+
+
+def _switch_off_cache(module: nn.Module) -> None:
+    """Clear ``use_cache`` in a configuration, as language models have it: a graph computes nothing that a later call
+    reads. A call that asks for a cache stays Python."""
+    config = getattr(module, "config", None)
+    if config is not None and getattr(config, "use_cache", None) is True:
+        config.use_cache = False
 
 
 def _is_compiled(module: object) -> bool:

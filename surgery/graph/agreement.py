@@ -18,7 +18,9 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import TraceError, UsageError
 from surgery.graph.batches import batch_of, with_batch
+from surgery.graph.fused import warning_of_padding
 from surgery.graph.outputs import tensors_in
+from surgery.graph.seeding import seed_generators
 from surgery.graph.traced import TracedModule, traced_parts
 
 _FEW = 3e10
@@ -32,7 +34,11 @@ _TOLERANCE = {torch.float64: 1e-8, torch.complex128: 1e-8, torch.float32: 1e-3, 
 
 
 def check_agreement(
-    traced: nn.Module, copied: Callable[[], nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+    traced: nn.Module,
+    copied: Callable[[], nn.Module],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    padding: frozenset[str] = frozenset(),
 ) -> bool:
     """Run a copy of ``traced`` and the model that ``copied`` gives on the example inputs, and compare the results.
 
@@ -40,6 +46,9 @@ def check_agreement(
     large are compared at a second batch size too, and small ones in both modes and in gradients, where the model itself
     runs like that. Guards may refuse that batch
     size. Models on the meta device cannot be run and are not checked.
+
+    Args:
+        padding: paths of encoders that zero padded positions in some modes: a call with padding warns.
 
     Returns:
         whether they were compared at a second batch size.
@@ -52,7 +61,8 @@ def check_agreement(
         return False
     model = copied()
     name, runs = type(model).__name__, _plan(traced, args, kwargs)
-    expected = _observe(model, runs)
+    with warning_of_padding(model, padding):
+        expected = _observe(model, runs)
     del model  # at most one copy in addition to the result
     if expected[0].error is not None and runs[0].gradients:  # autograd may forbid what the model does in place
         runs = [replace(run, gradients=False) for run in runs]
@@ -223,7 +233,7 @@ def _repeatable(module: nn.Module) -> Iterator[None]:
             warnings.simplefilter("ignore")
             random.seed(0)
             np.random.seed(0)
-            torch.manual_seed(0)
+            seed_generators(0)
             yield
     finally:
         random.setstate(python)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,18 @@ class Arguments:
     """Those that the call names; the others have their defaults."""
     positional: int
     """How many of the first parameters are given by position."""
+
+    def with_two_samples(self) -> Arguments | None:
+        """The same call on a batch of two, in shapes alone; None where the batch is not one."""
+        tensors = [v for v in pytree.tree_leaves(self.values) if isinstance(v, torch.Tensor) and v.ndim]
+        if not tensors or tensors[0].shape[0] != 1:
+            return None
+
+        def double(tensor: torch.Tensor) -> torch.Tensor:
+            twin = tensor.detach().to("meta")
+            return twin.expand(2, *twin.shape[1:]) if twin.ndim and twin.shape[0] == 1 else twin
+
+        return replace(self, values=pytree.tree_map_only(torch.Tensor, double, self.values))
 
     def call(self, values: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Positional and named arguments of the same call with other values.

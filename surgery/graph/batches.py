@@ -42,7 +42,8 @@ def with_batch(args: Args, kwargs: Kwargs, size: int) -> tuple[Args, Kwargs]:
     """These inputs with ``size`` samples: the samples given, and beyond those, copies of them.
 
     A copy is rolled along its last axis, so that it differs from its original and yet holds values of the same kind
-    (token numbers stay token numbers). A graph that mixes up samples cannot then pass for one that does not.
+    (token numbers stay token numbers). A graph that mixes up samples cannot then pass for one that does not. Masks
+    (bool tensors) stay as they are: rolled, they may leave nothing of a sample.
     """
     batch = batch_of(args, kwargs)
     if not batch:
@@ -54,7 +55,8 @@ def with_batch(args: Args, kwargs: Kwargs, size: int) -> tuple[Args, Kwargs]:
         if tensor.ndim == 0 or tensor.shape[0] != batch:
             return tensor
         rows = [tensor[i % batch] for i in range(size)]
-        return torch.stack([row.roll(i // batch, -1) if row.ndim else row for i, row in enumerate(rows)])
+        rolled = tensor.ndim > 1 and tensor.dtype != torch.bool
+        return torch.stack([row.roll(i // batch, -1) if rolled else row for i, row in enumerate(rows)])
 
     return each_tensor(resize, args, kwargs)
 

@@ -74,6 +74,12 @@ def mark_modes(node: fx.Node, modes: Modes) -> None:
     node.meta[_MODES] = modes
 
 
+def mode_mark(node: fx.Node) -> Modes | None:
+    """The modes that ``node`` is marked with, if it is."""
+    mark: Modes | None = node.meta.get(_MODES)
+    return mark
+
+
 def unmark_plain(graph: fx.Graph) -> None:
     """Forget the marks of a graph whose modes never change."""
     if all(node.meta.get(_MODES) == Modes() for node in graph.nodes):

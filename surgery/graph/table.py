@@ -320,6 +320,10 @@ class NodeEdit:
     """For each dim of the first output how often every channel along it is there, where that is equally often."""
     tensors: Mapping[fx.Node, tuple[tuple[int, ...], tuple[int, ...]]]
     """Old and new shapes of the arguments that are tensors, positional or not."""
+    read: Mapping[fx.Node, Mapping[int, int]]
+    """As ``copies``, for each of these."""
+    sources: Mapping[int, Any]
+    """For each changed dim of the first output the old position that each new one copies, (size,) of int64."""
 
     def argument(self, name: str, default: Any = None) -> Any:
         """What the function or method is called with, or the layer's attribute of that name."""
@@ -343,13 +347,24 @@ class NodeEdit:
         value = self.argument(name)
         return self.tensors.get(value) if isinstance(value, fx.Node) else None
 
+    def copies_of(self, name: str) -> Mapping[int, int]:
+        """As ``copies``, for an argument that is a tensor."""
+        value = self.argument(name)
+        return self.read.get(value, {}) if isinstance(value, fx.Node) else {}
+
+    def call(self, function: Any, *args: Any) -> fx.Node:
+        """A new node, of the module that the node is in."""
+        node = self.node.graph.call_function(function, args)
+        node.meta["path"] = self.node.meta.get("path", "")
+        return node
+
     def unpacked(self, shape: Any) -> Any:
         """A shape that another node computes, as a tuple of its entries; any other as it is."""
         size = self.computed.get(shape) if isinstance(shape, fx.Node) else None
         if size is None:
             return shape
         with self.node.graph.inserting_before(self.node):
-            return tuple(self._call(operator.getitem, shape, k) for k in range(len(size)))
+            return tuple(self.call(operator.getitem, shape, k) for k in range(len(size)))
 
     def resized(self, shape: Any, first: int = 0) -> Any:
         """``shape``, the sizes of the first output from dim ``first`` on, as the edit asks for them."""
@@ -366,14 +381,8 @@ class NodeEdit:
         factor = math.gcd(new, old)
         with self.node.graph.inserting_before(self.node):
             for function, number in ((operator.mul, new // factor), (operator.floordiv, old // factor)):
-                size = size if number == 1 else self._call(function, size, number)
+                size = size if number == 1 else self.call(function, size, number)
         return size
-
-    def _call(self, function: Any, *args: Any) -> fx.Node:
-        """A new node, of the module that the node is in."""
-        node = self.node.graph.call_function(function, args)
-        node.meta["path"] = self.node.meta.get("path", "")
-        return node
 
     def _place(self, name: str) -> int:
         names = list(inspect.signature(rule_for(self.node, self.module).relate).parameters)[1:]

@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from surgery.errors import UsageError
-from surgery.graph.gradients import generating_modes
+from surgery.graph.generated import copy_with_code, generated_code
 
 _INFO, _NOTES = "surgery", "_surgery"
 
@@ -68,7 +68,7 @@ class TracedModule(fx.GraphModule):
     """The class of which it is an instance too (`shelled`)."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph, train_graph: fx.Graph | None = None) -> None:
-        self.__dict__["train_graph"] = None
+        self.__dict__.update(train_graph=None, _incomplete=True)
         super().__init__(root, graph, class_name="TracedModule")
         # GraphModule copies only what the graph names; the tree is kept whole, so that unused parameters, buffers'
         # persistence and the containers' mode flags survive.
@@ -76,6 +76,7 @@ class TracedModule(fx.GraphModule):
             self.__dict__[part] = root.__dict__[part]
         self.training = root.training
         self.__dict__["train_graph"] = train_graph
+        del self.__dict__["_incomplete"]
         self.recompile()
 
     @property
@@ -85,13 +86,15 @@ class TracedModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Regenerate the Python code from the graphs. Call it after changing one."""
-        with generating_modes(self._graph):
+        if "_incomplete" in self.__dict__:  # `fx.GraphModule.__init__` calls it before there is all it needs
+            return None
+        with generated_code(self._graph):
             code = super().recompile()
         train_graph = self.__dict__.get("train_graph")
         if train_graph is not None:
             cls = type(self)
             eval_forward = cls.forward
-            with generating_modes(train_graph):
+            with generated_code(train_graph):
                 train_forward = type(fx.GraphModule(self, train_graph)).forward
             train_graph.owning_module = self
 
@@ -106,8 +109,8 @@ class TracedModule(fx.GraphModule):
         for part in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             root.__dict__[part] = copy.deepcopy(self.__dict__[part], memo)
         root.training = self.training
-        train_graph = None if self.train_graph is None else copy.deepcopy(self.train_graph, memo)
-        result = _made(self.shell, root, copy.deepcopy(self.graph, memo), train_graph)
+        train_graph = None if self.train_graph is None else copy_with_code(self.train_graph, memo)
+        result = _made(self.shell, root, copy_with_code(self.graph, memo), train_graph)
         memo[id(self)] = result
         result.meta = dict(self.meta)
         result.__dict__.update(copy.deepcopy(self._attributes(), memo))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -17,8 +17,10 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import TraceError
 from surgery.graph.arguments import Arguments
+from surgery.graph.finite import expect_finite, where_finite
 from surgery.graph.gradients import Modes, mark_modes
 from surgery.graph.guards import Values, expect, user_line
+from surgery.graph.items import may_hold, set_items
 from surgery.graph.outputs import taken_apart
 from surgery.graph.table import has_module_rule, ruled_functions
 
@@ -27,11 +29,37 @@ _KEYS, _VALUES, _ITEMS = (
 )
 
 
+_OWN = (
+    "surgery.",
+    "torch.fx",
+    "torch.utils.",
+    "torch.overrides",
+    "torch.nn.parameter",
+    "torch.nn.modules.module",
+    "torch._",
+)
+"""Python that tells proxies from tensors."""
+
+
 class SizeProxy(fx.Proxy):
     """A proxy that Python can branch on, count with and iterate over, where its value follows from shapes."""
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
+        """`torch.Tensor` to a model's Python that asks for the type of a tensor (``isinstance``)."""
+        asking, tracer = str(sys._getframe(1).f_globals.get("__name__", "")), cast(Tracer, self.tracer)
+        if not asking.startswith(_OWN) and not tracer.values.busy and tracer.is_tensor(self):
+            return torch.Tensor
+        return type(self)
+
     def __getattr__(self, name: str) -> Any:
-        return _SizeAttribute(self, name)
+        return self.tracer.attribute(self, name)  # type: ignore[attr-defined]
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.tracer.item(self, key)  # type: ignore[attr-defined]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.set_item(self, key, value)  # type: ignore[attr-defined]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("node", "tracer", "root", "attr", "_node"):
@@ -69,7 +97,52 @@ class GuardingTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return SizeProxy(node, self)
 
+    def attribute(self, obj: fx.Proxy, name: str) -> Any:
+        """What ``obj.name`` gives: an object has no attribute that it lacks, and None is None."""
+        if not name.startswith("__") and not self.values.busy and may_hold(obj.node):
+            value = self._known(obj)
+            if value is not None and not isinstance(value, torch.Tensor):
+                if not hasattr(value, name):
+                    raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
+                if getattr(value, name) is None:
+                    return self._none(getattr, obj, name)
+        return _SizeAttribute(obj, name)
+
+    def item(self, obj: fx.Proxy, key: Any) -> Any:
+        """What ``obj[key]`` gives: None where a container holds None there, so that Python can tell."""
+        if isinstance(key, (int, str)) and not self.values.busy and may_hold(obj.node):
+            value = self._known(obj)
+            try:
+                absent = not isinstance(value, (torch.Tensor, type(None))) and value[key] is None
+            except (KeyError, IndexError, TypeError):
+                absent = False  # which the node says
+            if absent:
+                return self._none(operator.getitem, obj, key)
+        return self.create_proxy("call_function", operator.getitem, (obj, key), {})
+
+    def set_item(self, obj: fx.Proxy, key: Any, value: Any) -> None:
+        """``obj[key] = value``: the name stands for what the node gives from now on."""
+        changed = self.create_proxy("call_function", set_items, (obj, key, value), {})
+        name = "_node" if isinstance(obj, _SizeAttribute) else "node"
+        object.__setattr__(obj, name, changed.node)
+
+    def _known(self, obj: fx.Proxy) -> Any:
+        try:
+            return self.values.of(obj.node)
+        except TraceError:
+            return None
+
+    def _none(self, read: Any, obj: fx.Proxy, key: Any) -> None:
+        node = self.create_proxy("call_function", read, (obj, key), {}).node
+        self.guard(node, "the value", None)
+
     def to_bool(self, obj: fx.Proxy) -> bool:
+        checked = where_finite(obj.node)
+        if checked is not None:
+            result, sources = checked
+            for source in sources:
+                self.create_node("call_function", expect_finite, (source, user_line()), {})
+            return result
         value = self._value(obj, "a condition")
         if isinstance(value, torch.Tensor):
             raise TraceError(f"a condition depends on the values of a tensor ({user_line()})")
@@ -104,7 +177,7 @@ class GuardingTracer(fx.Tracer):
             keys = self._keys(whole)
             if isinstance(value, _KEYS):
                 return iter(keys)
-            return iter([whole[k] if isinstance(value, _VALUES) else (k, whole[k]) for k in keys])  # type: ignore[index]
+            return iter([whole[k] if isinstance(value, _VALUES) else (k, whole[k]) for k in keys])
         if isinstance(value, dict):
             return iter(self._keys(obj))
         return iter([obj[k] for k in range(self.length(obj))])  # type: ignore[index]
@@ -116,6 +189,13 @@ class GuardingTracer(fx.Tracer):
         keys = tuple(self._value(obj, "the keys"))
         self.guard(obj.node, "the set of keys", keys)
         return list(keys)
+
+    def is_tensor(self, obj: fx.Proxy) -> bool:
+        """Whether a proxy is known to stand for a tensor."""
+        try:
+            return isinstance(self.values.of(obj.node), torch.Tensor)
+        except TraceError:
+            return False
 
     def _value(self, obj: fx.Proxy, what: str) -> Any:
         try:
@@ -162,8 +242,21 @@ class ModeBranchError(Exception):
         self.path = path
 
 
-_FACTORIES = ("zeros", "ones", "full", "empty", "rand", "randn", "arange", "linspace", "tensor", "as_tensor")
-"""Functions of torch that take sizes rather than tensors: fx does not see them by itself."""
+_FACTORIES = (
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "rand",
+    "randn",
+    "arange",
+    "linspace",
+    "tensor",
+    "as_tensor",
+    "finfo",
+    "iinfo",
+)
+"""Functions of torch that take sizes or dtypes rather than tensors: fx does not see them by itself."""
 
 
 _LEAF = "_surgery_leaf"
@@ -182,6 +275,8 @@ class Tracer(GuardingTracer):
         self.branched = False
         self.stack: list[str] = []
         self._buffers: dict[int, str] = {}
+        self._parts: set[nn.Module] = set()
+        self.packages = packages_of(root)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.modal or has_module_rule(m):
@@ -210,11 +305,32 @@ class Tracer(GuardingTracer):
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.values.busy:
             return forward(*args, **kwargs)
+        if m not in self._installed():
+            if any(True for _ in (*m.parameters(), *m.buffers())):
+                raise TraceError(
+                    f"{type(m).__name__}, which is made in forward, has tensors of its own ({user_line()})"
+                )
+            return forward(*args, **kwargs)
         self.stack.append(self.path_of_module(m))
         if (m._backward_hooks or m._backward_pre_hooks) and not self.is_leaf_module(m, self.stack[-1]):
             raise ModeBranchError(self.stack[-1])  # they fire where a module is called
         result = super().call_module(m, forward, args, kwargs)
+        if self.is_leaf_module(m, self.stack[-1]):
+            result = self._fire_hooks(m, args, kwargs, result)
         self.stack.pop()
+        return result
+
+    def _installed(self) -> set[nn.Module]:
+        if not self._parts:
+            self._parts = set(self.root.modules())
+        return self._parts
+
+    def _fire_hooks(self, leaf: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
+        """Run the hooks that the model itself has set on a leaf: `drop_own_hooks` takes them off."""
+        for key, hook in own_hooks(leaf, self.packages):
+            given = (leaf, args, kwargs, result) if key in leaf._forward_hooks_with_kwargs else (leaf, args, result)
+            other = hook(*given)
+            result = result if other is None else other
         return result
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
@@ -238,7 +354,7 @@ class Tracer(GuardingTracer):
         return value
 
     def training_flag(self, module: nn.Module) -> Any:
-        if self.values.busy:
+        if self.values.busy or module not in self._installed():
             return module.__dict__["training"]
         path = "" if module is self.root else self.path_of_module(module)
         name = f"{path}.training" if path else "training"
@@ -273,21 +389,43 @@ def symbolic_factories(tracer: Tracer) -> Iterator[None]:
             setattr(torch, name, function)
 
 
-@contextmanager
-def symbolic_functions(root: nn.Module, tracer: Tracer) -> Iterator[None]:
-    """While tracing, calling a Python function that has a rule is a node of the graph, wherever a module of its package
-    or of a layer's knows it by name. torch's own functions need no help."""
+Places = list[tuple[dict[str, Any], str, FunctionType]]
+"""Where a function is known by name: the names of a Python module, its own, and the function."""
+
+
+def find_ruled_functions(root: nn.Module) -> Places:
+    """Where Python functions that have a rule are known by name: in modules of their packages or of a layer's. torch's
+    own functions need no help."""
     functions = {f for f in ruled_functions() if isinstance(f, FunctionType) and not f.__module__.startswith("torch.")}
-    packages = {f.__module__.partition(".")[0] for f in functions} - {"surgery"}
-    packages |= {type(m).__module__.partition(".")[0] for m in root.modules()} - {"torch"}
-    places = [
+    packages = {f.__module__.partition(".")[0] for f in functions} - {"surgery"} | packages_of(root)
+    return [
         (module.__dict__, name, value)
         for path, module in list(sys.modules.items())
         if path.partition(".")[0] in packages and hasattr(module, "__dict__")
         for name, value in list(module.__dict__.items())
         if isinstance(value, FunctionType) and value in functions
     ]
-    wrapped = {function: _symbolic(function, tracer) for function in functions}
+
+
+def packages_of(root: nn.Module) -> set[str]:
+    """The packages, besides torch, that the classes of a model and its parts come from."""
+    classes = {base for m in root.modules() for base in type(m).__mro__}
+    return {cls.__module__.partition(".")[0] for cls in classes} - {"torch", "builtins", "surgery", "typing", "abc"}
+
+
+def own_hooks(module: nn.Module, packages: set[str]) -> list[tuple[int, Any]]:
+    """The forward hooks of a module that code of the model's packages has set: they are part of what it computes."""
+    return [
+        (key, hook)
+        for key, hook in module._forward_hooks.items()
+        if str(getattr(hook, "__module__", "")).partition(".")[0] in packages
+    ]
+
+
+@contextmanager
+def symbolic_functions(places: Places, tracer: Tracer) -> Iterator[None]:
+    """While tracing, calling a Python function that has a rule is a node of the graph, wherever it is known by name."""
+    wrapped = {function: _symbolic(function, tracer) for _, _, function in places}
     try:
         for names, name, function in places:
             names[name] = wrapped[function]
@@ -312,7 +450,7 @@ def _symbolic(function: Any, tracer: Tracer) -> Any:
 def symbolic_modes(root: nn.Module, tracer: Tracer) -> Iterator[None]:
     """While tracing, reading ``training`` of a module that is traced through gives a node of the graph."""
     original: dict[nn.Module, type[nn.Module]] = {}
-    flag = property(lambda module: tracer.training_flag(module))
+    flag = property(lambda module: tracer.training_flag(module), _set_flag)
     for name, module in root.named_modules():
         if not name or not tracer.is_leaf_module(module, name):
             original[module] = type(module)
@@ -328,3 +466,8 @@ def symbolic_modes(root: nn.Module, tracer: Tracer) -> Iterator[None]:
         for module, cls in original.items():
             module.__class__ = cls
             module.__dict__["training"] = flags[module]
+
+
+def _set_flag(module: nn.Module, training: bool) -> None:
+    """For a module that is made while tracing, such as a slice of a `ModuleList`."""
+    module.__dict__["training"] = training

@@ -13,6 +13,7 @@ from surgery.errors import TraceError
 from surgery.graph.accepted import private_copy, unwrap
 from surgery.graph.agreement import check_agreement
 from surgery.graph.arguments import bound_arguments
+from surgery.graph.fused import padding_encoders
 from surgery.graph.islands import trace_islands
 from surgery.graph.structure import seal
 from surgery.graph.traced import TensorSpec as TensorSpec
@@ -69,6 +70,7 @@ def trace(
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(kwargs or {})
     model = unwrap(model)
+    padding = padding_encoders(model)
     root = private_copy(model)
     given = bound_arguments(root, args, kwargs)
     untraced = ""
@@ -78,12 +80,12 @@ def trace(
     try:
         traced = traced_copy(root, given)
         if check:
-            batched = check_agreement(traced, partial(private_copy, model), args, kwargs)
+            batched = check_agreement(traced, partial(private_copy, model), args, kwargs, padding)
     except TraceError as error:
         untraced = str(error)
         traced, modes = trace_islands(private_copy(model), args, kwargs, error)
         if check:
-            batched = check_agreement(traced, partial(private_copy, model), args, kwargs)
+            batched = check_agreement(traced, partial(private_copy, model), args, kwargs, padding)
     spec_args, spec_kwargs = pytree.tree_map(lambda v: _spec(v, bool(untraced)), (args, kwargs))
     set_info(traced, TraceInfo(source, spec_args, spec_kwargs, untraced=untraced, modes=modes, batched=batched))
     seal(traced)

@@ -14,39 +14,79 @@ from torch import fx, nn
 from surgery.errors import TraceError
 from surgery.graph.arguments import Arguments, bound_arguments
 from surgery.graph.containers import HOOKS, turn_into_container
+from surgery.graph.finite import FINITE
 from surgery.graph.gradients import symbolic_gradients, unmark_plain
 from surgery.graph.guards import Values
 from surgery.graph.traced import TracedModule, shelled
-from surgery.graph.tracer import ModeBranchError, Tracer, symbolic_factories, symbolic_functions, symbolic_modes
+from surgery.graph.tracer import (
+    ModeBranchError,
+    Places,
+    Tracer,
+    find_ruled_functions,
+    own_hooks,
+    packages_of,
+    symbolic_factories,
+    symbolic_functions,
+    symbolic_modes,
+)
 
 _VIEWS_OF_DICTS = ("items", "keys", "values")
 
 
-def traced_copy(root: nn.Module, given: Arguments, *, inside: bool = False) -> TracedModule:
+def traced_copy(
+    root: nn.Module, given: Arguments, *, inside: bool = False, places: Places | None = None
+) -> TracedModule:
     """Trace ``root``, a private copy whose tensors and leaves become the result's own.
 
     Args:
         given: example arguments; of tensors only shapes and dtypes matter.
         inside: Python that is not traced calls ``root`` and may call its methods and parts too, so they stay.
+        places: `find_ruled_functions` of ``root`` or of what it is a part of.
     """
+    places = find_ruled_functions(root) if places is None else places
     modal: set[str] = set()  # submodules that branch on their own flag: traced on their own, called as leaves
     while True:
         try:
-            tracer, graph = _trace_mode(root, given, modal, training=False)
-            train_graph = _trace_mode(root, given, modal, training=True)[1] if tracer.branched else None
+            tracer, graph = _trace_mode(root, given, modal, places, training=False)
+            train_graph = _train_graph(root, given, modal, places) if tracer.branched else None
             break
         except ModeBranchError as found:
-            modal.add(found.path)
+            modal |= _alike(root, found.path)
     for g in (graph, train_graph):
         _register_plain_tensors(root, g)
     calls = _leaves(root, graph, train_graph)
-    modals = {id(root.get_submodule(p)): p for p in modal}
-    tree = _module_tree(root, "", _Kept(calls, modals, tracer.values, inside, {}))
+    packages = packages_of(root)
+    parts = {id(part): part for part in map(root.get_submodule, modal)}
+    arguments = {id: _arguments(part, calls[id], tracer.values) for id, part in parts.items() if id in calls}
+    tree = _module_tree(root, "", _Kept(calls, arguments, packages, places, inside, {}))
     for g in (graph, train_graph):
         if g is not None:
             g.owning_module = None
     traced = TracedModule(tree, graph, train_graph)
     return shelled(traced, root)
+
+
+def _alike(root: nn.Module, path: str) -> set[str]:
+    """The path of a module that branches on its own flag, and those of the others of its class, which will too."""
+    cls = type(root.get_submodule(path))
+    return {path, *(name for name, module in root.named_modules() if name and type(module) is cls)}
+
+
+def _train_graph(root: nn.Module, given: Arguments, modal: set[str], places: Places) -> fx.Graph:
+    """The graph of training. A norm over the batch needs two samples, where an example for evaluation has one."""
+    try:
+        return _trace_mode(root, given, modal, places, training=True)[1]
+    except TraceError:
+        more = given.with_two_samples()
+        if more is None:
+            raise
+        return _trace_mode(root, more, modal, places, training=True)[1]
+
+
+def _arguments(module: nn.Module, node: fx.Node, values: Values) -> Arguments:
+    """The arguments that a node calls a module with, on the meta device."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), values.of)
+    return bound_arguments(module, args, kwargs)
 
 
 def _register_plain_tensors(root: nn.Module, graph: fx.Graph | None) -> None:
@@ -62,14 +102,16 @@ def _register_plain_tensors(root: nn.Module, graph: fx.Graph | None) -> None:
             owner.register_buffer(name, value, persistent=False)
 
 
-def _trace_mode(root: nn.Module, given: Arguments, modal: set[str], *, training: bool) -> tuple[Tracer, fx.Graph]:
+def _trace_mode(
+    root: nn.Module, given: Arguments, modal: set[str], places: Places, *, training: bool
+) -> tuple[Tracer, fx.Graph]:
     tracer = Tracer(modal, training, root, given)
     try:
         with (
             _state_kept(root),
             symbolic_modes(root, tracer),
             symbolic_factories(tracer),
-            symbolic_functions(root, tracer),
+            symbolic_functions(places, tracer),
             symbolic_gradients(tracer),
         ):
             graph = tracer.trace(root)
@@ -80,7 +122,7 @@ def _trace_mode(root: nn.Module, given: Arguments, modal: set[str], *, training:
     for node in reversed(graph.nodes):
         stack = node.meta.pop("nn_module_stack", None) or {"": None}
         node.meta["path"] = next(reversed(stack))  # the module whose forward made the node
-        if not node.users and ("training_flag_of" in node.meta or node.target in _VIEWS_OF_DICTS):
+        if not node.users and ("training_flag_of" in node.meta or node.target in (*_VIEWS_OF_DICTS, *FINITE)):
             graph.erase_node(node)
     unmark_plain(graph)
     return tracer, graph
@@ -118,20 +160,15 @@ class _Kept:
 
     leaves: dict[int, fx.Node]
     """Ids of the modules that the graphs call, with a node that does."""
-    modal: dict[int, str]
-    """Paths of the leaves that are traced on their own."""
-    values: Values
-    """What is known of the graph's values."""
+    modal: dict[int, Arguments]
+    """What those that are traced on their own are called with."""
+    packages: set[str]
+    """Where the model's code is."""
+    places: Places
     inside: bool
     """Whether containers can still be called."""
     done: dict[int, nn.Module]
     """Results by the id of the original: what is shared stays shared."""
-
-    def arguments(self, module: nn.Module) -> Arguments:
-        """The arguments that a graph calls a leaf with, on the meta device."""
-        node = self.leaves[id(module)]
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.of)
-        return bound_arguments(module, args, kwargs)
 
 
 def _leaves(root: nn.Module, *graphs: fx.Graph | None) -> dict[int, fx.Node]:
@@ -144,7 +181,11 @@ def _module_tree(module: nn.Module, path: str, kept: _Kept) -> nn.Module:
     if id(module) in kept.done:
         return kept.done[id(module)]
     if id(module) in kept.leaves:
-        tree = traced_copy(module, kept.arguments(module), inside=kept.inside) if id(module) in kept.modal else module
+        for key, _ in own_hooks(module, kept.packages):  # which are in the graph
+            del module._forward_hooks[key]
+        tree = module
+        if id(module) in kept.modal:
+            tree = traced_copy(module, kept.modal[id(module)], inside=kept.inside, places=kept.places)
     elif path:
         tree = module
         own = type(module).forward.__module__.startswith("torch.nn.")

@@ -39,7 +39,13 @@ class HeadAttention(nn.MultiheadAttention):
             query, key, value = (t.unsqueeze(0 if self.batch_first else 1) for t in (query, key, value))
         if not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
-        q, k, v = (self._split(t) for t in self._projected(query, key, value))
+        q, k, v = self._projected(query, key, value)
+        k, v = self._with_bias(k, self.bias_k), self._with_bias(v, self.bias_v)
+        q, k, v = (self._split(t) for t in (q, k, v))
+        further = k.shape[2] - key.shape[1]
+        attn_mask, key_padding_mask = (
+            None if m is None else F.pad(m, (0, further)) for m in (attn_mask, key_padding_mask)
+        )
         mask = _merged_mask(attn_mask, key_padding_mask, q, k)
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)
         if mask is not None:
@@ -62,6 +68,12 @@ class HeadAttention(nn.MultiheadAttention):
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q, k, v = (F.linear(t, w, b) for t, w, b in zip((query, key, value), weights, biases, strict=True))
         return q, k, v
+
+    def _with_bias(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Keys or values, and those behind them that no token has: a learned one, zeros."""
+        if bias is not None:
+            x = torch.cat([x, bias.expand(x.shape[0], 1, -1)], 1)
+        return torch.cat([x, torch.zeros_like(x[:, :1])], 1) if self.add_zero_attn else x
 
     def _split(self, x: Tensor) -> Tensor:
         return x.reshape(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)

@@ -63,6 +63,22 @@ def rms_norm_over(input: Tensor, keep: Tensor, weight: Tensor | None = None, eps
     return result if weight is None else result * weight
 
 
+def batch_norm_over(
+    input: Tensor, keep: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """`F.batch_norm` by the batch's own statistics over the positions where ``keep``, bool and broadcast against the
+    input, is true; 0 elsewhere, and the bias."""
+    dims = [d for d in range(input.dim()) if d != 1]
+    factor = keep.to(input.dtype)
+    kept = factor.sum() / factor.numel()
+    centred = input - (input * factor).mean(dims, keepdim=True) / kept
+    variance = (centred.square() * factor).mean(dims, keepdim=True) / kept
+    result = centred * torch.rsqrt(variance + eps) * factor
+    entries = (-1, *(1,) * (input.dim() - 2))
+    result = result if weight is None else result * weight.view(entries)
+    return result if bias is None else result + bias.view(entries)
+
+
 class RestrictedNorm(nn.Module):
     """What a norm becomes whose statistics leave channels out: a class of its own for each norm (`restrict_norm`)."""
 

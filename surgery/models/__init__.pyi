@@ -11,12 +11,15 @@ from surgery.models.fitnets import FITNETS as FITNETS
 from surgery.models.fitnets import fitnet_cost as fitnet_cost
 from surgery.models.listing import KnownModel as KnownModel
 from surgery.models.listing import list_models as list_models
+from surgery.models.opening import give_weights as give_weights
 from surgery.models.opening import is_saved as is_saved
 from surgery.models.opening import open_model as open_model
 from surgery.models.opening import open_pair as open_pair
 from surgery.models.saving import RECIPE as RECIPE
 from surgery.models.sources import Source as Source
 from surgery.models.sources import canonical as canonical
+from surgery.models.sources import is_weights_file as is_weights_file
 from surgery.models.sources import parse as parse
 from surgery.models.sources import published as published
 from surgery.models.sources import short as short
+from surgery.models.weights_file import load_weights_file as load_weights_file

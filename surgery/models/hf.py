@@ -196,7 +196,10 @@ def _entry(config: Any, cls: Any) -> Entry:
     if main == "pixel_values":
         own = getattr(config, "vision_config", config)
         side = getattr(own, "image_size", None) or 224
-        kind, size = "image", (getattr(own, "num_channels", 3), *(tuple(side) if _is_pair(side) else (side, side)))
+        kind, size = (
+            "image",
+            (getattr(own, "num_channels", 3), *(tuple(side) if isinstance(side, (tuple, list)) else (side, side))),
+        )
     elif main == "input_features" and hasattr(config, "num_mel_bins"):
         size = (config.num_mel_bins, 2 * getattr(config, "max_source_positions", 500))
     elif main == "input_values":
@@ -204,10 +207,6 @@ def _entry(config: Any, cls: Any) -> Entry:
     else:
         kind, size = "tokens", (min(_LENGTH, getattr(config, "max_position_embeddings", _LENGTH)),)
     return Entry(name, name, size, kind=kind)
-
-
-def _is_pair(side: Any) -> bool:
-    return isinstance(side, (tuple, list))
 
 
 def _tokens(config: Any, shape: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -38,7 +38,10 @@ class Library:
     """The module that knows it."""
 
 
-_ROWS = (Library("hf", "transformers", "hf", "surgery.models.hf"),)
+_ROWS = (
+    Library("hf", "transformers", "hf", "surgery.models.hf"),
+    Library("timm", "timm", "timm", "surgery.models.timm"),
+)
 
 LIBRARIES: Mapping[str, Library] = {row.prefix: row for row in _ROWS}
 """The libraries besides torchvision, by the prefix of their sources."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from surgery.errors import UsageError
+from surgery.errors import SurgeryError, UsageError
 from surgery.graph import tracing
 from surgery.models.building import build
 from surgery.models.catalogue import CATALOGUE
@@ -16,7 +18,8 @@ from surgery.models.examples import example_inputs, inputs_of_shape
 from surgery.models.fitnets import FITNETS
 from surgery.models.libraries import LIBRARIES
 from surgery.models.saving import RECIPE, load
-from surgery.models.sources import canonical
+from surgery.models.sources import canonical, is_weights_file
+from surgery.models.weights_file import load_weights_file
 
 
 def open_model(
@@ -27,6 +30,7 @@ def open_model(
     weights: str | None = None,
     seed: int | None = None,
     trust: bool = False,
+    allow_changed_weights: bool = False,
 ) -> nn.Module:
     """Open a model by its name or folder, as the command line does.
 
@@ -34,11 +38,13 @@ def open_model(
         source: a name of the catalogue with builder keywords, a model of a library (``hf:bert?num_hidden_layers=2``), a
             folder that `surgery.save` wrote, or ``package.module:factory``.
         input_shape: of the example input, (N, channels, height, width) or (N, channels, frames, height, width), or
-            (N, length) of token numbers; by default 2 samples of the model's own size. A saved model has its own.
+            (N, length) of token numbers; by default 2 samples of the model's own size, or as a saved model was traced.
         inputs: example inputs, as `surgery.trace` takes them, instead of random ones.
-        weights: the name of published weights, or ``"DEFAULT"``.
+        weights: the name of published weights, or ``"DEFAULT"``; or a file, as in `surgery.models.build`, for a saved
+            model too.
         seed: of the initial weights.
         trust: allow ``package.module:factory`` to be imported and called.
+        allow_changed_weights: of a saved model, as in `surgery.load`.
 
     Returns:
         a traced module in evaluation mode.
@@ -50,9 +56,9 @@ def open_model(
         >>> traced = surgery.models.open_model("resnet18?num_classes=10", input_shape=(2, 3, 32, 32))
     """
     if is_saved(source):
-        if input_shape is not None:
-            raise UsageError(f"{source} has an input shape of its own: input_shape (--input-shape) is for new models")
-        return load(source, trust=trust).eval()
+        saved = load(source, trust=trust, allow_changed_weights=allow_changed_weights).eval()
+        give_weights(saved, weights, what=source)
+        return saved if input_shape is None else _with_shape(saved, tuple(input_shape), source)
     module = build(source, weights=weights, trust=trust, seed=seed).eval()
     architecture = canonical(source, weights=weights)
     if inputs is None and input_shape is not None:
@@ -70,6 +76,7 @@ def open_pair(
     weights: str | None = None,
     seed: int | None = None,
     trust: bool = False,
+    allow_changed_weights: bool = False,
 ) -> tuple[nn.Module, nn.Module]:
     """Open two models for the same inputs: those of the saved one, or else those of the first.
 
@@ -85,14 +92,51 @@ def open_pair(
     Example:
         >>> dense, slim = surgery.models.open_pair("resnet18", "slim/")
     """
+    opening: dict[str, Any] = {"trust": trust, "allow_changed_weights": allow_changed_weights}
+    building: dict[str, Any] = {"weights": weights, "seed": seed, **opening}
     if is_saved(second) and not is_saved(first):
-        opened = open_pair(second, first, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
+        opened = open_pair(second, first, input_shape=input_shape, **building)
         return opened[1], opened[0]
-    one = open_model(first, input_shape=input_shape, weights=weights, seed=seed, trust=trust)
-    if is_saved(second):
-        return one, open_model(second, trust=trust)
+    named = not is_saved(second)
+    own = None if named and is_saved(first) else weights  # weights are for a model by name, where there is one
+    one = open_model(first, input_shape=input_shape, **{**building, "weights": own})
+    if not named:
+        return one, open_model(second, **opening)
     inputs, _ = tracing.example_inputs(one)
-    return one, open_model(second, inputs=inputs, weights=weights, seed=seed, trust=trust)
+    return one, open_model(second, inputs=inputs, **building)
+
+
+def give_weights(module: nn.Module, weights: str | None, *, what: str) -> None:
+    """Put a file of weights into a module that has weights already, in place.
+
+    Args:
+        weights: a file, as in `surgery.models.build`; nothing happens for None and ``"none"``.
+        what: the name of the module in messages.
+
+    Raises:
+        UsageError: a file that does not fit, or the name of published weights.
+    """
+    if is_weights_file(weights):
+        load_weights_file(module, str(weights), what=what)
+    elif weights is not None and weights.lower() != "none":
+        raise UsageError(f"{what} has weights of its own: published weights ({weights}) are for models by name")
+
+
+def _with_shape(module: nn.Module, shape: tuple[int, ...], what: str) -> nn.Module:
+    """Remember another shape of the one input, once the model has run on it."""
+    known = tracing.info(module)
+    spec = known.args[0] if len(known.args) == 1 and not known.kwargs else None
+    if not isinstance(spec, tracing.TensorSpec) or spec.values is not None or len(spec.shape) != len(shape):
+        raise UsageError(f"{what} was traced with other inputs than one tensor of {len(shape)} axes")
+    changed = replace(spec, shape=shape)
+    args, _ = tracing.inputs_like(((changed,), {}), module)
+    try:
+        with torch.no_grad():
+            module(*args)
+    except (RuntimeError, ValueError, SurgeryError) as error:
+        raise UsageError(f"{what} does not take inputs of shape {shape}: {str(error).splitlines()[0]}") from error
+    tracing.with_info(module, args=(changed,))
+    return module
 
 
 def is_saved(source: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -11,6 +12,9 @@ from surgery.errors import UsageError, unknown_name
 from surgery.models.catalogue import CATALOGUE, Entry, Value, text
 from surgery.models.fitnets import FITNETS
 from surgery.models.libraries import LIBRARIES, open_library
+
+WEIGHTS_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+"""What the names of files of weights end in."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,14 @@ def parse(source: str, **keywords: Value | None) -> Source:
         keywords: replace those of the source; None leaves the source's own.
 
     Returns:
-        its parts; of weights the name under which torchvision publishes them, also for ``DEFAULT``.
+        its parts; of weights the name under which torchvision publishes them, also for ``DEFAULT``. A file of weights
+        is no part of a source.
 
     Raises:
         UsageError: the source names nothing.
     """
+    if is_weights_file(keywords.get("weights")):
+        keywords = {**keywords, "weights": None}
     path, _, query = source.partition("?")
     library, colon, rest = path.partition(":")
     if colon and library in LIBRARIES:
@@ -112,6 +119,11 @@ def parse(source: str, **keywords: Value | None) -> Source:
         known = published(name).__members__
         weights = known[weights].name if weights in known else weights
     return Source("torchvision", name, CATALOGUE[name], merged, weights)
+
+
+def is_weights_file(weights: object) -> bool:
+    """Whether ``weights`` names a file, by its ending, and not published weights."""
+    return isinstance(weights, (str, PurePath)) and PurePath(weights).suffix.lower() in WEIGHTS_ENDINGS
 
 
 def published(name: str) -> Any:

@@ -14,7 +14,9 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import SurgeryError, UsageError, VerificationError
 from surgery.graph.batches import Args, Kwargs, batch_of, with_batch
+from surgery.graph.fused import avoid_fused_paths
 from surgery.graph.outputs import tensors_in
+from surgery.graph.seeding import seeded
 from surgery.graph.traced import example_inputs as remembered_inputs
 from surgery.graph.traced import is_traced
 
@@ -251,6 +253,7 @@ def _sort(values: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
 def _run(module: nn.Module, args: Args, kwargs: Kwargs, dtype: torch.dtype | None, train: bool, seed: int) -> _Run:
     """Call a copy of a module on copies of inputs; with ``train``, and differentiate."""
     twin = copy.deepcopy(module).train(train)
+    avoid_fused_paths(twin)
     twin = twin if dtype is None else twin.to(dtype)
     leaves: list[Tensor] = []
 
@@ -264,9 +267,8 @@ def _run(module: nn.Module, args: Args, kwargs: Kwargs, dtype: torch.dtype | Non
             return value.clone()  # a model may write into its input, and not into a leaf
         return value
 
-    with torch.set_grad_enabled(train), torch.random.fork_rng():
+    with torch.set_grad_enabled(train), seeded(seed):
         inputs, named = pytree.tree_map(prepared, (args, kwargs))
-        torch.manual_seed(seed)
         outputs = [tensor for _, tensor in tensors_in(twin(*inputs, **named))]
         parameters = {name: p for name, p in twin.named_parameters() if p.requires_grad} if train else {}
         wanted = {**{f"input {k}": leaf for k, leaf in enumerate(leaves)}, **parameters}

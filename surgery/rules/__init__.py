@@ -1,5 +1,15 @@
 """The rows of the rule table: one for each op, by subject. Importing this fills the table (`surgery.graph.table`)."""
 
-from surgery.rules import attention, contraction, elementwise, movement, norms, recurrent, vision, weights
+from surgery.rules import attention, contraction, elementwise, movement, norms, recurrent, reductions, vision, weights
 
-__all__ = ["attention", "contraction", "elementwise", "movement", "norms", "recurrent", "vision", "weights"]
+__all__ = [
+    "attention",
+    "contraction",
+    "elementwise",
+    "movement",
+    "norms",
+    "recurrent",
+    "reductions",
+    "vision",
+    "weights",
+]

@@ -75,7 +75,10 @@ def _resize_attention(edit: NodeEdit) -> None:
     rewrite=_resize_attention,
     linear="writes",
     zeros=("out_proj.weight", "out_proj.bias"),
-    tensors=("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+    tensors=(
+        *("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+        *("bias_k", "bias_v"),
+    ),
 )
 def _multihead_attention(
     op: Op,
@@ -89,7 +92,7 @@ def _multihead_attention(
     is_causal: bool = False,
 ) -> Any:
     layer = op.module
-    if layer.bias_k is not None or layer.add_zero_attn or (attn_mask is not None and attn_mask.ndim == 3):
+    if attn_mask is not None and attn_mask.ndim == 3:
         return op.unknown(query, key, value, attn_mask, why="has no rule for these arguments")
     for mask in (key_padding_mask, attn_mask):
         op.lose([] if mask is None else list(mask.fields), f"{op.name} is masked by it")
@@ -115,6 +118,11 @@ def _multihead_attention(
             if inner is not None:
                 op.tie(inner, part)
             inner = part
+    for further in (op.param("bias_k", dims=3), op.param("bias_v", dims=3)):
+        if further is not None:
+            op.lose([f for f in further.fields if f.dims != (2,)], f"{op.name} holds positions in it")
+            op.produces(further.at(2))
+            op.tie(inner, _whole_heads(op, further.at(2), count, size))
     weight, out_bias = op.param("out_proj.weight"), op.param("out_proj.bias")
     assert weight is not None
     written = _finish(op, weight, _bias(out_bias), inner, count, size)

@@ -12,12 +12,13 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from surgery.axes.labels import Field, Fields, Labelled, moved
 from surgery.axes.ops import Op
-from surgery.graph.table import oprule
+from surgery.graph.table import NodeEdit, oprule
 
 
 def contracted(op: Op, operands: Sequence[Labelled], letters: Sequence[str], out: str) -> Fields:
@@ -128,18 +129,25 @@ def _added_matmul(op: Op, input: Labelled, batch1: Labelled, batch2: Labelled, *
     return op.elementwise(product, input)
 
 
-@oprule(F.scaled_dot_product_attention)
+def _keep_scale(edit: NodeEdit) -> None:
+    """The scale that follows from the size of a head stays what it was."""
+    sizes = edit.tensor("query")
+    if edit.argument("scale") is None and sizes is not None and sizes[0][-1] != sizes[1][-1]:
+        edit.set_argument("scale", sizes[0][-1] ** -0.5)
+
+
+@oprule(F.scaled_dot_product_attention, rewrite=_keep_scale, python="always")
 def _attention(
     op: Op, query: Labelled, key: Labelled, value: Labelled, attn_mask: Labelled | None = None, *rest: Any,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, **named: Any
 ) -> Fields:  # fmt: skip
-    """Queries and keys are contracted over their last axis. Its size sets the scale, so it stays as it is."""
+    """Queries and keys are contracted over their last axis; the size that it had sets the scale."""
     if enable_gqa:
-        return op.unknown(query, key, value, attn_mask, why="groups queries")
+        key, value = (_repeat_heads(x, query) for x in (key, value))
     batch = string.ascii_lowercase[: query.ndim - 2]
     for x in (query, key):
         f = x.at(-1)
-        if f is not None and len(f.dims) == 1 and scale is None:
+        if f is not None and len(f.dims) == 1 and scale is None and not op.in_graph:
             op.freeze(f, f"{op.name} takes its scale from the size")
     scores = contracted(op, (query, key), (batch + "LE", batch + "SE"), batch + "LS")
     shape = (*op.shape[:-1], key.shape[-2])
@@ -156,3 +164,13 @@ def _attention(
         op.lose([f for x in (query, key, value) if (f := x.at(-2)) is not None], f"{op.name} takes them in order")
     scores = op.keep(weights, [-1], f"{op.name} normalises over it")
     return contracted(op, (Labelled(weights.value, scores), value), (batch + "LS", batch + "SE"), batch + "LE")
+
+
+def _repeat_heads(x: Labelled, query: Labelled) -> Labelled:
+    """Keys or values with a head for each of the queries' heads, of which several share one."""
+    heads = x.ndim - 3
+    times = query.shape[heads] // x.shape[heads]
+    fields = tuple(
+        Field(f.dims, np.repeat(f.ids, times, f.dims.index(heads)), f.key) if heads in f.dims else f for f in x.fields
+    )
+    return Labelled(x.value.repeat_interleave(times, heads), fields)

@@ -1,4 +1,4 @@
-"""Rows of the rule table for ops position by position, along spatial axes and reductions.
+"""Rows of the rule table for ops position by position and along spatial axes.
 
 Add a row for an op of your own with the same decorator::
 
@@ -14,14 +14,15 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from surgery.axes.labels import Field, Fields, Labelled, moved
+from surgery.axes.labels import Field, Fields, Labelled
 from surgery.axes.ops import Op
-from surgery.graph.table import oprule
+from surgery.graph.table import NodeEdit, oprule
 
 
 def _named(namespace: Any, names: str) -> list[Any]:
@@ -95,7 +96,7 @@ def _elementwise(op: Op, *operands: Any, **named: Any) -> Fields:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Along spatial axes, reductions
+# Along spatial axes
 
 
 @oprule(
@@ -130,39 +131,37 @@ def _resampled(op: Op, input: Labelled, *rest: Any, **named: Any) -> Fields:
     return op.keep(input, [*([0] if positions else []), *range(2, input.ndim)])
 
 
-@oprule(F.pad)
-def _pad(op: Op, input: Labelled, pad: Any, *rest: Any, **named: Any) -> Fields:
-    dims = [input.ndim - 1 - k // 2 for k in range(len(pad)) if pad[k] != 0]
-    return op.keep(input, dims)
+def _resize_pad(edit: NodeEdit) -> None:
+    """As much in front of the channels and behind them as is left of it."""
+    pad, read = list(edit.argument("pad")), edit.tensor("input")
+    for dim, old in edit.sources.items():
+        k = 2 * (len(edit.old[0]) - 1 - dim)
+        if read is not None and any(pad[k : k + 2]):
+            pad[k], pad[k + 1] = int((old < pad[k]).sum()), int((old >= pad[k] + read[0][dim]).sum())
+    edit.set_argument("pad", tuple(pad))
 
 
-@oprule(torch.mean, "mean", torch.sum, "sum", linear="first")
-@oprule(
-    torch.amax, torch.amin, torch.var, torch.std, torch.any, torch.all, torch.prod,
-    torch.max, torch.min, torch.logsumexp,
-    "amax", "amin", "var", "std", "any", "all", "prod", "max", "min", "logsumexp",
-)  # fmt: skip
-def _reduce(op: Op, input: Labelled, *args: Any, **named: Any) -> Any:
-    dim = named.get("dim", named.get("axis", args[0] if args else None))
-    if isinstance(dim, Labelled):  # the larger of two
-        return op.elementwise(input, dim)
-    if dim is None or isinstance(dim, bool):
-        dim = range(input.ndim)
-    return op.alike(_reduced(op, input, [dim] if isinstance(dim, int) else list(dim)))
-
-
-@oprule(torch.norm, "norm")
-def _norm(op: Op, input: Labelled, p: Any = None, dim: Any = None, *rest: Any, **named: Any) -> Fields:
-    return _reduced(op, input, range(input.ndim) if dim is None else [dim] if isinstance(dim, int) else list(dim))
-
-
-def _reduced(op: Op, input: Labelled, dims: Any) -> Fields:
-    gone = {d % max(input.ndim, 1) for d in dims}
-    fields = op.keep(input, gone, f"{op.name} reduces it")
-    if len(op.shape) == input.ndim:
-        return fields
-    place = {d: k for k, d in enumerate(d for d in range(input.ndim) if d not in gone)}
-    return tuple(moved(f, tuple(place[d] for d in f.dims)) for f in fields)
+@oprule(F.pad, rewrite=_resize_pad, python="always")
+def _pad(
+    op: Op, input: Labelled, pad: Any, mode: str = "constant", value: Any = None, *rest: Any, **named: Any
+) -> Fields:
+    """Positions in front of an axis and behind it; channels that hold one number where the axis is one of channels."""
+    fields = list(input.fields)
+    for k in range(0, len(pad), 2):
+        dim = input.ndim - 1 - k // 2
+        f = next((f for f in fields if dim in f.dims), None)
+        before, behind = pad[k : k + 2]
+        if f is None or not (before or behind):
+            continue
+        fields.remove(f)
+        if len(f.dims) > 1 or mode != "constant" or min(before, behind) < 0 or not op.in_graph:
+            fields += op.keep(Labelled(input.value, (f,)), [dim])
+            continue
+        parts = [op.fresh(dim, before).ids, f.ids, op.fresh(dim, behind).ids]
+        for ids in parts:
+            op.cut(Field((dim,), ids))
+        fields.append(Field((dim,), np.concatenate(parts), f.key))
+    return tuple(fields)
 
 
 @oprule(nn.Softmax, F.softmax, torch.softmax, "softmax")

@@ -17,7 +17,7 @@ import torchvision
 from torch import nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 
-from surgery.axes.labels import Field, Fields, Labelled, moved, permuted, sliced
+from surgery.axes.labels import Field, Fields, Labelled, full_index, moved, permuted, sliced
 from surgery.axes.ops import Op
 from surgery.graph.table import NodeEdit, oprule
 from surgery.layers.maxout import Maxout
@@ -203,6 +203,7 @@ def _split_by_size(edit: NodeEdit) -> None:
 def _pieces(op: Op, tensor: Any = None, how: Any = None, dim: int = 0, *, input: Any = None, **named: Any) -> Any:
     tensor = tensor if input is None else input
     dim %= tensor.ndim
+    op.takes_apart(tensor, [dim])
     result = []
     start = 0
     for piece in op.out:
@@ -217,6 +218,7 @@ def _pieces(op: Op, tensor: Any = None, how: Any = None, dim: int = 0, *, input:
 
 @oprule(torch.unbind, "unbind", movement=True)
 def _unbind(op: Op, input: Labelled, dim: int = 0) -> Any:
+    op.takes_apart(input, [dim % input.ndim])
     result = []
     for k in range(input.shape[dim]):
         index = tuple(k if d == dim % input.ndim else slice(None) for d in range(input.ndim))
@@ -234,6 +236,8 @@ def _getitem(op: Op, input: Labelled, index: Any) -> Fields:
     if any(not (i is None or i is Ellipsis or isinstance(i, (int, slice))) for i in index):
         return op.unknown(input)
     fields, picked = sliced(input.fields, index, input.ndim)
+    given = [i for i in full_index(index, input.ndim) if i is not None]
+    op.takes_apart(input, [d for d, i in enumerate(given) if i != slice(None)])
     for f in input.fields:  # the number of a position stays, so no channel may move to or from it
         if any(np.isin(g.ids, f.ids).any() for g in picked):
             op.freeze(f, f"{op.name} picks positions of it")
@@ -270,6 +274,7 @@ def _resize_narrow(edit: NodeEdit) -> None:
 
 @oprule(torch.narrow, "narrow", rewrite=_resize_narrow, movement=True, python="always")
 def _narrow(op: Op, input: Labelled, dim: int, start: int, length: int) -> Fields:
+    op.takes_apart(input, [dim % input.ndim])
     index = tuple(slice(start, start + length) if d == dim % input.ndim else slice(None) for d in range(input.ndim))
     fields = sliced(input.fields, index, input.ndim)[0]
     for f in fields:
@@ -348,7 +353,7 @@ def _expanded(op: Op, input: Labelled, other: Labelled | None) -> Fields:
         if op.shape[d] > 1 and (d < shift or input.shape[d - shift] == 1):
             like = None if other is None else op.axis(other, d)[0]
             if other is None:
-                fields.append(op.fresh(d))
+                fields.append(op.repeated(d))
             elif like is not None:
                 fields.append(Field((d,), like.ids, like.key))
     return tuple(fields)
@@ -381,6 +386,12 @@ def _pixel_unshuffle(op: Op, input: Labelled, downscale_factor: int | None = Non
     f, _ = op.axis(input, input.ndim - 3)
     rest = tuple(g for g in op.keep(input, [-2, -1]) if max(g.dims) < input.ndim - 3)
     return rest if f is None else (*rest, Field(f.dims, np.repeat(f.ids, op.shape[-3] // f.ids.size), f.key))
+
+
+@oprule("unfold")
+def _windows(op: Op, input: Labelled, dimension: int, size: int, step: int) -> Fields:
+    """Windows along an axis, with their positions in a new last axis."""
+    return op.keep(input, [dimension], f"{op.name} takes windows along it") if input.ndim else ()
 
 
 @oprule(F.unfold, nn.Unfold)

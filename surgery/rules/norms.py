@@ -18,7 +18,14 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from surgery.axes.labels import Field, Fields, Labelled
 from surgery.axes.ops import Op
 from surgery.graph.table import NodeEdit, oprule
-from surgery.layers.norms import RestrictedNorm, group_norm_over, layer_norm_over, rms_norm_over, scaled_normalize
+from surgery.layers.norms import (
+    RestrictedNorm,
+    batch_norm_over,
+    group_norm_over,
+    layer_norm_over,
+    rms_norm_over,
+    scaled_normalize,
+)
 from surgery.rules.weights import WEIGHT_AND_BIAS, per_channel
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,7 +136,7 @@ def _group_norm(
     return (*others, f)
 
 
-@oprule(RestrictedNorm, layer_norm_over, group_norm_over, rms_norm_over, kind="restricted norm")
+@oprule(RestrictedNorm, layer_norm_over, group_norm_over, rms_norm_over, batch_norm_over, kind="restricted norm")
 def _restricted_norm(op: Op, *args: Any, **named: Any) -> Any:
     return op.unknown(*args, *named.values(), why="leaves channels that are switched off out of its statistics")
 
@@ -171,7 +178,8 @@ def _resize_batch_norm(edit: NodeEdit) -> None:
 
 
 @oprule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, F.batch_norm, rewrite=_resize_batch_norm,
-        zeros=WEIGHT_AND_BIAS, kind="batch norm", tensors=_STATISTICS, python="always")  # fmt: skip
+        zeros=WEIGHT_AND_BIAS, kind="batch norm", tensors=_STATISTICS, python="always",
+        over=batch_norm_over)  # fmt: skip
 def _batch_norm(
     op: Op,
     input: Labelled,
@@ -184,6 +192,12 @@ def _batch_norm(
 ) -> Fields:
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     per_channel(op, input, 1, *(op.param(name, given) for name, given in vectors.items()))
+    others = [d for d in range(input.ndim) if d != 1]
+    if op.module is None and running_mean is None and running_var is None and op.in_graph:
+        averaged = tuple(f for f in input.fields if 1 not in f.dims)
+        for f in averaged:
+            op.averages(input, f, others)
+        return (*op.keep(Labelled(input.value, tuple(f for f in input.fields if 1 in f.dims)), others), *averaged)
     return op.keep(input, [d for d in range(input.ndim) if d != 1], f"{op.name} computes statistics over it")
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torchvision
 
-from surgery.axes.labels import Labelled
+from surgery.axes.labels import Fields, Labelled
 from surgery.axes.ops import Op
 from surgery.graph.table import oprule
+from surgery.rules.weights import WEIGHT_AND_BIAS, convolved, resize_conv
 
 
 @oprule(torchvision.ops.roi_align, torchvision.ops.roi_pool)
@@ -31,3 +33,30 @@ def _roi_align(op: Op, input: Labelled, boxes: Any, *rest: Any, **named: Any) ->
 def _roi_align_kernel(op: Op, input: Labelled, rois: Any, *rest: Any, **named: Any) -> Any:
     """What `_roi_align` calls; the positions of the maxima, second result of ``roi_pool``, are within a channel."""
     return _roi_align(op, input, rois)
+
+
+@oprule(torchvision.ops.deform_conv2d, torchvision.ops.DeformConv2d, rewrite=resize_conv, linear="writes",
+        zeros=WEIGHT_AND_BIAS, python="never")  # fmt: skip
+def _deform_conv(
+    op: Op,
+    input: Labelled,
+    offset: Labelled,
+    weight: Labelled | None = None,
+    bias: Labelled | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    mask: Labelled | None = None,
+) -> Fields:
+    """A convolution whose positions, and with ``mask`` factors of them, come from other tensors."""
+    if op.module is not None and weight is not None:  # the layer's mask is its third argument
+        mask, weight = weight, None
+    held = op.param("weight", weight)
+    assert held is not None
+    for other in (offset, mask):
+        if other is not None:
+            op.lose(list(other.fields), f"{op.name} reads positions from it")
+    taps = 2 * math.prod(held.shape[2:])
+    if offset.shape[-3] != taps or held.shape[1] != input.shape[-3]:
+        return op.unknown(input, weight, bias, why="has groups")
+    return convolved(op, input, weight, bias, 1, False, stride, padding, mixed=True)

@@ -38,7 +38,7 @@ def _linear(op: Op, input: Labelled, weight: Labelled | None = None, bias: Label
     return placed(rest, rows, op.shape, -1)
 
 
-def _resize_conv(edit: NodeEdit) -> None:
+def resize_conv(edit: NodeEdit) -> None:
     """The sizes of a layer; ``groups`` where each group has one input channel."""
     if edit.module is not None:
         layer = edit.module
@@ -72,7 +72,7 @@ def _ungrouped(given: Mapping[str, Any]) -> bool:
     return bool(given.get("groups", 1) == 1)
 
 
-@oprule(nn.Conv1d, nn.Conv2d, nn.Conv3d, F.conv1d, F.conv2d, F.conv3d, rewrite=_resize_conv, linear="writes",
+@oprule(nn.Conv1d, nn.Conv2d, nn.Conv3d, F.conv1d, F.conv2d, F.conv3d, rewrite=resize_conv, linear="writes",
         zeros=WEIGHT_AND_BIAS, python=_ungrouped)  # fmt: skip
 def _conv(
     op: Op,
@@ -84,7 +84,8 @@ def _conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Fields:
-    return _convolved(op, input, weight, bias, groups, False)
+    stride, padding = op.setting("stride", stride), op.setting("padding", padding)
+    return convolved(op, input, weight, bias, groups, False, stride, padding)
 
 
 @oprule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -103,12 +104,22 @@ def _conv_transpose(
     *,
     output_size: Any = None,
 ) -> Fields:
-    return _convolved(op, input, weight, bias, groups, True)
+    still = op.setting("padding", padding), op.setting("output_padding", output_padding)
+    return convolved(op, input, weight, bias, groups, True, op.setting("stride", stride), *still)
 
 
-def _convolved(
-    op: Op, x: Labelled, weight: Labelled | None, bias: Labelled | None, groups: int, transposed: bool
+def convolved(
+    op: Op,
+    x: Labelled,
+    weight: Labelled | None,
+    bias: Labelled | None,
+    groups: int,
+    transposed: bool,
+    stride: Any,
+    *padding: Any,
+    mixed: bool = False,
 ) -> Fields:
+    """Output fields of a convolution. With ``mixed`` it reads any position for any other."""
     groups = op.setting("groups", groups)
     depthwise = op.module is not None and groups > 1 and groups == op.module.in_channels
     weight, bias = op.param("weight", weight, dims=1 if depthwise else 2), op.param("bias", bias)
@@ -118,7 +129,8 @@ def _convolved(
     outs, ins = (weight.at(1), weight.at(0)) if transposed else (weight.at(0), weight.at(1))
     for k in range(2, weight.ndim):
         op.freeze(weight.at(k), "kernel size")
-    rest = tuple(f for f in op.keep(x, range(dim + 1, x.ndim)) if dim not in f.dims)
+    moving = range(spatial) if mixed else _mixed_positions(weight.shape[2:], stride, padding)
+    rest = tuple(f for f in op.keep(x, [dim + 1 + k for k in moving]) if dim not in f.dims)
     whole = x.at(dim)
     if whole is not None and len(whole.dims) > 1 and groups == x.shape[dim] == op.shape[dim] and not transposed:
         op.freeze(ins, "one per group")
@@ -142,6 +154,20 @@ def _convolved(
         op.produces(bias.at(0))
         op.tie(outs, bias.at(0))
     return placed(rest, outs, op.shape, dim)
+
+
+def _mixed_positions(kernel: tuple[int, ...], stride: Any, padding: tuple[Any, ...]) -> list[int]:
+    """The spatial axes along which a convolution does more than to treat each position alike."""
+
+    def along(setting: Any, k: int) -> Any:
+        return setting[k] if isinstance(setting, (tuple, list)) and len(setting) > 1 else setting
+
+    plain = (0, (0,), [0], "same", "valid")
+    return [
+        k
+        for k, size in enumerate(kernel)
+        if size > 1 or along(stride, k) not in (1, (1,), [1]) or any(along(p, k) not in plain for p in padding)
+    ]
 
 
 def _depthwise_conv(

@@ -12,6 +12,7 @@ from torch import nn
 from torchvision.ops import Permute
 
 from surgery.errors import EditError, unknown_name
+from surgery.graph.seeding import seed_generators
 from surgery.layers.maxout import Maxout
 from surgery.layers.spatial import layer_class
 
@@ -121,7 +122,7 @@ def make_regressor(found: Match, kind: str, activation: nn.Module | None, seed: 
         return nn.Sequential()
     pieces = activation.pieces if isinstance(activation, Maxout) else 1
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_generators(seed)
         if kind == "fc":
             return _make_fully_connected(guided, hint, pieces, activation)
         alike = guided.sizes == hint.sizes and guided.last and hint.last

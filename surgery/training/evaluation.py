@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from surgery.progress import Progress
 from surgery.training.data.data import Images
@@ -18,7 +20,7 @@ from surgery.training.modes import device_of, in_mode
 
 def evaluate(
     predict: nn.Module | Callable[[Tensor], Tensor],
-    images: Images,
+    images: Images | DataLoader[Any],
     *,
     batch_size: int = 250,
     workers: int = 0,
@@ -31,7 +33,7 @@ def evaluate(
     Args:
         predict: a module, which runs in evaluation mode and gets its own mode back, or any function from images
             (N, C, H, W) to outputs, such as a session of another runtime.
-        images: items (image, label), as of `surgery.load_data`.
+        images: items (image, label), as of `surgery.load_data`; or a loader of batches of such, which is read as it is.
         batch_size: images in one call.
         workers: processes that read images.
         engine: the processes that share the images; by default this one scores them all.
@@ -44,7 +46,11 @@ def evaluate(
         >>> surgery.evaluate(traced, data.test).accuracy
     """
     processes = engine.processes if engine else 1
-    batches = loader(images, math.ceil(batch_size / processes) * processes, workers)
+    batches = (
+        images
+        if isinstance(images, DataLoader)
+        else loader(images, math.ceil(batch_size / processes) * processes, workers)
+    )
     batches = engine.share(batches) if engine else batches
     device = device_of(predict)
     correct = total = 0

@@ -23,6 +23,7 @@ from surgery.operations.reset import reset_hypothesis
 from surgery.operations.slim import Rate, masked, slim, split_masks
 from surgery.progress import Progress
 from surgery.settings import EvolveSettings, accepts, renamed
+from surgery.training.data.adapt import AnyData, as_data
 from surgery.training.data.data import Data
 from surgery.training.data.loading import loader
 from surgery.training.evaluation import evaluate
@@ -106,7 +107,7 @@ class Evolution:
 @plain_modes()
 def evolve(
     module: nn.Module,
-    data: Data,
+    data: AnyData,
     rate: Rate = 0.5,
     generations: int = 5,
     settings: EvolveSettings = EvolveSettings(),
@@ -125,6 +126,7 @@ def evolve(
 
     Args:
         module: a traced module. It is not changed.
+        data: what `surgery.as_data` takes, with images to test on unless ``score`` is given.
         rate: fraction of each layer's channels (KELS), or weights (WELS), in the fit-hypothesis.
         generations: number of generations.
         settings: see `surgery.EvolveSettings`; its fields may be given as keywords. `PAPER` has the authors' values.
@@ -149,6 +151,7 @@ def evolve(
     Example:
         >>> slim = surgery.evolve(traced, data, rate=0.5, generations=8, epochs=20).slim
     """
+    data = as_data(data)
     whole_number("generations", generations, 1)
     check_scored(data, score)
     masks = split_masks(module, rate, kind=settings.kind, seed=settings.seed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn import functional
 from surgery.errors import UsageError, whole_number
 from surgery.progress import Progress
 from surgery.settings import TrainSettings, accepts
+from surgery.training.data.adapt import AnyData, as_data
 from surgery.training.data.data import Data, count
 from surgery.training.data.fingerprint import module_digest, training_digest
 from surgery.training.engine import Engine
@@ -33,7 +35,7 @@ from surgery.training.run import Batch, LossFn, Run, steps_of_epoch
 @plain_modes()
 def train(
     model: nn.Module,
-    data: Data,
+    data: AnyData,
     settings: TrainSettings = TrainSettings(),
     *,
     grow: Mapping[int, Growth] | None = None,
@@ -55,7 +57,7 @@ def train(
 
     Args:
         model: any module that classifies the images; traced, if it grows.
-        data: images (N, C, H, W) and labels, as of `surgery.load_data`.
+        data: images (N, C, H, W) and labels, as of `surgery.load_data`, or what `surgery.as_data` takes.
         settings: see `surgery.TrainSettings`. Its fields may be given as keywords, which take precedence. ``one-cycle``
             warms up over the first quarter of the steps and anneals to zero, ``cosine`` begins at ``lr``.
         grow: growths by the epoch, from 0, that they come before: ``{0: Growth(images=0.3), 4: Growth(images=1.0,
@@ -81,6 +83,7 @@ def train(
     Example:
         >>> trained = surgery.train(model, surgery.load_data("digits"), epochs=3, lr=0.1).module
     """
+    data = as_data(data)
     settings = settings.training()
     check_data(data)
     check_trainable(model)
@@ -98,8 +101,6 @@ def train(
         file = Checkpoint(Path(checkpoint), {**own, **_identity(model, data, plan), **(identity or {})})
     saved = None if file is None else file.read()
     engine.wait()  # no process may write before all have read
-    if file is not None and engine.main:
-        file.prepare()
     model = copy.deepcopy(model).to(engine.device)
     make = OPTIMIZERS[settings.optimizer]
     run = Run(
@@ -117,7 +118,7 @@ def train(
         task=task,
         saved=saved,
     )
-    with random_state(engine.device):
+    with file.hold() if file is not None and engine.main else nullcontext(), random_state(engine.device):
         return run.complete(plan)
 
 

@@ -19,7 +19,7 @@ from surgery.operations.tickets import hold_masked, magnitude_masks, rewind
 from surgery.progress import Progress
 from surgery.selectors import Where
 from surgery.settings import LotterySettings, accepts, renamed
-from surgery.training.data.data import Data
+from surgery.training.data.adapt import AnyData, as_data
 from surgery.training.evaluation import evaluate
 from surgery.training.history import History, Score
 from surgery.training.loop import train
@@ -73,7 +73,7 @@ class Lottery:
 @plain_modes()
 def lottery(
     module: nn.Module,
-    data: Data,
+    data: AnyData,
     sparsity: float,
     rounds: int = 1,
     settings: LotterySettings = LotterySettings(),
@@ -93,6 +93,7 @@ def lottery(
 
     Args:
         module: a traced module, as initialised. It is not changed.
+        data: what `surgery.as_data` takes, with images to test on unless ``score`` is given.
         sparsity: final fraction of pruned weights, in [0, 1).
         rounds: number of times to prune and train again.
         settings: see `surgery.LotterySettings`; its fields may be given as keywords.
@@ -111,6 +112,7 @@ def lottery(
     Example:
         >>> ticket = surgery.lottery(traced, data, sparsity=0.9, rounds=5, epochs=20).module
     """
+    data = as_data(data)
     whole_number("rounds", rounds, 1)
     check_scored(data, score)
     rewind_to = settings.rewind_to

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from surgery.graph.seeding import seed_generators
+
 
 @contextmanager
 def plain_modes() -> Iterator[None]:
@@ -32,7 +34,7 @@ def random_state(device: torch.device) -> Iterator[None]:
 
 def seed_everything(*numbers: int) -> None:
     """Seed torch's generators with several numbers, such as a seed, a process and a step."""
-    torch.manual_seed(mixed_seed(*numbers))
+    seed_generators(mixed_seed(*numbers))
 
 
 def mixed_seed(*numbers: int) -> int:

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Set
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from surgery.counting.cost import Cost
-from surgery.errors import UsageError
-from surgery.operations.verify import Verification
-from surgery.training.history import Epoch, Grown, Score
+from surgery.errors import CheckpointError, UsageError
+from surgery.locks import hold
+from surgery.stored import check_type, digest_file, parse_object, refuse_special
+from surgery.training.history import Epoch, Grown
 
-_FORMAT = 1
+_FORMAT = 2
+"""Since 2, a checkpoint ends with a digest."""
+
+_SEAL = b"surgery-sha256:"
+"""What stands before the digest at the end of the file."""
+
+_REMEDY = "; remove it to repeat this training, and nothing else"
 
 
 @dataclass
@@ -59,14 +68,13 @@ class Checkpoint:
     path: Path
     identity: Mapping[str, Any]
 
-    def prepare(self) -> None:
-        """Make the folder of the file. Raise `UsageError` if it cannot be written to."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._part.touch()
-            self._part.unlink()
-        except OSError as error:
-            raise UsageError(f"the checkpoint {self.path} cannot be written: {error}") from error
+    def hold(self) -> AbstractContextManager[None]:
+        """Make the folder of the file, and be the only one that writes the file.
+
+        Raises:
+            UsageError: it cannot be written, or another training is writing it.
+        """
+        return hold(self.path)
 
     def save(
         self,
@@ -90,6 +98,7 @@ class Checkpoint:
         }
         try:
             torch.save(state, self._part)
+            _seal(self._part)
             os.replace(self._part, self.path)
         except BaseException as error:
             self._part.unlink(missing_ok=True)
@@ -101,26 +110,22 @@ class Checkpoint:
         """Read the file; None if it does not exist.
 
         Raises:
-            UsageError: it cannot be read, or belongs to another training; or the identity is not JSON data.
+            UsageError: it belongs to another training, or the identity is not JSON data.
+            CheckpointError: it is damaged, or no checkpoint.
         """
         now = json.loads(self._identity)
-        if not self.path.exists():
+        if not self.path.exists() and not self.path.is_symlink():
             return None
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            known = state["format"] == _FORMAT
-        except Exception as error:  # torch.load raises what unpickling happens to raise
-            raise UsageError(f"{self.path} is not a checkpoint of a training: {error}") from error
-        if not known:
-            raise UsageError(f"{self.path} is a checkpoint of another version: remove it to start over")
-        before = json.loads(state["identity"])
+        state = _load(self.path)
+        before = parse_object(state.identity, f"{self.path}: 'identity'")
         other = [f"{key} {before.get(key)} and not {now.get(key)}" for key in now if before.get(key) != now.get(key)]
         if other or set(before) != set(now):
             raise UsageError(
                 f"{self.path} is the checkpoint of another training, with {', '.join(other) or 'other settings'}: "
                 "resume with the same settings, or remove it to start over"
             )
-        return Saved(_read_progress(json.loads(state["progressed"])), state)
+        where = f"{self.path}: 'progressed'"
+        return Saved(check_type(parse_object(state.progressed, where), Progressed, where), state, self.path)
 
     @property
     def _part(self) -> Path:
@@ -132,24 +137,43 @@ class Checkpoint:
         return json.dumps(plain_identity(self.identity))
 
 
+class _State(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The content of a checkpoint; without an optimizer it is that of a finished training."""
+
+    format: int
+    identity: str
+    progressed: str
+    model: dict[str, Any]
+    optimizer: dict[str, Any] | None
+    scaler: dict[str, Any] | None
+
+
 @dataclass(frozen=True)
 class Saved:
     """The content of a checkpoint."""
 
     progressed: Progressed
-    _state: Mapping[str, Any]
+    _state: _State
+    _path: Path
 
     @property
     def finished(self) -> bool:
-        return self._state["optimizer"] is None
+        return self._state.optimizer is None
 
     def restore(self, model: nn.Module, optimizer: Optimizer | None, scaler: torch.amp.GradScaler | None) -> None:
-        """Load the state of the model, the optimizer and the scaler."""
-        model.load_state_dict(self._state["model"])
-        if optimizer is not None and not self.finished:
-            optimizer.load_state_dict(self._state["optimizer"])
-        if scaler is not None and self._state["scaler"]:
-            scaler.load_state_dict(self._state["scaler"])
+        """Load the state of the model, the optimizer and the scaler.
+
+        Raises:
+            CheckpointError: they are of another structure.
+        """
+        try:
+            model.load_state_dict(self._state.model)
+            if optimizer is not None and self._state.optimizer is not None:
+                optimizer.load_state_dict(self._state.optimizer)
+            if scaler is not None and self._state.scaler:
+                scaler.load_state_dict(self._state.scaler)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self._path} does not fit the training: {error}") from error
 
 
 def is_finished(path: Path) -> bool:
@@ -160,6 +184,52 @@ def is_finished(path: Path) -> bool:
         return bool(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["optimizer"] is None)
     except Exception:  # `Checkpoint.read` refuses the file
         return False
+
+
+def _load(path: Path) -> _State:
+    """Read a checkpoint once its bytes are known to be those that were written."""
+    refuse_special(path)
+    sealed = _check_seal(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises what unpickling happens to raise
+        raise CheckpointError(f"{path} is not a checkpoint of a training: {error}{_REMEDY}") from error
+    number = state.get("format") if isinstance(state, dict) else None
+    if number == _FORMAT and not sealed:
+        raise CheckpointError(f"{path} is damaged: its digest is missing{_REMEDY}")
+    if number not in (1, _FORMAT):
+        raise CheckpointError(f"{path} is a checkpoint of another version: remove it to start over")
+    return check_type(state, _State, str(path))
+
+
+def _seal(path: Path) -> None:
+    """Append the digest of a zip file to it, as the comment that zip files may end with."""
+    with path.open("r+b") as file:
+        file.seek(-2, os.SEEK_END)  # the length of the comment
+        file.write((len(_SEAL) + 64).to_bytes(2, "little"))
+    digest = digest_file(path)
+    with path.open("ab") as file:
+        file.write(_SEAL + digest.encode())
+
+
+def _check_seal(path: Path) -> bool:
+    """Compare a file with the digest at its end. False if there is none."""
+    length = len(_SEAL) + 64
+    with path.open("rb") as file:
+        rest = max(file.seek(0, os.SEEK_END) - length, 0)
+        file.seek(rest)
+        end = file.read()
+        if not end.startswith(_SEAL):
+            return False
+        file.seek(0)
+        found = hashlib.sha256()
+        while rest:
+            part = file.read(min(rest, 2**20))
+            found.update(part)
+            rest -= len(part)
+    if found.hexdigest().encode() != end[len(_SEAL) :]:
+        raise CheckpointError(f"{path} is damaged: it has not the bytes that were written{_REMEDY}")
+    return True
 
 
 def plain_identity(identity: Mapping[Any, Any]) -> dict[str, Any]:
@@ -192,20 +262,3 @@ def _plain(value: Any, key: str) -> Any:
     if value is None or isinstance(value, (str, int, float)):
         return value
     raise UsageError(f"what identifies a training must be plain JSON data: {key!r} is {value!r}")
-
-
-def _read_progress(content: Mapping[str, Any]) -> Progressed:
-    growths = [
-        Grown(
-            **{
-                **growth,
-                "steps": tuple(growth["steps"]),
-                "before": growth["before"] and Cost(**growth["before"]),
-                "after": growth["after"] and Cost(**growth["after"]),
-                "check": growth["check"] and Verification(**growth["check"]),
-                "score": growth["score"] and Score(**growth["score"]),
-            }
-        )
-        for growth in content["growths"]
-    ]
-    return Progressed(**{**content, "epochs": [*map(Epoch.from_dict, content["epochs"])], "growths": growths})

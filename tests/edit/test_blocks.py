@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import surgery
@@ -23,7 +24,22 @@ EXACT = 1e-10
 
 
 def torchvision_model(name: str, size: int) -> Callable[[], tuple[nn.Module, torch.Tensor]]:
-    return lambda: traced_of(lambda: catalogue.build(name, seed=0), 2, 3, size, size)
+    return lambda: traced_of(lambda: catalogue.build(name, num_classes=10, seed=0), 2, 3, size, size)
+
+
+class NarrowResNet(models.ResNet):
+    """An eighth of the channels: copies are made of the whole model."""
+
+    def __init__(self, block: Any, layers: list[int]) -> None:
+        super().__init__(block, layers)
+        self.fc = nn.Linear(self.inplanes, 10)
+
+    def _make_layer(self, block: Any, planes: int, *rest: Any, **options: Any) -> nn.Sequential:
+        return super()._make_layer(block, planes // 8, *rest, **options)
+
+
+def resnet(block: Any, layers: list[int]) -> Callable[[], tuple[nn.Module, torch.Tensor]]:
+    return lambda: traced_of(lambda: NarrowResNet(block, layers), 2, 3, 32, 32)
 
 
 def small(name: str) -> Callable[[], tuple[nn.Module, torch.Tensor]]:
@@ -69,15 +85,15 @@ def deep_maxvit() -> nn.Module:
 
 
 BLOCKS: dict[str, tuple[Callable[[], tuple[nn.Module, torch.Tensor]], str, str, str, set[str]]] = {
-    "basic": (torchvision_model("resnet18", 32), "layer3", "layer3.1", "layer3.2", {"bn2.weight", "bn2.bias"}),
-    "bottleneck": (torchvision_model("resnet50", 32), "layer2", "layer2.3", "layer2.4", {"bn3.weight", "bn3.bias"}),
+    "basic": (resnet(BasicBlock, [2, 2, 2, 2]), "layer3", "layer3.1", "layer3.2", {"bn2.weight", "bn2.bias"}),
+    "bottleneck": (resnet(Bottleneck, [1, 4, 1, 1]), "layer2", "layer2.3", "layer2.4", {"bn3.weight", "bn3.bias"}),
     "regnet": (
         torchvision_model("regnet_y_400mf", 32),
         *("trunk_output.block3", "trunk_output.block3.block3-5", "trunk_output.block3.block3-6"),
         {"f.c.1.weight", "f.c.1.bias"},
     ),
     "inverted residual": (
-        torchvision_model("mobilenet_v2", 32),
+        torchvision_model("mobilenet_v2?width_mult=0.25", 32),
         *("features.16", "features.16", "features.16_copy0"),
         {"conv.3.weight", "conv.3.bias"},
     ),
@@ -372,7 +388,7 @@ def test_every_graph_that_runs_a_stage_gets_the_block(train):
 
 
 def test_an_inverted_residual_without_a_skip_is_refused():
-    traced, _ = torchvision_model("mobilenet_v2", 32)()
+    traced, _ = torchvision_model("mobilenet_v2?width_mult=0.25", 32)()
     with pytest.raises(surgery.EditError, match=r"'features\.17' has no block at its end"):
         surgery.deepen(traced, ["features.17"], form="block")
     assert surgery.recipe(surgery.deepen(traced, ["features.17"])).steps[0].form == "residual"

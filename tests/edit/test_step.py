@@ -117,15 +117,18 @@ def test_what_a_step_does_shows_in_the_changes(traced):
     [
         ({"step": "Nothing"}, "unknown step 'Nothing': import the module that defines it first"),
         ({"extra": 1}, "step Exchange has no field 'extra': its fields are layer, reader, order, factor, notes"),
-        ({"layer": None}, "'layer' of step Exchange cannot be None"),
+        ({"layer": None}, "'layer' of step Exchange: expected 'str', got 'null'"),
         ({"order": ["0-3"]}, r"'order' of step Exchange cannot hold '0-3': a run is written 'first:last\+1'"),
-        ({"order": [0.5]}, r"'order' of step Exchange cannot be 0\.5"),
-        ({"factor": True}, "'factor' of step Exchange cannot be True"),
+        ({"order": [0.5]}, r"'order' of step Exchange: '\[0\]': expected 'int', got 'float'"),
+        ({"order": [2**63]}, "'order' of step Exchange holds a number beyond 64 bits"),
+        ({"order": ["0:1000000000"]}, "'steps' of the recipe hold 1000000001 numbers, more than the 4194304 that are"),
+        ({"factor": True}, "'factor' of step Exchange: expected 'float', got 'bool'"),
+        ({"notes": {"why": 3}}, "'why' in 'notes' of step Exchange: expected 'str', got 'int'"),
     ],
 )
 def test_what_is_no_step_is_refused_with_its_field(change: dict[str, Any], message: str):
     data = {"schema": 2, "source": None, "steps": [{**STEP.to_dict(), **change}]}
-    with pytest.raises(surgery.UsageError, match=message):
+    with pytest.raises(surgery.CheckpointError, match=message):
         surgery.Recipe.from_dict(data)
 
 

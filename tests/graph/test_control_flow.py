@@ -233,3 +233,23 @@ def test_a_model_that_sets_an_attribute_of_a_tensor_stays_python():
         out.sum().backward()
         assert y.grad is not None
     assert not isinstance(traced, torch.fx.GraphModule)
+
+
+def test_python_that_asks_whether_something_is_a_tensor_is_followed():
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x, scale=2.0):
+            x = self.a(x)
+            x = x * scale.mean() if isinstance(scale, torch.Tensor) else x * scale
+            x = (x.relu() if torch.is_tensor(x) else x[0],)
+            return self.b(x[0] if isinstance(x, (list, tuple)) else x)
+
+    net, x = Asks().double(), torch.randn(2, 4, dtype=torch.float64)
+    for args in ((x,), (x, x.abs())):
+        traced = surgery.trace(net, args)
+        assert isinstance(traced, torch.fx.GraphModule)
+        assert surgery.verify(surgery.widen(traced, 2.0), net, args, train=True).ok
+    assert isinstance.__module__ == "builtins"

@@ -130,7 +130,7 @@ def test_what_cannot_be_loaded_says_why(operated, tmp_path):
     tensors = load_file(saved / "weights.safetensors")
     tensors["fc.weight"] = tensors["fc.weight"][:, :-1].contiguous()
     save_file(tensors, saved / "weights.safetensors")
-    with pytest.raises(surgery.SurgeryError, match=r"fc\.weight is \(10, 255\), the model has \(10, 256\)"):
+    with pytest.raises(surgery.SurgeryError, match=r"fc\.weight is F32 \(10, 255\), its recipe says F32 \(10, 256\)"):
         surgery.load(saved)
     del tensors["fc.weight"]
     save_file(tensors, saved / "weights.safetensors")
@@ -192,7 +192,7 @@ def test_a_model_of_schema_1_is_loaded_and_computes_what_it_did(tmp_path):
     kinds = [type(step).__name__ for step in surgery.recipe(loaded).steps]
     assert kinds == ["Reindex", "Reindex", "InsertIdentity", "InsertBlock", "InsertDense", "InsertIdentity", "Reindex"]
     surgery.save(loaded, tmp_path / "now")
-    assert json.loads((tmp_path / "now" / "recipe.json").read_text())["schema"] == 2
+    assert json.loads((tmp_path / "now" / "recipe.json").read_text())["schema"] == 3
     assert torch.equal(surgery.load(tmp_path / "now", model=Stored())(x), loaded(x))
 
 

@@ -24,7 +24,18 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from surgery.layers import attention as heads
 from surgery.layers import norms as lengths
 from surgery.layers.maxout import Maxout
-from surgery.layers.norms import RestrictedNorm, group_norm_over, layer_norm_over, rms_norm_over
+from surgery.layers.norms import RestrictedNorm, batch_norm_over, group_norm_over, layer_norm_over, rms_norm_over
+from surgery.layers.reductions import (
+    amax_over,
+    amin_over,
+    max_over,
+    mean_over,
+    min_over,
+    std_mean_over,
+    std_over,
+    var_mean_over,
+    var_over,
+)
 from surgery.rules.elementwise import bare_axes
 
 P = nn.Parameter
@@ -378,6 +389,8 @@ sample(F.pad, t(2, 3, 4), (1, 2), free="0:0,1")
 sample(F.pad, t(2, 3, 4, 5), pad=(1, 1, 0, 0), mode="replicate", free="0:0,1")
 sample(F.pad, t(2, 3, 4), (0, 0, 1, 1), value=0.5, free="0:0,2")
 sample(F.pad, t(3, 4), (0, 0), free="0:0,1")
+sample(F.pad, t(2, 3, 4), (0, 0, 2, 1), free="0:0,1,2")
+sample(F.pad, t(2, 3), pad=(1, 0), mode="constant", value=0.5, free="0:0,1")
 
 for op in (torch.mean, "sum"):
     sample(op, t(2, 3, 4), 2, free="0:0,1")
@@ -403,6 +416,25 @@ for op in (torch.norm, "norm"):
     sample(op, t(2, 3, 4), 2, 1, free="0:0,2")
     sample(op, t(2, 3, 4), p=1, dim=(-1, 0), keepdim=True, free="0:1")
     sample(op, t(2, 3))
+for op in (torch.mean, "amax", "max", torch.min):
+    sample(op, t(2, 3, 4), 1, free="0:0,1,2")
+    sample(op, t(2, 3, 4), dim=-1, keepdim=True, free="0:0,1,2")
+sample("sum", t(2, 3, 4), (1, 2), free="0:0,1,2")
+sample("std", t(2, 3, 4), 1, free="0:0,1,2")
+sample(torch.var, t(2, 3, 4), dim=-1, keepdim=True, free="0:0,1,2")
+for op in (torch.var_mean, torch.std_mean):
+    sample(op, t(2, 3, 4), 1, False, True, free="0:0,1,2")
+    sample(op, t(2, 3, 4), dim=(0, 2), correction=2, free="0:0,1,2")
+sample(torch.norm, t(2, 3, 4), p=3, dim=1, free="0:0,1,2")
+for op in (torch.linalg.vector_norm, torch.linalg.norm):
+    sample(op, t(2, 3, 4), dim=1, free="0:0,1,2")
+    sample(op, t(2, 3, 4), 1, -1, True, free="0:0,1,2")
+sample(torch.linalg.vector_norm, t(2, 3), float("inf"), 1, free="0:0,1")
+sample(torch.linalg.norm, t(2, 3, 4), "nuc", (1, 2), free="0:0")
+for reduction in (mean_over, var_over, std_over, var_mean_over, std_mean_over,
+                  amax_over, amin_over, max_over, min_over):  # fmt: skip
+    sample(reduction, t(2, 4), torch.tensor([[True, False, True, True]]), 1)
+sample(batch_norm_over, t(1, 3, 4), torch.tensor([True, False, True, True]))
 for op in (F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, torch.cumsum,
            "softmax", "log_softmax", "cumsum"):  # fmt: skip
     sample(op, t(3, 4), 0, free="0:1")
@@ -551,3 +583,14 @@ sample(F.pixel_unshuffle, t(3, 4, 6), 2, free="0:0")
 sample(F.unfold, t(2, 3, 4, 5), 2, free="0:0,1")
 sample(F.unfold, t(3, 4, 5), kernel_size=(2, 3), padding=1)
 sample(nn.Unfold(2, stride=2), t(2, 3, 4, 6), free="0:0,1")
+
+for op in (torchvision.ops.deform_conv2d,):
+    sample(op, t(2, 4, 5, 6), t(2, 18, 5, 6), w(3, 4, 3, 3), w(3), padding=1, free="0:1 2:0,1 3:0")
+    sample(op, t(2, 4, 5, 6), t(2, 18, 5, 6), w(3, 4, 3, 3), padding=1, mask=t(2, 9, 5, 6), free="0:1 2:0,1")
+    sample(op, t(2, 4, 5, 6), t(2, 18, 5, 6), w(4, 2, 3, 3), padding=1)
+sample(torchvision.ops.DeformConv2d(4, 3, 3, padding=1), t(2, 4, 5, 6), t(2, 18, 5, 6), free="0:1 weight:0,1 bias:0")
+sample(torchvision.ops.DeformConv2d(4, 3, 1), t(2, 4, 5, 6), t(2, 2, 5, 6), t(2, 1, 5, 6), free="0:1 weight:0,1 bias:0")
+sample("unfold", t(2, 3, 6, 4), 2, 3, 1, free="0:0,1,3")
+sample(nn.Conv1d(2, 3, 1), t(2, 2, 4), free="0:0,1,2 weight:0,1 bias:0")
+sample(F.scaled_dot_product_attention, t(2, 4, 5, 3), t(2, 2, 6, 3), t(2, 2, 6, 7), enable_gqa=True,
+       free="0:0,1,2 1:1 2:1,3")  # fmt: skip

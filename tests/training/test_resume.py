@@ -201,7 +201,10 @@ def test_a_class_or_predicate_cannot_be_stored_in_a_checkpoint(digits, tmp_path,
 def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_training(digits, tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", Path("/proc")):
-        with pytest.raises(surgery.UsageError, match=r"the checkpoint .*a\.pt cannot be written"):
+        with pytest.raises(
+            surgery.UsageError,
+            match=r"cannot write .*a\.pt: (a part of its path is a file|its folder cannot hold files)",
+        ):
             train(net(), digits, epochs=1, loss_fn=no_step, checkpoint=folder / "a.pt")
 
 
@@ -238,3 +241,51 @@ def test_a_file_that_is_not_a_checkpoint_is_refused(digits, tmp_path):
         train(net(), digits, epochs=1, checkpoint=path)
     with pytest.raises(surgery.UsageError, match="checkpoint_every must be a whole number of at least 1, not 0"):
         train(net(), digits, epochs=1, checkpoint_every=0)
+
+
+def test_every_damaged_byte_of_a_checkpoint_is_refused(digits, tmp_path):
+    path = tmp_path / "training.pt"
+    train(net(), digits, epochs=1, checkpoint=path)
+    content = bytearray(path.read_bytes())
+    for place in {*range(0, len(content), len(content) // 40), *range(len(content) - 100, len(content), 7)}:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(
+            surgery.CheckpointError, match=r"training\.pt is .*: remove it to|; remove it to repeat this"
+        ):
+            train(net(), digits, epochs=1, checkpoint=path)
+    for length in (0, 1, 80, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(surgery.CheckpointError, match=r"training\.pt is "):
+            train(net(), digits, epochs=1, checkpoint=path)
+    path.write_bytes(content)
+    train(net(), digits, epochs=1, checkpoint=path)
+
+
+def test_a_checkpoint_of_the_version_without_digests_is_read(digits, tmp_path):
+    path = tmp_path / "training.pt"
+    whole = train(net(), digits, epochs=1, checkpoint=path)
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "format": 1}, path)
+    assert_same(train(net(), digits, epochs=1, checkpoint=path).module, whole.module)
+    torch.save(state, path)
+    with pytest.raises(surgery.CheckpointError, match="is damaged: its digest is missing"):
+        train(net(), digits, epochs=1, checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"progressed": "{"}, "'progressed' cannot be read"),
+        ({"progressed": '{"steps": "1"}'}, r"'progressed': 'steps': expected 'int', got 'str'"),
+        ({"identity": 3}, "'identity': expected 'str', got 'int'"),
+        ({"model": {}}, "does not fit the training"),
+    ],
+)
+def test_a_malformed_checkpoint_names_the_field(digits, tmp_path, change, message):
+    path = tmp_path / "training.pt"
+    train(net(), digits, epochs=1, checkpoint=path)
+    torch.save({**torch.load(path, weights_only=True), "format": 1, **change}, path)
+    with pytest.raises(surgery.CheckpointError, match=message):
+        train(net(), digits, epochs=1, checkpoint=path)

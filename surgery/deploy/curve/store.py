@@ -7,16 +7,19 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 from torch import nn
 
 from surgery.deploy.measure.environment import environment
-from surgery.errors import UsageError
+from surgery.errors import CheckpointError, DamageWarning
 from surgery.models.saving import RECIPE, WEIGHTS, load_weights
+from surgery.stored import DIGEST, check_signature, check_type, digest_file, read_object, refuse_special, write_object
 from surgery.training.data.data import Data
 from surgery.training.data.fingerprint import images_digest, training_digest
 from surgery.training.history import Epoch, History, Score
@@ -28,6 +31,32 @@ NOTE = "budget.json"
 """The file in a model's folder with the search for its widths."""
 
 _PACKAGES = ("surgery", "torch", "onnxruntime")
+
+
+T = TypeVar("T")
+
+
+class StoredHistory(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The record of a training; what grew is not kept."""
+
+    epochs: tuple[Epoch, ...]
+    steps: int
+    growths: list[Any] = []
+
+    def history(self) -> History:
+        """The same, as training returns it."""
+        return History(self.epochs, self.steps)
+
+
+class Record(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The content of the file that marks a trained model; ``files`` are the digests of those next to it."""
+
+    key: str
+    score: Score | None
+    training: dict[str, StoredHistory]
+    made_by: dict[str, Any] = {}
+    files: dict[str, str] | None = None
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,17 +75,27 @@ class Kept:
 
 
 class Store:
-    """A folder with a subfolder for each trained model, named by its key; models of ``earlier`` folders are copied."""
+    """A folder with a subfolder for each trained model, named by its key; models of ``earlier`` folders are copied.
+
+    A model whose files are not those that were written is named in a `DamageWarning`, and trained again.
+    """
 
     def __init__(self, folder: Path, earlier: Iterable[str | os.PathLike[str]] = ()) -> None:
         self._folder = folder
         self._earlier: dict[str, Path] = {}
-        for run in earlier:
-            for record in sorted(Path(run).glob(f"*/{RECORD}")):
-                self._earlier.setdefault(_read(record)["key"], record.parent)
+        runs = [Path(run) for run in earlier]
+        for record in (record for run in runs for record in sorted(run.glob(f"*/{RECORD}"))):
+            found = _read_if_whole(record, Record)
+            if found is not None:
+                self._earlier.setdefault(found.key, record.parent)
         notes = [*folder.glob(f"*/{NOTE}"), *folder.glob(f"*.{NOTE}")]
-        notes += [note for run in earlier for note in Path(run).glob(f"*/{NOTE}")]
-        self._notes = {content["key"]: content for content in map(_plain, notes)}
+        notes += [note for run in runs for note in run.glob(f"*/{NOTE}")]
+        contents = (_read_if_whole(note, dict[str, Any]) for note in notes)
+        self._notes = {
+            str(content["key"]): {name: value for name, value in content.items() if name != DIGEST}
+            for content in contents
+            if content and "key" in content
+        }
 
     def place(self, key: str) -> Path:
         """The folder of the model of a key."""
@@ -76,36 +115,37 @@ class Store:
         write_note(self._folder / f"{key}.{NOTE}", self._notes[key])
 
     def find(self, key: str) -> Kept | None:
-        """Find the model of a key, here or in an earlier run; None if it is not trained yet."""
+        """Find the model of a key, here or in an earlier run; None if it is not trained yet, or was damaged."""
         place = self.place(key)
-        if not (place / RECORD).is_file() and key in self._earlier:
+        record = _find_record(place)
+        if record is None and key in self._earlier:
             shutil.rmtree(place, ignore_errors=True)
             shutil.copytree(self._earlier[key], place)
-        if not all((place / name).is_file() for name in (RECORD, RECIPE, WEIGHTS)):
+            record = _find_record(place)
+        if record is None:
             shutil.rmtree(place, ignore_errors=True)  # the run was interrupted while it wrote this
             return None
-        record = _read(place / RECORD)
-        score = record["score"] and Score(**record["score"])
-        training = {
-            stage: History(tuple(map(Epoch.from_dict, content["epochs"])), content["steps"])
-            for stage, content in record["training"].items()
-        }
-        return Kept(place, training, score)
+        return Kept(place, {stage: one.history() for stage, one in record.training.items()}, record.score)
 
     def keep(self, key: str, training: Mapping[str, History], score: Score | None, made_by: Mapping[str, Any]) -> Kept:
         """Mark the model in its folder as complete, and remove its checkpoints."""
+        place = self.place(key)
         stages = {stage: history.to_dict() for stage, history in training.items()}
-        record = {"key": key, "score": score and asdict(score), "training": stages, "made_by": dict(made_by)}
-        write_note(self.place(key) / RECORD, record)
+        record = {
+            "key": key,
+            "score": score and asdict(score),
+            "training": stages,
+            "made_by": dict(made_by),
+            "files": {path.name: digest_file(path) for path in sorted(place.iterdir()) if path.is_file()},
+        }
+        write_object(place / RECORD, record)
         shutil.rmtree(self.unfinished(key), ignore_errors=True)
-        return Kept(self.place(key), training, score)
+        return Kept(place, training, score)
 
 
 def write_note(path: Path, content: Mapping[str, Any]) -> None:
-    """Write plain JSON data atomically."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(part, path)
+    """Write plain JSON data, with its digest, atomically."""
+    write_object(path, {name: value for name, value in content.items() if name != DIGEST})
 
 
 def key_of(made_by: Mapping[str, Any]) -> str:
@@ -140,17 +180,40 @@ def link_folder(source: Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=link)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    content = _plain(path)
-    if not {"key", "score", "training"} <= set(content):
-        raise UsageError(f"{path} is not complete: remove its folder to train that model again")
-    return content
+def _read_if_whole(path: Path, kind: type[T]) -> T | None:
+    """Read a file of a store; warn and return None if it is damaged or malformed.
 
-
-def _plain(path: Path) -> dict[str, Any]:
+    Versions before digests wrote none; their files are read, by the same schema.
+    """
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}): remove its folder to train that model again") from error
-    assert isinstance(content, dict)
-    return content
+        content = read_object(path)
+        if DIGEST in content or "files" in content:
+            check_signature(content, str(path))
+        return check_type(content, kind, str(path))
+    except CheckpointError as error:
+        _warn(error)
+        return None
+
+
+def _find_record(place: Path) -> Record | None:
+    """The record of the model in a folder; None if there is none, or a file is not the one that was written."""
+    record = _read_if_whole(place / RECORD, Record) if (place / RECORD).exists() else None
+    return record if record is not None and _are_whole(place, record.files) else None
+
+
+def _are_whole(place: Path, files: Mapping[str, str] | None) -> bool:
+    """Whether the files of a model are those that were written; warns of one that is not."""
+    for name in {RECIPE, WEIGHTS, *(files or ())}:
+        path = place / name
+        try:
+            refuse_special(path)
+            if files is not None and digest_file(path) != files.get(name):
+                raise CheckpointError(f"{path} is damaged: it has not the bytes that were written")
+        except CheckpointError as error:
+            _warn(error)
+            return False
+    return True
+
+
+def _warn(error: CheckpointError) -> None:
+    warnings.warn(f"{error}: that is made again", DamageWarning, stacklevel=4)

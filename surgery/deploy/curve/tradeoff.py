@@ -30,6 +30,7 @@ from surgery.operations.masks import IMPORTANCE
 from surgery.operations.slim import Rate
 from surgery.progress import Progress
 from surgery.settings import TimingSettings, TradeoffSettings, accepts
+from surgery.training.data.adapt import AnyData
 from surgery.training.data.data import Data
 
 MARKER = "tradeoff.json"
@@ -43,7 +44,7 @@ _MEASURED_SECONDS = 2.0
 def tradeoff(
     source: str | nn.Module,
     *,
-    dataset: str,
+    dataset: str | AnyData,
     rates: Sequence[Rate] = (1.0, 0.75, 0.5, 0.25),
     directory: str | os.PathLike[str],
     candidates: Sequence[str] = (),
@@ -66,7 +67,7 @@ def tradeoff(
     Args:
         source: text for `surgery.models.build`, or a module, which is not changed. Its classifier must have an output
             for each class of the data; a torchvision model is built so.
-        dataset: a name for `surgery.load_data`.
+        dataset: a name for `surgery.load_data`, or what `surgery.as_data` takes.
         rates: split rates in (0, 1], or a rate for each of some layers, containers or globs (``{"layer4": 0.5}``).
         directory: the folder to write: ``tradeoff.png``, ``.html``, ``.csv``, ``.json``, ``report.md``, and a folder
             for each candidate and for the dense model. It is written whole, at the end, or not at all.
@@ -101,7 +102,9 @@ def tradeoff(
     if settings.importance not in IMPORTANCE:
         raise unknown_name("importance", settings.importance, IMPORTANCE)
     plan = plan_candidates(rates, candidates)
-    weights = catalogue.parse(source, weights=settings.weights).weights if isinstance(source, str) else "as given"
+    weights = settings.weights
+    if not catalogue.is_weights_file(weights):
+        weights = catalogue.parse(source, weights=weights).weights if isinstance(source, str) else "as given"
     shared = ("data_root", "image_size", "limit", "skip_bad", "strict")
     data = data_for({"the model": source}, dataset, **{name: getattr(settings, name) for name in shared})
     dense = classifier(source, data, weights=settings.weights, trust=trust, seed=settings.seed)
@@ -182,7 +185,7 @@ def _point(measured: Measured, comparison: Comparison) -> Point:
     )
 
 
-def _call(source: str | nn.Module, dataset: str, plan: Sequence[Candidate | Budget], directory: Path) -> str:
-    what = repr(source) if isinstance(source, str) else type(source).__name__
+def _call(source: str | nn.Module, dataset: object, plan: Sequence[Candidate | Budget], directory: Path) -> str:
+    what, data = (repr(one) if isinstance(one, str) else type(one).__name__ for one in (source, dataset))
     names = tuple(candidate.name for candidate in plan)
-    return f"surgery.tradeoff({what}, dataset={dataset!r}, candidates={names}, directory={str(directory)!r}, …)"
+    return f"surgery.tradeoff({what}, dataset={data}, candidates={names}, directory={str(directory)!r}, …)"

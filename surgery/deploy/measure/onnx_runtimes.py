@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -21,6 +22,7 @@ from surgery.deploy.onnx.export import export_onnx
 from surgery.errors import UsageError
 from surgery.graph.batches import tensors
 from surgery.models.inputs import resolve, squash
+from surgery.stored import check_type
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Options: TypeAlias = Mapping[str, str]
@@ -167,10 +169,21 @@ def _file_bytes(path: Path, model: onnx.ModelProto) -> int:
     return sum(file.stat().st_size for file in (path, *(path.parent / name for name in outside)))
 
 
+_Whole = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,18}$")]
+
+
+class _Notes(msgspec.Struct, frozen=True):
+    """The properties that say what a file costs; it has others."""
+
+    macs: _Whole = msgspec.field(name="surgery.macs")
+    params: _Whole = msgspec.field(name="surgery.params")
+
+
 def _read_costs(model: onnx.ModelProto) -> tuple[int | None, int | None]:
     """Read the MACs and parameters that `export_onnx` noted; for other files, count the elements of the weights."""
     notes = {entry.key: entry.value for entry in model.metadata_props}
     if "surgery.macs" in notes:
-        return int(notes["surgery.macs"]), int(notes["surgery.params"])
+        found = check_type(notes, _Notes, "the properties of the ONNX file")
+        return int(found.macs), int(found.params)
     floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
     return None, sum(prod(weight.dims) for weight in model.graph.initializer if weight.data_type in floats)

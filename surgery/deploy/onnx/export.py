@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from pathlib import Path
@@ -26,6 +28,7 @@ from surgery.edit.recipe import recipe
 from surgery.errors import ExportError, UsageError, unknown_name, whole_number
 from surgery.graph import tracing
 from surgery.graph.batches import Args, Kwargs, is_list_of_images
+from surgery.locks import hold, make_staging
 from surgery.models.detectors import without_threshold
 from surgery.models.inputs import copy_inputs, resolve, squash
 from surgery.version import __version__
@@ -134,12 +137,11 @@ def export_onnx(
     properties = {**_provenance(module, args, named), **(metadata or {})}
     failed: list[ExportError] = []
     for name in [exporter] if exporter else ["torchscript"] if listed else EXPORTERS:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
-            draft = Path(folder) / path.name
+        with _draft(path) as draft:
             try:
                 order = plan.order(exportable_copy(module), outputs, frozen=not verify)
                 made = _write(name, order, draft, {"surgery.exporter": name, **properties})
-                size = sum(file.stat().st_size for file in Path(folder).iterdir())
+                size = sum(file.stat().st_size for file in draft.parent.iterdir())
                 done = Export(path, name, made, plan.open_names, size)
                 if verify:
                     found = _compare(name, order, plan, draft, rtol)
@@ -155,6 +157,17 @@ def export_onnx(
         else ""
     )
     raise ExportError("; ".join(dict.fromkeys(map(str, failed))) + hint) from failed[0]
+
+
+@contextmanager
+def _draft(path: Path) -> Iterator[Path]:
+    """Give a path for the file until it is checked, in a folder of its own next to ``path``; nobody else writes it."""
+    with hold(path):
+        folder = make_staging(path)
+        try:
+            yield folder / path.name
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refuse_path(path: Path, force: bool) -> None:
@@ -181,7 +194,19 @@ def _place(draft: Path, path: Path, force: bool) -> None:
         path.unlink()
         _weights_file(path).unlink()
     for file in graph_last:
-        os.replace(file, path.parent / file.name)
+        if force or not _link(file, path.parent / file.name):
+            os.replace(file, path.parent / file.name)
+
+
+def _link(file: Path, target: Path) -> bool:
+    """Give a file another name, in one step that fails if that exists; False where the file system has no links."""
+    try:
+        os.link(file, target)
+    except FileExistsError:
+        raise UsageError(f"{target} has appeared meanwhile: choose another name") from None
+    except OSError:
+        return False
+    return True
 
 
 def _weights_file(path: Path) -> Path:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from surgery.errors import UsageError
+from surgery.errors import CheckpointError, DamageWarning, UsageError
 from surgery.folders import refuse_folder
 from surgery.graph.traced import named_tensors
+from surgery.locks import hold
+from surgery.models.saved import DTYPES
 from surgery.progress import Progress
+from surgery.stored import DIGEST, check_signature, check_type, digest_file, read_object, refuse_special, write_object
 from surgery.training.data.data import Derived, Images, count
 from surgery.training.data.fingerprint import images_digest, is_deterministic, module_digest
 from surgery.training.modes import in_mode
@@ -31,7 +35,38 @@ from surgery.units import mebibytes
 MARKER = "teacher-outputs.json"
 """The file that marks a folder as a cache. It says what the cache holds, and whether it is complete."""
 
-_VERSION = 1
+_VERSION = 2
+"""Since 2, the marker holds digests."""
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+
+
+class StoredImages(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The images of a cache."""
+
+    count: _Count
+    sha256: str
+
+
+class StoredOutput(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A file of a cache: one output of the teacher for all images."""
+
+    file: Annotated[str, msgspec.Meta(pattern=r"^output-[0-9]+-[0-9a-f]+\.npy$")]
+    shape: list[_Count]
+    dtype: str
+    sha256: str
+
+
+class Marker(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The content of the file that marks a cache."""
+
+    format: str
+    version: Literal[2]
+    images: StoredImages
+    teacher: str
+    complete: bool
+    sha256: str
+    outputs: list[StoredOutput] = []
 
 
 def cache_outputs(
@@ -68,7 +103,7 @@ def cache_outputs(
         _compute(teacher, images, outputs, batch_size, workers, progress, task)
         return _InMemory(images, outputs)
     write_cache(teacher, images, where, batch_size=batch_size, workers=workers, progress=progress, task=task)
-    return open_cache(where, images)
+    return _open(Path(where), images, checked=True)
 
 
 def write_cache(
@@ -96,22 +131,41 @@ def write_cache(
     """
     folder = Path(folder)
     refuse_folder(folder, marker=MARKER, force=True)
+    with hold(folder):
+        return _write(teacher, images, folder, batch_size, workers, progress, task)
+
+
+def _write(
+    teacher: nn.Module,
+    images: Images,
+    folder: Path,
+    batch_size: int,
+    workers: int,
+    progress: Progress | None,
+    task: str,
+) -> bool:
+    """Write the folder, unless it is complete; nobody else does so meanwhile."""
     stored = _read_marker(folder)
     outputs = _describe(teacher, images)
-    wanted = {
+    now = StoredImages(count(images), images_digest(images))
+    wanted: dict[str, Any] = {
         "format": MARKER,
         "version": _VERSION,
-        "images": {"count": count(images), "sha256": images_digest(images)},
+        "images": msgspec.to_builtins(now),
         "teacher": module_digest(teacher),
     }
-    if _is_complete(folder, stored) and wanted.items() <= stored.items() and _same_values(folder, stored, outputs):
-        return False
+    if stored is not None and stored.complete and (stored.images, stored.teacher) == (now, wanted["teacher"]):
+        damaged = _find_damaged(folder, stored)
+        if damaged:
+            warnings.warn(f"{damaged}: the outputs are computed again", DamageWarning, stacklevel=4)
+        elif _same_values(folder, stored, outputs):
+            return False
     _refuse_too_large(folder, sum(one.bytes for one in outputs) * count(images))
     folder.mkdir(parents=True, exist_ok=True)
-    _write_marker(folder, {**wanted, "complete": False})
+    write_object(folder / MARKER, {**wanted, "complete": False})
     for leftover in _files(folder):
         leftover.unlink(missing_ok=True)
-    run = secrets.token_hex(4)  # two runs on one folder must not write the same file
+    run = secrets.token_hex(4)  # who reads the earlier files keeps them
     files = [folder / f"output-{k}-{run}.npy" for k in range(len(outputs))]
     try:
         maps = [_new_map(f, one, count(images)) for f, one in zip(files, outputs, strict=True)]
@@ -123,8 +177,11 @@ def write_cache(
         for file in files:
             file.unlink(missing_ok=True)
         raise
-    entries = [{"file": f.name, **one.to_dict()} for f, one in zip(files, outputs, strict=True)]
-    _write_marker(folder, {**wanted, "outputs": entries, "complete": True})
+    entries = [
+        {"file": file.name, **one.to_dict(), DIGEST: digest_file(file)}
+        for file, one in zip(files, outputs, strict=True)
+    ]
+    write_object(folder / MARKER, {**wanted, "outputs": entries, "complete": True})
     return True
 
 
@@ -135,20 +192,27 @@ def open_cache(folder: str | os.PathLike[str], images: Images) -> Images:
 
     Raises:
         UsageError: the folder holds no complete cache, or one of other images.
+        CheckpointError: a file was damaged.
     """
-    folder = Path(folder)
+    return _open(Path(folder), images, checked=False)
+
+
+def _open(folder: Path, images: Images, *, checked: bool) -> Images:
+    """`open_cache`; files that were ``checked`` just now are not read again."""
     stored = _read_marker(folder)
-    if not _is_complete(folder, stored):
+    if stored is None or not stored.complete:
         what = "its outputs are incomplete" if stored else f"it has no {MARKER}"
         raise UsageError(f"{folder} is not a cache of a teacher's outputs: {what}; write it with write_cache")
-    found = {"count": count(images), "sha256": images_digest(images)}
-    if stored["images"] != found:
+    found = StoredImages(count(images), images_digest(images))
+    if stored.images != found:
         raise UsageError(
-            f"{folder} has a teacher's outputs for {stored['images']['count']} other images, not for these "
-            f"{found['count']}: write them again with write_cache"
+            f"{folder} has a teacher's outputs for {stored.images.count} other images, not for these "
+            f"{found.count}: write them again with write_cache"
         )
-    entries = stored["outputs"]
-    return _OnDisk(images, [folder / e["file"] for e in entries], [getattr(torch, e["dtype"]) for e in entries])
+    damaged = "" if checked else _find_damaged(folder, stored)
+    if damaged:
+        raise CheckpointError(f"{damaged}: write the outputs again with write_cache")
+    return _OnDisk(images, [folder / e.file for e in stored.outputs], [DTYPES[e.dtype] for e in stored.outputs])
 
 
 def cache_bytes(teacher: nn.Module, images: Images) -> int:
@@ -268,35 +332,38 @@ def _compute(
                 progress(task, done, len(loader))
 
 
-def _read_marker(folder: Path) -> dict[str, Any]:
-    """Read the marker of the folder; empty where there is none."""
-    if not (folder / MARKER).is_file():
-        return {}
+def _read_marker(folder: Path) -> Marker | None:
+    """Read the marker of the folder; None where there is none, or one of an earlier version."""
+    path = folder / MARKER
+    if not path.exists():
+        return None
     try:
-        content = json.loads((folder / MARKER).read_text())
-    except ValueError as error:
-        raise UsageError(f"{folder / MARKER} cannot be read ({error}): choose another folder") from error
-    if not isinstance(content, dict) or content.get("format") != MARKER:
-        raise UsageError(f"{folder / MARKER} does not mark a cache of a teacher's outputs: choose another folder")
-    return content
+        content = read_object(path)
+        known = content.get("format") == MARKER
+        if known and content.get("version") == 1:  # which had no digests
+            return None
+        if known:
+            check_signature(content, str(path))
+            return check_type(content, Marker, str(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}: choose another folder, or remove this one") from error
+    raise UsageError(f"{path} does not mark a cache of a teacher's outputs: choose another folder")
 
 
-def _is_complete(folder: Path, stored: dict[str, Any]) -> bool:
-    return bool(stored.get("complete")) and all(
-        (folder / entry["file"]).is_file() and (folder / entry["file"]).stat().st_size > _bytes(entry, stored)
-        for entry in stored["outputs"]
-    )
-
-
-def _bytes(entry: dict[str, Any], stored: dict[str, Any]) -> int:
-    """Bytes of the values in an output's file, without its header."""
-    return int(math.prod(entry["shape"]) * getattr(torch, entry["dtype"]).itemsize * stored["images"]["count"])
-
-
-def _write_marker(folder: Path, content: dict[str, Any]) -> None:
-    partial = folder / f".{MARKER}-{secrets.token_hex(4)}"
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(folder / MARKER)
+def _find_damaged(folder: Path, stored: Marker) -> str:
+    """What is wrong with the files of a complete cache; empty if nothing is."""
+    for entry in stored.outputs:
+        path = folder / entry.file
+        if entry.dtype not in DTYPES:
+            return f"{folder / MARKER}: 'outputs': torch has no dtype {entry.dtype!r}"
+        try:
+            if refuse_special(path) <= math.prod(entry.shape) * DTYPES[entry.dtype].itemsize * stored.images.count:
+                return f"{path} is damaged: it is incomplete"
+        except CheckpointError as error:
+            return str(error)
+        if digest_file(path) != entry.sha256:
+            return f"{path} is damaged: it has not the bytes that were written"
+    return ""
 
 
 def _files(folder: Path) -> list[Path]:
@@ -316,6 +383,9 @@ def _refuse_too_large(folder: Path, needed: int) -> None:
 def _new_map(file: Path, output: _Output, images: int) -> np.memmap[Any, Any]:
     plain = torch.empty(0, dtype=_plain(output.dtype)).numpy().dtype
     mapped: np.memmap[Any, Any] = np.lib.format.open_memmap(file, mode="w+", dtype=plain, shape=(images, *output.shape))
+    if hasattr(os, "posix_fallocate"):  # a disk that fills up later would end the process
+        with file.open("r+b") as reserved:
+            os.posix_fallocate(reserved.fileno(), 0, file.stat().st_size)
     return mapped
 
 
@@ -328,13 +398,12 @@ def _plain(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _same_values(folder: Path, stored: dict[str, Any], outputs: Sequence[_Output]) -> bool:
+def _same_values(folder: Path, stored: Marker, outputs: Sequence[_Output]) -> bool:
     """Whether the stored rows of the first images equal what the teacher gives now, up to rounding."""
-    described = [{k: entry[k] for k in ("shape", "dtype")} for entry in stored["outputs"]]
-    if described != [output.to_dict() for output in outputs]:
+    if [{"shape": e.shape, "dtype": e.dtype} for e in stored.outputs] != [output.to_dict() for output in outputs]:
         return False
-    for entry, output in zip(stored["outputs"], outputs, strict=True):
-        mapped = np.load(folder / entry["file"], mmap_mode="r")
+    for entry, output in zip(stored.outputs, outputs, strict=True):
+        mapped = np.load(folder / entry.file, mmap_mode="r")
         rows = torch.from_numpy(np.array(mapped[: len(output.first)])).view(output.dtype)
         now, then = output.first.double(), rows.double()
         if not torch.allclose(now, then, rtol=0, atol=0.02 * float(now.abs().max()), equal_nan=True):

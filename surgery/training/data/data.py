@@ -140,8 +140,12 @@ def load_data(
         raise unknown_name("data set", dataset, known)
     if strict:
         data = replace(data, train=ByContent(data.train), test=ByContent(data.test))
-    data = data if limit is None else _limit(data, limit, seed)
-    return _augment(data if channels == 3 else _make_grey(data), augment)
+    return change_data(data if channels == 3 else _make_grey(data), limit=limit, augment=augment, seed=seed)
+
+
+def change_data(data: Data, *, limit: int | None = None, augment: str = "none", seed: int = 0) -> Data:
+    """Keep ``limit`` images of each part, and augment those to train on, as `load_data` does."""
+    return _augment(data if limit is None else _limit(data, limit, seed), augment)
 
 
 def stratified_split(labels: Sequence[int], *, fraction: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -282,7 +286,7 @@ def _load_torchvision(spec: str, name: str, data_root: str | Path | None, size: 
         raise UsageError(f"data set {spec!r} needs a folder to keep its files in: pass data_root (--data-root DIR)")
     row, root = _TORCHVISION[name], Path(data_root)
     constructor = getattr(datasets, name)
-    options: dict[str, Any] = {"root": str(root), "transform": _make_transform(size, Normalisation())}
+    options: dict[str, Any] = {"root": str(root), "transform": make_transform(size, Normalisation())}
     if row.download:
         options["download"] = True
     existed = root.exists()
@@ -303,7 +307,8 @@ def _load_torchvision(spec: str, name: str, data_root: str | Path | None, size: 
     return Data(spec, train, cast(Images, test), classes, size, Normalisation())
 
 
-def _make_transform(size: int, normalisation: Normalisation) -> Callable[[Any], Tensor]:
+def make_transform(size: int, normalisation: Normalisation) -> Callable[[Any], Tensor]:
+    """Make the function from a Pillow image to a normalised tensor (3, size, size)."""
     steps = [
         v2.RGB(),
         v2.Resize(size, antialias=True),
@@ -322,13 +327,14 @@ def _class_names(dataset: Any, count: int) -> tuple[str, ...]:
 
 
 def _split_data(spec: str, images: Any, labels: Sequence[int], classes: tuple[str, ...], size: int, seed: int) -> Data:
+    """Make `Data` of one set, a fifth of each class of which is to test on."""
     train, test = stratified_split(labels, seed=seed)
     return Data(spec, Subset(images, train), Subset(images, test), classes, size, Normalisation())
 
 
 def _load_folder(spec: str, root: Path, size: int, seed: int, skip_bad: bool) -> Data:
     found = open_folder(spec, root, skip_bad=skip_bad)
-    transform = _make_transform(size, Normalisation())
+    transform = make_transform(size, Normalisation())
     train = ImageFiles(found.train, transform)
     if found.test is None:
         return _split_data(spec, train, train.targets, found.classes, size, seed)
@@ -384,7 +390,7 @@ def labels_of(images: Images) -> NDArray[np.int64]:
     """The label of each image; images are not read where the data set lists its labels."""
     if isinstance(images, Subset):
         return labels_of(images.dataset)[np.asarray(images.indices, dtype=np.int64)]
-    if isinstance(images, Derived):
+    if isinstance(images, Derived) and not hasattr(images, "labels"):
         return labels_of(images.images)
     if isinstance(images, TensorDataset):
         return np.asarray(images.tensors[1], dtype=np.int64)

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
+from surgery.graph.seeding import seed_generators
 from surgery.graph.traced import named_tensors
 from surgery.training.data.data import ByContent, Images, count
 
@@ -44,7 +45,7 @@ def training_digest(images: Images) -> str:
     readings."""
     first = 0 if is_deterministic(images) else 1
     with _random_states():
-        torch.manual_seed(0)
+        seed_generators(0)
         random.seed(0)
         np.random.seed(0)
         sampled = _digest(tuple(images[k])[first:2] for k in _sample(images))

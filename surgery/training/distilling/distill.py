@@ -19,6 +19,7 @@ from surgery.selectors import Where
 from surgery.settings import DistillSettings, accepts, renamed
 from surgery.taps.hints import HintPair, attach_hint, hint_loss
 from surgery.taps.pairing import Guided
+from surgery.training.data.adapt import AnyData, as_data
 from surgery.training.data.cache import cache_bytes, cache_outputs, open_cache
 from surgery.training.data.data import Data, Derived
 from surgery.training.data.fingerprint import is_deterministic, module_digest
@@ -84,7 +85,7 @@ class Distillation:
 def distill(
     student: nn.Module,
     teacher: nn.Module,
-    data: Data,
+    data: AnyData,
     settings: DistillSettings = DistillSettings(),
     *,
     guided: Guided = None,
@@ -105,7 +106,7 @@ def distill(
     Args:
         student, teacher: traced modules that take the same images, with the same number of classes. Neither is changed.
             The student trains on its device, or under ``accelerate launch`` in all processes (`surgery.train`).
-        data: images (N, C, H, W) and labels, as of `surgery.load_data`.
+        data: images (N, C, H, W) and labels, as of `surgery.load_data`, or what `surgery.as_data` takes.
         settings: see `surgery.DistillSettings`; its fields may be given as keywords. ``cache`` says where the teacher's
             outputs for the training images are kept: ``"memory"``; a path, for folders that later runs with this
             teacher reuse; ``"none"``, to compute them in each step. ``"auto"`` is ``"memory"`` for images that are the
@@ -129,6 +130,7 @@ def distill(
         >>> found = surgery.distill(student, teacher, data, guided="layer2", hint="layer2", hint_epochs=5, epochs=20)
         >>> surgery.save(found.module, "student/")
     """
+    data = as_data(data)
     objectives = (objectives,) if isinstance(objectives, Objective) else tuple(objectives)
     if settings.epochs and not objectives and not settings.label_weight:
         raise UsageError("no objectives, and label_weight is 0: there is nothing to learn in stage 2")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from surgery.errors import UsageError
+from surgery.graph.seeding import seed_generators
 
 Shape = tuple[int, int, int]
 """Channels, height and width."""
@@ -39,7 +40,7 @@ class Review(nn.Module):
         width = min(512, channels[-1])
         last = len(channels) - 1
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            seed_generators(seed)
             self.levels = nn.ModuleList(
                 [
                     _Level(ins, width, shape, deepest=k == last)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 
 import pytest
 import torch
@@ -134,24 +133,6 @@ def test_only_folders_of_runs_are_reused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="empty has no trained models to reuse: it holds no tradeoff"):
         tradeoff(tiny(), directory=tmp_path / "out", reuse=[tmp_path / "empty"], **OPTIONS)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "trained.json cannot be read (Expecting"),
-        (json.dumps({"key": "a"}), "trained.json is not complete: remove its folder to train that model again"),
-    ],
-)
-def test_a_broken_record_is_refused_with_advice(tmp_path, text, message):
-    old = tmp_path / "old"
-    (old / "dense").mkdir(parents=True)
-    (old / "tradeoff.json").write_text("{}")
-    (old / "dense" / "trained.json").write_text(text)
-    with pytest.raises(UsageError) as caught:
-        tradeoff(tiny(), directory=tmp_path / "out", reuse=[old], **OPTIONS)
-    assert message in str(caught.value)
-    assert not (tmp_path / "out.unfinished").exists()
 
 
 NETS = """

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import surgery
 from surgery.errors import UsageError
+from surgery.stored import sign
 from surgery.training.data.cache import MARKER, cache_bytes, cache_outputs, open_cache, write_cache
 from surgery.training.data.data import load_data
 from surgery.training.data.fingerprint import is_deterministic, module_digest
@@ -293,14 +294,16 @@ def test_a_killed_run_leaves_no_complete_cache(tmp_path, over):
 
 
 def test_two_runs_into_one_folder_never_mix(tmp_path):
+    refused = []
+
     def meanwhile(task, done, total):
-        if done == 2:
+        with pytest.raises(UsageError, match=r"another run is writing to .*cache") as caught:
             write_cache(make_teacher(seed=1), make_images(), tmp_path / "cache")
+        refused.append(caught.value)
 
     write_cache(make_teacher(), make_images(), tmp_path / "cache", batch_size=10, progress=meanwhile)
-    with pytest.raises(UsageError, match="its outputs are incomplete"):
-        open_cache(tmp_path / "cache", make_images())
-    assert write_cache(make_teacher(), make_images(), tmp_path / "cache")
+    assert len(refused) == 4
+    assert not write_cache(make_teacher(), make_images(), tmp_path / "cache")
 
 
 def test_a_file_that_was_cut_off_is_written_again(tmp_path):
@@ -308,9 +311,10 @@ def test_a_file_that_was_cut_off_is_written_again(tmp_path):
     write_cache(teacher, images, tmp_path / "cache")
     file = next((tmp_path / "cache").glob("output-1-*.npy"))
     os.truncate(file, file.stat().st_size - 1000)
-    with pytest.raises(UsageError, match="its outputs are incomplete"):
+    with pytest.raises(surgery.CheckpointError, match=f"{file.name} is damaged: it is incomplete: write the outputs"):
         open_cache(tmp_path / "cache", images)
-    assert write_cache(teacher, images, tmp_path / "cache")
+    with pytest.warns(surgery.DamageWarning, match=f"{file.name} is damaged: it is incomplete: the outputs are comp"):
+        assert write_cache(teacher, images, tmp_path / "cache")
     assert torch.equal(open_cache(tmp_path / "cache", images)[36][3], expected(teacher, images)[1][36])
 
 
@@ -326,7 +330,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
     ):
         write_cache(make_teacher(), make_images(), folder)
     (folder / MARKER).write_text("{")
-    with pytest.raises(UsageError, match=f"{MARKER} cannot be read .*: choose another folder"):
+    with pytest.raises(UsageError, match=f"{MARKER} cannot be read: .*: choose another folder"):
         write_cache(make_teacher(), make_images(), folder)
     assert (folder / "output-0.npy").read_text() == "years of work"
 
@@ -406,3 +410,38 @@ def test_too_little_space_is_reported_before_anything_is_written(tmp_path, monke
     assert write_cache(make_teacher(), make_images(), tmp_path / "cache")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0))
     assert write_cache(make_teacher(seed=1), make_images(), tmp_path / "cache"), "what is replaced makes space"
+
+
+def test_every_flipped_bit_of_a_cache_is_found_and_the_outputs_are_computed_again(tmp_path):
+    teacher, images = make_teacher(1), make_images()
+    write_cache(teacher, images, tmp_path / "cache")
+    file = next((tmp_path / "cache").glob("output-*.npy"))
+    content = file.read_bytes()
+    for place in range(0, len(content), len(content) // 11):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
+        with pytest.raises(surgery.CheckpointError, match=f"{file.name} is damaged: it has not the bytes"):
+            open_cache(tmp_path / "cache", images)
+    with pytest.warns(surgery.DamageWarning, match=f"{file.name} is damaged"):
+        cached = cache_outputs(teacher, images, where=tmp_path / "cache")
+    assert torch.allclose(torch.stack([cached[k][2] for k in range(37)]), expected(teacher, images), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"complete": 1}, "'complete': expected 'bool', got 'int'"),
+        ({"outputs": [{"file": "../x.npy", "shape": [1], "dtype": "int8", "sha256": ""}]}, "'outputs.*file'.*regex"),
+        ({"outputs": [{"file": "output-0-a.npy", "shape": [1], "dtype": "nn", "sha256": ""}]}, "no dtype 'nn'"),
+        ({"outputs": [{"file": "output-0-a.npy", "shape": [-1], "dtype": "int8", "sha256": ""}]}, "shape.*>= 0"),
+        ({"teacher": None}, "'teacher': expected 'str', got 'null'"),
+    ],
+)
+def test_a_malformed_marker_names_the_field(tmp_path, change, message):
+    write_cache(make_teacher(1), make_images(), tmp_path / "cache")
+    marker = tmp_path / "cache" / MARKER
+    marker.write_text(json.dumps(sign({**json.loads(marker.read_text()), **change})))
+    with pytest.raises(surgery.CheckpointError, match=message):
+        open_cache(tmp_path / "cache", make_images())
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "sha256": "0"}))
+    with pytest.raises(surgery.CheckpointError, match="was damaged or edited after it was written"):
+        open_cache(tmp_path / "cache", make_images())

@@ -1,0 +1,1 @@
+"""What survives damaged files, killed processes and long chains of edits."""
