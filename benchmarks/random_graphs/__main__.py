@@ -78,7 +78,9 @@ def add(document: dict[str, Any], number: int) -> None:
 def plain(reason: str) -> str:
     """A reason without the names and sizes of one network, so that equal ones are counted together."""
     line = reason.partition("\n")[0]
-    return re.sub(r"step\d+[\w.]*", "…", re.sub(r"\w+\.py:\d+", "…", re.sub(r"\b\d+\b", "n", line)))[:160]
+    for pattern, instead in ((r"\w+\.py:\d+", "…"), (r"step\d+[\w.]*", "…"), (r"\b\d+\b", "n")):
+        line = re.sub(pattern, instead, line)
+    return line[:160]
 
 
 def try_one(number: int, smaller: bool) -> str:
