@@ -69,6 +69,7 @@ def add(document: dict[str, Any], number: int) -> None:
         counts["groups"] += outcome.groups
         counts["editable groups"] += outcome.editable
         counts["networks with a refusal"] += bool(outcome.refused)
+        counts["comparisons that show nothing"] += len(outcome.vacuous)
         refused.update(f"{what}: {plain(reason)}" for what, reason in outcome.refused.items())
         document["worst"] = max(document["worst"], outcome.worst)
     document.update(graphs=number + 1, counts=dict(counts), kinds=dict(sorted(kinds.items())))
