@@ -17,10 +17,10 @@ from surgery.graph.arguments import Arguments
 from surgery.graph.finite import expect_finite, where_finite
 from surgery.graph.gradients import Modes, mark_modes
 from surgery.graph.guards import Values, expect, user_line
-from surgery.graph.hooks import own_hooks, packages_of
+from surgery.graph.hooks import Owner, own_hooks
 from surgery.graph.items import may_hold, set_items
 from surgery.graph.outputs import taken_apart
-from surgery.graph.table import has_module_rule
+from surgery.graph.rule_table import has_module_rule
 
 _KEYS, _VALUES, _ITEMS = (
     type(view) for view in (dict[Any, Any]().keys(), dict[Any, Any]().values(), dict[Any, Any]().items())
@@ -263,7 +263,7 @@ LEAF = "_surgery_leaf"
 class Tracer(GuardingTracer):
     """Leaves are layers that have a rule and modules of torch.nn; buffers and mode flags are read in the graph."""
 
-    def __init__(self, modal: set[str], training: bool, root: nn.Module, given: Arguments) -> None:
+    def __init__(self, modal: set[str], training: bool, root: nn.Module, given: Arguments, owner: Owner) -> None:
         super().__init__()
         self.given = given
         self.values = Values(root, given.values)
@@ -273,7 +273,7 @@ class Tracer(GuardingTracer):
         self.stack: list[str] = []
         self._buffers: dict[int, str] = {}
         self._parts: set[nn.Module] = set()
-        self.packages = packages_of(root)
+        self.owner = owner
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.modal or has_module_rule(m):
@@ -324,7 +324,7 @@ class Tracer(GuardingTracer):
 
     def _fire_hooks(self, leaf: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
         """Run the hooks that the model itself has set on a leaf: `drop_own_hooks` takes them off."""
-        for key, hook in own_hooks(leaf, self.packages):
+        for key, hook in own_hooks(leaf, self.owner):
             given = (leaf, args, kwargs, result) if key in leaf._forward_hooks_with_kwargs else (leaf, args, result)
             other = hook(*given)
             result = result if other is None else other
