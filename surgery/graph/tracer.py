@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import linecache
 import operator
 import sys
 from collections.abc import Iterator
@@ -45,8 +47,9 @@ class SizeProxy(fx.Proxy):
     @property  # type: ignore[misc]
     def __class__(self) -> type[Any]:
         """`torch.Tensor` to a model's Python that asks for the type of a tensor (``isinstance``)."""
-        asking, tracer = str(sys._getframe(1).f_globals.get("__name__", "")), cast(Tracer, self.tracer)
-        if not asking.startswith(_OWN) and not tracer.values.busy and tracer.is_tensor(self):
+        frame, tracer = sys._getframe(1), cast(Tracer, self.tracer)
+        own = str(frame.f_globals.get("__name__", "")).startswith(_OWN)
+        if not own and not tracer.values.busy and _calls_isinstance(frame) and tracer.is_tensor(self):
             return torch.Tensor
         return type(self)
 
@@ -83,6 +86,17 @@ class _SizeAttribute(fx.proxy.Attribute, SizeProxy):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = super().__call__(*args, **kwargs)
         return self.tracer.found(result) if self.attr == "get" else result  # type: ignore[attr-defined]
+
+
+def _calls_isinstance(frame: FrameType) -> bool:
+    """Whether a frame is at a call of ``isinstance``, by its source.
+
+    Compiled code asks too, such as ``apply`` of a `Function` of autograd, and would read the memory of a tensor.
+    """
+    line, _, column, _ = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+    if line is None or column is None:
+        return False
+    return linecache.getline(frame.f_code.co_filename, line).encode()[column:].startswith(b"isinstance(")
 
 
 class GuardingTracer(fx.Tracer):
