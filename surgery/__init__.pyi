@@ -5,6 +5,7 @@ from surgery import progress as progress
 from surgery import settings as settings
 from surgery import units as units
 from surgery.axes.analysis import dimension_groups as dimension_groups
+from surgery.axes.frozen import Unedited as Unedited
 from surgery.axes.groups import DimensionGroup as DimensionGroup
 from surgery.axes.groups import Member as Member
 from surgery.axes.labels import Field as Field
@@ -17,6 +18,7 @@ from surgery.counting.cost import cost as cost
 from surgery.counting.cost import weight_macs as weight_macs
 from surgery.counting.group_cost import GroupCost as GroupCost
 from surgery.counting.group_cost import group_costs as group_costs
+from surgery.counting.unedited import unedited as unedited
 from surgery.deploy.budget.budget import Budgeted as Budgeted
 from surgery.deploy.budget.budget import slim_to_budget as slim_to_budget
 from surgery.deploy.budget.sensitivity import Sensitivity as Sensitivity
@@ -58,6 +60,7 @@ from surgery.errors import CheckpointError as CheckpointError
 from surgery.errors import DamageWarning as DamageWarning
 from surgery.errors import EditError as EditError
 from surgery.errors import ExportError as ExportError
+from surgery.errors import NothingChangedWarning as NothingChangedWarning
 from surgery.errors import SurgeryError as SurgeryError
 from surgery.errors import TraceError as TraceError
 from surgery.errors import UsageError as UsageError

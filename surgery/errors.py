@@ -49,6 +49,10 @@ class WeightsWarning(UserWarning):
     """Published weights do not fit the model everywhere, so some initial values stay."""
 
 
+class NothingChangedWarning(UserWarning):
+    """An operation on a whole model left it as it is, because nothing of it can be edited."""
+
+
 class DamageWarning(UserWarning):
     """A stored part of a run was damaged, and is made again."""
 

@@ -85,6 +85,10 @@ def _means_of_all(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x * x.mean((1, 2), keepdim=True).sigmoid() * (x.sum((1, 2, 3), keepdim=True) / x.shape[1])
 
 
+def _cast_like(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return x * net.scale.to(x)[:, None, None].type_as(x.mean((0, 2, 3)))
+
+
 def _stacked_taps(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
     gate = net.taps(torch.stack([x.mean((2, 3)), x.amax((2, 3))], 1)).squeeze(1).sigmoid()
     return x * gate[:, :, None, None]
@@ -215,7 +219,7 @@ CAUSES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
         function.__name__.strip("_"): (over_channels(function), _IMAGE, "write")
         for function in (
             _rms, _layer_norm, _spread, _var_mean, _response_norm, _spatial_gate, _extremes, _lengths, _means_of_all,
-            _stacked_taps,
+            _stacked_taps, _cast_like,
         )
     },
     **{

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.zoo import FAMILIES
+
 HEAVY = {"resnext50_32x4d", "densenet121", "googlenet", "inception_v3", "deeplabv3_mobilenet_v3_large"}
 """Families that take seconds for each operation. Fast of these is `ORACLE` alone."""
 ORACLE = "test_permuting_every_group_changes_nothing"
@@ -22,6 +24,8 @@ FAST: dict[str, set[str]] = {
     "test_the_onnx_file_computes_what_the_model_computes_at_batches_1_2_and_3": {
         *("resnet18-64", "squeezenet1_1-64", "shufflenet_v2_x0_5-64", "mobilenet_v3_small-64"),
     },
+    "test_the_restored_student_exports_without_a_trace_of_the_hint": {"swin-vision transformer"},
+    "test_a_detection_model_is_exported_for_one_image_or_for_as_many_as_are_given": set(),
     "test_a_row_says_what_the_export_is_like": set(),
     "test_ours_and_a_plain_export_are_compared": set(),
     # edits of what was edited already: one model for each way in which channels are followed
@@ -47,12 +51,24 @@ FAST: dict[str, set[str]] = {
             "depthwise_res",
         ),
     },
+    "test_an_edited_block_gets_layers_too": {
+        *("densenet-False", "running-True", "two graphs-False", "two graphs-True", "no containers-False"),
+    },
+    "test_operated_networks_can_be_operated_on_again": {"squeezenet1_1", "mobilenet_v3_small"},
+    # each light family as a student, and a few as teachers
+    "test_a_model_of_any_family_learns_from_and_teaches_one_of_another": {
+        *(f"{name}-True" for name in FAMILIES if name not in HEAVY),
+        *(f"{name}-False" for name in ("resnet18", "vision transformer", "swin", "mvit v2")),
+    },
     # blocks of large models; `test_deepening_each_stage_changes_nothing` has them too
     "test_blocks_are_exact_in_both_modes_however_often": _LIGHT_BLOCKS_IN_BOTH_MODES,
     "test_blocks_belong_to_dimension_groups": _LIGHT_BLOCKS,
     # writers that are killed, by the first system call
     "test_a_forced_save_leaves_the_old_model_or_the_new_one": {"exchange-0", "renames-3"},
     # models of the published size
+    "test_slim_is_masked_dense_whatever_the_parts": {
+        *("efficientnet_b0?num_classes=10", "shufflenet_v2_x0_5?num_classes=10"),
+    },
     "test_a_model_trains_on_images_of_its_minimum_size": {
         *("resnet18", "squeezenet1_0", "mnasnet0_5", "swin_t", "lraspp_mobilenet_v3_large"),
     },
@@ -70,9 +86,20 @@ FAST: dict[str, set[str]] = {
     "test_every_edit_of_many_random_networks_is_exact_or_refused": set(),
     # the parts of what a GPU is asked
     "test_latency_is_measured_at_each_rate": set(),
+    # fresh processes; fast are `test_two_processes_train_as_one_does` and those of `tests/models/test_saving.py`
+    "test_two_processes_distill_as_one_does": set(),
+    "test_several_processes_print_and_write_once": set(),
+    "test_a_killed_run_resumes_in_another_process": set(),
+    "test_a_network_with_selections_loads_in_a_fresh_process": set(),
     # families on an emulated GPU
     "test_every_family_is_operated_on_where_it_is": {"squeezenet1_1", "vision transformer"},
     # trainings
+    "test_all_kinds_of_models_evolve": {"shufflenet_v2_x0_5-32"},
+    "test_a_detector_evolves_with_its_own_loss_and_score": set(),
+    "test_a_killed_distillation_ends_with_the_same_weights": {"hints-5", "distill-7"},
+    "test_networks_of_different_families_learn_from_each_other": {
+        *("vision transformer-mobilenet_v3_small", "convnext-swin"),
+    },
     "test_steps_are_timed_three_ways_in_as_many_rounds": set(),
     "test_the_slim_network_catches_up_with_the_dense_one": set(),
 }

@@ -1,4 +1,4 @@
-"""The Python of the README and of the architecture page runs as printed, and the README's shell commands exist."""
+"""The Python of the README and of the pages in docs runs as printed, and the shell commands exist."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from surgery.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "docs" / "guide.md").read_text()
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -39,20 +41,40 @@ def test_the_files_that_the_pages_for_developers_name_are_there():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_the_python_of_a_page_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys, page):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), names)
+    for block in blocks("python", (ROOT / page).read_text()):
+        exec(compile(block, page, "exec"), names)
     printed = capsys.readouterr().out
-    assert "conv1 64 19" in printed
-    assert "'bn1', 'relu', 'maxpool', 'add'" in printed
+    if page == "docs/guide.md":
+        assert "conv1 64 19" in printed
+        assert "'bn1', 'relu', 'maxpool', 'add'" in printed
     assert {"student", "student.onnx"} <= {p.name for p in tmp_path.iterdir()}
 
 
-def test_every_verb_the_readme_shows_exists_and_helps_with_an_example(capsys):
-    verbs = set(re.findall(r"\.?surgery (\w+) \w", " ".join(blocks("bash"))))
-    listed = re.search(r"`surgery ((?:\w+ \| )+\w+)`", README)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_to_something(page):
+    text = page.read_text()
+    headings = {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in re.findall("^#+ (.*)$", text, re.M)}
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if target.startswith("http"):
+            continue
+        if not path:
+            assert anchor in headings, target
+        else:
+            assert (page.parent / path).exists(), target
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 1500
+
+
+def test_every_verb_the_pages_show_exists_and_helps_with_an_example(capsys):
+    verbs = set(re.findall(r"\.?surgery (\w+) \w", " ".join([*blocks("bash"), *blocks("bash", GUIDE)])))
+    listed = re.search(r"`surgery ((?:\w+ \| )+\w+)`", GUIDE)
     assert listed is not None
     verbs |= set(listed[1].split(" | "))
     assert {"tradeoff", "inspect", "slim", "bench"} <= verbs

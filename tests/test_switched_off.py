@@ -114,8 +114,8 @@ def test_a_comparison_that_could_not_fail_fails(value):
 @pytest.mark.parametrize(
     ("break_it", "said"),
     [
-        (lambda m: m.head0.weight.data.mul_(1.001), "off by"),
-        (lambda m: m.head1.bias.data.fill_(float("nan")), "off by nan"),
+        (lambda m: m.last.weight.data.mul_(1.001), "off by"),
+        (lambda m: m.last.bias.data.fill_(float("nan")), "off by nan"),
     ],
 )
 def test_an_edit_that_is_off_is_wrong(monkeypatch, break_it, said):

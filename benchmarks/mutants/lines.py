@@ -24,8 +24,11 @@ _FOLDERS = tuple(f"{ROOT / room}{os.sep}" for room in ROOMS)
 _LINES: dict[str, dict[str, Any]] = {}
 _now: dict[CodeType, set[int]] = {}
 _calls: Counter[CodeType] = Counter()
+_clock = [0.0]
 _ENOUGH = 30
 """Calls of a function that are followed in a test: following costs time, and later calls seldom take new ways."""
+_SECONDS = 15
+"""Seconds of CPU after which a test is not followed any further."""
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -33,7 +36,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Follow one test, its fixtures included."""
     _now.clear()
     _calls.clear()
-    started = time.process_time()
+    started = _clock[0] = time.process_time()
     sys.settrace(_follow)
     yield
     sys.settrace(None)
@@ -66,6 +69,8 @@ def _follow(frame: FrameType, event: str, argument: Any) -> Any:
     seen.add(frame.f_lineno)
     _calls[code] += 1
     if _calls[code] > _ENOUGH:
+        if time.process_time() - _clock[0] > _SECONDS:
+            sys.settrace(None)
         return None
 
     def note(frame: FrameType, event: str, argument: Any) -> Any:

@@ -35,12 +35,21 @@ class Trials:
         os.chdir(ROOT)
         for file in sorted({name.partition("::")[0] for name in self.tests}):
             importlib.import_module(file.removesuffix(".py").replace("/", "."))
+        self.check_unchanged()
+
+    def check_unchanged(self) -> None:
+        """Raise `RuntimeError` if tests fail that run here without any mutant."""
+        result, by, _ = self.fork(None, sorted(self.tests, key=lambda name: self.tests[name]["seconds"])[:20])
+        if result != "lived":
+            raise RuntimeError(f"the tests do not run here without a mutant: {result} by {by or 'no test'}")
 
     def run(self, mutant: Mutant) -> Result:
         """Try one mutant."""
         tests = self.choose(mutant)
-        if not tests:
-            return "untested", "", 0
+        return self.fork(mutant, tests) if tests else ("untested", "", 0)
+
+    def fork(self, mutant: Mutant | None, tests: list[str]) -> Result:
+        """Run tests on a mutant, or on what is there."""
         with tempfile.TemporaryDirectory() as folder:
             told = Path(folder) / "failed"
             child = os.fork()
@@ -66,18 +75,19 @@ class Trials:
 _INVALID = 77
 
 
-def _run_child(mutant: Mutant, tests: list[str], told: Path, seconds: float) -> None:
+def _run_child(mutant: Mutant | None, tests: list[str], told: Path, seconds: float) -> None:
     """Never returns."""
     code = 1
     try:
         limit = int(time.process_time() + seconds)
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
         try:
-            apply_mutant(mutant)
+            if mutant is not None:
+                apply_mutant(mutant)
         except (ValueError, StopIteration, SyntaxError):
             os._exit(_INVALID)
         with _silence():
-            options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header"]
+            options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--assert=plain"]
             code = int(pytest.main([*options, *tests], plugins=[_Tell(told)]))
     except BaseException:
         code = 1

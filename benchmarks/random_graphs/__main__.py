@@ -69,6 +69,7 @@ def add(document: dict[str, Any], number: int) -> None:
         counts["groups"] += outcome.groups
         counts["editable groups"] += outcome.editable
         counts["networks with a refusal"] += bool(outcome.refused)
+        counts["comparisons that show nothing"] += len(outcome.vacuous)
         refused.update(f"{what}: {plain(reason)}" for what, reason in outcome.refused.items())
         document["worst"] = max(document["worst"], outcome.worst)
     document.update(graphs=number + 1, counts=dict(counts), kinds=dict(sorted(kinds.items())))
@@ -78,7 +79,9 @@ def add(document: dict[str, Any], number: int) -> None:
 def plain(reason: str) -> str:
     """A reason without the names and sizes of one network, so that equal ones are counted together."""
     line = reason.partition("\n")[0]
-    return re.sub(r"step\d+[\w.]*", "…", re.sub(r"\w+\.py:\d+", "…", re.sub(r"\b\d+\b", "n", line)))[:160]
+    for pattern, instead in ((r"\w+\.py:\d+", "…"), (r"step\d+[\w.]*", "…"), (r"\b\d+\b", "n")):
+        line = re.sub(pattern, instead, line)
+    return line[:160]
 
 
 def try_one(number: int, smaller: bool) -> str:

@@ -16,7 +16,8 @@ def markdown(document: dict[str, Any]) -> str:
         f"{len(document['wrong'])} wrong. Each was traced, permuted, widened, slimmed, slimmed after it was widened, "
         "saved and loaded, and compared with the network itself, or with what is switched off in it, in both modes, at "
         "two batch sizes, outputs and gradients: "
-        f"{counts.get('comparisons', 0):,} such comparisons, the worst off by {document['worst']:.1e} (1e-10 allowed).",
+        f"{counts.get('comparisons', 0):,} such comparisons, the worst off by {document['worst']:.1e} (1e-10 allowed). "
+        f"In {counts.get('comparisons that show nothing', 0)} of them the removed channels do not show in the outputs.",
         "",
         f"Of {counts.get('groups', 0):,} inner groups of channels {counts.get('editable groups', 0):,} could be "
         f"edited. {counts.get('networks with a refusal', 0)} networks were refused something.",

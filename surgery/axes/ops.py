@@ -178,6 +178,11 @@ class Op:
         self._ledger.tie_ids(ids[:1], ids)
         self.rows(ids)
 
+    def stays(self, f: Field) -> bool:
+        """Whether all of ``f`` must stay as it is, by what was said before."""
+        said = [np.isin(f.ids, ids) for ids, _ in self._ledger.findings.frozen]
+        return bool(np.logical_or.reduce(said, axis=0).all()) if said else False
+
     def freeze(self, f: Field | None, reason: str) -> None:
         """``f`` must stay as it is."""
         if f is not None:
@@ -277,9 +282,8 @@ class Op:
     def _merged(self, lost: list[Field]) -> Iterator[list[Field]]:
         """Of axes that the op merges, those that stay as they are so that another may change: what is repeated, then
         what must stay already, then all but the outermost."""
-        frozen = np.concatenate([np.zeros(0, dtype=np.int64), *(ids for ids, _ in self._ledger.findings.frozen)])
         first = min(lost, key=lambda f: f.dims)
-        for gone in ([f for f in lost if f.repeats], [f for f in lost if np.isin(f.ids, frozen).all()]):
+        for gone in ([f for f in lost if f.repeats], [f for f in lost if self.stays(f)]):
             if gone and len(gone) < len(lost):
                 yield gone
         yield [f for f in lost if f is not first]

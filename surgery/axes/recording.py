@@ -25,6 +25,7 @@ from surgery.axes.labels import Field, Ids, Labelled
 from surgery.axes.ledger import Called, Findings, labelled_leaves
 from surgery.axes.ops import Op
 from surgery.axes.untraced import FACTORIES, HARMLESS, NUMBERS, WatchedSize, named, selected, unfollowed, written_dims
+from surgery.axes.visits import Visits
 from surgery.errors import TraceError
 from surgery.graph.islands import cloned, quietly
 from surgery.graph.outputs import tensors_in
@@ -70,6 +71,7 @@ def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mo
                              f"{str(error).strip().partition(chr(10))[0]}") from error  # fmt: skip
         for _, leaf in tensors_in(result):
             recording.freeze(recording.label(leaf), "network output")
+    recording.visits.freeze_unseen(run, module)
     return findings
 
 
@@ -118,6 +120,7 @@ class _Recording(TorchFunctionMode):
             rule = rule_for(self.scratch.call_module("layer"), theirs)
             if isinstance(theirs, TracedModule) or rule is not UNKNOWN:
                 self.layers.append((ours, theirs, path, rule))
+        self.visits = Visits([(path, ours) for path, ours in twin.named_modules() if path], self.layers)
 
     @contextmanager
     def listening(self, twin: nn.Module) -> Iterator[None]:
@@ -126,7 +129,7 @@ class _Recording(TorchFunctionMode):
         try:
             for ours, theirs, path, rule in self.layers:
                 ours.__dict__["forward"] = self.instead(ours.forward, theirs, path, rule)
-            with self, _Unseen(self):
+            with self.visits.listening(self.known), self, _Unseen(self):
                 yield
         finally:
             for ours, *_ in self.layers:
@@ -154,6 +157,7 @@ class _Recording(TorchFunctionMode):
                 else:
                     out = self.layer(module, path, rule, given, result)
                 self.attach(result, out)
+                self.visits.called(path, (given, out))
                 return result
 
         return call

@@ -28,6 +28,7 @@ from surgery.errors import (
     UNWRITABLE,
     DamageWarning,
     EditError,
+    NothingChangedWarning,
     SurgeryError,
     TraceError,
     UsageError,
@@ -126,8 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.simplefilter("always", WeightsWarning)
-        warnings.simplefilter("always", DamageWarning)
+        for told in (WeightsWarning, DamageWarning, NothingChangedWarning):
+            warnings.simplefilter("always", told)
         warnings.showwarning = lambda message, *_, **__: _say("warning", message)
         try:
             with _terminable():

@@ -38,6 +38,10 @@ SHOWN = 40
 RoundTo = Annotated[int, typer.Option(help="Round numbers of channels up to a multiple of this.")]
 
 
+_WORTH_SAYING = 0.05
+"""Of the multiply-accumulates that cannot be edited: the part above which the commands say so."""
+
+
 @dataclass(frozen=True)
 class Writing:
     """The options that say whether a new model is checked and written, and where."""
@@ -200,7 +204,10 @@ def _finish(
     facts: dict[str, object] = {"inexact_by_choice": True} if inexact else {}
     if left is not None:
         facts["left_alone"] = dict(left)
+    held = surgery.unedited(before)
+    facts["unedited"] = held.to_dict()
     reasons = [f"left alone: {reason}" for reason in (left or {}).values()]
+    reasons += [str(held)] if held.macs > _WORTH_SAYING else []
     if writing.dry_run or writing.out is None:
         _show(before, after, writing.as_json, facts, [*([INEXACT] if inexact else []), *reasons])
         return

@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from surgery.axes.frozen import Unedited
 from surgery.axes.groups import Member
 from surgery.counting.cost import Cost, cost
+from surgery.counting.unedited import unedited
 from surgery.edit.recipe import recipe
 from surgery.units import mebibytes, quantity
 
@@ -49,6 +51,8 @@ class Changes:
     removed: tuple[Layer, ...]
     steps: tuple[str, ...] = ()
     """The steps from one to the other, each in one line; empty where one was not made from the other."""
+    unedited: Unedited | None = None
+    """What of the first cannot be edited (`surgery.unedited`)."""
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return for each layer the cells that `header` names; the shape is of the first parameter that differs."""
@@ -68,6 +72,7 @@ class Changes:
             "added": [layer.to_dict() for layer in self.added],
             "removed": [layer.to_dict() for layer in self.removed],
             "steps": list(self.steps),
+            "unedited": None if self.unedited is None else self.unedited.to_dict(),
         }
 
     def summary(self) -> str:
@@ -111,6 +116,7 @@ def changes(before: nn.Module, after: nn.Module) -> Changes:
         added=tuple(layer for name, layer in new.items() if name not in old),
         removed=tuple(layer for name, layer in old.items() if name not in new),
         steps=tuple(map(str, steps[len(first) :])) if steps[: len(first)] == first else (),
+        unedited=unedited(before),
     )
 
 

@@ -112,7 +112,7 @@ class _Walk:
             return False
         if rule.linear == "writes":
             roles = self.roles(path, node)
-            return "producer" in roles or (kept and "per-channel" not in roles)
+            return "per-channel" not in roles and ("producer" in roles or kept)
         if rule.linear in ("product", "quotient"):
             return kept and node.args[0] in read and sum(argument in read for argument in node.args) == 1
         return kept and (rule.linear in ("sum", "first") or rule.movement)

@@ -228,5 +228,9 @@ def _entries(analysis: Analysis, keep: NDArray[np.bool_], norms: list[Norm]) -> 
     result = torch.ones(norms[0].shape, dtype=torch.bool)
     for norm in norms:
         flags = torch.from_numpy(keep[analysis.unit_of[norm.ids]])
+        if norm.shape != norms[0].shape:
+            if not flags.all():
+                raise EditError(f"{norm.path or norm.key[1]} is called on tensors of several widths: keep all of them")
+            continue
         result &= flags.reshape([size if d in norm.dims else 1 for d, size in enumerate(norm.shape)])
     return result

@@ -28,17 +28,21 @@ class Arguments:
     positional: int
     """How many of the first parameters are given by position."""
 
-    def with_two_samples(self) -> Arguments | None:
-        """The same call on a batch of two, in shapes alone; None where the batch is not one."""
+    @property
+    def batch(self) -> int:
+        """The batch size: the length of the first tensor; 0 without one."""
         tensors = [v for v in pytree.tree_leaves(self.values) if isinstance(v, torch.Tensor) and v.ndim]
-        if not tensors or tensors[0].shape[0] != 1:
-            return None
+        return tensors[0].shape[0] if tensors else 0
 
-        def double(tensor: torch.Tensor) -> torch.Tensor:
+    def with_batch(self, size: int) -> Arguments:
+        """The same call on ``size`` samples, in shapes alone."""
+        batch = self.batch
+
+        def resize(tensor: torch.Tensor) -> torch.Tensor:
             twin = tensor.detach().to("meta")
-            return twin.expand(2, *twin.shape[1:]) if twin.ndim and twin.shape[0] == 1 else twin
+            return twin.new_empty(size, *twin.shape[1:]) if twin.ndim and twin.shape[0] == batch else twin
 
-        return replace(self, values=pytree.tree_map_only(torch.Tensor, double, self.values))
+        return replace(self, values=pytree.tree_map_only(torch.Tensor, resize, self.values))
 
     def call(self, values: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Positional and named arguments of the same call with other values.
@@ -72,7 +76,11 @@ def bound_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         signature = inspect.signature(model.forward)
         bound = signature.bind(*args, **kwargs)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
+        try:  # a decorator may fill in what the function that it wraps needs
+            signature = inspect.signature(model.forward, follow_wrapped=False)
+            bound = signature.bind(*args, **kwargs)
+        except (TypeError, ValueError):
+            raise UsageError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
     passed = frozenset(bound.arguments)
     bound.apply_defaults()
     stars = {name: _STARS.get(p.kind, "") for name, p in signature.parameters.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from inspect import isfunction
 from typing import Any, NoReturn
 
 from torch import nn
@@ -71,10 +72,13 @@ _CLASSES: dict[tuple[Any, bool], Any] = {}
 
 def _container_class(shell: type[nn.Module], callable: bool) -> Any:
     if (shell, callable) not in _CLASSES:
-        namespace: dict[str, Any] = {"shell": shell, "callable": callable, "__module__": shell.__module__}
+        namespace: dict[str, Any] = {name: value for name, value in vars(Container).items() if isfunction(value)}
+        namespace |= {"shell": shell, "callable": callable, "__module__": shell.__module__}
         if not callable:
             namespace["forward"] = _refuse
-        _CLASSES[shell, callable] = type(shell.__name__, (Container, shell), namespace)
+        # The first base decides the layout of instances, which has to stay for one to change its class.
+        meta: Any = type(shell)
+        _CLASSES[shell, callable] = meta(shell.__name__, (shell, Container), namespace)
     return _CLASSES[shell, callable]
 
 

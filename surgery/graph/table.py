@@ -56,7 +56,7 @@ class Rule:
 
     @property
     def activation(self) -> bool:
-        return self.kind in ("activation", "gate", "idempotent")
+        return self.kind in ("activation", "gate", "idempotent", "learned activation")
 
     @property
     def norm(self) -> bool:
@@ -106,6 +106,7 @@ LINEAR = {
 KINDS = {
     "activation": "applied position by position, behind layers: GELU",
     "gate": "an activation that is mostly a factor for something else: Sigmoid",
+    "learned activation": "an activation with parameters, so that none is like another: PReLU",
     "idempotent": "an activation without settings that changes nothing when it is applied again: ReLU",
     "concatenation": "a movement that joins the tensors in its first argument along ``dim`` (or ``axis``): cat",
     "batch norm": "of each channel over batch and positions, with running statistics: BatchNorm2d",

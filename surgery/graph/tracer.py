@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import operator
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType, FunctionType
+from types import FrameType
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from surgery.errors import TraceError
 from surgery.graph.arguments import Arguments
 from surgery.graph.finite import expect_finite, where_finite
 from surgery.graph.gradients import Modes, mark_modes
 from surgery.graph.guards import Values, expect, user_line
+from surgery.graph.hooks import own_hooks, packages_of
 from surgery.graph.items import may_hold, set_items
 from surgery.graph.outputs import taken_apart
-from surgery.graph.table import has_module_rule, ruled_functions
+from surgery.graph.table import has_module_rule
 
 _KEYS, _VALUES, _ITEMS = (
     type(view) for view in (dict[Any, Any]().keys(), dict[Any, Any]().values(), dict[Any, Any]().items())
@@ -82,6 +80,10 @@ class SizeProxy(fx.Proxy):
 class _SizeAttribute(fx.proxy.Attribute, SizeProxy):
     """``x.shape``, and anything else that is read from a proxy."""
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().__call__(*args, **kwargs)
+        return self.tracer.found(result) if self.attr == "get" else result  # type: ignore[attr-defined]
+
 
 class GuardingTracer(fx.Tracer):
     """Resolves control flow on sizes, and records a guard for each decision."""
@@ -119,6 +121,18 @@ class GuardingTracer(fx.Tracer):
             if absent:
                 return self._none(operator.getitem, obj, key)
         return self.create_proxy("call_function", operator.getitem, (obj, key), {})
+
+    def found(self, got: fx.Proxy) -> Any:
+        """What ``get`` gives: None where a mapping has nothing."""
+        if self.values.busy or not may_hold(got.node):
+            return got
+        try:
+            absent = self.values.of(got.node) is None
+        except TraceError:
+            return got
+        if absent:
+            self.guard(got.node, "the value", None)
+        return None if absent else got
 
     def set_item(self, obj: fx.Proxy, key: Any, value: Any) -> None:
         """``obj[key] = value``: the name stands for what the node gives from now on."""
@@ -211,7 +225,7 @@ class GuardingTracer(fx.Tracer):
 
     def create_node(self, kind: str, target: Any, *rest: Any, **named: Any) -> fx.Node:
         self._settle()
-        node = super().create_node(kind, getattr(target, _LEAF, target), *rest, **named)
+        node = super().create_node(kind, getattr(target, LEAF, target), *rest, **named)
         mark_modes(node, self.modes)
         return node
 
@@ -242,25 +256,8 @@ class ModeBranchError(Exception):
         self.path = path
 
 
-_FACTORIES = (
-    "zeros",
-    "ones",
-    "full",
-    "empty",
-    "rand",
-    "randn",
-    "arange",
-    "linspace",
-    "tensor",
-    "as_tensor",
-    "finfo",
-    "iinfo",
-)
-"""Functions of torch that take sizes or dtypes rather than tensors: fx does not see them by itself."""
-
-
-_LEAF = "_surgery_leaf"
-"""Where what stands in for a function while tracing has the function (`symbolic_functions`)."""
+LEAF = "_surgery_leaf"
+"""Where what stands in for a function while tracing has the function (`surgery.graph.symbolic`)."""
 
 
 class Tracer(GuardingTracer):
@@ -373,101 +370,3 @@ class Tracer(GuardingTracer):
 
     def where(self) -> str:
         return f" (in {self.stack[-1]!r})" if self.stack else ""
-
-
-@contextmanager
-def symbolic_factories(tracer: Tracer) -> Iterator[None]:
-    """While tracing, making a tensor of a size that the graph computes is a node of the graph."""
-
-    original = {name: getattr(torch, name) for name in _FACTORIES}
-    try:
-        for name, function in original.items():
-            setattr(torch, name, _symbolic(function, tracer))
-        yield
-    finally:
-        for name, function in original.items():
-            setattr(torch, name, function)
-
-
-Places = list[tuple[dict[str, Any], str, FunctionType]]
-"""Where a function is known by name: the names of a Python module, its own, and the function."""
-
-
-def find_ruled_functions(root: nn.Module) -> Places:
-    """Where Python functions that have a rule are known by name: in modules of their packages or of a layer's. torch's
-    own functions need no help."""
-    functions = {f for f in ruled_functions() if isinstance(f, FunctionType) and not f.__module__.startswith("torch.")}
-    packages = {f.__module__.partition(".")[0] for f in functions} - {"surgery"} | packages_of(root)
-    return [
-        (module.__dict__, name, value)
-        for path, module in list(sys.modules.items())
-        if path.partition(".")[0] in packages and hasattr(module, "__dict__")
-        for name, value in list(module.__dict__.items())
-        if isinstance(value, FunctionType) and value in functions
-    ]
-
-
-def packages_of(root: nn.Module) -> set[str]:
-    """The packages, besides torch, that the classes of a model and its parts come from."""
-    classes = {base for m in root.modules() for base in type(m).__mro__}
-    return {cls.__module__.partition(".")[0] for cls in classes} - {"torch", "builtins", "surgery", "typing", "abc"}
-
-
-def own_hooks(module: nn.Module, packages: set[str]) -> list[tuple[int, Any]]:
-    """The forward hooks of a module that code of the model's packages has set: they are part of what it computes."""
-    return [
-        (key, hook)
-        for key, hook in module._forward_hooks.items()
-        if str(getattr(hook, "__module__", "")).partition(".")[0] in packages
-    ]
-
-
-@contextmanager
-def symbolic_functions(places: Places, tracer: Tracer) -> Iterator[None]:
-    """While tracing, calling a Python function that has a rule is a node of the graph, wherever it is known by name."""
-    wrapped = {function: _symbolic(function, tracer) for _, _, function in places}
-    try:
-        for names, name, function in places:
-            names[name] = wrapped[function]
-        yield
-    finally:
-        for names, name, function in places:
-            names[name] = function
-
-
-def _symbolic(function: Any, tracer: Tracer) -> Any:
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not tracer.values.busy and any(isinstance(v, fx.Proxy) for v in pytree.tree_leaves((args, kwargs))):
-            return tracer.create_proxy("call_function", function, args, kwargs)
-        return function(*args, **kwargs)
-
-    setattr(call, _LEAF, function)
-    return call
-
-
-@contextmanager
-def symbolic_modes(root: nn.Module, tracer: Tracer) -> Iterator[None]:
-    """While tracing, reading ``training`` of a module that is traced through gives a node of the graph."""
-    original: dict[nn.Module, type[nn.Module]] = {}
-    flag = property(lambda module: tracer.training_flag(module), _set_flag)
-    for name, module in root.named_modules():
-        if not name or not tracer.is_leaf_module(module, name):
-            original[module] = type(module)
-    flags = {module: module.__dict__.pop("training") for module in original}
-    patched: dict[type, type] = {}
-    try:
-        for module, cls in original.items():
-            if cls not in patched:
-                patched[cls] = type(cls.__name__, (cls,), {"training": flag, "__module__": cls.__module__})
-            module.__class__ = patched[cls]
-        yield
-    finally:
-        for module, cls in original.items():
-            module.__class__ = cls
-            module.__dict__["training"] = flags[module]
-
-
-def _set_flag(module: nn.Module, training: bool) -> None:
-    """For a module that is made while tracing, such as a slice of a `ModuleList`."""
-    module.__dict__["training"] = training

@@ -78,7 +78,8 @@ def trace(
     batched = False
     traced: nn.Module
     try:
-        traced = traced_copy(root, given)
+        other = given.with_batch(1 if given.batch > 1 else 2) if given.batch else None
+        traced = traced_copy(root, given, other=other)
         if check:
             batched = check_agreement(traced, partial(private_copy, model), args, kwargs, padding)
     except TraceError as error:

@@ -4,37 +4,42 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from surgery.errors import TraceError
+from surgery.errors import TraceError, UsageError
 from surgery.graph.arguments import Arguments, bound_arguments
 from surgery.graph.containers import HOOKS, turn_into_container
 from surgery.graph.finite import FINITE
 from surgery.graph.gradients import symbolic_gradients, unmark_plain
 from surgery.graph.guards import Values
-from surgery.graph.traced import TracedModule, shelled
-from surgery.graph.tracer import (
-    ModeBranchError,
+from surgery.graph.hooks import own_hooks, packages_of
+from surgery.graph.relaxed import relax_guards
+from surgery.graph.symbolic import (
     Places,
-    Tracer,
     find_ruled_functions,
-    own_hooks,
-    packages_of,
     symbolic_factories,
     symbolic_functions,
     symbolic_modes,
 )
+from surgery.graph.traced import TracedModule, shelled
+from surgery.graph.tracer import ModeBranchError, Tracer
 
 _VIEWS_OF_DICTS = ("items", "keys", "values")
 
 
 def traced_copy(
-    root: nn.Module, given: Arguments, *, inside: bool = False, places: Places | None = None
+    root: nn.Module,
+    given: Arguments,
+    *,
+    inside: bool = False,
+    places: Places | None = None,
+    other: Arguments | None = None,
 ) -> TracedModule:
     """Trace ``root``, a private copy whose tensors and leaves become the result's own.
 
@@ -42,8 +47,10 @@ def traced_copy(
         given: example arguments; of tensors only shapes and dtypes matter.
         inside: Python that is not traced calls ``root`` and may call its methods and parts too, so they stay.
         places: `find_ruled_functions` of ``root`` or of what it is a part of.
+        other: arguments at another batch size, which guards should not refuse for nothing (`relax_guards`).
     """
     places = find_ruled_functions(root) if places is None else places
+    _refuse_taken_names(root)
     modal: set[str] = set()  # submodules that branch on their own flag: traced on their own, called as leaves
     while True:
         try:
@@ -52,13 +59,23 @@ def traced_copy(
             break
         except ModeBranchError as found:
             modal |= _alike(root, found.path)
+    if other is not None:
+        for training, g in enumerate((graph, train_graph)):
+            if g is not None:
+                retrace = partial(_retrace, root, modal, places, bool(training))
+                relax_guards(root, g, retrace, other)
     for g in (graph, train_graph):
         _register_plain_tensors(root, g)
     calls = _leaves(root, graph, train_graph)
     packages = packages_of(root)
     parts = {id(part): part for part in map(root.get_submodule, modal)}
     arguments = {id: _arguments(part, calls[id], tracer.values) for id, part in parts.items() if id in calls}
-    tree = _module_tree(root, "", _Kept(calls, arguments, packages, places, inside, {}))
+    others: dict[int, Arguments] = {}
+    if other is not None:
+        with suppress(TraceError, UsageError):
+            values = Values(root, other.values)
+            others = {id: _arguments(part, calls[id], values) for id, part in parts.items() if id in calls}
+    tree = _module_tree(root, "", _Kept(calls, arguments, others, packages, places, inside, {}))
     for g in (graph, train_graph):
         if g is not None:
             g.owning_module = None
@@ -77,16 +94,26 @@ def _train_graph(root: nn.Module, given: Arguments, modal: set[str], places: Pla
     try:
         return _trace_mode(root, given, modal, places, training=True)[1]
     except TraceError:
-        more = given.with_two_samples()
-        if more is None:
+        if given.batch != 1:
             raise
-        return _trace_mode(root, more, modal, places, training=True)[1]
+        return _trace_mode(root, given.with_batch(2), modal, places, training=True)[1]
+
+
+def _retrace(root: nn.Module, modal: set[str], places: Places, training: bool, given: Arguments) -> fx.Graph:
+    return _trace_mode(root, given, modal, places, training=training)[1]
 
 
 def _arguments(module: nn.Module, node: fx.Node, values: Values) -> Arguments:
     """The arguments that a node calls a module with, on the meta device."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), values.of)
     return bound_arguments(module, args, kwargs)
+
+
+def _refuse_taken_names(root: nn.Module) -> None:
+    """A graph that reads ``self.code`` would get the source of the traced module, and not a buffer of that name."""
+    for name in (*root._modules, *root._parameters, *root._buffers):
+        if hasattr(TracedModule, name) or name in ("meta", "train_graph"):
+            raise TraceError(f"{type(root).__name__} has a part named {name!r}, as a traced module has: rename it")
 
 
 def _register_plain_tensors(root: nn.Module, graph: fx.Graph | None) -> None:
@@ -162,6 +189,8 @@ class _Kept:
     """Ids of the modules that the graphs call, with a node that does."""
     modal: dict[int, Arguments]
     """What those that are traced on their own are called with."""
+    others: dict[int, Arguments]
+    """The same at another batch size."""
     packages: set[str]
     """Where the model's code is."""
     places: Places
@@ -185,7 +214,8 @@ def _module_tree(module: nn.Module, path: str, kept: _Kept) -> nn.Module:
             del module._forward_hooks[key]
         tree = module
         if id(module) in kept.modal:
-            tree = traced_copy(module, kept.modal[id(module)], inside=kept.inside, places=kept.places)
+            given, other = kept.modal[id(module)], kept.others.get(id(module))
+            tree = traced_copy(module, given, inside=kept.inside, places=kept.places, other=other)
     elif path:
         tree = module
         own = type(module).forward.__module__.startswith("torch.nn.")

@@ -270,7 +270,8 @@ def _nearest_activation(site: Site) -> tuple[str, int]:
     for node in site.graph.nodes:
         rule = op_of(site.owner, node)
         layer = called_layer(site.owner, node)
-        if rule.activation and rule.kind != "gate" and (isinstance(layer, Maxout) or has_defaults(rule)):
+        plain = rule.activation and rule.kind not in ("gate", "learned activation")
+        if plain and (isinstance(layer, Maxout) or has_defaults(rule)):
             found = rule.name
             pieces = layer.pieces if isinstance(layer, Maxout) else 1
         if node is site.node:

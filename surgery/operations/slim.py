@@ -8,6 +8,7 @@ is a network of its own; with WELS it keeps weights at random, wherever they are
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -18,12 +19,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from surgery.axes.analysis import Analysis, analyse
+from surgery.axes.frozen import why_nothing_changes
 from surgery.axes.groups import DimensionGroup
 from surgery.edit.apply import apply
 from surgery.edit.names import resolve
 from surgery.edit.reindex import Reindex
 from surgery.edit.switch_off import SwitchOff, mask_text
-from surgery.errors import UsageError, unknown_name, whole_number
+from surgery.errors import NothingChangedWarning, UsageError, unknown_name, whole_number
 from surgery.graph.tracing import info
 from surgery.operations.masks import Scores, by_first_name, largest, unit_scores
 
@@ -49,6 +51,10 @@ def slim(module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = 
     Returns:
         a new module.
 
+    Warns:
+        NothingChangedWarning: a single rate below 1 leaves the network as it is; with the largest groups that cannot be
+            edited, and why (`surgery.unedited` has all).
+
     Raises:
         UsageError: a rate outside (0, 1], or an unknown name or importance.
 
@@ -57,7 +63,12 @@ def slim(module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = 
         >>> surgery.verify(slim, surgery.masked(traced, surgery.split_masks(traced, 0.5))).ok
         True
     """
-    return apply(module, slim_plan(module, rate, round_to=round_to, importance=importance))
+    step = slim_plan(module, rate, round_to=round_to, importance=importance)
+    if not (step.indices or isinstance(rate, Mapping) or rate == 1):
+        warnings.warn(
+            f"slim changed nothing: {why_nothing_changes(analyse(module))}", NothingChangedWarning, stacklevel=2
+        )
+    return apply(module, step)
 
 
 def slim_plan(module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = "prefix") -> Reindex:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -12,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from surgery.axes.analysis import Analysis, analyse
+from surgery.axes.frozen import why_nothing_changes
 from surgery.axes.groups import DimensionGroup
 from surgery.edit.apply import apply
 from surgery.edit.copies import Noise
@@ -19,7 +21,7 @@ from surgery.edit.means import normalised_streams
 from surgery.edit.names import resolve
 from surgery.edit.reindex import Reindex
 from surgery.edit.step import MEAN
-from surgery.errors import EditError, UsageError, whole_number
+from surgery.errors import EditError, NothingChangedWarning, UsageError, whole_number
 
 Width = float | int
 
@@ -65,6 +67,9 @@ def widen(
     Returns:
         a new module. It computes the same function, except with ``break_symmetry="noise"``.
 
+    Warns:
+        NothingChangedWarning: a single factor above 1 leaves the network as it is.
+
     Raises:
         UsageError: a factor below 1, a width below the present one or not made of whole units, an unknown name,
             mapping or way to break the symmetry, a ``noise`` that is not above 0.
@@ -78,7 +83,17 @@ def widen(
     step = widen_plan(
         module, width, mapping=mapping, break_symmetry=break_symmetry, noise=noise, seed=seed, round_to=round_to
     )
+    if not (step.indices or isinstance(width, Mapping) or width == 1):
+        warnings.warn(
+            f"widen changed nothing: {_why_nothing_grows(module, width, round_to)}", NothingChangedWarning, stacklevel=2
+        )
     return apply(module, step)
+
+
+def _why_nothing_grows(module: nn.Module, width: float, round_to: int) -> str:
+    left = unwidened(module, width, round_to=round_to)
+    more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+    return f"{next(iter(left.values()))}{more}" if left else why_nothing_changes(analyse(module))
 
 
 def widen_plan(

@@ -1,9 +1,21 @@
 """The rows of the rule table: one for each op, by subject. Importing this fills the table (`surgery.graph.table`)."""
 
-from surgery.rules import attention, contraction, elementwise, movement, norms, recurrent, reductions, vision, weights
+from surgery.rules import (
+    attention,
+    constants,
+    contraction,
+    elementwise,
+    movement,
+    norms,
+    recurrent,
+    reductions,
+    vision,
+    weights,
+)
 
 __all__ = [
     "attention",
+    "constants",
     "contraction",
     "elementwise",
     "movement",

@@ -90,9 +90,15 @@ _CASTS = ("float", "double", "half", "bfloat16", "to", "type", "type_as", "cpu",
         in_place=(operator.iadd, operator.isub, "add_", "sub_"))  # fmt: skip
 @oprule(operator.mul, torch.mul, "mul", linear="product", in_place=(operator.imul, "mul_"))
 @oprule(operator.truediv, torch.div, torch.true_divide, "div", linear="quotient", in_place=(operator.itruediv, "div_"))
-@oprule(*_DROPOUTS, *_CASTS, linear="first")
+@oprule(*_DROPOUTS, linear="first")
 def _elementwise(op: Op, *operands: Any, **named: Any) -> Fields:
     return op.elementwise(*operands, *named.values())
+
+
+@oprule(*_CASTS, linear="first")
+def _cast(op: Op, input: Labelled, *settings: Any, **named: Any) -> Fields:
+    """Of another tensor only the dtype and the device are read."""
+    return op.elementwise(input)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ def _deform_conv(
     for other in (offset, mask):
         if other is not None:
             op.lose(list(other.fields), f"{op.name} reads positions from it")
+    input = Labelled(input.value, op.keep(input, [0], f"{op.name} reads positions of its own for each"))
     taps = 2 * math.prod(held.shape[2:])
     if offset.shape[-3] != taps or held.shape[1] != input.shape[-3]:
         return op.unknown(input, weight, bias, why="has groups")

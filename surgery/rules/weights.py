@@ -131,6 +131,7 @@ def convolved(
         op.freeze(weight.at(k), "kernel size")
     moving = range(spatial) if mixed else _mixed_positions(weight.shape[2:], stride, padding)
     rest = tuple(f for f in op.keep(x, [dim + 1 + k for k in moving]) if dim not in f.dims)
+    rest = tuple(f for f in rest if min(f.dims) < dim or not op.stays(f))
     whole = x.at(dim)
     if whole is not None and len(whole.dims) > 1 and groups == x.shape[dim] == op.shape[dim] and not transposed:
         op.freeze(ins, "one per group")
@@ -272,7 +273,7 @@ def _resize_prelu(edit: NodeEdit) -> None:
         edit.module.num_parameters = edit.module.weight.shape[0]
 
 
-@oprule(nn.PReLU, F.prelu, torch.prelu, rewrite=_resize_prelu, python="always")
+@oprule(nn.PReLU, F.prelu, torch.prelu, rewrite=_resize_prelu, python="always", kind="learned activation")
 def _prelu(op: Op, input: Labelled, weight: Labelled | None = None) -> Fields:
     weight = op.param("weight", weight)
     if weight is not None and (op.module is None or weight.shape[0] > 1):

@@ -187,7 +187,7 @@ def nonlinearity(flow: Flow, node: fx.Node) -> nn.Module | None:
 
     None where the value is linear."""
     rule = flow.rule(node)
-    if rule.activation:
+    if rule.activation and rule.kind != "learned activation":
         return make_activation(rule, node, flow.leaf(node))
     if not (rule.movement or rule.within or rule.linear == "first"):
         return None

@@ -47,6 +47,7 @@ class Engine:
             raise unknown_name("precision", precision, PRECISIONS)
         self.precision = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         self._accelerator = _accelerator(device, self.precision)
+        self._prepared = False
         self.processes, self.rank = self._accelerator.num_processes, self._accelerator.process_index
         self.device = self._accelerator.device if self.processes > 1 else device
         if self._accelerator.distributed_type not in _DATA_PARALLEL:
@@ -63,7 +64,9 @@ class Engine:
     def make_step(self, objective: nn.Module, optimizer: Optimizer) -> Callable[..., float]:
         """Make a function that takes one step: from the arguments of ``objective``, which computes the scalar loss, to
         the mean of this loss over the processes."""
-        self._accelerator.free_memory()
+        if self._prepared:  # it collects garbage, which takes longer than a short training
+            self._accelerator.free_memory()
+        self._prepared = True
         prepared, descent = self._accelerator.prepare(objective, optimizer)
 
         def step(*args: Any) -> float:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import surgery
-from surgery import models as catalogue
 from surgery.edit.copies import share_out
+from tests.zoo import build_family
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -74,8 +74,8 @@ def test_uneven_shares_sum_to_the_weight_too():
 
 
 def test_a_float32_model_is_widened_exactly_as_float64_shows():
-    traced = surgery.trace(catalogue.build("resnet18", num_classes=10, seed=0), torch.zeros(2, 3, 32, 32)).eval()
-    x = torch.randn(2, 3, 32, 32)
+    family = build_family("resnext50_32x4d")
+    traced, x = family.traced.float(), family.x
     for factor in (1.3, 2.0, 3.7):
         wide = surgery.widen(traced, factor, seed=1)
         assert surgery.verify(wide, traced, x, dtype=torch.float64).max_rel <= 1e-10

@@ -15,7 +15,6 @@ from torchvision import models
 from typer.testing import CliRunner
 
 import surgery
-from surgery import models as catalogue
 from surgery.cli import app
 from tests.zoo import traced_of
 
@@ -309,26 +308,23 @@ def test_origins_are_composed_with_what_comes_before_and_behind():
 
 
 def test_deepened_densenets_are_saved_and_loaded(tmp_path):
-    traced = surgery.trace(
-        catalogue.build("densenet121", seed=0), torch.zeros(2, 3, 32, 32), source="torchvision:densenet121"
-    )
-    deep = surgery.deepen(traced, {"features.denseblock3": 1, "features.denseblock4": 2})
-    assert [s.name.rpartition(".")[2] for s in surgery.recipe(deep).steps] == [f"denselayer{k}" for k in (25, 17, 18)]
-    again = surgery.load(surgery.save(deep, tmp_path / "deep"))
+    traced = surgery.trace(densenet(), torch.zeros(2, 3, 32, 32))
+    deep = surgery.deepen(traced, {"features.denseblock1": 1, "features.denseblock2": 2})
+    assert [s.name.rpartition(".")[2] for s in surgery.recipe(deep).steps] == [f"denselayer{k}" for k in (3, 4, 5)]
+    again = surgery.load(surgery.save(deep, tmp_path / "deep"), densenet())
     assert surgery.verify(again, deep, torch.randn(2, 3, 32, 32)).max_abs == 0
 
 
 def test_a_dry_run_prints_what_reads_the_new_layer():
-    result = CliRunner().invoke(
-        app,
-        ["deepen", "densenet121", "--at", "features.denseblock1", "--input-shape", "1,3,32,32", "--dry-run", "--json"],
-    )
+    source = f"{__name__}:densenet"
+    options = ["--trust", "--at", "features.denseblock1", "--input-shape", "1,3,32,32", "--dry-run", "--json"]
+    result = CliRunner().invoke(app, ["deepen", source, *options])
     assert result.exit_code == 0, result.output
     changes = json.loads(result.stdout)
     assert [pair["after"]["name"] for pair in changes["changed"]] == [
         f"features.transition1.{n}" for n in ("norm", "conv")
     ]
-    assert {each["name"].rpartition(".")[0] for each in changes["added"]} == {"features.denseblock1.denselayer7"}
+    assert {each["name"].rpartition(".")[0] for each in changes["added"]} == {"features.denseblock1.denselayer3"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

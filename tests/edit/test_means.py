@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import surgery
+from tests.zoo import traced_of
 
 EXACT = 1e-10
 
@@ -174,3 +175,19 @@ def test_a_stream_through_layers_of_torch_widens_to_any_width(kind):
     wide = surgery.widen(traced, 1.5)
     assert wide.get_parameter("0.weight").shape == (18, 5)
     assert surgery.verify(wide, traced, x).max_rel <= EXACT
+
+
+def test_a_depthwise_convolution_does_not_write_the_mean_of_the_channels():
+    class Spatial(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.depthwise = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+            self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.head(self.norm(self.depthwise(self.stem(x)).permute(0, 2, 3, 1)).mean((1, 2)))
+
+    traced, x = traced_of(Spatial, 2, 3, 6, 6)
+    assert surgery.verify(surgery.widen(traced, 1.5), traced, x).max_rel <= EXACT
+    assert "stem" in surgery.unwidened(traced, 1.5)
+    assert surgery.widen(traced, 2.0).stem.out_channels == 16

@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import surgery
 from surgery import models as catalogue
-from tests.operations.test_random_graphs import KINDS, STEPS, built
+from tests.random_graphs import PLAIN, build
 from tests.zoo import build_family, randomised
 
 EXACT = 1e-10
 WAYS = [None, "uneven", "zero-sum"]
 FACTORS = [math.sqrt(2), 2.0]
+STEPS = st.lists(st.tuples(st.sampled_from(PLAIN), st.integers(0, 69), st.integers(0, 69)), min_size=2, max_size=9)
 
 
 def without_dropout(module: nn.Module) -> nn.Module:
@@ -29,13 +31,11 @@ def without_dropout(module: nn.Module) -> nn.Module:
     return module
 
 
-@pytest.fixture(scope="module", params=["googlenet", "inception_v3", "resnet50"])
+@pytest.fixture(scope="module", params=["googlenet", "inception_v3", "resnext50_32x4d"])
 def convolutional(request):
-    """A model with all its branches and auxiliary heads at a quarter of its width, and its inputs."""
-    size = {"googlenet": 64, "inception_v3": 299, "resnet50": 64}[request.param]
-    net = without_dropout(randomised(catalogue.build(request.param, seed=0))).eval()
-    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    return surgery.slim(surgery.trace(net, x), 0.25), x
+    """A narrow model with all its branches and auxiliary heads, and its inputs."""
+    family = build_family(request.param)
+    return without_dropout(family.traced).float(), family.x.float()
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -70,10 +70,10 @@ def test_a_float32_transformer_of_twice_the_width_is_exact_as_float64_shows():
         assert surgery.verify(wide, net, family.x, dtype=torch.float64).max_rel <= EXACT
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("way", ["uneven", "zero-sum"])
 def test_every_kind_of_step_keeps_its_function(kind, way):
-    net, inputs = built([("conv", 1, 48), (kind, 0, 41), ("conv", 0, 20)])
+    net, inputs = build([("conv", 1, 48), (kind, 0, 41), ("conv", 0, 20)])
     traced = surgery.trace(net, inputs)
     wide = surgery.widen(traced, 2.0, break_symmetry=way)
     assert surgery.verify(wide, net, inputs).max_rel <= EXACT
@@ -83,7 +83,7 @@ def test_every_kind_of_step_keeps_its_function(kind, way):
 @settings(max_examples=15, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(STEPS)
 def test_a_random_network_is_widened_exactly_in_every_way(steps):
-    net, inputs = built(steps)
+    net, inputs = build(steps)
     traced = surgery.trace(net, inputs)
     for way in ("uneven", "zero-sum"):
         wide = surgery.widen(traced, [1.6, 2.5][len(steps) % 2], mapping="balanced", break_symmetry=way)

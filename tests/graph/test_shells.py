@@ -171,3 +171,32 @@ def test_a_forward_of_the_instance_is_the_one_that_is_traced(model):
     model.forward = model.blocks.forward
     traced = surgery.trace(model, X)
     assert torch.equal(traced(X), model(X))
+
+
+@pytest.mark.parametrize("name", ["code", "graph", "meta", "train_graph", "graphs"])
+def test_a_part_with_a_name_that_traced_modules_use_keeps_it(name):
+    class Book(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(6, 3)
+            self.add_module(name, nn.Linear(8, 6))
+
+        def forward(self, x):
+            return self.b(getattr(self, name)(self.a(x).relu()).relu())
+
+    class Coded(Book):
+        def __init__(self):
+            super().__init__()
+            delattr(self, name)
+            self.register_buffer(name, torch.rand(8, 6))
+
+        def forward(self, x):
+            return self.b(self.a(x).relu() @ getattr(self, name))
+
+    for model in (Book().double(), Coded().double(), nn.Sequential(Book(), nn.Linear(3, 2)).double()):
+        traced = surgery.trace(model, X)
+        assert traced.state_dict().keys() == model.state_dict().keys()
+        slim, masked = surgery.slim(traced, 0.5), surgery.masked(traced, surgery.split_masks(traced, 0.5))
+        for one, other in ((traced, model), (slim, masked), (surgery.widen(traced, 2.0), model)):
+            assert surgery.verify(one, other, X).ok
+            assert surgery.verify(copy.deepcopy(one), other, X, train=True).ok

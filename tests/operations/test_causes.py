@@ -63,6 +63,16 @@ def test_the_positions_of_a_maximum_over_channels_stay():
     assert group.reason == "max numbers its positions"
 
 
+def test_a_maximum_may_be_taken_apart_if_its_positions_are_not_read():
+    def unpacked(net, x):
+        values, _ = x.max(1, keepdim=True)
+        return x * values
+
+    traced, x = traced_of(over_channels(unpacked), 2, 3, 6, 6)
+    hold(traced, x)
+    assert surgery.slim(traced, 0.5).write.out_channels == 4
+
+
 def test_a_mean_over_channels_refuses_copies_in_unequal_numbers():
     traced, _ = traced_of(CAUSES["rms"][0], *CAUSES["rms"][1])
     with pytest.raises(surgery.EditError, match="every unit needs the same number of copies"):

@@ -386,3 +386,33 @@ def test_a_calibration_batch_without_statistics_is_refused(value):
         surgery.deepen(traced, ["act1"], calibration=torch.full_like(images(1), value))
     with pytest.raises(surgery.UsageError, match=r"gives act1_identity0\.norm no finite mean and variance"):
         surgery.deepen(traced, ["act1"], calibration=images(1)[:0])
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.PReLU(), nn.PReLU(8), nn.LeakyReLU()], ids=["PReLU", "PReLU(8)", "LeakyReLU"]
+)
+@pytest.mark.parametrize("norm", [True, False])
+def test_an_identity_layer_is_refused_behind_activations_that_change_it_with_parameters_or_without(activation, norm):
+    layers = [nn.Conv2d(3, 8, 1), *([nn.BatchNorm2d(8)] if norm else []), activation, nn.Conv2d(8, 3, 1)]
+    traced = surgery.trace(nn.Sequential(*layers).eval(), torch.rand(2, 3, 4, 4))
+    for place in ("0", str(len(layers) - 2)):
+        with pytest.raises(surgery.EditError, match=f"that of a {type(activation).__name__}, which changes it"):
+            surgery.deepen(traced, [place], form="layer")
+        deep = surgery.deepen(traced, [place])
+        assert surgery.verify(deep, traced).max_abs == 0
+        assert f"{place}_identity0.conv2" in dict(deep.named_modules())
+
+
+def test_a_function_with_a_learned_slope_is_an_activation_too():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.slope, self.b = nn.Conv2d(3, 8, 1), nn.Parameter(torch.rand(8)), nn.Conv2d(8, 3, 1)
+
+        def forward(self, x):
+            return self.b(nn.functional.prelu(self.a(x), self.slope))
+
+    traced = surgery.trace(Net().eval(), torch.rand(2, 3, 4, 4))
+    with pytest.raises(surgery.EditError, match="that of a PReLU, which changes it"):
+        surgery.deepen(traced, ["a"], form="layer")
+    assert surgery.verify(surgery.deepen(traced, ["a"]), traced).max_abs == 0

@@ -513,7 +513,6 @@ def layer_norm_channels_last(self, x):
     a=lambda: nn.Conv1d(3, 8, 1),
     n=lambda: nn.LayerNorm(6),
     d=lambda: nn.Conv1d(8, 5, 1),
-    frozen=("n has positions in it",),
 )
 def layer_norm_over_length(self, x):
     return self.d(self.n(self.a(x)).relu()).mean(2)
@@ -973,7 +972,6 @@ def pad_space(self, x):
     a=conv(3, 4),
     b=conv(3, 8),
     d=conv(8, 5),
-    frozen=("add combines it with an axis that holds no channels", "pad works along it"),
 )
 def pad_channels(self, x):
     return gap(self.d(F.pad(self.a(x), (0, 0, 0, 0, 2, 2)) + self.b(x)))

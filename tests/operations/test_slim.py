@@ -123,7 +123,7 @@ def test_masks_of_a_model_are_no_part_of_it_and_lie_with_its_parameters(dense, k
     assert [*traced.state_dict()] == [*surgery.masked(traced, masks).state_dict()] == before
 
 
-PARTS = ["efficientnet_b0", "shufflenet_v2_x1_0",
+PARTS = ["efficientnet_b0?num_classes=10", "shufflenet_v2_x0_5?num_classes=10",
          "fasterrcnn_mobilenet_v3_large_320_fpn?box_score_thresh=0.0&num_classes=3"]  # fmt: skip
 
 

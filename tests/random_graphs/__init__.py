@@ -23,7 +23,10 @@ Steps = list[tuple[str, int, int]]
 
 
 class RandomNet(MapSteps, TokenSteps, SequenceSteps, PythonSteps):
-    """Two inputs, a list of steps, and two heads, returned as one of `OUTPUTS`."""
+    """Two inputs, a list of steps, and two heads, returned as one of `OUTPUTS`.
+
+    The first head reads every map that nothing else reads, so that no step is without effect.
+    """
 
     def __init__(self, steps: Steps, output: str = "tuple") -> None:
         super().__init__()
@@ -31,9 +34,11 @@ class RandomNet(MapSteps, TokenSteps, SequenceSteps, PythonSteps):
         for at, (kind, a, b) in enumerate(steps):
             first, second = self.pick(a), self.pick(b)
             getattr(self, f"plan_{kind}")(f"step{at}", first, second, a // 7 + 1, b // 7 + 1)
-        self.heads = [self.pick(0), self.pick(steps[-1][2])]
-        for k, head in enumerate(self.heads):
-            self.add_module(f"head{k}", nn.Linear(self.widths[head] * (SIZE * SIZE if k else 1), 3))
+        read = {operand for _, operands, _ in self.calls for operand in operands}
+        self.ends = [k for k in range(len(self.widths)) if k not in read or k == len(self.widths) - 1]
+        self.whole = self.pick(steps[-1][2])
+        self.heads = nn.ModuleList(nn.Linear(self.widths[end], 3) for end in self.ends)
+        self.last = nn.Linear(self.widths[self.whole] * SIZE * SIZE, 3)
 
     def forward(self, x: Tensor, y: Tensor) -> Any:
         maps = [x, y]
@@ -41,8 +46,8 @@ class RandomNet(MapSteps, TokenSteps, SequenceSteps, PythonSteps):
             kind, _, _ = name.partition("@")
             made = getattr(self, f"run_{kind}")(name.partition("@")[2], [maps[k] for k in operands], extra)
             maps.extend(made if isinstance(made, (list, tuple)) else [made])
-        first, second = self.head0(maps[self.heads[0]].mean((2, 3))), self.head1(maps[self.heads[1]].flatten(1))
-        return OUTPUTS[self.output](first, second)
+        first = sum(head(maps[end].mean((2, 3))) for head, end in zip(self.heads, self.ends, strict=True))
+        return OUTPUTS[self.output](first, self.last(maps[self.whole].flatten(1)))
 
 
 def _kinds(*classes: type) -> list[str]:

@@ -39,6 +39,8 @@ class Outcome:
     refused: dict[str, str] = field(default_factory=dict)
     """By what was asked for, the reason."""
     worst: float = 0.0
+    vacuous: list[str] = field(default_factory=list)
+    """Slim networks whose removed channels do not show in the outputs, so that nothing is judged."""
     groups: int = 0
     editable: int = 0
     """Of the groups that are neither an end of the network nor unread, how many can be edited."""
@@ -108,7 +110,12 @@ class _Check:
         made = self.attempt(what, lambda: find_sources(dense, lambda m: surgery.slim(m, rate), copies=False))
         if made is None:
             return None
-        self.compare(what, self.runs(what, made[0]), self.narrowed(f"switched off, {what}", dense, made[1], off=True))
+        runs = self.runs(what, made[0])
+        self.compare(what, runs, self.narrowed(f"switched off, {what}", dense, made[1], off=True))
+        whole, how = _run(dense, self.inputs, False, None), (False, self.batch)
+        fewer = any(made[1][name].positions.numel() < p.numel() for name, p in dense.named_parameters())
+        if fewer and worst_difference(Run(runs[how].outputs, {}), Run(whole.outputs, {})) <= EXACT:
+            self.outcome.vacuous.append(what)
         return made
 
     def narrowed(self, what: str, dense: nn.Module, kept: dict[str, Source], off: bool = False) -> Runs:

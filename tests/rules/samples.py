@@ -21,6 +21,7 @@ from torchvision.models.video import mvit
 from torchvision.models.video import swin_transformer as swin_transformer_3d
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from surgery.graph.items import set_items
 from surgery.layers import attention as heads
 from surgery.layers import norms as lengths
 from surgery.layers.maxout import Maxout
@@ -65,6 +66,9 @@ NO_SAMPLE = {
     RestrictedNorm: "is the base of classes that are made of norms",
     "cuda": "needs a device that tests do not have",
     "mT": "is an attribute, sampled as one",
+    torch.zeros: "takes no tensor: NoBias in tests/idioms.py has it",
+    torch.ones: "takes no tensor: NoBias has it",
+    torch.full: "takes no tensor",
 }
 
 
@@ -594,3 +598,4 @@ sample("unfold", t(2, 3, 6, 4), 2, 3, 1, free="0:0,1,3")
 sample(nn.Conv1d(2, 3, 1), t(2, 2, 4), free="0:0,1,2 weight:0,1 bias:0")
 sample(F.scaled_dot_product_attention, t(2, 4, 5, 3), t(2, 2, 6, 3), t(2, 2, 6, 7), enable_gqa=True,
        free="0:0,1,2 1:1 2:1,3")  # fmt: skip
+sample(set_items, t(2, 3, 4), (slice(None), 0), t(2, 4), free="2:1")

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 import surgery
 from surgery.training.data.data import load_data
 from surgery.training.engine import Engine, is_main_process
 from surgery.training.evaluation import evaluate
+from surgery.training.growth import Growth
 from surgery.training.loop import train
 from surgery.training.modes import mixed_seed
 
@@ -83,6 +85,16 @@ def net() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+
+
+def test_a_training_collects_no_garbage_and_each_growth_frees_what_was_prepared_before(monkeypatch):
+    data, freed = load_data("digits", limit=40), []
+    monkeypatch.setattr(Accelerator, "free_memory", lambda self, *objects: freed.append(len(self._models)))
+    model = surgery.trace(net(), torch.zeros(2, 3, 8, 8))
+    train(model, data, epochs=1)
+    assert freed == []
+    train(model, data, epochs=2, grow={1: Growth(widen={"0": 1.5})})
+    assert freed == [1]
 
 
 def test_mixed_precision_computes_in_bfloat16_and_keeps_float32_weights():

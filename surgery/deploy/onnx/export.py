@@ -24,6 +24,7 @@ from surgery.deploy.onnx.detections import are_detections
 from surgery.deploy.onnx.exporters import EXPORTERS, Order, convert, exportable_copy
 from surgery.deploy.onnx.openings import Plan
 from surgery.deploy.onnx.parity import Parity, parity, run_reference
+from surgery.deploy.onnx.trees import open_outputs
 from surgery.edit.recipe import recipe
 from surgery.errors import ExportError, UsageError, unknown_name, whole_number
 from surgery.graph import tracing
@@ -133,13 +134,13 @@ def export_onnx(
     args, named = copy_inputs(*resolve(module, example_inputs, kwargs), "cpu")
     listed = is_list_of_images(args)
     plan = Plan(args, named, not listed if dynamic_batch is None else dynamic_batch, dynamic_size, opset)
-    outputs = run_reference(exportable_copy(module), args, named)
+    outputs = run_reference(_prepared(module), args, named)
     properties = {**_provenance(module, args, named), **(metadata or {})}
     failed: list[ExportError] = []
     for name in [exporter] if exporter else ["torchscript"] if listed else EXPORTERS:
         with _draft(path) as draft:
             try:
-                order = plan.order(exportable_copy(module), outputs, frozen=not verify)
+                order = plan.order(_prepared(module), outputs, frozen=not verify)
                 made = _write(name, order, draft, {"surgery.exporter": name, **properties})
                 size = sum(file.stat().st_size for file in draft.parent.iterdir())
                 done = Export(path, name, made, plan.open_names, size)
@@ -157,6 +158,12 @@ def export_onnx(
         else ""
     )
     raise ExportError("; ".join(dict.fromkeys(map(str, failed))) + hint) from failed[0]
+
+
+def _prepared(module: nn.Module) -> nn.Module:
+    model = exportable_copy(module)
+    open_outputs(model)
+    return model
 
 
 @contextmanager

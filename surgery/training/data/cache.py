@@ -27,7 +27,7 @@ from surgery.locks import hold
 from surgery.models.saved import DTYPES
 from surgery.progress import Progress
 from surgery.stored import DIGEST, check_signature, check_type, digest_file, read_object, refuse_special, write_object
-from surgery.training.data.data import Derived, Images, count
+from surgery.training.data.data import Extended, Images, count
 from surgery.training.data.fingerprint import images_digest, is_deterministic, module_digest
 from surgery.training.modes import in_mode
 from surgery.units import mebibytes
@@ -234,7 +234,7 @@ def cache_bytes(teacher: nn.Module, images: Images) -> int:
     return sum(one.bytes for one in _describe(teacher, images)) * count(images)
 
 
-class _InMemory(Derived):
+class _InMemory(Extended):
     def __init__(self, images: Images, outputs: Sequence[Tensor]) -> None:
         super().__init__(images)
         self.outputs = outputs
@@ -243,7 +243,7 @@ class _InMemory(Derived):
         return (*self.images[index], *(output[index].clone() for output in self.outputs))
 
 
-class _OnDisk(Derived):
+class _OnDisk(Extended):
     def __init__(self, images: Images, files: Sequence[Path], dtypes: Sequence[torch.dtype]) -> None:
         super().__init__(images)
         self.files, self.dtypes = files, dtypes

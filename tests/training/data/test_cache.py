@@ -20,7 +20,7 @@ from surgery.errors import UsageError
 from surgery.stored import sign
 from surgery.training.data.cache import MARKER, cache_bytes, cache_outputs, open_cache, write_cache
 from surgery.training.data.data import load_data
-from surgery.training.data.fingerprint import is_deterministic, module_digest
+from surgery.training.data.fingerprint import is_deterministic, module_digest, training_digest
 from tests.zoo import randomised
 
 
@@ -108,6 +108,12 @@ def test_workers_read_the_images_that_the_teacher_is_given(where):
     images, teacher = make_images(), make_teacher(1)
     cached = cache_outputs(teacher, images, where=where, batch_size=5, workers=2)
     assert torch.allclose(torch.stack([cached[k][2] for k in range(37)]), expected(teacher, images), atol=1e-6)
+
+
+def test_a_training_is_identified_alike_with_and_without_cached_outputs(where):
+    images, teacher = make_images(), make_teacher()
+    assert training_digest(cache_outputs(teacher, images, where=where)) == training_digest(images)
+    assert training_digest(cache_outputs(teacher, make_images(seed=1), where=where)) != training_digest(images)
 
 
 def test_the_teacher_and_the_random_states_are_left_as_they_were(where):

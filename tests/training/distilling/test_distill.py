@@ -158,7 +158,7 @@ def test_augmented_images_are_not_cached(teacher):
 
 
 @pytest.mark.parametrize(("task", "step"), [("hints", 1), ("hints", 5), ("hints", 8), ("distill", 1), ("distill", 7)])
-def test_a_killed_run_ends_with_the_same_weights(digits, teacher, tmp_path, task, step):
+def test_a_killed_distillation_ends_with_the_same_weights(digits, teacher, tmp_path, task, step):
     student = traced(thin)
     settings = {**SMALL, "objectives": (KD(), Hint(guided="4", hint="3", weight=0.1)), "test_each_epoch": True}
     whole = distill(student, teacher, digits, **settings)
