@@ -32,6 +32,7 @@ _OWN = (
     "torch.fx",
     "torch.utils.",
     "torch.overrides",
+    "torch.autograd",  # whose C++ reads what says that it is a tensor as one: torch 2.11 does not survive it
     "torch.nn.parameter",
     "torch.nn.modules.module",
     "torch._",
