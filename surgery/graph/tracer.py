@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import inspect
 import operator
 import sys
 from collections.abc import Iterator
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, cast
 
 import torch
@@ -32,7 +34,6 @@ _OWN = (
     "torch.fx",
     "torch.utils.",
     "torch.overrides",
-    "torch.autograd",  # whose C++ reads what says that it is a tensor as one: torch 2.11 does not survive it
     "torch.nn.parameter",
     "torch.nn.modules.module",
     "torch._",
@@ -40,14 +41,38 @@ _OWN = (
 """Python that tells proxies from tensors."""
 
 
+@functools.lru_cache(maxsize=4096)
+def _asks_for_type(code: CodeType, at: int) -> bool:
+    """Whether the instruction at an offset is a call of ``isinstance``, a class pattern, or reads ``__class__``.
+
+    A call has the place in the source at which its function is loaded.
+    """
+    instructions = list(dis.get_instructions(code))
+    now = next((i for i in instructions if i.offset == at), None)
+    if now is None or now.opname.startswith("MATCH_CLASS") or now.argval == "__class__":
+        return now is not None
+    place = now.positions and (now.positions.lineno, now.positions.col_offset)
+    return any(
+        i.argval == "isinstance" and i.positions and (i.positions.lineno, i.positions.col_offset) == place
+        for i in instructions
+        if i.opname.startswith("LOAD_")
+    )
+
+
 class SizeProxy(fx.Proxy):
     """A proxy that Python can branch on, count with and iterate over, where its value follows from shapes."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type[Any]:
-        """`torch.Tensor` to a model's Python that asks for the type of a tensor (``isinstance``)."""
-        asking, tracer = str(sys._getframe(1).f_globals.get("__name__", "")), cast(Tracer, self.tracer)
-        if not asking.startswith(_OWN) and not tracer.values.busy and tracer.is_tensor(self):
+        """`torch.Tensor` to a model's Python that asks for the type of a tensor (``isinstance``).
+
+        Not to C++ that is called from there: it would read the proxy's memory as a tensor's.
+        """
+        frame, tracer = sys._getframe(1), cast(Tracer, self.tracer)
+        asking = str(frame.f_globals.get("__name__", ""))
+        if asking.startswith(_OWN) or not _asks_for_type(frame.f_code, frame.f_lasti):
+            return type(self)
+        if not tracer.values.busy and tracer.is_tensor(self):
             return torch.Tensor
         return type(self)
 
