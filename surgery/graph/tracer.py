@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import inspect
-import itertools
-import linecache
 import operator
 import sys
 from collections.abc import Iterator
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, cast
 
 import torch
@@ -41,15 +41,38 @@ _OWN = (
 """Python that tells proxies from tensors."""
 
 
+@functools.lru_cache(maxsize=4096)
+def _asks_for_type(code: CodeType, at: int) -> bool:
+    """Whether the instruction at an offset is a call of ``isinstance``, a class pattern, or reads ``__class__``.
+
+    A call has the place in the source at which its function is loaded.
+    """
+    instructions = list(dis.get_instructions(code))
+    now = next((i for i in instructions if i.offset == at), None)
+    if now is None or now.opname.startswith("MATCH_CLASS") or now.argval == "__class__":
+        return now is not None
+    place = now.positions and (now.positions.lineno, now.positions.col_offset)
+    return any(
+        i.argval == "isinstance" and i.positions and (i.positions.lineno, i.positions.col_offset) == place
+        for i in instructions
+        if i.opname.startswith("LOAD_")
+    )
+
+
 class SizeProxy(fx.Proxy):
     """A proxy that Python can branch on, count with and iterate over, where its value follows from shapes."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type[Any]:
-        """`torch.Tensor` to a model's Python that asks for the type of a tensor (``isinstance``)."""
+        """`torch.Tensor` to a model's Python that asks for the type of a tensor (``isinstance``).
+
+        Not to C++ that is called from there: it would read the proxy's memory as a tensor's.
+        """
         frame, tracer = sys._getframe(1), cast(Tracer, self.tracer)
-        own = str(frame.f_globals.get("__name__", "")).startswith(_OWN)
-        if not own and not tracer.values.busy and _calls_isinstance(frame) and tracer.is_tensor(self):
+        asking = str(frame.f_globals.get("__name__", ""))
+        if asking.startswith(_OWN) or not _asks_for_type(frame.f_code, frame.f_lasti):
+            return type(self)
+        if not tracer.values.busy and tracer.is_tensor(self):
             return torch.Tensor
         return type(self)
 
@@ -86,17 +109,6 @@ class _SizeAttribute(fx.proxy.Attribute, SizeProxy):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = super().__call__(*args, **kwargs)
         return self.tracer.found(result) if self.attr == "get" else result  # type: ignore[attr-defined]
-
-
-def _calls_isinstance(frame: FrameType) -> bool:
-    """Whether a frame is at a call of ``isinstance``, by its source.
-
-    Compiled code asks too, such as ``apply`` of a `Function` of autograd, and would read the memory of a tensor.
-    """
-    line, _, column, _ = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
-    if line is None or column is None:
-        return False
-    return linecache.getline(frame.f_code.co_filename, line).encode()[column:].startswith(b"isinstance(")
 
 
 class GuardingTracer(fx.Tracer):

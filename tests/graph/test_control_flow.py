@@ -253,3 +253,39 @@ def test_python_that_asks_whether_something_is_a_tensor_is_followed():
         assert isinstance(traced, torch.fx.GraphModule)
         assert surgery.verify(surgery.widen(traced, 2.0), net, args, train=True).ok
     assert isinstance.__module__ == "builtins"
+
+
+class AsksForTypes(nn.Module):
+    """Each way in which Python asks whether something is a tensor; what C++ is given is not asked."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.layer = way, nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.layer(x)
+        match self.way:
+            case "isinstance":
+                found = isinstance(y, torch.Tensor)
+            case "of several":
+                found = all(isinstance(one, (torch.Tensor, int)) for one in (y, 3))
+            case "in a call":
+                found = bool(max(isinstance(y, torch.Tensor), 0))
+            case "class":
+                found = y.__class__ is torch.Tensor
+            case "is_tensor":
+                found = torch.is_tensor(y)
+            case _:
+                match y:
+                    case torch.Tensor():
+                        found = True
+                    case _:
+                        found = False
+        return y * 2 if found else y
+
+
+@pytest.mark.parametrize("way", ["isinstance", "of several", "in a call", "class", "is_tensor", "pattern"])
+def test_python_that_asks_for_the_type_of_a_tensor_is_answered(way):
+    model = AsksForTypes(way)
+    x = torch.randn(2, 4)
+    assert torch.equal(surgery.trace(model, x)(x), model(x))
