@@ -4,24 +4,24 @@ from surgery.rules import (
     attention,
     constants,
     contraction,
+    conv_and_linear,
     elementwise,
     movement,
     norms,
     recurrent,
     reductions,
     vision,
-    weights,
 )
 
 __all__ = [
     "attention",
     "constants",
     "contraction",
+    "conv_and_linear",
     "elementwise",
     "movement",
     "norms",
     "recurrent",
     "reductions",
     "vision",
-    "weights",
 ]

@@ -337,15 +337,15 @@ def _index_select(op: Op, input: Labelled, dim: int, index: Labelled) -> Fields:
 
 @oprule("expand", torch.broadcast_to, "broadcast_to", rewrite=_resize_view, linear="first", python="sizes")
 def _expand(op: Op, input: Labelled, *sizes: Any, **named: Any) -> Fields:
-    return _expand(op, input, None)
+    return _stretch(op, input, None)
 
 
 @oprule("expand_as", rewrite=_resize_view, linear="first", python="sizes")
 def _expand_as(op: Op, input: Labelled, other: Labelled) -> Fields:
-    return _sized_like(op, _expand(op, input, other), other)
+    return _sized_like(op, _stretch(op, input, other), other)
 
 
-def _expand(op: Op, input: Labelled, other: Labelled | None) -> Fields:
+def _stretch(op: Op, input: Labelled, other: Labelled | None) -> Fields:
     """What is repeated is the same for every channel: it can be as long as what it meets."""
     shift = len(op.shape) - input.ndim
     fields = list(op.elementwise(input))

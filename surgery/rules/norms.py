@@ -26,7 +26,7 @@ from surgery.layers.norms import (
     rms_norm_over,
     scaled_normalize,
 )
-from surgery.rules.weights import WEIGHT_AND_BIAS, per_channel
+from surgery.rules.conv_and_linear import WEIGHT_AND_BIAS, per_channel
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Over the last axes

@@ -11,7 +11,7 @@ import torchvision
 from surgery.axes.labels import Fields, Labelled
 from surgery.axes.ops import Op
 from surgery.graph.rule_table import oprule
-from surgery.rules.weights import WEIGHT_AND_BIAS, convolve, resize_conv
+from surgery.rules.conv_and_linear import WEIGHT_AND_BIAS, convolve, resize_conv
 
 
 @oprule(torchvision.ops.roi_align, torchvision.ops.roi_pool)
