@@ -1,8 +1,8 @@
 from surgery import errors as errors
-from surgery import folders as folders
 from surgery import models as models
 from surgery import progress as progress
 from surgery import settings as settings
+from surgery import storage as storage
 from surgery import units as units
 from surgery.axes.analysis import dimension_groups as dimension_groups
 from surgery.axes.frozen import Unedited as Unedited
@@ -66,9 +66,9 @@ from surgery.errors import TraceError as TraceError
 from surgery.errors import UsageError as UsageError
 from surgery.errors import VerificationError as VerificationError
 from surgery.errors import WeightsWarning as WeightsWarning
-from surgery.graph.table import NodeEdit as NodeEdit
-from surgery.graph.table import oprule as oprule
-from surgery.graph.table import restore_rules as restore_rules
+from surgery.graph.rule_table import NodeEdit as NodeEdit
+from surgery.graph.rule_table import oprule as oprule
+from surgery.graph.rule_table import restore_rules as restore_rules
 from surgery.graph.traced import example_inputs as example_inputs
 from surgery.graph.tracing import trace as trace
 from surgery.models.detectors import comparable as comparable

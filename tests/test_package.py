@@ -19,7 +19,8 @@ from tests.zoo import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"errors", "folders", "lazy", "locks", "renaming", "stored", "units", "version"},
+    {"errors", "lazy", "units", "version"},
+    {"storage"},
     {"progress", "settings", "selectors"},
     {"graph"},
     {"axes"},

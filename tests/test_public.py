@@ -58,7 +58,7 @@ def test_a_part_of_the_package_is_an_attribute_of_it_and_nothing_else_is():
 def test_a_rule_registered_before_anything_else_is_not_overwritten_by_the_package_s_own():
     code = """
 import surgery, torch
-from surgery.graph.table import rule_for
+from surgery.graph.rule_table import rule_for
 @surgery.oprule(torch.nn.ReLU)
 def mine(op, x): ...
 surgery.dimension_groups

@@ -14,8 +14,8 @@ from torch.utils.data import TensorDataset
 
 import surgery
 from surgery.deploy.curve.store import RECORD, Store
-from surgery.folders import SETTINGS, unfinished_folder
 from surgery.models.saving import RECIPE, WEIGHTS
+from surgery.storage.folders import SETTINGS, unfinished_folder
 from surgery.training.data.cache import MARKER, cache_outputs, write_cache
 from surgery.training.history import Epoch, History, Score
 

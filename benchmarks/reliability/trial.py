@@ -18,7 +18,7 @@ import torch
 import surgery
 from benchmarks.reliability.artefacts import Artefact
 from benchmarks.reliability.mutations import mutate_bytes, mutate_json
-from surgery.stored import sign
+from surgery.storage.documents import sign
 
 
 @dataclass(frozen=True)

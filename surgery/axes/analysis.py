@@ -21,8 +21,8 @@ from surgery.axes.groups import DimensionGroup, list_groups
 from surgery.axes.labels import Ids
 from surgery.axes.ledger import Called, NodeKey, Norm, ParamKey
 from surgery.axes.numbering import Named, number_units
-from surgery.axes.recording import collect_findings
 from surgery.axes.state import State, read_state
+from surgery.axes.untraced import collect_findings
 from surgery.errors import unknown_name
 from surgery.graph.traced import example_inputs, info
 

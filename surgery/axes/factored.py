@@ -46,14 +46,14 @@ def settle(findings: Findings) -> Settled:
         for grid, axes in zip(undecided, free, strict=True):
             if len(axes) <= 1:
                 axis = axes[0] if axes else None
-                ties += [_tied(np.moveaxis(grid.ids, axis, -1), ids) for n, ids in grid.partners if n == axis]
+                ties += [_tie(np.moveaxis(grid.ids, axis, -1), ids) for n, ids in grid.partners if n == axis]
                 frozen += [(ids, _SHARED.format(grid.what)) for n, ids in grid.partners if n != axis]
                 rows += _rows(grid, axis)
         if len(left) == len(undecided):
             for grid, axes in zip(undecided, free, strict=True):
                 front = np.moveaxis(grid.ids, axes[-1], -1)
                 lines = front.reshape(-1, front.shape[-1])
-                ties.append(_tied(lines[:1], lines))
+                ties.append(_tie(lines[:1], lines))
         undecided = left
         component = find_components(ties, findings.count)
     return Settled(component, tuple(frozen), tuple(rows))
@@ -83,7 +83,7 @@ def _rows(grid: Grid, axis: int | None) -> list[Row]:
     return [(rows[:-1, -1], rows[1:, 0], rows[:-1, 0], f"{grid.what} reads parts of it that cannot be told apart")]
 
 
-def _tied(a: Ids, b: Ids) -> Tie:
+def _tie(a: Ids, b: Ids) -> Tie:
     x, y = np.broadcast_arrays(a, b)
     return x.ravel(), y.ravel()
 

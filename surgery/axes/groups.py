@@ -15,7 +15,7 @@ from surgery.axes.labels import Ids
 from surgery.axes.ledger import Findings, ParamKey
 from surgery.axes.numbering import Named, Numbering
 from surgery.errors import UsageError, unknown_name
-from surgery.graph.table import layer_tensors
+from surgery.graph.rule_table import layer_tensors
 
 Edge = tuple[Any, Any, str]
 """Two axes of parameters or activations, and the op that ties them."""

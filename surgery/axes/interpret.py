@@ -23,7 +23,7 @@ from surgery.axes.ops import Op
 from surgery.errors import TraceError, UsageError
 from surgery.graph.meta import Twins
 from surgery.graph.outputs import Rebuild
-from surgery.graph.table import Rule, has_module_rule, rule_for, unknown
+from surgery.graph.rule_table import Rule, has_module_rule, rule_for, unknown
 from surgery.graph.traced import TracedModule
 
 

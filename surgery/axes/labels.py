@@ -57,7 +57,7 @@ class Labelled:
         return next((f for f in self.fields if dim in f.dims), None)
 
 
-def moved(field: Field, dims: tuple[int, ...], ids: Ids | None = None) -> Field:
+def move_field(field: Field, dims: tuple[int, ...], ids: Ids | None = None) -> Field:
     """The field with new dims (ascending after transposition) and, where given, new ids."""
     ids = field.ids if ids is None else ids
     order = sorted(range(len(dims)), key=lambda i: dims[i])
@@ -66,13 +66,13 @@ def moved(field: Field, dims: tuple[int, ...], ids: Ids | None = None) -> Field:
     return Field(tuple(dims[i] for i in order), ids, field.key, field.repeats)
 
 
-def permuted(fields: Fields, order: tuple[int, ...]) -> Fields:
+def permute_fields(fields: Fields, order: tuple[int, ...]) -> Fields:
     """Fields after ``tensor.permute(order)``."""
     place = {old: new for new, old in enumerate(order)}
-    return tuple(moved(f, tuple(place[d] for d in f.dims)) for f in fields)
+    return tuple(move_field(f, tuple(place[d] for d in f.dims)) for f in fields)
 
 
-def reshaped(
+def reshape_fields(
     fields: Fields, old: Shape, new: Shape, *, pairing: Pairing | None = None, whole: bool = False, places: bool = False
 ) -> tuple[Fields, list[Field]]:
     """Fields after a row-major reshape, and the fields that cannot be followed because two of them merge.
@@ -104,7 +104,7 @@ def reshaped(
     return tuple(result), lost
 
 
-def sliced(fields: Fields, index: tuple[Any, ...], rank: int) -> tuple[Fields, list[Field]]:
+def slice_fields(fields: Fields, index: tuple[Any, ...], rank: int) -> tuple[Fields, list[Field]]:
     """Fields after basic indexing with ints, slices, None and Ellipsis; and those where it picks one position."""
     index = full_index(index, rank)
     result: list[Field] = []
@@ -124,7 +124,7 @@ def sliced(fields: Fields, index: tuple[Any, ...], rank: int) -> tuple[Fields, l
         ids = f.ids[tuple(take[d] for d in f.dims)]
         dims = tuple(d for d in (place[d] for d in f.dims) if d is not None)
         if dims:
-            result.append(moved(f, dims, ids))
+            result.append(move_field(f, dims, ids))
         else:
             picked.append(Field((), ids, f.key))
     return tuple(result), picked

@@ -12,7 +12,7 @@ from torch import fx
 
 from surgery.axes.labels import Field, Fields, Ids, Labelled, Pairing
 from surgery.graph.outputs import leaves_in
-from surgery.graph.table import NodeEdit
+from surgery.graph.rule_table import NodeEdit
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ class Ledger:
 
     whole = places = False
     pairing: Pairing | None = None
-    """How reshapes label their results: see `surgery.axes.labels.reshaped`."""
+    """How reshapes label their results: see `surgery.axes.labels.reshape_fields`."""
 
     def __init__(self, findings: Findings) -> None:
         self.findings = findings

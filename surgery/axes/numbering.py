@@ -72,7 +72,7 @@ def number_units(findings: Findings, settled: Settled) -> Numbering:
     rows = [(unit_of[last], unit_of[behind], unit_of[own], why) for last, behind, own, why in settled.rows]
     reasons = [
         *_by_unit(unit_of, settled.frozen),
-        (_unlearned(findings.buffers, axis_units, roles, count), "values of a buffer"),
+        (_find_unlearned(findings.buffers, axis_units, roles, count), "values of a buffer"),
         *((last[last == behind], why) for last, behind, _, why in rows),
     ]
     consumed = [units for key, units in axis_units.items() if "consumer" in roles[key]]
@@ -81,7 +81,7 @@ def number_units(findings: Findings, settled: Settled) -> Numbering:
     frozen = ~read | _flags(count, [units for units, _ in reasons])
     access = _signature(held, frozen)
     fence = _fence(access, ranges)
-    crossed = [(_crossed(last, behind, own, fence), why) for last, behind, own, why in rows]
+    crossed = [(_find_crossings(last, behind, own, fence), why) for last, behind, own, why in rows]
     if any(len(units) for units, _ in crossed):
         reasons += crossed
         frozen = ~read | _flags(count, [units for units, _ in reasons])
@@ -98,9 +98,9 @@ def number_units(findings: Findings, settled: Settled) -> Numbering:
         access=_read_only(access),
         writers=_read_only(_signature([u for key, u in axis_units.items() if "producer" in roles[key]], frozen)),
         fence=_read_only(fence),
-        reasons=_closed(reasons),
-        mixed=_closed(_by_unit(unit_of, findings.mixed)),
-        single=_closed([*_by_unit(unit_of, findings.single), *_used_twice(findings, axis_units, roles)]),
+        reasons=_close(reasons),
+        mixed=_close(_by_unit(unit_of, findings.mixed)),
+        single=_close([*_by_unit(unit_of, findings.single), *_find_mixed_uses(findings, axis_units, roles)]),
     )
 
 
@@ -131,7 +131,7 @@ def _number(
     for pool in (written, carried, read):
         held = {key: component[axes[key].ids] for key in pool}
         held = {key: parts for key, parts in held.items() if (order[parts] < 0).any()}
-        for keys in _sharing(held, total):
+        for keys in _split_by_component(held, total):
             seen = np.concatenate([held[key] for key in keys])
             values, at = np.unique(seen, return_index=True)
             values = values[np.argsort(at)]
@@ -145,7 +145,7 @@ def _number(
     return order, ranges, first
 
 
-def _sharing(held: Mapping[ParamKey, Ids], total: int) -> list[list[ParamKey]]:
+def _split_by_component(held: Mapping[ParamKey, Ids], total: int) -> list[list[ParamKey]]:
     """The axes in lists, so that axes of different lists share no component; in the order of the first of each."""
     if not held:
         return []
@@ -164,7 +164,7 @@ def _by_unit(unit_of: Ids, said: Iterable[tuple[Ids, str]]) -> list[tuple[Ids, s
     return [(unit_of[ids], what) for ids, what in said]
 
 
-def _unlearned(
+def _find_unlearned(
     buffers: frozenset[str], axis_units: Mapping[ParamKey, Ids], roles: Mapping[ParamKey, frozenset[str]], count: int
 ) -> Ids:
     """Units of buffers' axes that no parameter writes or scales."""
@@ -201,13 +201,13 @@ def _fence(access: NDArray[np.uint64], ranges: Iterable[tuple[int, int]]) -> NDA
     return fence
 
 
-def _crossed(last: Ids, behind: Ids, own: Ids, fence: NDArray[np.bool_]) -> Ids:
+def _find_crossings(last: Ids, behind: Ids, own: Ids, fence: NDArray[np.bool_]) -> Ids:
     """Of the last units of rows, those which the first unit of the next row continues although the rows are alike: a
     run of units would pass from one row to the next."""
     return np.asarray(last[(behind == last + 1) & (behind == own) & ~fence[behind]], dtype=np.int64)
 
 
-def _used_twice(
+def _find_mixed_uses(
     findings: Findings, axis_units: Mapping[ParamKey, Ids], roles: Mapping[ParamKey, frozenset[str]]
 ) -> list[tuple[Ids, str]]:
     """Axes that are contracted over and used in another way."""
@@ -218,7 +218,7 @@ def _used_twice(
     ]
 
 
-def _closed(said: Iterable[tuple[Ids, str]]) -> Named:
+def _close(said: Iterable[tuple[Ids, str]]) -> Named:
     return tuple((_read_only(units), what) for units, what in said)
 
 

@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from surgery.axes.labels import Field, Fields, Labelled, Pairing, moved, reshaped
+from surgery.axes.labels import Field, Fields, Labelled, Pairing, move_field, reshape_fields
 from surgery.axes.ledger import Grid, Norm
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ class Op:
         for tensor in tensors:
             shift = len(shape) - tensor.ndim
             for f in tensor.fields:
-                f = moved(f, tuple(d + shift for d in f.dims))
+                f = move_field(f, tuple(d + shift for d in f.dims))
                 if any(f.ids.shape[k] != shape[d] for k, d in enumerate(f.dims)):
                     self.freeze(f, f"{self.name} broadcasts it")
                 else:
@@ -267,10 +267,10 @@ class Op:
         run = self._ledger
         named: Any = {"pairing": pairing or run.pairing, "whole": run.whole, "places": run.places}
         held = run.unmerged(x.fields)
-        fields, lost = reshaped(held, x.shape, self.shape, **named)
+        fields, lost = reshape_fields(held, x.shape, self.shape, **named)
         for gone in () if self.trial or not lost else self._merged(lost):
             kept = tuple(f for f in held if f not in gone)
-            found, still = reshaped(kept, x.shape, self.shape, **named)
+            found, still = reshape_fields(kept, x.shape, self.shape, **named)
             if not still:
                 numbers = frozenset(k for k, f in enumerate(x.fields) if f in gone)
                 run.findings.merged[self.key[1], self.key[2]] = numbers

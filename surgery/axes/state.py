@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from surgery.graph.table import version
+from surgery.graph.rule_table import version
 from surgery.graph.traced import TracedModule, info
 
 

@@ -1,193 +1,394 @@
-"""What calls of torch in untraced Python can be relied on for after an edit: its constants stay as they are."""
+"""Follow channels across Python that is not traced: one real run that looks up each call of torch in the table.
+
+The traced parts and the layers that Python calls are interpreted; between them, the real tensors are labelled. Python's
+own constants cannot follow an edit, so an op that would need another constant freezes what it works on.
+"""
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from surgery.axes.interpret import Interpreter, propagate
 from surgery.axes.labels import Field, Ids, Labelled
+from surgery.axes.ledger import Called, Findings, labelled_leaves
 from surgery.axes.ops import Op
-from surgery.graph.table import Rule
+from surgery.axes.untraced_ops import (
+    FACTORIES,
+    HARMLESS,
+    NUMBERS,
+    WatchedSize,
+    find_unfollowed,
+    name_call,
+    select_fields,
+    written_dims,
+)
+from surgery.axes.visits import Visits
+from surgery.errors import TraceError
+from surgery.graph.islands import clone_tensors, quietly
+from surgery.graph.outputs import tensors_in
+from surgery.graph.rule_table import UNKNOWN, Rule, rule_for
+from surgery.graph.seeding import seed_generators
+from surgery.graph.traced import TracedModule
+
+_SCOPE = "python"
 
 
-class WatchedSize(int):
-    """The size of an axis that holds channels, as Python sees it. Using it as anything but a size is reported."""
+def collect_findings(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], modes: tuple[bool, ...]
+) -> Findings:
+    """What the rules say of ``module``.
 
-    used: Callable[[str], Any]
-    ids: Ids
+    Args:
+        args, kwargs: inputs; where ``module`` is not a graph as a whole, it is run on them.
+        modes: for which modes (``training``) it is run then.
 
-    @classmethod
-    def of(cls, size: int, used: Callable[[str], Any], ids: Ids) -> WatchedSize:
-        result = cls(size)
-        result.used, result.ids = used, ids
+    Raises:
+        TraceError: it does not run on these inputs.
+    """
+    if not isinstance(module, TracedModule):
+        return _record(module, args, kwargs, modes)
+    return propagate(module, args, kwargs)
+
+
+def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], modes: tuple[bool, ...]) -> Findings:
+    """What the rules say of a module with Python between its traced parts."""
+    findings = Findings()
+    run = _Terse(module, findings)
+    twin = copy.deepcopy(module)  # a run may change buffers and caches
+    recording = _Recording(run, module, twin)
+    for training in modes:
+        twin.train(training)
+        try:
+            with recording.listening(twin), quietly(), torch.random.fork_rng(devices=[]):
+                seed_generators(0)
+                result = twin(*clone_tensors(args), **clone_tensors(kwargs))
+        except (RuntimeError, ValueError, IndexError, KeyError, AssertionError) as error:
+            mode = "training" if training else "evaluation"
+            raise TraceError(f"{type(module).__name__} does not run in {mode} on inputs like those it was traced with: "
+                             f"{str(error).strip().partition(chr(10))[0]}") from error  # fmt: skip
+        for _, leaf in tensors_in(result):
+            recording.freeze(recording.label(leaf), "network output")
+    recording.visits.freeze_unseen(run, module)
+    return findings
+
+
+class _Terse(Interpreter):
+    """Says of each channel once why it is frozen: what Python does with outputs would fill pages."""
+
+    def __init__(self, module: nn.Module, findings: Findings) -> None:
+        super().__init__(module, findings)
+        self.done: NDArray[np.bool_] = np.zeros(0, dtype=bool)
+
+    def freeze(self, ids: Ids, reason: str) -> None:
+        if len(self.done) < self.findings.count:
+            self.done = np.concatenate((self.done, np.zeros(2 * self.findings.count - len(self.done), dtype=bool)))
+        if not self.done[ids].all():
+            super().freeze(ids, reason)
+            self.done[ids] = True
+
+
+class _Recording(TorchFunctionMode):
+    """Labels the tensors of a real run."""
+
+    def __init__(self, run: Interpreter, module: nn.Module, twin: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        self.depth = 0
+        """Above 0 inside a call that is looked up as one."""
+        self.known: dict[int, Labelled] = {}
+        """By the id of each tensor of the run."""
+        self.kept: list[torch.Tensor] = []
+        """Those tensors, so that no id is used again."""
+        self.aliases: dict[int, dict[int, None]] = {}
+        """Ids of tensors by the storage that they share."""
+        self.blank: dict[int, tuple[bool, ...]] = {}
+        """Tensors that hold one number everywhere, and which of their sizes were read from an axis."""
+        self.sources = {
+            id(ours): theirs
+            for part in ("named_parameters", "named_buffers")
+            for (_, ours), (_, theirs) in zip(getattr(twin, part)(), getattr(module, part)(), strict=True)
+        }
+        self.begun = False
+        """Whether anything with parameters has been called in this run."""
+        self.scratch = fx.Graph()
+        """Where nodes for the rules to look at are made."""
+        self.layers: list[tuple[nn.Module, nn.Module, str, Rule]] = []
+        for (path, ours), (_, theirs) in zip(twin.named_modules(), module.named_modules(), strict=True):
+            rule = rule_for(self.scratch.call_module("layer"), theirs)
+            if isinstance(theirs, TracedModule) or rule is not UNKNOWN:
+                self.layers.append((ours, theirs, path, rule))
+        self.visits = Visits([(path, ours) for path, ours in twin.named_modules() if path], self.layers)
+
+    @contextmanager
+    def listening(self, twin: nn.Module) -> Iterator[None]:
+        """While listening, calls of torch, of traced parts and of layers are recorded."""
+        self.begun = False
+        try:
+            for ours, theirs, path, rule in self.layers:
+                ours.__dict__["forward"] = self.instead(ours.forward, theirs, path, rule)
+            with self.visits.listening(self.known), self, _Unseen(self):
+                yield
+        finally:
+            for ours, *_ in self.layers:
+                ours.__dict__.pop("forward", None)
+
+    # ---- traced parts and layers
+
+    def instead(self, forward: Callable[..., Any], module: nn.Module, path: str, rule: Rule) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.depth:
+                return forward(*args, **kwargs)
+            self.depth += 1
+            try:
+                return apart(*args, **kwargs)
+            finally:
+                self.depth -= 1
+
+        def apart(*args: Any, **kwargs: Any) -> Any:
+            with torch._C.DisableTorchFunction(), _disable_current_modes():  # they would only pass things on
+                given = pytree.tree_map(lambda v: self.argument(v, path), (args, kwargs))
+                self.begun = self.begun or any(True for _ in module.parameters())
+                result = forward(*args, **kwargs)
+                if isinstance(module, TracedModule):
+                    out = self.run.part(module, path, path, *given)
+                else:
+                    out = self.layer(module, path, rule, given, result)
+                self.attach(result, out)
+                self.visits.called(path, (given, out))
+                return result
+
+        return call
+
+    def argument(self, value: Any, path: str) -> Any:
+        """What a traced part or a layer is given; a tensor that nothing is known of is frozen."""
+        if isinstance(value, WatchedSize):
+            value.used(path)
+            return value.plain()
+        if not isinstance(value, torch.Tensor):
+            return value
+        label = self.label(value)
+        if label.fields:
+            return label
+        fields = tuple(Field((dim,), self.run.fresh(label.shape[dim])) for dim in range(1, label.ndim))
+        for f in fields:
+            self.run.freeze(f.ids, "comes from Python outside the traced parts" if self.begun else "network input")
+        return Labelled(label.value, fields, label.constant)
+
+    def layer(self, module: nn.Module, path: str, rule: Rule, given: Any, result: Any) -> Any:
+        out = pytree.tree_map_only(torch.Tensor, lambda t: Labelled(t.detach().to("meta")), result)
+        node = self.scratch.call_module("layer")
+        op = Op(self.run, node, module, path, (_SCOPE, f"{path}_{node.name}"), out)
+        out = self.run.related(op, rule, given[0], given[1], out)
+        if rule.movement:
+            self.check(op, rule, given, out)
+        elif rule.rewrite is not None:
+            self.run.findings.calls.append(Called(path, node, rule.rewrite, given[0], tuple(labelled_leaves(out))))
+        return out
+
+    # ---- functions and methods
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.depth:
+            return func(*args, **kwargs)
+        self.depth += 1
+        try:
+            with _disable_current_modes():
+                return self.called(func, args, kwargs)
+        finally:
+            self.depth -= 1
+
+    def called(self, func: Any, args: Any, kwargs: Any) -> Any:
+        kind, target = name_call(func)
+        name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+        given = pytree.tree_map_only(torch.Tensor, self.label, (tuple(args), kwargs))
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        versions = [t._version for t in tensors]
+        watched = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, WatchedSize)]
+        result = func(*args, **kwargs)
+        changed = [t for t, version in zip(tensors, versions, strict=True) if t._version != version]
+        labels = list(labelled_leaves(given))
+        if not watched and not any(label.fields for label in labels):
+            self.keep(result, name, args, kwargs)
+            for t in changed:
+                self.blank.pop(id(t), None)
+            return result
+        if name in NUMBERS:
+            return self.number(name, labels[0], result, args, kwargs)
+        if name in ("__setitem__", "copy_"):
+            self.write(name, args, given)
+            return result
+        outs = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+        if name in FACTORIES:
+            self.keep(result, name, args, kwargs, watched)
+            return result
+        if not outs:
+            if name not in HARMLESS:
+                self.refuse(name, labels, watched)
+            return result
+        out = self.operation(kind, target, given, result, args[-1])
+        if changed:
+            self.changed(name, changed, outs, out, labels)
+        self.attach(result, out)
         return result
 
-    def plain(self) -> int:
-        """The number, without a report."""
-        return int.__int__(self)
+    def operation(self, kind: str, target: Any, given: Any, result: Any, index: Any) -> Any:
+        out = pytree.tree_map_only(torch.Tensor, lambda t: Labelled(t.detach().to("meta")), result)
+        node = self.scratch.create_node(kind, target)
+        op = Op(self.run, node, None, "", (_SCOPE, node.name), out)
+        rule = rule_for(node, None)
+        plain = pytree.tree_map_only(WatchedSize, WatchedSize.plain, given)
+        picked = select_fields(index, given[0][0], result.ndim) if target is operator.getitem else None
+        if picked is not None:
+            return self.run.with_fields(op, out, picked)
+        try:
+            out = self.run.related(op, rule, plain[0], plain[1], out)
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError):
+            # Python may call an op in ways that no graph has it in.
+            return self.run.related(op, UNKNOWN, plain[0], plain[1], out)
+        self.check(op, rule, given, out)
+        return out
 
-    __hash__ = int.__hash__
+    def check(self, op: Op, rule: Rule, given: Any, out: Any) -> None:
+        """Freeze what the op would not follow an edit of, Python's constants being as they are."""
+        for f in find_unfollowed(op, rule, given, out):
+            self.run.freeze(f.ids, _reason(op.name))
 
+    def number(self, name: str, label: Labelled, result: Any, args: Any, kwargs: Any) -> Any:
+        """Sizes of labelled axes, watched for what Python does with them."""
+        if name == "__len__":
+            first = label.at(0)
+            if first is not None:
+                self.run.freeze(first.ids, _reason("len"))
+            return result
+        sizes = [n if label.at(d) is None else self.watched(label.at(d), n) for d, n in enumerate(label.shape)]
+        if isinstance(result, torch.Size):
+            return torch.Size(sizes)
+        dim = args[1] if len(args) > 1 else kwargs.get("dim")
+        if dim is not None:
+            return sizes[dim]
+        watched = [s for s in sizes if isinstance(s, WatchedSize)]  # the number of elements
+        return WatchedSize.of(result, lambda what: [s.used(what) for s in watched], np.empty(0, np.int64))
 
-def _watch(name: str) -> None:
-    plain = getattr(int, name)
+    def watched(self, f: Field | None, size: int) -> WatchedSize:
+        assert f is not None
+        return WatchedSize.of(size, lambda what: self.run.freeze(f.ids, _reason(what)), f.ids)
 
-    def method(self: WatchedSize, *others: Any) -> Any:
-        if not (name in _COMPARISONS and _settled(self, others[0])):
-            self.used(f"its size in {name.strip('_')}")
-        return plain(self, *others)
+    def write(self, name: str, args: Any, given: Any) -> None:
+        """``t[index] = value`` and ``t.copy_(value)``: the trailing axes of both are the same."""
+        target, value = args[0], args[-1]
+        old, new = given[0][0], given[0][-1]
+        dims = written_dims(target, args[1] if name == "__setitem__" else (), value)
+        fields = list(old.fields)
+        blank = self.blank.get(id(target))
+        for f in new.fields if isinstance(new, Labelled) else ():
+            place = dims.get(f.dims[0]) if len(f.dims) == 1 else None
+            held = None if place is None else old.at(place)
+            if held is not None and held.dims == (place,) and held.ids.shape == f.ids.shape:
+                self.run.tie(held, f, name)
+            elif place is not None and held is None and blank is not None and blank[place]:
+                fields.append(Field((place,), f.ids, f.key))
+            else:
+                self.refuse(name, [old, new])
+        for g in old.fields:  # other numbers in the same places
+            if not any(dims.get(f.dims[0]) == g.dims[0] for f in getattr(new, "fields", ())):
+                self.freeze(Labelled(old.value, (g,)), _reason(name))
+        self.changed(name, [target], [target], Labelled(old.value, tuple(fields)), [old])
+        self.known[id(target)] = Labelled(old.value, tuple(fields))
 
-    setattr(WatchedSize, name, method)
+    def changed(self, name: str, changed: list[torch.Tensor], outs: Any, out: Any, before: list[Labelled]) -> None:
+        """What is changed in place keeps its labels, or nothing else may read the same storage."""
+        after = {id(t): label for t, label in zip(outs, labelled_leaves(out), strict=True)}
+        for t in changed:
+            old, new = self.known.get(id(t)), after.get(id(t))
+            self.blank.pop(id(t), None) if new is None or not new.fields else None
+            others = [k for k in self.aliases.get(_storage(t), ()) if k != id(t)]
+            if new is None:
+                self.refuse(name, before)
+            elif others and not (old is not None and _alike(old, new)):
+                self.refuse(name, [*before, new, *(self.known[k] for k in others if k in self.known)])
 
+    def refuse(self, name: str, labels: list[Labelled], watched: Any = ()) -> None:
+        for label in labels:
+            self.freeze(label, _reason(name))
+        for size in watched:
+            size.used(name)
 
-def _settled(size: WatchedSize, other: Any) -> bool:
-    """Whether a comparison comes out the same after any edit: an axis is never empty, and equals itself."""
-    if isinstance(other, WatchedSize):
-        return size.ids.size > 0 and np.array_equal(size.ids, other.ids)
-    return not isinstance(other, (int, float)) or other == 0
+    def freeze(self, label: Any, reason: str) -> None:
+        for f in label.fields if isinstance(label, Labelled) else ():
+            self.run.freeze(f.ids, reason)
 
+    # ---- labels of tensors
 
-_COMPARISONS = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
-_ARITHMETIC = (
-    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod"),
-    *("pow", "rpow", "neg", "abs", "divmod", "rdivmod", "lshift", "rshift", "and", "or", "xor"),
-    *("int", "float", "round", "floor", "ceil", "trunc"),
-)
-for _name in (*_COMPARISONS, *(f"__{n}__" for n in _ARITHMETIC)):
-    _watch(_name)
+    def label(self, tensor: torch.Tensor) -> Labelled:
+        if id(tensor) not in self.known:
+            source = self.sources.get(id(tensor))
+            if source is None:
+                self.remember(tensor, Labelled(tensor.detach().to("meta")))
+            else:
+                label = self.run.tensor(source, [d for d, size in enumerate(source.shape) if size > 1])
+                assert label is not None
+                self.remember(tensor, label)
+        return self.known[id(tensor)]
 
+    def remember(self, tensor: torch.Tensor, label: Labelled) -> None:
+        self.known[id(tensor)] = label
+        self.kept.append(tensor)
+        self.aliases.setdefault(_storage(tensor), {})[id(tensor)] = None
 
-NUMBERS = frozenset({"shape", "size", "numel", "nelement", "__len__"})
-"""What gives sizes."""
+    def keep(self, result: Any, name: str, args: Any, kwargs: Any, watched: Any = ()) -> None:
+        """Results that hold no channels."""
+        for t in pytree.tree_leaves(result):
+            if isinstance(t, torch.Tensor):
+                self.remember(t, Labelled(t.detach().to("meta")))
+        if name in FACTORIES and isinstance(result, torch.Tensor):
+            read = FACTORIES[name](result, args, kwargs)
+            self.blank[id(result)] = tuple(isinstance(size, WatchedSize) for size in read)
+            for size in watched:
+                if not any(size is s for s in read):
+                    size.used(name)
 
-HARMLESS = frozenset({
-    *("dim", "ndim", "dtype", "device", "layout", "names", "requires_grad", "grad", "grad_fn", "_version", "itemsize"),
-    *("is_cuda", "is_cpu", "is_mps", "is_meta", "is_xla", "is_sparse", "is_quantized", "is_nested", "is_signed"),
-    *("is_floating_point", "is_complex", "is_contiguous", "is_tensor", "is_leaf", "is_inference", "retains_grad"),
-    *("element_size", "get_device", "_assert", "__hash__", "__repr__"),
-})  # fmt: skip
-"""What does not look at channels and gives no tensor."""
-
-
-def _leading(args: Any, kwargs: Any, first: int) -> Any:
-    given = args[first:] or (kwargs.get("size", ()),)
-    return given[0] if isinstance(given[0], (tuple, list)) else given
-
-
-FACTORIES: dict[str, Callable[[torch.Tensor, Any, Any], Any]] = {
-    **dict.fromkeys(("zeros", "ones", "empty"), lambda _, args, kwargs: _leading(args, kwargs, 0)),
-    **dict.fromkeys(("new_zeros", "new_ones", "new_empty"), lambda _, args, kwargs: _leading(args, kwargs, 1)),
-    "full": lambda _, args, kwargs: _leading(args[:1], kwargs, 0),
-    "new_full": lambda _, args, kwargs: _leading(args[:2], kwargs, 1),
-}
-"""What makes a tensor that holds one number everywhere, and the sizes that it is given."""
-
-_PROPERTIES = {"T": "t", "data": "detach"}
-
-
-def named(func: Any) -> tuple[str, Any]:
-    """Kind and target of the graph node that a call of ``func`` would be."""
-    name = func.__name__
-    if name in ("__get__", "__set__"):
-        attribute = func.__self__.__name__
-        harmless = name == "__get__" or attribute in HARMLESS
-        return "call_method", _PROPERTIES.get(attribute, attribute) if harmless else "__set__"
-    if not torch.overrides.is_tensor_method_or_property(func):
-        return "call_function", func
-    if name.startswith("__") and name not in ("__setitem__", "__rmatmul__"):
-        bare = name.strip("_")
-        for candidate in (bare, f"{bare}_", bare[1:]):
-            if hasattr(operator, candidate) and candidate not in ("index", "length_hint"):
-                return "call_function", getattr(operator, candidate)
-    return "call_method", name
-
-
-def consumed(index: Any) -> int | None:
-    """How many leading axes an index works on, all others being taken whole; None where that cannot be said."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    while items and (items[-1] is Ellipsis or (isinstance(items[-1], slice) and items[-1] == slice(None))):
-        items.pop()
-    total = 0
-    for item in items:
-        if isinstance(item, torch.Tensor):
-            total += item.ndim if item.dtype in (torch.bool, torch.uint8) else 1
-        elif isinstance(item, (int, slice, list)):
-            total += 1
-        else:
-            return None
-    return total
-
-
-def written_dims(target: torch.Tensor, index: Any, value: Any) -> dict[int, int]:
-    """Of ``target[index] = value``: for each axis of ``value`` the axis of ``target`` that it runs along, where both
-    are taken whole."""
-    leading = consumed(index)
-    if leading is None or not isinstance(value, torch.Tensor):
-        return {}
-    shared = min(target.ndim - leading, value.ndim)
-    return {
-        value.ndim - r: target.ndim - r
-        for r in range(1, shared + 1)
-        if value.shape[value.ndim - r] == target.shape[target.ndim - r]
-    }
-
-
-def selected(index: Any, given: Labelled, rank: int) -> tuple[Field, ...] | None:
-    """Fields of ``given[index]`` with ``rank`` axes, where tensors pick positions of leading axes that hold none."""
-    leading = consumed(index)
-    if leading is None or not any(isinstance(i, torch.Tensor) for i in pytree.tree_leaves(index)):
-        return None
-    if any(d < leading for f in given.fields for d in f.dims):
-        return None
-    return tuple(Field(tuple(d + rank - given.ndim for d in f.dims), f.ids, f.key) for f in given.fields)
-
-
-def unfollowed(op: Op, rule: Rule, given: Any, out: Any) -> Iterator[Field]:
-    """Fields that the op would not follow an edit of as it is written in Python."""
-    args, kwargs = given
-    labels = [v for v in pytree.tree_leaves(given) if isinstance(v, Labelled)]
-    results = [v for v in pytree.tree_leaves(out) if isinstance(v, Labelled)]
-    inputs = [f for label in labels for f in label.fields]
-    accepted: list[WatchedSize] = []
-    follows = rule.python or ("always" if rule.rewrite is None else "never")
-    if follows == "sizes":
-        yield from _constant_sizes(args, kwargs, results[0], accepted)
-    elif follows == "never" or (callable(follows) and not follows(rule.bound(args, kwargs))):
-        yield from inputs
-    for size in pytree.tree_leaves(given):
-        if isinstance(size, WatchedSize) and not any(size is a for a in accepted):
-            size.used(op.name)
-    if rule.kind == "concatenation":
-        for f in inputs:
-            op.cut(f)
-        return
-    for f in (f for result in results for f in result.fields):
-        if not any(_whole(f, g) for g in inputs):
-            yield f
-            yield from (g for g in inputs if np.isin(g.ids, f.ids).any())
+    def attach(self, result: Any, out: Any) -> None:
+        for (_, t), label in zip(tensors_in(result), labelled_leaves(out), strict=True):
+            self.remember(t, label)
 
 
-def _constant_sizes(args: Any, kwargs: Any, out: Labelled, accepted: list[WatchedSize]) -> Iterator[Field]:
-    sizes = next((kwargs[k] for k in ("shape", "size") if k in kwargs), args[1:])
-    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
-        sizes = sizes[0]
-    if sizes and isinstance(sizes[0], Labelled):
-        return  # as another tensor
-    for f in out.fields:
-        for d in f.dims:
-            size = sizes[d]
-            if isinstance(size, WatchedSize) and np.array_equal(size.ids, f.ids):
-                accepted.append(size)
-            elif int.__ne__(size, -1):
-                yield f
+class _Unseen(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Freezes what is read by ops that no call of torch in Python stands for: scripts, functions with a gradient."""
+
+    def __init__(self, recording: _Recording) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recording = recording
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.recording.depth:
+            labels = [self.recording.known.get(id(t)) for t in pytree.tree_leaves((args, kwargs))]
+            self.recording.refuse(str(func), [label for label in labels if label is not None])
+        return func(*args, **kwargs)
 
 
-def _whole(f: Field, g: Field) -> bool:
-    """Whether ``f`` holds what ``g`` holds in its order, each channel as often as any other."""
-    times = f.ids.size // max(g.ids.size, 1)
-    return f.ids.size == times * g.ids.size and np.array_equal(f.ids.ravel(), np.repeat(g.ids.ravel(), times))
+def _reason(name: str) -> str:
+    return f"used by Python outside the traced parts ({name})"
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _alike(a: Labelled, b: Labelled) -> bool:
+    return len(a.fields) == len(b.fields) and all(
+        f.dims == g.dims and np.array_equal(f.ids, g.ids) for f, g in zip(a.fields, b.fields, strict=True)
+    )

@@ -18,8 +18,8 @@ from surgery.cli.options import DataOptions, RunOptions, Weights, load_if_saved,
 from surgery.cli.output import emit, table
 from surgery.cli.runs import one_after_the_other, under_way
 from surgery.errors import UsageError
-from surgery.folders import refuse_folder, staged_folder
 from surgery.settings import DistillSettings, Settings, TrainSettings, option
+from surgery.storage.folders import refuse_folder, staged_folder
 from surgery.units import mebibytes, quantity
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from surgery.cli.options import (
 from surgery.cli.output import emit, table
 from surgery.cli.runs import one_after_the_other, under_way
 from surgery.errors import UsageError, unknown_name
-from surgery.folders import refuse_folder, staged_folder
 from surgery.settings import EvolveSettings, Settings, option
+from surgery.storage.folders import refuse_folder, staged_folder
 from surgery.units import counted, mebibytes, quantity
 
 if TYPE_CHECKING:

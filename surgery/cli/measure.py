@@ -24,8 +24,8 @@ from surgery.cli.options import (
     refuse_if_taken,
 )
 from surgery.cli.output import Bars, emit, table
-from surgery.folders import refuse_folder
 from surgery.settings import TradeoffSettings, option
+from surgery.storage.folders import refuse_folder
 from surgery.units import counted, mebibytes, quantity
 
 if TYPE_CHECKING:

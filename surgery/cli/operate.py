@@ -66,7 +66,7 @@ class Writing:
             raise UsageError(
                 "Missing option '--out': name the folder to write, or see what would change with --dry-run"
             )
-        surgery.folders.refuse_folder(self.out, marker=surgery.models.RECIPE, force=self.force)
+        surgery.storage.folders.refuse_folder(self.out, marker=surgery.models.RECIPE, force=self.force)
 
 
 def register(app: typer.Typer) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.cli.output import Bars, Whole
-from surgery.folders import unfinished, unfinished_folder
 from surgery.progress import Progress
+from surgery.storage.folders import unfinished, unfinished_folder
 
 if TYPE_CHECKING:
     from surgery import Engine

@@ -11,8 +11,8 @@ import surgery
 from surgery.cli.fields import takes_fields
 from surgery.cli.options import DataOptions, Model, RunOptions, Weights, load_if_saved, refuse_untrained
 from surgery.cli.output import Bars, emit, table
-from surgery.folders import refuse_folder, staged_folder
 from surgery.settings import Settings, TimingSettings, option
+from surgery.storage.folders import refuse_folder, staged_folder
 
 if TYPE_CHECKING:
     from surgery import Sensitivity

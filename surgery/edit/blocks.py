@@ -20,7 +20,7 @@ from torch import fx, nn
 from surgery.axes.labels import Labelled
 from surgery.edit.flow import Flow
 from surgery.edit.sites import compute, is_inside
-from surgery.graph.table import Rule
+from surgery.graph.rule_table import Rule
 from surgery.graph.traced import TracedModule
 
 

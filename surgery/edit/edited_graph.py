@@ -10,7 +10,7 @@ from torch import fx, nn
 from surgery.axes.analysis import Analysis
 from surgery.edit.layout import Layouts
 from surgery.edit.sites import called_layer
-from surgery.graph.table import Rule, rule_for
+from surgery.graph.rule_table import Rule, rule_for
 from surgery.graph.traced import TracedModule
 
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 from surgery.axes.analysis import Analysis
 from surgery.axes.ledger import labelled_leaves
 from surgery.edit.sites import Site, called_layer, is_inside, op_of
-from surgery.graph.table import Rule
+from surgery.graph.rule_table import Rule
 from surgery.graph.traced import TracedModule
 
 

@@ -17,8 +17,8 @@ from surgery.edit.moments import predicted_moments, set_moments
 from surgery.edit.sites import Site, local_name, output_sites, place_for
 from surgery.edit.step import Inserted, Step
 from surgery.errors import UsageError
+from surgery.graph.rule_table import activation_named
 from surgery.graph.seeding import seed_generators
-from surgery.graph.table import activation_named
 from surgery.layers.activation import make_activation
 from surgery.layers.maxout import Maxout
 from surgery.layers.spatial import layer_class

@@ -27,7 +27,7 @@ from surgery.axes.ledger import Norm, labelled_leaves
 from surgery.edit.sites import called_layer, in_copy
 from surgery.edit.step import MEAN
 from surgery.errors import EditError
-from surgery.graph.table import rule_for
+from surgery.graph.rule_table import rule_for
 from surgery.graph.traced import TracedModule
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from surgery.edit.sites import called_layer, compute, op_of
 from surgery.errors import UsageError
-from surgery.graph.table import UNKNOWN
+from surgery.graph.rule_table import UNKNOWN
 from surgery.graph.traced import TracedModule
 
 _BITS = {torch.float32: 24, torch.float64: 53}

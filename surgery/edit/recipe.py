@@ -15,7 +15,7 @@ from surgery import edit
 from surgery.edit.step import Step, count_units
 from surgery.errors import CheckpointError
 from surgery.graph.traced import info
-from surgery.stored import check_type, parse_object
+from surgery.storage.documents import check_type, parse_object
 
 SCHEMA = 3
 """Since 3, a saved folder's recipe holds digests."""

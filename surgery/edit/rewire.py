@@ -31,7 +31,7 @@ from surgery.edit.sites import add_constant
 from surgery.edit.sizes import pin_size
 from surgery.errors import EditError
 from surgery.graph.outputs import Rebuild
-from surgery.graph.table import NodeEdit
+from surgery.graph.rule_table import NodeEdit
 from surgery.graph.tracing import TracedModule
 
 

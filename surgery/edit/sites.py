@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from surgery.axes.analysis import Analysis
 from surgery.errors import EditError, unknown_name
-from surgery.graph.table import UNKNOWN, Rule, rule_for
+from surgery.graph.rule_table import UNKNOWN, Rule, rule_for
 from surgery.graph.traced import TracedModule, traced_parts
 
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from surgery.errors import CheckpointError, UsageError
-from surgery.stored import check_type
+from surgery.storage.documents import check_type
 
 MEAN = -1
 """The entry of an index that stands for the mean of all units of its group (`surgery.edit.means`)."""

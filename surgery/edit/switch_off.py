@@ -30,7 +30,7 @@ from surgery.axes.ledger import Norm
 from surgery.edit.sites import add_constant, called_layer, in_copy
 from surgery.edit.step import Step
 from surgery.errors import EditError, UsageError, unknown_name
-from surgery.graph.table import rule_for, rule_of_class
+from surgery.graph.rule_table import rule_for, rule_of_class
 from surgery.graph.traced import TracedModule, traced_parts
 from surgery.layers.norms import restrict_norm
 

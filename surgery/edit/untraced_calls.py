@@ -7,7 +7,7 @@ from torch import nn
 from surgery.axes.analysis import Analysis
 from surgery.axes.labels import Labelled
 from surgery.edit.layout import Layouts
-from surgery.graph.table import NodeEdit
+from surgery.graph.rule_table import NodeEdit
 
 
 def follow_untraced_calls(module: nn.Module, analysis: Analysis, layouts: Layouts) -> None:

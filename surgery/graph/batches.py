@@ -67,12 +67,12 @@ def _with_lists(args: Args, kwargs: Kwargs, batch: int, size: int) -> tuple[Args
     def resize(given: Any) -> Any:
         if not isinstance(given, list) or len(given) != batch:
             return given
-        return [_rolled(given[i % batch], i // batch) for i in range(size)]
+        return [_roll(given[i % batch], i // batch) for i in range(size)]
 
     return tuple(resize(arg) for arg in args), {name: resize(value) for name, value in kwargs.items()}
 
 
-def _rolled(sample: Any, shift: int) -> Any:
+def _roll(sample: Any, shift: int) -> Any:
     """An image rolled along its last axis; what belongs to an image, such as its boxes, stays as it is."""
     return sample.roll(shift, -1) if isinstance(sample, torch.Tensor) and sample.ndim == 3 else sample
 

@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 from surgery.errors import TraceError, UsageError
 from surgery.graph.arguments import Arguments, bound_arguments
 from surgery.graph.guards import Values
-from surgery.graph.table import has_module_rule
+from surgery.graph.rule_table import has_module_rule
 from surgery.graph.traced import TracedModule
-from surgery.graph.whole_graph import state_of, traced_copy
+from surgery.graph.whole_graph import state_of, trace_whole
 
 
 def trace_islands(
@@ -63,7 +63,7 @@ def _calls(
         twin.train(training)
         try:
             with _listening(twin, calls), quietly(), torch.random.fork_rng(devices=[]):
-                twin(*cloned(args), **cloned(kwargs))
+                twin(*clone_tensors(args), **clone_tensors(kwargs))
         except Exception as error:  # the model's own Python, which may raise anything
             if not training:
                 raise TraceError(f"{whole}; nor does it run on the example inputs: {error}") from error
@@ -91,7 +91,7 @@ def quietly() -> Iterator[None]:
         yield
 
 
-def cloned(tree: Any) -> Any:
+def clone_tensors(tree: Any) -> Any:
     """The inputs for a run that may change them."""
     return pytree.tree_map_only(torch.Tensor, torch.clone, tree)
 
@@ -133,7 +133,7 @@ def _replace(root: nn.Module, path: str, calls: dict[str, _Calls]) -> None:
         module = root.get_submodule(child)
         if isinstance(module, TracedModule) or has_module_rule(module) or not any(True for _ in module.parameters()):
             continue
-        traced = _traced(module, calls[child].arguments)
+        traced = _trace_for(module, calls[child].arguments)
         if traced is None:
             _replace(root, child, calls)
             continue
@@ -143,11 +143,11 @@ def _replace(root: nn.Module, path: str, calls: dict[str, _Calls]) -> None:
                     parent._modules[name] = traced
 
 
-def _traced(module: nn.Module, calls: list[Arguments]) -> TracedModule | None:
+def _trace_for(module: nn.Module, calls: list[Arguments]) -> TracedModule | None:
     """The module as a graph that does for every one of the calls; None where there is none."""
     before = {m: (type(m), state_of(m)) for m in module.modules()}
     try:
-        traced = traced_copy(module, calls[0], inside=True)
+        traced = trace_whole(module, calls[0], inside=True)
         if all(_admits(traced, graph, given) for graph in traced.graphs for given in calls):
             return traced
     except (TraceError, UsageError):

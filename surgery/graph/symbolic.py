@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from surgery.graph.hooks import packages_of
-from surgery.graph.table import ruled_functions
+from surgery.graph.rule_table import ruled_functions
 from surgery.graph.tracer import LEAF, Tracer
 
 _FACTORIES = (

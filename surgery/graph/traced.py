@@ -65,7 +65,7 @@ class TracedModule(fx.GraphModule):
 
     train_graph: fx.Graph | None
     shell: type[nn.Module] | None = None
-    """The class of which it is an instance too (`shelled`)."""
+    """The class of which it is an instance too (`give_class`)."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph, train_graph: fx.Graph | None = None) -> None:
         self.__dict__.update(train_graph=None, _incomplete=True)
@@ -110,7 +110,7 @@ class TracedModule(fx.GraphModule):
             root.__dict__[part] = copy.deepcopy(self.__dict__[part], memo)
         root.training = self.training
         train_graph = None if self.train_graph is None else copy_with_code(self.train_graph, memo)
-        result = _made(self.shell, root, copy_with_code(self.graph, memo), train_graph)
+        result = _make_traced(self.shell, root, copy_with_code(self.graph, memo), train_graph)
         memo[id(self)] = result
         result.meta = dict(self.meta)
         result.__dict__.update(copy.deepcopy(self._attributes(), memo))
@@ -143,7 +143,7 @@ class TracedModule(fx.GraphModule):
         return {name: self.__dict__[name] for name in ("_attribute_names", *names) if name in self.__dict__}
 
 
-def shelled(traced: TracedModule, module: nn.Module) -> TracedModule:
+def give_class(traced: TracedModule, module: nn.Module) -> TracedModule:
     """``traced``, as an instance of the class of ``module`` too, with its methods and attributes.
 
     Callers may use more of a model than its ``forward`` (``model.predict``, ``model.names``). Where its class cannot be
@@ -151,7 +151,7 @@ def shelled(traced: TracedModule, module: nn.Module) -> TracedModule:
     """
     cls = module.shell if isinstance(module, TracedModule) else type(module)
     try:
-        result = _made(cls, traced, traced.graph, traced.train_graph)
+        result = _make_traced(cls, traced, traced.graph, traced.train_graph)
     except Exception:  # a metaclass, ``__init_subclass__`` or ``__setattr__`` of the model's
         copy_hooks(module, traced)
         return traced
@@ -168,7 +168,7 @@ class _NoInit(nn.Module):
         nn.Module.__init__(self)
 
 
-def _made(
+def _make_traced(
     shell: type[nn.Module] | None, root: nn.Module, graph: fx.Graph, train_graph: fx.Graph | None
 ) -> TracedModule:
     if shell is None:
@@ -186,7 +186,7 @@ def _unpickle(
     meta: dict[str, Any],
     attributes: dict[str, Any],
 ) -> TracedModule:
-    module = _made(shell, tree, graph, train_graph)
+    module = _make_traced(shell, tree, graph, train_graph)
     module.meta = meta
     module.__dict__.update(attributes)
     return module

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dis
-import functools
 import inspect
+import itertools
+import linecache
 import operator
 import sys
 from collections.abc import Iterator
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -19,10 +19,10 @@ from surgery.graph.arguments import Arguments
 from surgery.graph.finite import expect_finite, where_finite
 from surgery.graph.gradients import Modes, mark_modes
 from surgery.graph.guards import Values, expect, user_line
-from surgery.graph.hooks import own_hooks, packages_of
+from surgery.graph.hooks import Owner, own_hooks
 from surgery.graph.items import may_hold, set_items
 from surgery.graph.outputs import taken_apart
-from surgery.graph.table import has_module_rule
+from surgery.graph.rule_table import has_module_rule
 
 _KEYS, _VALUES, _ITEMS = (
     type(view) for view in (dict[Any, Any]().keys(), dict[Any, Any]().values(), dict[Any, Any]().items())
@@ -41,38 +41,15 @@ _OWN = (
 """Python that tells proxies from tensors."""
 
 
-@functools.lru_cache(maxsize=4096)
-def _asks_for_type(code: CodeType, at: int) -> bool:
-    """Whether the instruction at an offset is a call of ``isinstance``, a class pattern, or reads ``__class__``.
-
-    A call has the place in the source at which its function is loaded.
-    """
-    instructions = list(dis.get_instructions(code))
-    now = next((i for i in instructions if i.offset == at), None)
-    if now is None or now.opname.startswith("MATCH_CLASS") or now.argval == "__class__":
-        return now is not None
-    place = now.positions and (now.positions.lineno, now.positions.col_offset)
-    return any(
-        i.argval == "isinstance" and i.positions and (i.positions.lineno, i.positions.col_offset) == place
-        for i in instructions
-        if i.opname.startswith("LOAD_")
-    )
-
-
 class SizeProxy(fx.Proxy):
     """A proxy that Python can branch on, count with and iterate over, where its value follows from shapes."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type[Any]:
-        """`torch.Tensor` to a model's Python that asks for the type of a tensor (``isinstance``).
-
-        Not to C++ that is called from there: it would read the proxy's memory as a tensor's.
-        """
+        """`torch.Tensor` to a model's Python that asks for the type of a tensor (``isinstance``)."""
         frame, tracer = sys._getframe(1), cast(Tracer, self.tracer)
-        asking = str(frame.f_globals.get("__name__", ""))
-        if asking.startswith(_OWN) or not _asks_for_type(frame.f_code, frame.f_lasti):
-            return type(self)
-        if not tracer.values.busy and tracer.is_tensor(self):
+        own = str(frame.f_globals.get("__name__", "")).startswith(_OWN)
+        if not own and not tracer.values.busy and _calls_isinstance(frame) and tracer.is_tensor(self):
             return torch.Tensor
         return type(self)
 
@@ -109,6 +86,17 @@ class _SizeAttribute(fx.proxy.Attribute, SizeProxy):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = super().__call__(*args, **kwargs)
         return self.tracer.found(result) if self.attr == "get" else result  # type: ignore[attr-defined]
+
+
+def _calls_isinstance(frame: FrameType) -> bool:
+    """Whether a frame is at a call of ``isinstance``, by its source.
+
+    Compiled code asks too, such as ``apply`` of a `Function` of autograd, and would read the memory of a tensor.
+    """
+    line, _, column, _ = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+    if line is None or column is None:
+        return False
+    return linecache.getline(frame.f_code.co_filename, line).encode()[column:].startswith(b"isinstance(")
 
 
 class GuardingTracer(fx.Tracer):
@@ -289,7 +277,7 @@ LEAF = "_surgery_leaf"
 class Tracer(GuardingTracer):
     """Leaves are layers that have a rule and modules of torch.nn; buffers and mode flags are read in the graph."""
 
-    def __init__(self, modal: set[str], training: bool, root: nn.Module, given: Arguments) -> None:
+    def __init__(self, modal: set[str], training: bool, root: nn.Module, given: Arguments, owner: Owner) -> None:
         super().__init__()
         self.given = given
         self.values = Values(root, given.values)
@@ -299,7 +287,7 @@ class Tracer(GuardingTracer):
         self.stack: list[str] = []
         self._buffers: dict[int, str] = {}
         self._parts: set[nn.Module] = set()
-        self.packages = packages_of(root)
+        self.owner = owner
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.modal or has_module_rule(m):
@@ -350,7 +338,7 @@ class Tracer(GuardingTracer):
 
     def _fire_hooks(self, leaf: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
         """Run the hooks that the model itself has set on a leaf: `drop_own_hooks` takes them off."""
-        for key, hook in own_hooks(leaf, self.packages):
+        for key, hook in own_hooks(leaf, self.owner):
             given = (leaf, args, kwargs, result) if key in leaf._forward_hooks_with_kwargs else (leaf, args, result)
             other = hook(*given)
             result = result if other is None else other

@@ -24,7 +24,7 @@ from surgery.graph.traced import info as info
 from surgery.graph.traced import inputs_like as inputs_like
 from surgery.graph.traced import set_info
 from surgery.graph.traced import with_info as with_info
-from surgery.graph.whole_graph import traced_copy
+from surgery.graph.whole_graph import trace_whole
 
 _FEW = 4096
 """Up to how many entries of a tensor are remembered."""
@@ -79,7 +79,7 @@ def trace(
     traced: nn.Module
     try:
         other = given.with_batch(1 if given.batch > 1 else 2) if given.batch else None
-        traced = traced_copy(root, given, other=other)
+        traced = trace_whole(root, given, other=other)
         if check:
             batched = check_agreement(traced, partial(private_copy, model), args, kwargs, padding)
     except TraceError as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -18,7 +18,7 @@ from surgery.graph.containers import HOOKS, turn_into_container
 from surgery.graph.finite import FINITE
 from surgery.graph.gradients import symbolic_gradients, unmark_plain
 from surgery.graph.guards import Values
-from surgery.graph.hooks import own_hooks, packages_of
+from surgery.graph.hooks import Owner, own_hooks, owner_of
 from surgery.graph.relaxed import relax_guards
 from surgery.graph.symbolic import (
     Places,
@@ -27,18 +27,31 @@ from surgery.graph.symbolic import (
     symbolic_functions,
     symbolic_modes,
 )
-from surgery.graph.traced import TracedModule, shelled
+from surgery.graph.traced import TracedModule, give_class
 from surgery.graph.tracer import ModeBranchError, Tracer
 
 _VIEWS_OF_DICTS = ("items", "keys", "values")
 
 
-def traced_copy(
+class Surroundings(NamedTuple):
+    """What is known of a model before it is traced."""
+
+    functions: Places
+    """Where Python functions that have a rule are known by name."""
+    owner: Owner
+
+
+def find_surroundings(root: nn.Module) -> Surroundings:
+    """See `Surroundings`."""
+    return Surroundings(find_ruled_functions(root), owner_of(root))
+
+
+def trace_whole(
     root: nn.Module,
     given: Arguments,
     *,
     inside: bool = False,
-    places: Places | None = None,
+    around: Surroundings | None = None,
     other: Arguments | None = None,
 ) -> TracedModule:
     """Trace ``root``, a private copy whose tensors and leaves become the result's own.
@@ -46,28 +59,27 @@ def traced_copy(
     Args:
         given: example arguments; of tensors only shapes and dtypes matter.
         inside: Python that is not traced calls ``root`` and may call its methods and parts too, so they stay.
-        places: `find_ruled_functions` of ``root`` or of what it is a part of.
+        around: `find_surroundings` of ``root`` or of what it is a part of.
         other: arguments at another batch size, which guards should not refuse for nothing (`relax_guards`).
     """
-    places = find_ruled_functions(root) if places is None else places
+    around = find_surroundings(root) if around is None else around
     _refuse_taken_names(root)
     modal: set[str] = set()  # submodules that branch on their own flag: traced on their own, called as leaves
     while True:
         try:
-            tracer, graph = _trace_mode(root, given, modal, places, training=False)
-            train_graph = _train_graph(root, given, modal, places) if tracer.branched else None
+            tracer, graph = _trace_mode(root, given, modal, around, training=False)
+            train_graph = _train_graph(root, given, modal, around) if tracer.branched else None
             break
         except ModeBranchError as found:
             modal |= _alike(root, found.path)
     if other is not None:
         for training, g in enumerate((graph, train_graph)):
             if g is not None:
-                retrace = partial(_retrace, root, modal, places, bool(training))
+                retrace = partial(_retrace, root, modal, around, bool(training))
                 relax_guards(root, g, retrace, other)
     for g in (graph, train_graph):
         _register_plain_tensors(root, g)
     calls = _leaves(root, graph, train_graph)
-    packages = packages_of(root)
     parts = {id(part): part for part in map(root.get_submodule, modal)}
     arguments = {id: _arguments(part, calls[id], tracer.values) for id, part in parts.items() if id in calls}
     others: dict[int, Arguments] = {}
@@ -75,12 +87,12 @@ def traced_copy(
         with suppress(TraceError, UsageError):
             values = Values(root, other.values)
             others = {id: _arguments(part, calls[id], values) for id, part in parts.items() if id in calls}
-    tree = _module_tree(root, "", _Kept(calls, arguments, others, packages, places, inside, {}))
+    tree = _module_tree(root, "", _Kept(calls, arguments, others, around, inside, {}))
     for g in (graph, train_graph):
         if g is not None:
             g.owning_module = None
     traced = TracedModule(tree, graph, train_graph)
-    return shelled(traced, root)
+    return give_class(traced, root)
 
 
 def _alike(root: nn.Module, path: str) -> set[str]:
@@ -89,18 +101,18 @@ def _alike(root: nn.Module, path: str) -> set[str]:
     return {path, *(name for name, module in root.named_modules() if name and type(module) is cls)}
 
 
-def _train_graph(root: nn.Module, given: Arguments, modal: set[str], places: Places) -> fx.Graph:
+def _train_graph(root: nn.Module, given: Arguments, modal: set[str], around: Surroundings) -> fx.Graph:
     """The graph of training. A norm over the batch needs two samples, where an example for evaluation has one."""
     try:
-        return _trace_mode(root, given, modal, places, training=True)[1]
+        return _trace_mode(root, given, modal, around, training=True)[1]
     except TraceError:
         if given.batch != 1:
             raise
-        return _trace_mode(root, given.with_batch(2), modal, places, training=True)[1]
+        return _trace_mode(root, given.with_batch(2), modal, around, training=True)[1]
 
 
-def _retrace(root: nn.Module, modal: set[str], places: Places, training: bool, given: Arguments) -> fx.Graph:
-    return _trace_mode(root, given, modal, places, training=training)[1]
+def _retrace(root: nn.Module, modal: set[str], around: Surroundings, training: bool, given: Arguments) -> fx.Graph:
+    return _trace_mode(root, given, modal, around, training=training)[1]
 
 
 def _arguments(module: nn.Module, node: fx.Node, values: Values) -> Arguments:
@@ -130,15 +142,15 @@ def _register_plain_tensors(root: nn.Module, graph: fx.Graph | None) -> None:
 
 
 def _trace_mode(
-    root: nn.Module, given: Arguments, modal: set[str], places: Places, *, training: bool
+    root: nn.Module, given: Arguments, modal: set[str], around: Surroundings, *, training: bool
 ) -> tuple[Tracer, fx.Graph]:
-    tracer = Tracer(modal, training, root, given)
+    tracer = Tracer(modal, training, root, given, around.owner)
     try:
         with (
             _state_kept(root),
             symbolic_modes(root, tracer),
             symbolic_factories(tracer),
-            symbolic_functions(places, tracer),
+            symbolic_functions(around.functions, tracer),
             symbolic_gradients(tracer),
         ):
             graph = tracer.trace(root)
@@ -191,9 +203,8 @@ class _Kept:
     """What those that are traced on their own are called with."""
     others: dict[int, Arguments]
     """The same at another batch size."""
-    packages: set[str]
     """Where the model's code is."""
-    places: Places
+    around: Surroundings
     inside: bool
     """Whether containers can still be called."""
     done: dict[int, nn.Module]
@@ -210,12 +221,12 @@ def _module_tree(module: nn.Module, path: str, kept: _Kept) -> nn.Module:
     if id(module) in kept.done:
         return kept.done[id(module)]
     if id(module) in kept.leaves:
-        for key, _ in own_hooks(module, kept.packages):  # which are in the graph
+        for key, _ in own_hooks(module, kept.around.owner):  # which are in the graph
             del module._forward_hooks[key]
         tree = module
         if id(module) in kept.modal:
             given, other = kept.modal[id(module)], kept.others.get(id(module))
-            tree = traced_copy(module, given, inside=kept.inside, places=kept.places, other=other)
+            tree = trace_whole(module, given, inside=kept.inside, around=kept.around, other=other)
     elif path:
         tree = module
         own = type(module).forward.__module__.startswith("torch.nn.")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from surgery.graph.table import Rule
+from surgery.graph.rule_table import Rule
 
 
 class Applied(nn.Module):

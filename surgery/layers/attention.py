@@ -46,7 +46,7 @@ class HeadAttention(nn.MultiheadAttention):
         attn_mask, key_padding_mask = (
             None if m is None else F.pad(m, (0, further)) for m in (attn_mask, key_padding_mask)
         )
-        mask = _merged_mask(attn_mask, key_padding_mask, q, k)
+        mask = _merge_masks(attn_mask, key_padding_mask, q, k)
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)
         if mask is not None:
             scores = scores + mask
@@ -91,7 +91,7 @@ def fit_heads(module: nn.MultiheadAttention, head_dim: int) -> None:
     module.__class__ = nn.MultiheadAttention if inner == module.embed_dim else HeadAttention
 
 
-def _merged_mask(mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+def _merge_masks(mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """Both masks as numbers to add to scores of shape (batch, heads, queries, keys)."""
     merged = None
     for given in (mask, padding):
@@ -147,7 +147,7 @@ def windowed_attention(
         x = torch.roll(x, [-d for d in shift], dims)
     windows = [s // w for s, w in zip(padded, window_size, strict=True)]
     tokens = math.prod(window_size)
-    x = _partitioned(x, windows, window_size).reshape(-1, tokens, x.shape[-1])
+    x = _partition(x, windows, window_size).reshape(-1, tokens, x.shape[-1])
 
     if logit_scale is not None and qkv_bias is not None:
         third = qkv_bias.shape[0] // 3
@@ -167,13 +167,13 @@ def windowed_attention(
     x = F.linear((weights @ v).transpose(1, 2).flatten(2), proj_weight, proj_bias)
     x = F.dropout(x, dropout, training)
 
-    x = _joined(x.reshape(input.shape[0], *windows, *window_size, x.shape[-1]), rank)
+    x = _join(x.reshape(input.shape[0], *windows, *window_size, x.shape[-1]), rank)
     if any(shift):
         x = torch.roll(x, shift, dims)
     return x[(slice(None), *(slice(0, s) for s in size))].contiguous()
 
 
-def _partitioned(x: Tensor, windows: Sequence[int], window_size: Sequence[int]) -> Tensor:
+def _partition(x: Tensor, windows: Sequence[int], window_size: Sequence[int]) -> Tensor:
     """(batch, *size, ...) as (batch, *windows, *window_size, ...)."""
     rank = len(windows)
     sizes = [s for pair in zip(windows, window_size, strict=True) for s in pair]
@@ -182,8 +182,8 @@ def _partitioned(x: Tensor, windows: Sequence[int], window_size: Sequence[int]) 
     return x.permute(order)
 
 
-def _joined(x: Tensor, rank: int) -> Tensor:
-    """The inverse of `_partitioned`."""
+def _join(x: Tensor, rank: int) -> Tensor:
+    """The inverse of `_partition`."""
     order = [0]
     for k in range(1, rank + 1):
         order += [k, k + rank]
@@ -199,6 +199,6 @@ def _shift_mask(like: Tensor, size: Sequence[int], window_size: Sequence[int], s
         number = (at >= s - w).to(like.dtype) + (at >= s - d).to(like.dtype)
         region = region * 3 + number.view([-1 if k == dim else 1 for k in range(len(size))])
     windows = [s // w for s, w in zip(size, window_size, strict=True)]
-    region = _partitioned(region[None], windows, window_size).reshape(-1, math.prod(window_size))
+    region = _partition(region[None], windows, window_size).reshape(-1, math.prod(window_size))
     apart = region[:, None] != region[:, :, None]
     return torch.zeros_like(apart, dtype=like.dtype).masked_fill(apart, -100.0)

@@ -17,7 +17,7 @@ from surgery.edit.layout import memory_format
 from surgery.edit.recipe import SCHEMA
 from surgery.errors import CheckpointError, UsageError
 from surgery.graph.traced import TensorSpec
-from surgery.stored import check_signature, check_type, digest_file, read_object, refuse_special
+from surgery.storage.documents import check_signature, check_type, digest_file, read_object, refuse_special
 
 RECIPE, WEIGHTS = "recipe.json", "weights.safetensors"
 

@@ -25,7 +25,6 @@ from surgery.edit.apply import carry_out
 from surgery.edit.recipe import Recipe, recipe, refuse_large
 from surgery.edit.step import Step
 from surgery.errors import CheckpointError, SurgeryError, UsageError
-from surgery.folders import refuse_folder, staged_folder
 from surgery.graph.structure import changes_since_seal, hooks
 from surgery.graph.tracing import info, inputs_like, trace, with_info
 from surgery.models.building import build_stored
@@ -41,7 +40,8 @@ from surgery.models.saved import (
     encode_input,
     read_recipe,
 )
-from surgery.stored import digest_file, refuse_long, refuse_special, sign
+from surgery.storage.documents import digest_file, refuse_long, refuse_special, sign
+from surgery.storage.folders import refuse_folder, staged_folder
 
 __all__ = ["RECIPE", "WEIGHTS", "load", "load_weights", "save"]
 

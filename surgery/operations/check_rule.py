@@ -24,7 +24,7 @@ from surgery.edit.apply import apply
 from surgery.edit.layout import Layouts
 from surgery.edit.reindex import Reindex, reindex
 from surgery.errors import EditError, UsageError, VerificationError
-from surgery.graph.table import UNKNOWN, Rule, rule_for
+from surgery.graph.rule_table import UNKNOWN, Rule, rule_for
 from surgery.graph.tracing import TracedModule, trace
 from surgery.operations.rule_samples import Axis, Ref, Sample, SampleNetwork, Variant, axis_name
 from surgery.operations.slim import slim_plan

@@ -24,7 +24,7 @@ from surgery.edit.names import find_places
 from surgery.edit.sites import Site, called_layer, is_called, local_name, op_of, output_sites
 from surgery.edit.step import Step
 from surgery.errors import EditError, UsageError, unknown_name, whole_number
-from surgery.graph.table import rule_of_class
+from surgery.graph.rule_table import rule_of_class
 from surgery.graph.tracing import info
 from surgery.layers.activation import has_defaults
 from surgery.layers.maxout import Maxout

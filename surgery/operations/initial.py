@@ -45,7 +45,7 @@ def initial_values(
         return {}
     known = info(module)
     own = dict(module.named_parameters(remove_duplicate=False))
-    with drawing(seed):
+    with seeded_draws(seed):
         built = _build(_factory(known.source, fresh, trust), module, own)
         if fresh is not None and own.keys().isdisjoint(built):
             raise UsageError("what is passed as fresh= is another model: it has none of the parameters' names")
@@ -59,7 +59,7 @@ def initial_values(
 
 
 @contextmanager
-def drawing(seed: int) -> Iterator[None]:
+def seeded_draws(seed: int) -> Iterator[None]:
     """What is drawn on the CPU, by torch, numpy or Python, follows from ``seed``, and differs from what
     ``torch.manual_seed(seed)`` gives: a model that was made with the same seed is not made again."""
     pythons, numpys = random.getstate(), np.random.get_state()

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from surgery.axes.analysis import analyse
 from surgery.edit.switch_off import kept_units
 from surgery.errors import UsageError, unknown_name, whole_number
-from surgery.graph.table import rule_of_class
+from surgery.graph.rule_table import rule_of_class
 from surgery.graph.tracing import info
-from surgery.operations.initial import Fresh, drawing, initial_values
+from surgery.operations.initial import Fresh, initial_values, seeded_draws
 from surgery.operations.masks import by_first_name, tensors_of
 from surgery.selectors import Where
 
@@ -120,7 +120,7 @@ def _kinds(module: nn.Module) -> dict[str, str]:
 def _draw_uniform(module: nn.Module, names: list[str], seed: int) -> dict[str, Tensor]:
     """Weights of convolutions and linear layers as the authors' code draws them."""
     layers = {name.removesuffix(".weight"): name for name in names if name.endswith(".weight")}
-    with drawing(seed):
+    with seeded_draws(seed):
         return {
             name: nn.init.kaiming_uniform_(torch.empty(layer.weight.shape), a=math.sqrt(5))
             for path, name in layers.items()

@@ -1,4 +1,4 @@
-"""The rows of the rule table: one for each op, by subject. Importing this fills the table (`surgery.graph.table`)."""
+"""The rows of the rule table, one for each op, by subject. Importing this fills `surgery.graph.rule_table`."""
 
 from surgery.rules import (
     attention,

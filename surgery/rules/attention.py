@@ -16,11 +16,11 @@ from torchvision.models import swin_transformer
 from torchvision.models.video import mvit
 from torchvision.models.video import swin_transformer as swin_transformer_3d
 
-from surgery.axes.labels import Field, Fields, Labelled, moved, sliced
+from surgery.axes.labels import Field, Fields, Labelled, move_field, slice_fields
 from surgery.axes.ops import Op
-from surgery.graph.table import NodeEdit, oprule
+from surgery.graph.rule_table import NodeEdit, oprule
 from surgery.layers import attention as heads
-from surgery.rules.contraction import contracted
+from surgery.rules.contraction import contract
 
 
 def _whole_heads(op: Op, packed: Field | None, count: int, head_dim: int) -> Field | None:
@@ -137,7 +137,7 @@ def _multihead_attention(
     if average_attn_weights or inner is None:
         return [(*rest, *mixed), scores]
     head = op.out[1].ndim - 3
-    shown = tuple(moved(f, tuple(d + (d >= head) for d in f.dims)) for f in scores)
+    shown = tuple(move_field(f, tuple(d + (d >= head) for d in f.dims)) for f in scores)
     return [(*rest, *mixed), (*shown, Field((head,), inner.ids, inner.key))]
 
 
@@ -148,11 +148,11 @@ def _attended(op: Op, batch_first: bool, *inputs: Labelled) -> tuple[Fields, Fie
     q, k, v = (Labelled(x.value[..., 0], tuple(f for f in x.fields if x.ndim - 1 not in f.dims)) for x in inputs)
     queries, keys = (order.replace("t", t) if batch else t for t in "qk")
     out = "bqk" if batch else "qk"
-    scores = contracted(op, (q, k), (queries, keys), out)
+    scores = contract(op, (q, k), (queries, keys), out)
     sizes = {**dict(zip(queries, q.shape, strict=True)), **dict(zip(keys, k.shape, strict=True))}
     weights = Labelled(torch.empty([sizes[c] for c in out], device="meta"), scores)
     scores = op.keep(weights, [-1], f"{op.name} normalises over it")
-    return scores, contracted(op, (Labelled(weights.value, scores), v), (out, keys), queries)
+    return scores, contract(op, (Labelled(weights.value, scores), v), (out, keys), queries)
 
 
 def _is_read(node: fx.Node, part: int) -> bool:
@@ -254,7 +254,7 @@ def _unsqueeze(op: Op, x: Labelled, target_dim: int, expand_dim: int) -> Any:
 def _squeeze(op: Op, x: Labelled, target_dim: int, expand_dim: int, tensor_dim: int) -> Fields:
     if len(op.shape) == x.ndim:
         return x.fields
-    return sliced(x.fields, tuple(0 if d == expand_dim else slice(None) for d in range(x.ndim)), x.ndim)[0]
+    return slice_fields(x.fields, tuple(0 if d == expand_dim else slice(None) for d in range(x.ndim)), x.ndim)[0]
 
 
 @oprule(mvit._add_rel_pos)
@@ -268,7 +268,7 @@ def _add_relative_positions(
     for table in tables:
         op.lose([f for f in (table.at(0),) if f is not None], f"{op.name} holds positions in it")
         rows = Labelled(table.value, tuple(f for f in table.fields if f.dims == (1,)))
-        added.append(Labelled(attn.value, contracted(op, (queries, rows), ("abcd", "ed"), "abce")))
+        added.append(Labelled(attn.value, contract(op, (queries, rows), ("abcd", "ed"), "abce")))
     return op.elementwise(scores, *added)
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgery.axes.labels import Field, Fields, Labelled, moved
+from surgery.axes.labels import Field, Fields, Labelled, move_field
 from surgery.axes.ops import Op
-from surgery.axes.untraced import written_dims
+from surgery.axes.untraced_ops import written_dims
 from surgery.graph.items import set_items
-from surgery.graph.table import NodeEdit, oprule
+from surgery.graph.rule_table import NodeEdit, oprule
 
 
 def _resize_constant(edit: NodeEdit) -> None:
@@ -49,7 +49,7 @@ def _set_items(op: Op, target: Any, index: Any, value: Any) -> Any:
     for f in value.fields if isinstance(value, Labelled) else ():
         held = None if len(f.dims) > 1 or f.dims[0] not in dims else target.at(dims[f.dims[0]])
         if held is not None and len(held.dims) == 1:
-            op.tie(held, moved(f, held.dims))
+            op.tie(held, move_field(f, held.dims))
             written |= set(held.dims)
         else:
             op.freeze(f, f"{op.name} writes it to positions of another axis")

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from surgery.axes.labels import Field, Fields, Labelled, moved
+from surgery.axes.labels import Field, Fields, Labelled, move_field
 from surgery.axes.ops import Op
-from surgery.graph.table import NodeEdit, oprule
+from surgery.graph.rule_table import NodeEdit, oprule
 
 
-def contracted(op: Op, operands: Sequence[Labelled], letters: Sequence[str], out: str) -> Fields:
+def contract(op: Op, operands: Sequence[Labelled], letters: Sequence[str], out: str) -> Fields:
     """Fields of ``einsum("letters[0],letters[1],...->out", *operands)``."""
     held = [
         [_without(op, f, [d for d in f.dims if sub[d] not in out]) for f in x.fields]
@@ -33,7 +33,7 @@ def contracted(op: Op, operands: Sequence[Labelled], letters: Sequence[str], out
     for fields, sub in zip(held, letters, strict=True):
         for f in fields:
             if all(sub[d] in out for d in f.dims):
-                _meet(op, result, moved(f, tuple(out.index(sub[d]) for d in f.dims)), letters, out)
+                _meet(op, result, move_field(f, tuple(out.index(sub[d]) for d in f.dims)), letters, out)
     return tuple(_beside(op, f, operands, letters, held, out) for f in result)
 
 
@@ -102,14 +102,14 @@ def _einsum(op: Op, equation: str, *operands: Any) -> Fields:
         return op.unknown(*operands, why="has no rule for this equation")
     if not arrow:
         out = "".join(sorted(c for c in set(terms) - {","} if terms.count(c) == 1))
-    return contracted(op, operands, letters, out)
+    return contract(op, operands, letters, out)
 
 
 @oprule(torch.matmul, operator.matmul, torch.mm, torch.bmm, torch.mv, "matmul", "mm", "bmm", "mv", "__matmul__",
         linear="writes")  # fmt: skip
 def _matmul(op: Op, input: Labelled, other: Labelled) -> Fields:
     left, right, out = _matmul_letters(input.ndim, other.ndim)
-    return contracted(op, (input, other), (left, right), out)
+    return contract(op, (input, other), (left, right), out)
 
 
 def _matmul_letters(left: int, right: int) -> tuple[str, str, str]:
@@ -149,7 +149,7 @@ def _attention(
         f = x.at(-1)
         if f is not None and len(f.dims) == 1 and scale is None and not op.in_graph:
             op.freeze(f, f"{op.name} takes its scale from the size")
-    scores = contracted(op, (query, key), (batch + "LE", batch + "SE"), batch + "LS")
+    scores = contract(op, (query, key), (batch + "LE", batch + "SE"), batch + "LS")
     shape = (*op.shape[:-1], key.shape[-2])
     weights = Labelled(torch.empty(shape, device="meta"), scores)
     for dim in range(0 if attn_mask is None else attn_mask.ndim):
@@ -163,7 +163,7 @@ def _attention(
     if is_causal or (len(rest) > 1 and rest[1]):
         op.lose([f for x in (query, key, value) if (f := x.at(-2)) is not None], f"{op.name} takes them in order")
     scores = op.keep(weights, [-1], f"{op.name} normalises over it")
-    return contracted(op, (Labelled(weights.value, scores), value), (batch + "LS", batch + "SE"), batch + "LE")
+    return contract(op, (Labelled(weights.value, scores), value), (batch + "LS", batch + "SE"), batch + "LE")
 
 
 def _repeat_heads(x: Labelled, query: Labelled) -> Labelled:

@@ -22,7 +22,7 @@ from torch import nn
 
 from surgery.axes.labels import Field, Fields, Labelled
 from surgery.axes.ops import Op
-from surgery.graph.table import NodeEdit, oprule
+from surgery.graph.rule_table import NodeEdit, oprule
 
 
 def _named(namespace: Any, names: str) -> list[Any]:

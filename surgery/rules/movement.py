@@ -17,9 +17,9 @@ import torchvision
 from torch import nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 
-from surgery.axes.labels import Field, Fields, Labelled, full_index, moved, permuted, sliced
+from surgery.axes.labels import Field, Fields, Labelled, full_index, move_field, permute_fields, slice_fields
 from surgery.axes.ops import Op
-from surgery.graph.table import NodeEdit, oprule
+from surgery.graph.rule_table import NodeEdit, oprule
 from surgery.layers.maxout import Maxout
 
 
@@ -82,7 +82,7 @@ def _squeeze(op: Op, input: Labelled, dim: Any = None) -> Fields:
         return ()
     fields = op.keep(input, gone, f"{op.name} removes it")
     place = {d: k for k, d in enumerate(d for d in range(input.ndim) if d not in gone)}
-    return tuple(moved(f, tuple(place[d] for d in f.dims)) for f in fields)
+    return tuple(move_field(f, tuple(place[d] for d in f.dims)) for f in fields)
 
 
 def _resize_view(edit: NodeEdit) -> None:
@@ -135,20 +135,20 @@ def _sized_like(op: Op, fields: Fields, other: Labelled) -> Fields:
 @oprule(torch.movedim, torch.moveaxis, "movedim", "moveaxis", movement=True)
 def _movedim(op: Op, input: Labelled, source: Any, destination: Any) -> Fields:
     order = torch.movedim(torch.empty(tuple(range(input.ndim)), device="meta"), source, destination).shape
-    return permuted(input.fields, tuple(order))
+    return permute_fields(input.fields, tuple(order))
 
 
 @oprule(torch.permute, "permute", torchvision.ops.Permute, movement=True)
 def _permute(op: Op, input: Labelled, *order: Any, dims: Any = None) -> Fields:
     order = op.setting("dims", dims) or (order[0] if len(order) == 1 and not isinstance(order[0], int) else order)
-    return permuted(input.fields, tuple(d % input.ndim for d in order))
+    return permute_fields(input.fields, tuple(d % input.ndim for d in order))
 
 
 @oprule(torch.transpose, "transpose", torch.swapaxes, "swapaxes", movement=True)
 def _transpose(op: Op, input: Labelled, dim0: int, dim1: int) -> Fields:
     order = list(range(input.ndim))
     order[dim0], order[dim1] = order[dim1], order[dim0]
-    return permuted(input.fields, tuple(order))
+    return permute_fields(input.fields, tuple(order))
 
 
 @oprule(torch.t, "t", "mT", movement=True)  # outside graphs the attribute is met as a method
@@ -163,7 +163,7 @@ def _attribute(op: Op, input: Any, name: str, *default: Any) -> Any:
         found = getattr(input, name)
         return found.fields if isinstance(found, Labelled) else op.unknown(input)
     if name in ("mT", "T", "H"):
-        return permuted(input.fields, tuple(reversed(range(input.ndim)))) if name != "mT" else _t(op, input)
+        return permute_fields(input.fields, tuple(reversed(range(input.ndim)))) if name != "mT" else _t(op, input)
     return input.fields if name == "data" else op.unknown(input, why=f"reads .{name} of it")
 
 
@@ -185,7 +185,7 @@ def _stack(op: Op, tensors: Any, dim: int = 0) -> Fields:
 
 def _shifted(fields: Fields, dim: int) -> Fields:
     """Fields where a new dim is put before ``dim``."""
-    return tuple(moved(f, tuple(d + (d >= dim) for d in f.dims)) for f in fields)
+    return tuple(move_field(f, tuple(d + (d >= dim) for d in f.dims)) for f in fields)
 
 
 def _split_by_size(edit: NodeEdit) -> None:
@@ -209,7 +209,7 @@ def _pieces(op: Op, tensor: Any = None, how: Any = None, dim: int = 0, *, input:
     for piece in op.out:
         stretch = slice(start, start + piece.shape[dim])
         index = tuple(stretch if d == dim else slice(None) for d in range(tensor.ndim))
-        result.append(sliced(tensor.fields, index, tensor.ndim)[0])
+        result.append(slice_fields(tensor.fields, index, tensor.ndim)[0])
         start = stretch.stop
         for f in result[-1]:
             op.cut(f)
@@ -222,7 +222,7 @@ def _unbind(op: Op, input: Labelled, dim: int = 0) -> Any:
     result = []
     for k in range(input.shape[dim]):
         index = tuple(k if d == dim % input.ndim else slice(None) for d in range(input.ndim))
-        fields, picked = sliced(input.fields, index, input.ndim)
+        fields, picked = slice_fields(input.fields, index, input.ndim)
         op.lose(picked, f"{op.name} picks positions of it")
         result.append(fields)
     return result
@@ -232,10 +232,10 @@ def _unbind(op: Op, input: Labelled, dim: int = 0) -> Any:
 def _getitem(op: Op, input: Labelled, index: Any) -> Fields:
     index = index if isinstance(index, tuple) else (index,)
     if any(isinstance(i, Labelled) for i in index):
-        return _picked(op, input, index)
+        return _pick_rows(op, input, index)
     if any(not (i is None or i is Ellipsis or isinstance(i, (int, slice))) for i in index):
         return op.unknown(input)
-    fields, picked = sliced(input.fields, index, input.ndim)
+    fields, picked = slice_fields(input.fields, index, input.ndim)
     given = [i for i in full_index(index, input.ndim) if i is not None]
     op.takes_apart(input, [d for d, i in enumerate(given) if i != slice(None)])
     for f in input.fields:  # the number of a position stays, so no channel may move to or from it
@@ -251,7 +251,7 @@ def _select(op: Op, input: Labelled, dim: int, index: int) -> Fields:
     return _getitem(op, input, (*[slice(None)] * (dim % input.ndim), index))
 
 
-def _picked(op: Op, input: Labelled, index: tuple[Any, ...]) -> Fields:
+def _pick_rows(op: Op, input: Labelled, index: tuple[Any, ...]) -> Fields:
     """Rows of a table, at positions that a tensor holds."""
     at = [k for k, i in enumerate(index) if isinstance(i, Labelled)]
     if len(at) > 1 or any(i != slice(None) for k, i in enumerate(index) if k not in at):
@@ -262,7 +262,7 @@ def _picked(op: Op, input: Labelled, index: tuple[Any, ...]) -> Fields:
         return op.unknown(input)
     shift = positions.ndim - 1
     rest = op.keep(input, at, f"{op.name} picks positions of it")
-    return tuple(moved(f, tuple(d + (d > at[0]) * shift for d in f.dims)) for f in rest)
+    return tuple(move_field(f, tuple(d + (d > at[0]) * shift for d in f.dims)) for f in rest)
 
 
 def _resize_narrow(edit: NodeEdit) -> None:
@@ -276,7 +276,7 @@ def _resize_narrow(edit: NodeEdit) -> None:
 def _narrow(op: Op, input: Labelled, dim: int, start: int, length: int) -> Fields:
     op.takes_apart(input, [dim % input.ndim])
     index = tuple(slice(start, start + length) if d == dim % input.ndim else slice(None) for d in range(input.ndim))
-    fields = sliced(input.fields, index, input.ndim)[0]
+    fields = slice_fields(input.fields, index, input.ndim)[0]
     for f in fields:
         op.cut(f)
     return fields
@@ -337,15 +337,15 @@ def _index_select(op: Op, input: Labelled, dim: int, index: Labelled) -> Fields:
 
 @oprule("expand", torch.broadcast_to, "broadcast_to", rewrite=_resize_view, linear="first", python="sizes")
 def _expand(op: Op, input: Labelled, *sizes: Any, **named: Any) -> Fields:
-    return _expanded(op, input, None)
+    return _expand(op, input, None)
 
 
 @oprule("expand_as", rewrite=_resize_view, linear="first", python="sizes")
 def _expand_as(op: Op, input: Labelled, other: Labelled) -> Fields:
-    return _sized_like(op, _expanded(op, input, other), other)
+    return _sized_like(op, _expand(op, input, other), other)
 
 
-def _expanded(op: Op, input: Labelled, other: Labelled | None) -> Fields:
+def _expand(op: Op, input: Labelled, other: Labelled | None) -> Fields:
     """What is repeated is the same for every channel: it can be as long as what it meets."""
     shift = len(op.shape) - input.ndim
     fields = list(op.elementwise(input))

@@ -17,7 +17,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from surgery.axes.labels import Field, Fields, Labelled
 from surgery.axes.ops import Op
-from surgery.graph.table import NodeEdit, oprule
+from surgery.graph.rule_table import NodeEdit, oprule
 from surgery.layers.norms import (
     RestrictedNorm,
     batch_norm_over,

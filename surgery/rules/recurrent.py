@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from surgery.axes.labels import Field, Labelled, moved
+from surgery.axes.labels import Field, Labelled, move_field
 from surgery.axes.ops import Op
-from surgery.graph.table import NodeEdit, oprule
+from surgery.graph.rule_table import NodeEdit, oprule
 
 
 def _gates(layer: nn.Module) -> int:
@@ -57,7 +57,7 @@ def _recurrent_layer(op: Op, input: Any, hx: Any = None) -> Any:
             op.tie(op.axis(state, -1)[0], f)
     time = input.ndim - 2 if layer.batch_first or input.ndim == 2 else 0
     others = tuple(f for f in op.keep(input, [time]) if input.ndim - 1 not in f.dims)
-    batch = tuple(moved(f, (1,)) for f in others)  # of the last states: (layers and directions, batch, units)
+    batch = tuple(move_field(f, (1,)) for f in others)  # of the last states: (layers and directions, batch, units)
     assert read is not None
     outputs = (*others, _units(read, op.shape))
     last = [(*batch, _units(f, state.shape)) for f, state in zip((units[0], units[-1]), _states(op), strict=False)]

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from surgery.axes.labels import Fields, Labelled, moved
+from surgery.axes.labels import Fields, Labelled, move_field
 from surgery.axes.ops import Op
-from surgery.graph.table import NodeEdit, oprule
+from surgery.graph.rule_table import NodeEdit, oprule
 from surgery.layers.reductions import (
     amax_over,
     amin_over,
@@ -36,7 +36,7 @@ from surgery.layers.reductions import (
 @oprule(torch.mean, "mean", linear="first", over=mean_over)
 def _mean(op: Op, input: Labelled, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None,
           **named: Any) -> Fields:  # fmt: skip
-    return _reduced(op, input, reduced_dims(dim, axis), "averages")
+    return _reduce(op, input, reduced_dims(dim, axis), "averages")
 
 
 def _correct_for_copies(edit: NodeEdit) -> None:
@@ -58,7 +58,7 @@ def _inside(edit: NodeEdit, dims: tuple[int, ...]) -> set[int]:
 
 def _spread(op: Op, input: Labelled, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *,
             correction: Any = None, axis: Any = None, **named: Any) -> Any:  # fmt: skip
-    return op.alike(_reduced(op, input, spread_settings(dim, axis, unbiased, correction)[0], "averages"))
+    return op.alike(_reduce(op, input, spread_settings(dim, axis, unbiased, correction)[0], "averages"))
 
 
 for _functions, _over in (
@@ -73,7 +73,7 @@ for _functions, _over in (
 @oprule(torch.amax, "amax", over=amax_over)
 @oprule(torch.amin, "amin", over=amin_over)
 def _extreme(op: Op, input: Labelled, dim: Any = (), keepdim: bool = False, **named: Any) -> Fields:
-    return _reduced(op, input, reduced_dims(dim, named.get("axis")), "averages")
+    return _reduce(op, input, reduced_dims(dim, named.get("axis")), "averages")
 
 
 @oprule(torch.max, "max", over=max_over)
@@ -83,7 +83,7 @@ def _greatest(op: Op, input: Labelled, dim: Any = None, keepdim: bool = False, *
     if isinstance(dim, Labelled) or other is not None:  # the larger of two
         return op.elementwise(input, dim if other is None else other)
     numbered = isinstance(op.out, tuple) and any(user.users and not _takes_values(user) for user in op.node.users)
-    return op.alike(_reduced(op, input, reduced_dims(dim, axis), "numbers" if numbered else "averages"))
+    return op.alike(_reduce(op, input, reduced_dims(dim, axis), "numbers" if numbered else "averages"))
 
 
 def _takes_values(user: Any) -> bool:
@@ -104,7 +104,7 @@ def _share_sum(edit: NodeEdit) -> None:
 @oprule(torch.sum, "sum", linear="first", rewrite=_share_sum, python="always")
 def _sum(op: Op, input: Labelled, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None,
          **named: Any) -> Fields:  # fmt: skip
-    return _reduced(op, input, reduced_dims(dim, axis), "sums")
+    return _reduce(op, input, reduced_dims(dim, axis), "sums")
 
 
 def _share_length(edit: NodeEdit) -> None:
@@ -115,12 +115,12 @@ def _share_length(edit: NodeEdit) -> None:
 
 @oprule(torch.norm, "norm", rewrite=_share_length, python="always")
 def _norm(op: Op, input: Labelled, p: Any = "fro", dim: Any = None, keepdim: bool = False, **named: Any) -> Fields:
-    return _reduced(op, input, reduced_dims(dim), "freezes" if _power(p) is None else "sums")
+    return _reduce(op, input, reduced_dims(dim), "freezes" if _power(p) is None else "sums")
 
 
 @oprule(torch.linalg.vector_norm, rewrite=_share_length, python="always")
 def _vector_norm(op: Op, input: Labelled, ord: Any = 2, dim: Any = None, keepdim: bool = False, **named: Any) -> Fields:
-    return _reduced(op, input, reduced_dims(dim), "freezes" if _power(ord) is None else "sums")
+    return _reduce(op, input, reduced_dims(dim), "freezes" if _power(ord) is None else "sums")
 
 
 @oprule(torch.linalg.norm, rewrite=_share_length, python="always")
@@ -129,7 +129,7 @@ def _linalg_norm(
 ) -> Fields:
     dims = reduced_dims(dim)
     vector = ord is None or (input.ndim == 1 if dims is None else len(dims) == 1)
-    return _reduced(op, input, dims, "sums" if vector and _power(ord) is not None else "freezes")
+    return _reduce(op, input, dims, "sums" if vector and _power(ord) is not None else "freezes")
 
 
 def _power(p: Any, ord: Any = None) -> float | None:
@@ -158,10 +158,10 @@ def _divide(edit: NodeEdit, dims: tuple[int, ...] | None, power: float) -> None:
 
 @oprule(torch.any, torch.all, torch.prod, torch.logsumexp, "any", "all", "prod", "logsumexp")
 def _other(op: Op, input: Labelled, dim: Any = None, *args: Any, **named: Any) -> Any:
-    return op.alike(_reduced(op, input, reduced_dims(dim, named.get("axis")), "freezes"))
+    return op.alike(_reduce(op, input, reduced_dims(dim, named.get("axis")), "freezes"))
 
 
-def _reduced(op: Op, input: Labelled, dims: tuple[int, ...] | None, how: str) -> Fields:
+def _reduce(op: Op, input: Labelled, dims: tuple[int, ...] | None, how: str) -> Fields:
     """What is left of ``input``. Channels that are reduced over are averaged (``"averages"``), added up (``"sums"``),
     or must stay."""
     gone = set(range(input.ndim)) if dims is None else {d % max(input.ndim, 1) for d in dims}
@@ -179,7 +179,7 @@ def _reduced(op: Op, input: Labelled, dims: tuple[int, ...] | None, how: str) ->
     if len(op.shape) == input.ndim:
         return tuple(fields)
     place = {d: k for k, d in enumerate(d for d in range(input.ndim) if d not in gone)}
-    return tuple(moved(f, tuple(place[d] for d in f.dims)) for f in fields)
+    return tuple(move_field(f, tuple(place[d] for d in f.dims)) for f in fields)
 
 
 @oprule(mean_over, var_over, std_over, var_mean_over, std_mean_over, amax_over, amin_over, max_over, min_over,

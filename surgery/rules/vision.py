@@ -10,8 +10,8 @@ import torchvision
 
 from surgery.axes.labels import Fields, Labelled
 from surgery.axes.ops import Op
-from surgery.graph.table import oprule
-from surgery.rules.weights import WEIGHT_AND_BIAS, convolved, resize_conv
+from surgery.graph.rule_table import oprule
+from surgery.rules.weights import WEIGHT_AND_BIAS, convolve, resize_conv
 
 
 @oprule(torchvision.ops.roi_align, torchvision.ops.roi_pool)
@@ -60,4 +60,4 @@ def _deform_conv(
     taps = 2 * math.prod(held.shape[2:])
     if offset.shape[-3] != taps or held.shape[1] != input.shape[-3]:
         return op.unknown(input, weight, bias, why="has groups")
-    return convolved(op, input, weight, bias, 1, False, stride, padding, mixed=True)
+    return convolve(op, input, weight, bias, 1, False, stride, padding, mixed=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 from surgery.axes.labels import Field, Fields, Labelled
 from surgery.axes.ops import Op
-from surgery.graph.table import NodeEdit, oprule
+from surgery.graph.rule_table import NodeEdit, oprule
 
 WEIGHT_AND_BIAS = ("weight", "bias")
 
@@ -35,7 +35,7 @@ def _linear(op: Op, input: Labelled, weight: Labelled | None = None, bias: Label
     if bias is not None:
         op.produces(bias.at(0))
         op.tie(rows, bias.at(0))
-    return placed(rest, rows, op.shape, -1)
+    return add_field(rest, rows, op.shape, -1)
 
 
 def resize_conv(edit: NodeEdit) -> None:
@@ -85,7 +85,7 @@ def _conv(
     groups: int = 1,
 ) -> Fields:
     stride, padding = op.setting("stride", stride), op.setting("padding", padding)
-    return convolved(op, input, weight, bias, groups, False, stride, padding)
+    return convolve(op, input, weight, bias, groups, False, stride, padding)
 
 
 @oprule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -105,10 +105,10 @@ def _conv_transpose(
     output_size: Any = None,
 ) -> Fields:
     still = op.setting("padding", padding), op.setting("output_padding", output_padding)
-    return convolved(op, input, weight, bias, groups, True, op.setting("stride", stride), *still)
+    return convolve(op, input, weight, bias, groups, True, op.setting("stride", stride), *still)
 
 
-def convolved(
+def convolve(
     op: Op,
     x: Labelled,
     weight: Labelled | None,
@@ -154,7 +154,7 @@ def convolved(
     if bias is not None:
         op.produces(bias.at(0))
         op.tie(outs, bias.at(0))
-    return placed(rest, outs, op.shape, dim)
+    return add_field(rest, outs, op.shape, dim)
 
 
 def _mixed_positions(kernel: tuple[int, ...], stride: Any, padding: tuple[Any, ...]) -> list[int]:
@@ -210,7 +210,7 @@ def per_channel(op: Op, x: Labelled, dim: int, *vectors: Labelled | None) -> Non
             op.per_position(x, dim, *vector.fields)
 
 
-def placed(fields: Fields, f: Field | None, shape: tuple[int, ...], dim: int) -> Fields:
+def add_field(fields: Fields, f: Field | None, shape: tuple[int, ...], dim: int) -> Fields:
     return fields if f is None else (*fields, Field((dim % len(shape),), f.ids, f.key))
 
 
@@ -265,7 +265,7 @@ def _looked_up(op: Op, weight: Labelled, *read: Labelled | None) -> Fields:
         if x is not None:
             op.lose(x.fields, f"{op.name} reads positions from it")
     op.produces(weight.at(1))
-    return placed((), weight.at(1), op.shape, -1)
+    return add_field((), weight.at(1), op.shape, -1)
 
 
 def _resize_prelu(edit: NodeEdit) -> None:

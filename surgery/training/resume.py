@@ -18,8 +18,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from surgery.errors import CheckpointError, UsageError
-from surgery.locks import hold
-from surgery.stored import check_type, digest_file, parse_object, refuse_special
+from surgery.storage.documents import check_type, digest_file, parse_object, refuse_special
+from surgery.storage.locks import hold
 from surgery.training.history import Epoch, Grown
 
 _FORMAT = 2

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import surgery
 from surgery.cli.output import Bars
-from surgery.folders import unfinished_folder
+from surgery.storage.folders import unfinished_folder
 from tests.helpers import interrupt, same_tensors
 
 NETS = """

@@ -66,6 +66,8 @@ def is_public(name: str) -> bool:
         return True
     if parts[0] == "models" and len(parts) > 1:
         return parts[1] in surgery.models.__all__
+    if parts[0] == "storage":
+        return parts[1:2] in ([], ["folders"])
     return parts[0] in surgery.__all__
 
 

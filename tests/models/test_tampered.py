@@ -16,7 +16,7 @@ from torch import nn
 
 import surgery
 from surgery.models.saving import RECIPE, WEIGHTS
-from surgery.stored import sign
+from surgery.storage.documents import sign
 
 
 class Net(nn.Module):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import surgery
-from surgery.graph.table import NodeEdit, restore_rules
+from surgery.graph.rule_table import NodeEdit, restore_rules
 from tests.zoo import randomised
 
 EXACT = 1e-10

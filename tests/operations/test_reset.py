@@ -15,7 +15,7 @@ from torch import nn
 import surgery
 from surgery import models as catalogue
 from surgery.graph.traced import TracedModule, named_tensors
-from surgery.operations.initial import drawing
+from surgery.operations.initial import seeded_draws
 from surgery.operations.reset import reset_hypothesis
 from tests.zoo import TiedLayers, randomised
 
@@ -72,7 +72,7 @@ def net(**options):
 def test_what_is_reset_is_what_a_new_model_has_and_the_slim_network_stays_what_it_was(source):
     traced = traced_source(source)
     masks = surgery.split_masks(traced, 0.5)
-    with drawing(4):
+    with seeded_draws(4):
         new = catalogue.build(source)
     result = reset_hypothesis(traced, masks, seed=4)
     drawn, old = dict(new.named_parameters()), dict(traced.named_parameters())

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.graph.table import restore_rules
+from surgery.graph.rule_table import restore_rules
 
 
 def clip(x, high=1.0):

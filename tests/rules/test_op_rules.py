@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.graph import table
-from surgery.graph.table import NodeEdit
+from surgery.graph import rule_table
+from surgery.graph.rule_table import NodeEdit
 from surgery.operations import rule_samples as probe
 from surgery.operations.check_rule import _check
 from tests.rules.samples import NO_SAMPLE, SAMPLES, Sample
@@ -47,13 +47,13 @@ def first_of_its_rule(sample: Sample) -> bool:
 
 
 def rule_of(sample: Sample) -> Any:
-    tables: tuple[dict[Any, table.Rule], ...] = (table._FUNCTIONS, table._METHODS, table._MODULES)
+    tables: tuple[dict[Any, rule_table.Rule], ...] = (rule_table._FUNCTIONS, rule_table._METHODS, rule_table._MODULES)
     return next((rows[sample.target].relate for rows in tables if sample.target in rows), None)
 
 
 def test_every_rule_has_a_sample():
     sampled = [s.target for s in SAMPLES]
-    rows = [*table._FUNCTIONS, *table._METHODS, *table._MODULES]
+    rows = [*rule_table._FUNCTIONS, *rule_table._METHODS, *rule_table._MODULES]
     assert [row for row in rows if row not in sampled and row not in NO_SAMPLE] == []
 
 
@@ -140,7 +140,7 @@ def test_an_attribute_that_turns_axes_is_followed_outside_graphs_too():
 @pytest.fixture
 def rule():
     """`surgery.oprule`, undone after the test."""
-    with table.restore_rules():
+    with rule_table.restore_rules():
         yield surgery.oprule
 
 

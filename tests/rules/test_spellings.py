@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import surgery
-from surgery.graph import table
+from surgery.graph import rule_table
 
 ACTIVATIONS = {
     "relu": (nn.ReLU(), F.relu, torch.relu, lambda x: x.relu()),
@@ -61,15 +61,15 @@ def test_a_network_is_deepened_alike_however_its_activation_is_spelled(name):
 
 
 def test_every_activation_makes_the_layer_that_its_name_says():
-    for rule in {id(r): r for r in table._FUNCTIONS.values() if r.activation}.values():
-        assert table.activation_named(rule.name) is rule
+    for rule in {id(r): r for r in rule_table._FUNCTIONS.values() if r.activation}.values():
+        assert rule_table.activation_named(rule.name) is rule
         assert rule.layer is getattr(nn, rule.name)
 
 
 def test_bounds_are_kept_by_what_is_bounded():
     x = torch.linspace(-9, 9, 1001, dtype=torch.float64)
     checked = 0
-    for target, rule in table._FUNCTIONS.items():
+    for target, rule in rule_table._FUNCTIONS.items():
         if rule.activation and isinstance(rule.within, tuple):
             least, greatest = rule.within
             y = target(x.clone())

@@ -22,12 +22,12 @@ from surgery.deploy.measure.benchmark import Ratio
 from surgery.deploy.measure.environment import Environment, environment
 from surgery.deploy.measure.ratios import noise
 from surgery.errors import UsageError
-from surgery.folders import write_table
 from surgery.graph.traced import info
 from surgery.models import short
 from surgery.operations.slim import slim
 from surgery.progress import Progress
 from surgery.settings import TimingSettings, accepts
+from surgery.storage.folders import write_table
 from surgery.training.data.data import Data
 
 _INK, _LOSS, _TIME = "#222222", "#b3452c", "#0b6e99"

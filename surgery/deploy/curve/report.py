@@ -8,8 +8,8 @@ from pathlib import Path
 from surgery.deploy.curve.html import page
 from surgery.deploy.curve.plot import draw
 from surgery.deploy.curve.points import Tradeoff
-from surgery.folders import write_table
 from surgery.settings import TEACHERS, TradeoffSettings
+from surgery.storage.folders import write_table
 from surgery.units import counted, mebibytes, quantity
 
 

@@ -19,7 +19,15 @@ from torch import nn
 from surgery.deploy.measure.environment import environment
 from surgery.errors import CheckpointError, DamageWarning
 from surgery.models.saving import RECIPE, WEIGHTS, load_weights
-from surgery.stored import DIGEST, check_signature, check_type, digest_file, read_object, refuse_special, write_object
+from surgery.storage.documents import (
+    DIGEST,
+    check_signature,
+    check_type,
+    digest_file,
+    read_object,
+    refuse_special,
+    write_object,
+)
 from surgery.training.data.data import Data
 from surgery.training.data.fingerprint import images_digest, training_digest
 from surgery.training.history import Epoch, History, Score

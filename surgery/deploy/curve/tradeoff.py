@@ -24,12 +24,12 @@ from surgery.deploy.curve.teaching import Lesson
 from surgery.deploy.measure.benchmark import Comparison, compare
 from surgery.deploy.measure.environment import usable_cores
 from surgery.errors import UsageError, unknown_name
-from surgery.folders import refuse_folder, staged_folder, unfinished_folder
 from surgery.graph.traced import info
 from surgery.operations.masks import IMPORTANCE
 from surgery.operations.slim import Rate
 from surgery.progress import Progress
 from surgery.settings import TimingSettings, TradeoffSettings, accepts
+from surgery.storage.folders import refuse_folder, staged_folder, unfinished_folder
 from surgery.training.data.adapt import AnyData
 from surgery.training.data.data import Data
 

@@ -22,7 +22,7 @@ from surgery.deploy.onnx.export import export_onnx
 from surgery.errors import UsageError
 from surgery.graph.batches import tensors
 from surgery.models.inputs import resolve, squash
-from surgery.stored import check_type
+from surgery.storage.documents import check_type
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Options: TypeAlias = Mapping[str, str]

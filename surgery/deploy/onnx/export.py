@@ -29,9 +29,9 @@ from surgery.edit.recipe import recipe
 from surgery.errors import ExportError, UsageError, unknown_name, whole_number
 from surgery.graph import tracing
 from surgery.graph.batches import Args, Kwargs, is_list_of_images
-from surgery.locks import hold, make_staging
 from surgery.models.detectors import without_threshold
 from surgery.models.inputs import copy_inputs, resolve, squash
+from surgery.storage.locks import hold, make_staging
 from surgery.version import __version__
 
 _INLINE_LIMIT = 2**31 - 2**24

@@ -21,12 +21,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from surgery.errors import CheckpointError, DamageWarning, UsageError
-from surgery.folders import refuse_folder
 from surgery.graph.traced import named_tensors
-from surgery.locks import hold
 from surgery.models.saved import DTYPES
 from surgery.progress import Progress
-from surgery.stored import DIGEST, check_signature, check_type, digest_file, read_object, refuse_special, write_object
+from surgery.storage.documents import (
+    DIGEST,
+    check_signature,
+    check_type,
+    digest_file,
+    read_object,
+    refuse_special,
+    write_object,
+)
+from surgery.storage.folders import refuse_folder
+from surgery.storage.locks import hold
 from surgery.training.data.data import Extended, Images, count
 from surgery.training.data.fingerprint import images_digest, is_deterministic, module_digest
 from surgery.training.modes import in_mode

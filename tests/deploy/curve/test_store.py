@@ -10,7 +10,7 @@ from torch import nn
 
 import surgery
 from surgery.deploy.curve.store import NOTE, RECORD, Store
-from surgery.stored import sign
+from surgery.storage.documents import sign
 from surgery.training.history import Epoch, History, Score
 
 HISTORY = History((Epoch(8, 0.5, 0.1, Score(3, 4), 1.5),), 2)

@@ -15,8 +15,8 @@ from torch import nn
 from surgery.deploy.curve.points import pareto
 from surgery.deploy.curve.tradeoff import tradeoff
 from surgery.errors import UsageError
-from surgery.folders import staged_folder
 from surgery.models.saving import load
+from surgery.storage.folders import staged_folder
 from surgery.training.data.data import load_data
 
 

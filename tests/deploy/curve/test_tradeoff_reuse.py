@@ -12,7 +12,7 @@ from surgery.cli.output import Bars
 from surgery.deploy.curve.tradeoff import tradeoff
 from surgery.deploy.measure.benchmark import compare
 from surgery.errors import EditError, UsageError
-from surgery.folders import LOCK, unfinished_folder
+from surgery.storage.folders import LOCK, unfinished_folder
 
 
 def tiny() -> nn.Module:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import surgery
 from surgery.errors import UsageError
-from surgery.stored import sign
+from surgery.storage.documents import sign
 from surgery.training.data.cache import MARKER, cache_bytes, cache_outputs, open_cache, write_cache
 from surgery.training.data.data import load_data
 from surgery.training.data.fingerprint import is_deterministic, module_digest, training_digest

@@ -12,7 +12,7 @@ from torch import nn
 
 import surgery
 from benchmarks.reliability.killer import can_trace, kill_at
-from surgery.folders import unfinished_folder
+from surgery.storage.folders import unfinished_folder
 
 pytestmark = pytest.mark.skipif(not can_trace(), reason="this system does not let a process trace its children")
 
@@ -42,7 +42,7 @@ def weights(folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize("exchanged", [True, False], ids=["exchange", "renames"])
 def test_a_forced_save_leaves_the_old_model_or_the_new_one(tmp_path, monkeypatch, exchanged, first):
     if not exchanged:
-        monkeypatch.setattr("surgery.folders.exchange", lambda one, other: False)
+        monkeypatch.setattr("surgery.storage.folders.exchange", lambda one, other: False)
     old, new, folder = traced(0), traced(1), tmp_path / "saved"
     surgery.save(old, folder)
     for count in kills(lambda: surgery.save(new, folder, force=True), first, 6):

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import CheckpointError, UsageError
-from surgery.locks import aside, hold, locked, make_staging, refused, remove_empty
-from surgery.renaming import exchange, rename_new
-from surgery.stored import DIGEST, check_signature, read_object, write_object
+from surgery.storage.documents import DIGEST, check_signature, read_object, write_object
+from surgery.storage.locks import aside, hold, locked, make_staging, refused, remove_empty
+from surgery.storage.renaming import exchange, rename_new
 
 SETTINGS = "settings.json"
 """The file that marks the folder of an unfinished run."""

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from surgery import folders
 from surgery.errors import UsageError
-from surgery.folders import LOCK, SETTINGS, staged_folder, unfinished, unfinished_folder
+from surgery.storage import folders
+from surgery.storage.folders import LOCK, SETTINGS, staged_folder, unfinished, unfinished_folder
 
 ASKED = {"epochs": 3, "layers": ("a", "b"), "lr": None}
 
@@ -114,7 +114,7 @@ def test_two_runs_at_once_are_refused(tmp_path, settings, force):
 def test_a_killed_run_keeps_no_one_from_going_on(tmp_path):
     code = """
         import os, sys
-        from surgery.folders import unfinished_folder
+        from surgery.storage.folders import unfinished_folder
 
         with unfinished_folder(sys.argv[1], {"epochs": 3}) as folder:
             (folder / "weights.pt").touch()
