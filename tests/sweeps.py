@@ -86,6 +86,7 @@ FAST: dict[str, set[str]] = {
     "test_every_edit_of_many_random_networks_is_exact_or_refused": set(),
     # the parts of what a GPU is asked
     "test_latency_is_measured_at_each_rate": set(),
+    "test_a_part_is_run_by_the_python_of_its_environment": set(),
     # fresh processes; fast are `test_two_processes_train_as_one_does` and those of `tests/models/test_saving.py`
     "test_two_processes_distill_as_one_does": set(),
     "test_several_processes_print_and_write_once": set(),
