@@ -176,7 +176,8 @@ def markdown(rows: list[dict[str, Any]], version: str) -> str:
     low = sum(row["slim_macs"] <= _TARGET for row in known)
     exact = [row for row in rows if "slim error" in row]
     text = (
-        f"# timm {version}\n\nOne model of {len(rows)} of its {len(FAMILIES)} families: {len(known)} are traced and "
+        f"# timm {version}\n\n`python -m benchmarks.coverage.timm_families`. One model of {len(rows)} of its "
+        f"{len(FAMILIES)} families: {len(known)} are traced and "
         f"slimmed, {low} of them to at most {_TARGET:.2f} of the MACs at rate 0.5. {len(exact)} were edited with "
         "numbers: errors are the largest of permuting, widening by 1.5 and 2, slimming and loading, in float64 at two "
         "batch sizes.\n\n| family | model | input | groups (editable) | MACs at 0.5 | largest error | failures |\n"

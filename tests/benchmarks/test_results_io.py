@@ -17,14 +17,20 @@ from benchmarks.results_io import LIMIT, RESULTS, compact, open_document, read_d
 
 SCRIPTS = [
     "coverage",
+    "coverage.timm_families",
     "exports",
     "exports.plain",
     "fitnets",
+    "gpu",
     "inference",
     "inference.aa",
     "inference.budget",
     "knowledge_evolution",
+    "mutants",
     "net2net",
+    "random_graphs",
+    "reliability",
+    "versions",
 ]
 
 

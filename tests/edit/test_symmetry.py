@@ -77,7 +77,10 @@ def test_every_kind_of_step_keeps_its_function(kind, way):
     traced = surgery.trace(net, inputs)
     wide = surgery.widen(traced, 2.0, break_symmetry=way)
     assert surgery.verify(wide, net, inputs).max_rel <= EXACT
-    assert not torch.equal(*wide.get_parameter("head0.weight").unflatten(1, (2, -1)).unbind(1))
+    doubled = [new for new, old in zip(wide.heads, net.heads, strict=True) if new.in_features == 2 * old.in_features]
+    assert doubled
+    for head in doubled:
+        assert not torch.equal(*head.weight.unflatten(1, (2, -1)).unbind(1))
 
 
 @settings(max_examples=15, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)

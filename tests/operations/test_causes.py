@@ -37,7 +37,7 @@ def test_it_is_edited_exactly_and_can_be_edited_again(name):
     traced, x = traced_of(make, *shape)
     assert {g.name for g in surgery.dimension_groups(traced) if g.editable} >= set(editable.split())
     slim = hold(traced, x)
-    sizes = [{g.name: g.units for g in surgery.dimension_groups(net)} for net in (slim, traced)]
+    sizes = [{g.name: g.size for g in surgery.dimension_groups(net)} for net in (slim, traced)]
     assert all(sizes[0][name] < sizes[1][name] for name in editable.split())
     hold(slim, x)
     hold(surgery.widen(traced, 2.0), x)
