@@ -112,15 +112,18 @@ def test_a_state_that_comes_from_outside_keeps_the_hidden_units():
         surgery.reindex(traced, {"layer.weight_ih_l0": [0, 1]})
 
 
-def test_a_state_made_of_constants_keeps_the_hidden_units():
+def test_a_state_made_of_constants_follows_the_hidden_units():
     class Started(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer, self.b = nn.GRU(4, 8), nn.Linear(8, 3)
 
         def forward(self, x):
-            return self.b(self.layer(x, torch.ones(1, x.shape[1], 8))[0])
+            return self.b(self.layer(x, torch.ones(1, x.shape[1], 8, dtype=x.dtype))[0])
 
-    traced = surgery.trace(Started(), torch.rand(3, 2, 4))
-    with pytest.raises(EditError):
-        surgery.reindex(traced, {"layer.weight_ih_l0": [0, 1]})
+    x = torch.rand(3, 2, 4, dtype=torch.float64)
+    traced = surgery.trace(Started().double(), x)
+    slim, masked = surgery.slim(traced, 0.5), surgery.masked(traced, surgery.split_masks(traced, 0.5))
+    assert slim.get_parameter("layer.weight_hh_l0").shape == (12, 4)
+    for edited, reference in ((slim, masked), (surgery.widen(traced, 2.0), traced)):
+        surgery.verify(edited, reference, x, train=True).raise_if_different()
