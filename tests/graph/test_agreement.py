@@ -103,8 +103,8 @@ def test_a_graph_that_computes_something_else_is_refused_with_what_differs(monke
         traced.recompile()
         return traced
 
-    original = tracing.traced_copy
-    monkeypatch.setattr(tracing, "traced_copy", wrong)
+    original = tracing.trace_whole
+    monkeypatch.setattr(tracing, "trace_whole", wrong)
     monkeypatch.setattr(tracing, "trace_islands", lambda *args: (_ for _ in ()).throw(args[-1]))
     with pytest.raises(surgery.TraceError, match=r"^Two cannot be traced faithfully: in evaluation, the output is"):
         surgery.trace(make(Two), x())

@@ -13,7 +13,7 @@ from torch import nn
 
 import surgery
 from surgery import Growth
-from surgery.training.data.data import load_data
+from surgery.training.data.data import Extended, load_data
 from surgery.training.evolve import evolve
 from surgery.training.history import History
 from surgery.training.loop import train
@@ -153,10 +153,13 @@ def test_a_checkpoint_for_other_images_is_refused(tmp_path, augment):
 
 
 def test_what_items_have_next_to_image_and_label_does_not_matter_for_a_checkpoint(digits, tmp_path):
-    items = [(image, label, "a name", {"index": k}) for k, (image, label) in enumerate(digits.train)]
+    class Named(Extended):
+        def __getitem__(self, index):
+            return (*self.images[index], "a name", {"index": index})
+
     settings = {"epochs": 1, "checkpoint": tmp_path / "training.pt"}
     first = train(net(), digits, **settings)
-    assert train(net(), replace(digits, train=items), **settings) == first
+    assert train(net(), replace(digits, train=Named(digits.train)), **settings) == first
 
 
 def test_numpy_numbers_identify_a_training_like_python_numbers(digits, tmp_path):
