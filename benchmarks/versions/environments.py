@@ -67,5 +67,9 @@ def make_environment(folder: Path, wanted: list[str]) -> Path:
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         raise InstallError("; ".join(said) or f"pip ended with code {done.returncode}")
+    tried = subprocess.run([str(python), "-c", "import torchvision"], capture_output=True, text=True, check=False)
+    if tried.returncode:  # builds of torch and torchvision that do not belong together: the index decides which it has
+        last = (tried.stderr.strip().splitlines() or [f"code {tried.returncode}"])[-1]
+        raise InstallError(f"torchvision cannot be imported with the torch that pip chose: {last}")
     ready.write_text(asked)
     return python

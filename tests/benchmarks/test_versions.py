@@ -30,9 +30,11 @@ def pyproject():
 
 
 def test_an_environment_is_made_once_and_gets_what_the_package_comes_to_need(tmp_path, monkeypatch):
-    ran = []
+    ran, broken = [], False
 
     def run(args, **options):
+        if "-c" in args:
+            return environments.subprocess.CompletedProcess(args, int(broken), "", "no such operator")
         ran.append("venv" if "venv" in args else args[-1])
         (tmp_path / "2.13").mkdir(exist_ok=True)
         return environments.subprocess.CompletedProcess(args, 0, "", "")
@@ -46,6 +48,10 @@ def test_an_environment_is_made_once_and_gets_what_the_package_comes_to_need(tmp
     project["dependencies"].append("msgspec>=0.19")
     environments.make_environment(tmp_path / "2.13", ["torch==2.13.*"])
     assert ran == ["venv", "torch==2.13.*", "torch==2.13.*"]
+    project["dependencies"].append("filelock")
+    broken = True
+    with pytest.raises(InstallError, match="torchvision cannot be imported with the torch that pip chose: no such op"):
+        environments.make_environment(tmp_path / "2.13", ["torch==2.13.*"])
 
 
 def test_tests_are_counted_and_those_that_failed_named():
