@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from surgery.axes.untraced_ops import (
     HARMLESS,
     NUMBERS,
     WatchedSize,
+    find_pinned,
     find_unfollowed,
     name_call,
     select_fields,
@@ -164,7 +166,7 @@ class _Recording(TorchFunctionMode):
                 if isinstance(module, TracedModule):
                     out = self.run.part(module, path, path, *given)
                 else:
-                    out = self.layer(module, path, rule, given, result)
+                    out = self.layer(module, path, rule, given, result, (args, kwargs))
                 self.attach(result, out)
                 self.visits.called(path, (given, out))
                 return result
@@ -186,13 +188,13 @@ class _Recording(TorchFunctionMode):
             self.run.freeze(f.ids, "comes from Python outside the traced parts" if self.begun else "network input")
         return Labelled(label.value, fields, label.constant)
 
-    def layer(self, module: nn.Module, path: str, rule: Rule, given: Any, result: Any) -> Any:
+    def layer(self, module: nn.Module, path: str, rule: Rule, given: Any, result: Any, plain: Any) -> Any:
         out = pytree.tree_map_only(torch.Tensor, lambda t: Labelled(t.detach().to("meta")), result)
         node = self.scratch.call_module("layer")
         op = Op(self.run, node, module, path, (_SCOPE, f"{path}_{node.name}"), out)
         out = self.run.related(op, rule, given[0], given[1], out)
         if rule.movement:
-            self.check(op, rule, given, out)
+            self.check(op, rule, given, out, partial(type(module).forward, module), plain, vars(module).values())
         elif rule.rewrite is not None:
             self.run.findings.calls.append(Called(path, node, rule.rewrite, given[0], tuple(labelled_leaves(out))))
         return out
@@ -238,19 +240,20 @@ class _Recording(TorchFunctionMode):
             if name not in HARMLESS:
                 self.refuse(name, labels, watched)
             return result
-        out = self.operation(kind, target, given, result, args[-1])
+        out = self.operation(kind, target, given, result, (func, args, kwargs))
         if changed:
             self.changed(name, changed, outs, out, labels)
         self.attach(result, out)
         return result
 
-    def operation(self, kind: str, target: Any, given: Any, result: Any, index: Any) -> Any:
+    def operation(self, kind: str, target: Any, given: Any, result: Any, call: Any) -> Any:
+        func, args, kwargs = call
         out = pytree.tree_map_only(torch.Tensor, lambda t: Labelled(t.detach().to("meta")), result)
         node = self.scratch.create_node(kind, target)
         op = Op(self.run, node, None, "", (_SCOPE, node.name), out)
         rule = rule_for(node, None)
         plain = pytree.tree_map_only(WatchedSize, WatchedSize.plain, given)
-        picked = select_fields(index, given[0][0], result.ndim) if target is operator.getitem else None
+        picked = select_fields(args[-1], given[0][0], result.ndim) if target is operator.getitem else None
         if picked is not None:
             return self.run.with_fields(op, out, picked)
         try:
@@ -258,13 +261,31 @@ class _Recording(TorchFunctionMode):
         except (TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError):
             # Python may call an op in ways that no graph has it in.
             return self.run.related(op, UNKNOWN, plain[0], plain[1], out)
-        self.check(op, rule, given, out)
+        self.check(op, rule, given, out, func, (args, kwargs))
         return out
 
-    def check(self, op: Op, rule: Rule, given: Any, out: Any) -> None:
-        """Freeze what the op would not follow an edit of, Python's constants being as they are."""
+    def check(
+        self,
+        op: Op,
+        rule: Rule,
+        given: Any,
+        out: Any,
+        call: Callable[..., Any],
+        plain: Any,
+        numbers: Iterable[Any] = (),
+    ) -> None:
+        """Freeze what the op would not follow an edit of, Python's constants being as they are.
+
+        Args:
+            given, out: labelled arguments and results.
+            call, plain: what was called, and its arguments.
+            numbers: what a layer keeps.
+        """
         for f in find_unfollowed(op, rule, given, out):
             self.run.freeze(f.ids, _reason(op.name))
+        if rule.movement and rule.kind != "concatenation" and rule.python != "sizes":
+            for f in find_pinned(call, plain, given, out, numbers):
+                self.run.freeze(f.ids, _reason(op.name))
 
     def number(self, name: str, label: Labelled, result: Any, args: Any, kwargs: Any) -> Any:
         """Sizes of labelled axes, watched for what Python does with them."""

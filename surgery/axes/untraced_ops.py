@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -170,6 +170,78 @@ def find_unfollowed(op: Op, rule: Rule, given: Any, out: Any) -> Iterator[Field]
         if not any(_whole(f, g) for g in inputs):
             yield f
             yield from (g for g in inputs if np.isin(g.ids, f.ids).any())
+
+
+def find_pinned(call: Callable[..., Any], given: Any, labels: Any, out: Any, numbers: Iterable[Any]) -> Iterator[Field]:
+    """Fields that a movement hands on whole at their present size, and would not at another.
+
+    ``x[:, :6]``, a roll by 6 or a shuffle of 6 groups change nothing where there are 6 channels. So the call is
+    repeated on positions along an axis that is longer than any number it is given.
+
+    Args:
+        call: what moves.
+        given: its positional and keyword arguments.
+        labels: the same with `Labelled` tensors.
+        out: its labelled result.
+        numbers: further numbers that it depends on.
+    """
+    leaves = pytree.tree_leaves(given)
+    longest = max([abs(n) for v in (*leaves, *numbers) for n in _whole_numbers(v) if abs(n) <= _LONGEST], default=0)
+    if not longest:
+        return
+    results = [v for v in pytree.tree_leaves(out) if isinstance(v, Labelled)]
+    for tensor, label in zip(leaves, pytree.tree_leaves(labels), strict=True):
+        for f in label.fields if isinstance(label, Labelled) else ():
+            places = [
+                (k, g.dims[0])
+                for k, result in enumerate(results)
+                for g in result.fields
+                if len(f.dims) == len(g.dims) == 1 and g.ids.size == f.ids.size and _whole(g, f)
+            ]
+            size = 1 + max(f.ids.size, longest)
+            if places and not _keeps_positions(call, _resize(given, f, size), tensor, f.dims[0], size, places):
+                yield f
+
+
+_LONGEST = 2**16
+"""Numbers above this do not count as positions along an axis of channels; ``x[:sys.maxsize]`` takes all there are."""
+
+
+def _whole_numbers(value: Any) -> Iterator[int]:
+    if isinstance(value, slice):
+        for part in (value.start, value.stop, value.step):
+            yield from _whole_numbers(part)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield int.__int__(value)
+
+
+def _resize(given: Any, f: Field, size: int) -> Any:
+    """The arguments as Python would give them if the axes of a field were so long."""
+
+    def change(value: Any) -> Any:
+        if isinstance(value, slice):
+            return slice(change(value.start), change(value.stop), change(value.step))
+        if isinstance(value, WatchedSize):
+            return size if np.array_equal(value.ids, f.ids) else value.plain()
+        return value
+
+    return pytree.tree_map(change, given)
+
+
+def _keeps_positions(
+    call: Callable[..., Any], given: Any, tensor: torch.Tensor, dim: int, size: int, places: list[tuple[int, int]]
+) -> bool:
+    """Whether a call hands on an axis of another size, too, in its order, to these axes of its results."""
+    shape = [size if d == dim else n for d, n in enumerate(tensor.shape)]
+    positions = torch.arange(size)
+    probe = positions.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: probe if t is tensor else t, given)
+    try:
+        found = [t for t in pytree.tree_leaves(call(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+        moved = [found[k].movedim(d, -1) for k, d in places]
+    except (RuntimeError, IndexError, ValueError, TypeError):  # a number that does not fit any longer
+        return False
+    return all(t.shape[-1] == size and bool((t == positions).all()) for t in moved)
 
 
 def _constant_sizes(args: Any, kwargs: Any, out: Labelled, accepted: list[WatchedSize]) -> Iterator[Field]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 
 import pytest
@@ -509,3 +510,53 @@ def test_a_model_with_parts_counts_as_traced_and_asking_changes_nothing():
         surgery.recipe(model)
     assert model.__dict__ == before
     assert is_traced(surgery.trace(model.double(), X))
+
+
+class _Moves(nn.Module):
+    """Python that looks at values, and moves what it is given."""
+
+    def __init__(self, move):
+        super().__init__()
+        self.write, self.read, self.move = nn.Conv2d(4, 6, 1), nn.Conv2d(6, 3, 1), move
+
+    def forward(self, x):
+        y = self.write(x)
+        return self.read(self.move(y + 1 if x.abs().max() > 1e9 else y))
+
+
+WHOLE_AT_SIX_CHANNELS = {
+    "shuffle": lambda y: nn.functional.channel_shuffle(y, 6),
+    "shuffle by a layer": nn.ChannelShuffle(6),
+    "roll": lambda y: y.roll(6, 1),
+    "roll back": lambda y: torch.roll(y, (-12,), (1,)),
+    "first": lambda y: y[:, :6],
+    "more than there are": lambda y: y[:, :8],
+    "last": lambda y: y[:, -6:],
+    "more than there are from the end": lambda y: y[:, -7:],
+    "size of another axis": lambda y: y[:, : y.shape[2]],
+    "narrow": lambda y: y.narrow(1, 0, 6),
+    "split": lambda y: y.split(6, 1)[0],
+    "split in sizes": lambda y: y.split([6], 1)[0],
+    "split at": lambda y: y.tensor_split([6], 1)[0],
+}
+WHOLE_AT_ANY_SIZE = {
+    "roll of positions": lambda y: y.roll(6, -1),
+    "its own size": lambda y: y[:, : y.shape[1]],
+    "positions": lambda y: y[:, :, :3],
+    "all there are": lambda y: y[:, : sys.maxsize],
+    "one chunk": lambda y: y.chunk(1, 1)[0],
+    "transposed twice": lambda y: y.permute(0, 2, 3, 1).transpose(1, 3).transpose(2, 3),
+    "shuffle of one group": lambda y: nn.functional.channel_shuffle(y, 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore::surgery.errors.NothingChangedWarning")
+@pytest.mark.parametrize("name", [*WHOLE_AT_SIX_CHANNELS, *WHOLE_AT_ANY_SIZE])
+def test_what_changes_nothing_at_this_size_alone_is_left_alone(name):
+    net = _Moves({**WHOLE_AT_SIX_CHANNELS, **WHOLE_AT_ANY_SIZE}[name]).double()
+    traced = surgery.trace(net, X)
+    assert groups_of(traced)["write"].editable is (name in WHOLE_AT_ANY_SIZE)
+    slim, masked = surgery.slim(traced, 0.5), surgery.masked(traced, surgery.split_masks(traced, 0.5))
+    pairs = [(slim, masked), *((surgery.widen(traced, factor), traced) for factor in (1.5, 2.0))]
+    for edited, reference in pairs:
+        assert surgery.verify(edited, reference, X, train=True).max_rel <= EXACT
