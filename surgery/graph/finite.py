@@ -5,33 +5,18 @@ Where all numbers are, what such a condition gives is known without them. A grap
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
 from surgery.errors import UsageError
+from surgery.graph.rule_table import rule_for
 
-_TESTS: dict[Any, bool] = {
-    test: value
-    for name, value in (("isfinite", True), ("isinf", False), ("isnan", False))
-    for test in (name, getattr(torch, name))
-}
-"""Functions and methods that look at numbers, and what they find of a finite one."""
 
-_SAME = ("any", "all", torch.any, torch.all)
-"""What sums up many findings that are alike."""
-
-_LOGIC: dict[Any, Callable[..., bool]] = {
-    **dict.fromkeys(("logical_not", "bitwise_not", torch.logical_not, operator.invert), operator.not_),
-    **dict.fromkeys(("logical_or", torch.logical_or, torch.bitwise_or, operator.or_), lambda a, b: a or b),
-    **dict.fromkeys(("logical_and", torch.logical_and, torch.bitwise_and, operator.and_), lambda a, b: a and b),
-}
-
-FINITE = (*_TESTS, *_SAME, *_LOGIC)
-"""The ops of such conditions: nodes that nothing reads once Python has looked at them."""
+def is_finding(node: fx.Node) -> bool:
+    """Whether a node says something of numbers, which nothing reads once Python has looked at it."""
+    return node.op in ("call_function", "call_method") and rule_for(node, None).finite is not None
 
 
 def expect_finite(value: torch.Tensor, where: str) -> None:
@@ -62,19 +47,19 @@ def where_finite(node: fx.Node) -> tuple[bool, list[fx.Node]] | None:
     """
     sources: list[fx.Node] = []
 
-    def find(value: Any) -> bool:
+    def find(value: Any) -> Any:
         if not isinstance(value, fx.Node):
+            return value
+        said = rule_for(value, None).finite if value.op in ("call_function", "call_method") else None
+        if callable(said):
+            return said(*map(find, value.args), **value.kwargs)
+        if said is None or not isinstance(value.args[0], fx.Node):
             raise LookupError
-        if value.op != "placeholder" and value.target in _TESTS and isinstance(value.args[0], fx.Node):
-            sources.append(value.args[0])
-            return _TESTS[value.target]
-        if value.op.startswith("call_") and value.target in _SAME:
-            return find(value.args[0])
-        if value.op.startswith("call_") and value.target in _LOGIC:
-            return _LOGIC[value.target](*map(find, value.args))
-        raise LookupError
+        sources.append(value.args[0])
+        return said
 
     try:
-        return find(node), sources
-    except LookupError:
+        result = find(node)
+    except (LookupError, TypeError):
         return None
+    return (bool(result), sources) if sources else None

@@ -53,6 +53,9 @@ class Rule:
     """Whether the op follows an edit where Python calls it outside a graph, so that its arguments stay as they are:
     ``"always"``, ``"never"``, ``"sizes"`` (if each size that changes is -1 or was read from such an axis), or a
     function of the arguments by name. By default an op follows always, and one with a rewrite never."""
+    finite: bool | Callable[..., Any] | None = None
+    """For what Python asks of numbers before it branches: what the op finds of a number that is finite, or how it sums
+    up such findings."""
 
     @property
     def activation(self) -> bool:
@@ -177,6 +180,7 @@ def oprule(
     in_place: tuple[Any, ...] = (),
     tensors: tuple[str, ...] = (),
     python: str | Callable[[Mapping[str, Any]], bool] = "",
+    finite: bool | Callable[..., Any] | None = None,
 ) -> Callable[[Relate], Relate]:
     """Register the decorated function as the rule of ``targets``: functions, method names and module classes.
 
@@ -208,7 +212,9 @@ def oprule(
         _STATE["version"] += 1
         spellings = (*targets, *in_place)
         moves = movement or kind == "concatenation"
-        rule = Rule(relate, spellings, rewrite, moves, linear, zeros, within, kind, over, in_place, tensors, python)
+        rule = Rule(
+            relate, spellings, rewrite, moves, linear, zeros, within, kind, over, in_place, tensors, python, finite
+        )
         for target in spellings:
             if isinstance(target, str):
                 _METHODS[target] = rule

@@ -15,7 +15,7 @@ from torch import fx, nn
 from surgery.errors import TraceError, UsageError
 from surgery.graph.arguments import Arguments, bound_arguments
 from surgery.graph.containers import HOOKS, turn_into_container
-from surgery.graph.finite import FINITE
+from surgery.graph.finite import is_finding
 from surgery.graph.gradients import symbolic_gradients, unmark_plain
 from surgery.graph.guards import Values
 from surgery.graph.hooks import Owner, own_hooks, owner_of
@@ -161,7 +161,8 @@ def _trace_mode(
     for node in reversed(graph.nodes):
         stack = node.meta.pop("nn_module_stack", None) or {"": None}
         node.meta["path"] = next(reversed(stack))  # the module whose forward made the node
-        if not node.users and ("training_flag_of" in node.meta or node.target in (*_VIEWS_OF_DICTS, *FINITE)):
+        idle = "training_flag_of" in node.meta or node.target in _VIEWS_OF_DICTS or is_finding(node)
+        if idle and not node.users:
             graph.erase_node(node)
     unmark_plain(graph)
     return tracer, graph

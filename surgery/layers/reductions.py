@@ -42,18 +42,9 @@ def var_over(
     return squares * (count / (count - less))
 
 
-def std_over(
-    input: Tensor,
-    keep: Tensor,
-    dim: Dims = None,
-    unbiased: bool = True,
-    keepdim: bool = False,
-    *,
-    correction: float | None = None,
-    axis: Dims = None,
-) -> Tensor:
+def std_over(input: Tensor, keep: Tensor, *settings: Any, **named: Any) -> Tensor:
     """`torch.std` over the channels where ``keep``."""
-    return var_over(input, keep, dim, unbiased, keepdim, correction=correction, axis=axis).sqrt()
+    return var_over(input, keep, *settings, **named).sqrt()
 
 
 def var_mean_over(
@@ -71,18 +62,9 @@ def var_mean_over(
     return var_over(input, keep, dims, keepdim=keepdim, correction=less), mean_over(input, keep, dims, keepdim)
 
 
-def std_mean_over(
-    input: Tensor,
-    keep: Tensor,
-    dim: Dims = None,
-    unbiased: bool = True,
-    keepdim: bool = False,
-    *,
-    correction: float | None = None,
-    axis: Dims = None,
-) -> tuple[Tensor, Tensor]:
+def std_mean_over(input: Tensor, keep: Tensor, *settings: Any, **named: Any) -> tuple[Tensor, Tensor]:
     """`torch.std_mean` over the channels where ``keep``."""
-    variance, mean = var_mean_over(input, keep, dim, unbiased, keepdim, correction=correction, axis=axis)
+    variance, mean = var_mean_over(input, keep, *settings, **named)
     return variance.sqrt(), mean
 
 

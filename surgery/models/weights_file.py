@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from surgery.errors import UsageError
-from surgery.models.sources import is_weights_file
+from surgery.models.sources import WEIGHTS_ENDINGS, is_weights_file
 
 _INSIDE = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params", "model_ema")
 """What trainers call the weights in a checkpoint that holds other things too, the more telling names first."""
@@ -41,8 +41,9 @@ def load_weights_file(module: nn.Module, path: str | Path, *, what: str = "the m
     Example:
         >>> load_weights_file(model, "best.pth")
     """
-    assert is_weights_file(str(path))
     path = Path(path)
+    if not is_weights_file(path):
+        raise UsageError(f"{path} is no file of weights by its ending: {', '.join(WEIGHTS_ENDINGS)}")
     own = module.state_dict()
     given = _strip_prefix(_read(path), own)
     missing, unexpected = ([n for n in a if n not in b] for a, b in ((own, given), (given, own)))

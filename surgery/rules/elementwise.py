@@ -68,10 +68,9 @@ for _layer, _functions, _in_place, _kind, _bounds in (
 
 _ELEMENTWISE: list[Any] = [
     *_named(operator, "floordiv pow neg mod"),
-    *_named(operator, "lt le gt ge eq ne and_ or_ invert"),
+    *_named(operator, "lt le gt ge eq ne"),
     *_named(torch, "pow neg abs exp log sqrt rsqrt square reciprocal sign sin cos erf"),
     *_named(torch, "clamp where maximum minimum lerp addcmul addcdiv"),
-    *_named(torch, "logical_and logical_or logical_not isnan isfinite"),
     *(nn.AlphaDropout, F.alpha_dropout, nn.FeatureAlphaDropout, F.feature_alpha_dropout),
     *("pow", "neg", "abs", "exp", "log", "sqrt", "rsqrt", "square", "reciprocal", "sign"),
     *("clamp", "erf", "where", "maximum", "minimum", "masked_fill"),
@@ -85,6 +84,13 @@ _DROPOUTS: list[Any] = [
 _CASTS = ("float", "double", "half", "bfloat16", "to", "type", "type_as", "cpu", "cuda", "requires_grad_")
 
 
+@oprule(torch.isfinite, "isfinite", finite=True)
+@oprule(torch.isnan, torch.isinf, "isnan", "isinf", finite=False)
+@oprule(operator.invert, torch.logical_not, torch.bitwise_not, "logical_not", "bitwise_not", finite=operator.not_)
+@oprule(operator.and_, torch.logical_and, torch.bitwise_and, "logical_and", "bitwise_and",
+        finite=lambda a, b: a and b)  # fmt: skip
+@oprule(operator.or_, torch.logical_or, torch.bitwise_or, "logical_or", "bitwise_or",
+        finite=lambda a, b: a or b)  # fmt: skip
 @oprule(*_ELEMENTWISE, in_place=("clamp_", "masked_fill_"))
 @oprule(operator.add, operator.sub, torch.add, torch.sub, "add", "sub", linear="sum",
         in_place=(operator.iadd, operator.isub, "add_", "sub_"))  # fmt: skip

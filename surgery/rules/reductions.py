@@ -156,7 +156,8 @@ def _divide(edit: NodeEdit, dims: tuple[int, ...] | None, power: float) -> None:
 # What no number of copies keeps
 
 
-@oprule(torch.any, torch.all, torch.prod, torch.logsumexp, "any", "all", "prod", "logsumexp")
+@oprule(torch.any, torch.all, "any", "all", finite=lambda found, *_, **named: found)
+@oprule(torch.prod, torch.logsumexp, "prod", "logsumexp")
 def _other(op: Op, input: Labelled, dim: Any = None, *args: Any, **named: Any) -> Any:
     return op.alike(_reduce(op, input, reduced_dims(dim, named.get("axis")), "freezes"))
 

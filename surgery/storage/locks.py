@@ -1,4 +1,7 @@
-"""One writer at a time: locks, and what writers that were killed have left next to their results."""
+"""One writer at a time: locks, and what writers that were killed have left next to their results.
+
+The lock libraries leave their files behind, since removing one safely takes a look at it once it is locked.
+"""
 
 from __future__ import annotations
 
@@ -146,7 +149,7 @@ else:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except (BlockingIOError, PermissionError):  # some file systems say the latter
                 os.close(descriptor)
                 return None
             except BaseException:

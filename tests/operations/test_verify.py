@@ -11,6 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 import surgery
+from tests.random_graphs.python import Reversal
 
 X = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 EXACT = 1e-10
@@ -28,16 +29,6 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.wrap(self.head(self.norm(self.conv(x)).relu().mean((2, 3))))
-
-
-class Reversed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return -gradient
 
 
 def test_equal_modules_agree_at_two_batch_sizes_and_in_gradients() -> None:
@@ -70,7 +61,7 @@ def test_a_reference_that_takes_one_batch_size_alone_is_compared_at_it() -> None
     assert check.batches == 1
 
 
-@pytest.mark.parametrize("change", [Reversed.apply, Tensor.detach, lambda y: y + (y - y.detach())])
+@pytest.mark.parametrize("change", [Reversal.apply, Tensor.detach, lambda y: y + (y - y.detach())])
 def test_a_difference_of_gradients_alone_is_found(change: Callable[[Tensor], Tensor]) -> None:
     assert surgery.verify(Net(change), Net(), X).ok
     check = surgery.verify(Net(change), Net(), X, train=True)

@@ -105,7 +105,8 @@ def mask(*shape: int) -> torch.Tensor:
 # Position by position
 
 for op in (operator.neg, torch.neg, torch.abs, torch.exp, torch.square, torch.sign, torch.sin, torch.cos, torch.erf,
-           torch.relu, torch.sigmoid, torch.tanh, torch.isnan, torch.isfinite, torch.logical_not,
+           torch.relu, torch.sigmoid, torch.tanh, torch.isnan, torch.isinf, torch.isfinite,
+           torch.logical_not, "isnan", "isinf", "isfinite", "logical_not",
            F.relu, F.relu6, F.elu, F.celu, F.selu, F.leaky_relu, F.gelu, F.silu, F.mish, F.hardswish, F.hardsigmoid,
            F.relu_, torch.sigmoid_, torch.tanh_, F.elu_, torch.celu, torch.celu_, torch.selu, torch.selu_,
            F.leaky_relu_, F.rrelu, torch.rrelu, torch.rrelu_, F.hardtanh_, F.hardtanh, F.sigmoid, F.tanh,
@@ -140,9 +141,11 @@ for op in (operator.add, "mul"):
 for op in (operator.pow, torch.pow, "pow"):
     sample(op, pos(4), pos(4), free="0:0 1:0")
     sample(op, pos(4), 2, free="0:0")
-for op in (operator.and_, operator.or_, torch.logical_and, torch.logical_or):
+for op in (operator.and_, operator.or_, torch.logical_and, torch.logical_or, torch.bitwise_and, torch.bitwise_or,
+           "logical_and", "logical_or", "bitwise_and", "bitwise_or"):  # fmt: skip
     sample(op, mask(4), mask(4), free="0:0 1:0")
-sample(operator.invert, mask(3, 4), free="0:0,1")
+for op in (operator.invert, torch.bitwise_not, "bitwise_not"):
+    sample(op, mask(3, 4), free="0:0,1")
 for op in (torch.clamp, "clamp", "clamp_"):
     sample(op, t(3, 4), -0.5, 0.5, free="0:0,1")
     sample(op, t(3, 4), min=t(4), free="0:0,1 min:0")

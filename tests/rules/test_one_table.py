@@ -19,7 +19,6 @@ import surgery
 ROOT = Path(surgery.__file__).parent
 SCOPE = {"torch": torch, "nn": nn, "F": F, "operator": operator, "Tensor": torch.Tensor}
 EXCEPTIONS = {
-    "graph/finite.py": "what Python asks of numbers before it branches: no channels run through these",
     "graph/fused.py": "containers of torch whose kernels pass by the parts that they hold: no ops themselves",
     "deploy/onnx/reads.py": "what asks for sizes in a run that an exporter records: no op of a network",
 }
