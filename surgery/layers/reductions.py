@@ -42,9 +42,18 @@ def var_over(
     return squares * (count / (count - less))
 
 
-def std_over(input: Tensor, keep: Tensor, *settings: Any, **named: Any) -> Tensor:
+def std_over(
+    input: Tensor,
+    keep: Tensor,
+    dim: Dims = None,
+    unbiased: bool = True,
+    keepdim: bool = False,
+    *,
+    correction: float | None = None,
+    axis: Dims = None,
+) -> Tensor:
     """`torch.std` over the channels where ``keep``."""
-    return var_over(input, keep, *settings, **named).sqrt()
+    return var_over(input, keep, dim, unbiased, keepdim, correction=correction, axis=axis).sqrt()
 
 
 def var_mean_over(
@@ -62,9 +71,18 @@ def var_mean_over(
     return var_over(input, keep, dims, keepdim=keepdim, correction=less), mean_over(input, keep, dims, keepdim)
 
 
-def std_mean_over(input: Tensor, keep: Tensor, *settings: Any, **named: Any) -> tuple[Tensor, Tensor]:
+def std_mean_over(
+    input: Tensor,
+    keep: Tensor,
+    dim: Dims = None,
+    unbiased: bool = True,
+    keepdim: bool = False,
+    *,
+    correction: float | None = None,
+    axis: Dims = None,
+) -> tuple[Tensor, Tensor]:
     """`torch.std_mean` over the channels where ``keep``."""
-    variance, mean = var_mean_over(input, keep, *settings, **named)
+    variance, mean = var_mean_over(input, keep, dim, unbiased, keepdim, correction=correction, axis=axis)
     return variance.sqrt(), mean
 
 
@@ -82,16 +100,20 @@ def _as_tuple(dim: Dims) -> tuple[int, ...]:
     return () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
 
 
-def max_over(input: Tensor, keep: Tensor, dim: int | None = None, keepdim: bool = False) -> Any:
+def max_over(
+    input: Tensor, keep: Tensor, dim: int | None = None, keepdim: bool = False, *, axis: int | None = None
+) -> Any:
     """`torch.max` over the channels where ``keep``."""
-    kept = input.masked_fill(~keep, -math.inf)
-    return torch.max(kept) if dim is None else torch.max(kept, dim, keepdim)
+    kept, along = input.masked_fill(~keep, -math.inf), axis if dim is None else dim
+    return torch.max(kept) if along is None else torch.max(kept, along, keepdim)
 
 
-def min_over(input: Tensor, keep: Tensor, dim: int | None = None, keepdim: bool = False) -> Any:
+def min_over(
+    input: Tensor, keep: Tensor, dim: int | None = None, keepdim: bool = False, *, axis: int | None = None
+) -> Any:
     """`torch.min` over the channels where ``keep``."""
-    kept = input.masked_fill(~keep, math.inf)
-    return torch.min(kept) if dim is None else torch.min(kept, dim, keepdim)
+    kept, along = input.masked_fill(~keep, math.inf), axis if dim is None else dim
+    return torch.min(kept) if along is None else torch.min(kept, along, keepdim)
 
 
 def reduced_dims(dim: Any, axis: Any = None) -> tuple[int, ...] | None:

@@ -187,8 +187,9 @@ def _batch_norm(
     running_var: Labelled | None = None,
     weight: Labelled | None = None,
     bias: Labelled | None = None,
-    *rest: Any,
-    **named: Any,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
 ) -> Fields:
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     per_channel(op, input, 1, *(op.param(name, given) for name, given in vectors.items()))

@@ -411,6 +411,12 @@ def max_channels(self, x):
 
 
 @odd(a=conv(3, 6), b=conv(2, 5))
+def extremes_by_axis(self, x):
+    y = self.a(x)
+    return gap(self.b(torch.cat([y.max(axis=1, keepdim=True)[0], torch.min(y, axis=1, keepdim=True)[0]], 1)))
+
+
+@odd(a=conv(3, 6), b=conv(2, 5))
 def cbam_spatial(self, x):
     y = self.a(x)
     return gap(self.b(torch.cat([y.mean(1, True), y.amax(1, True)], 1)))
@@ -638,6 +644,25 @@ class PrivatelyStandardised(nn.Conv2d):
 
     def _conv_forward(self, x, w, b):
         return super()._conv_forward(x, standardised(w), b)
+
+
+class StandardisedByBatchNorm(nn.Conv2d):
+    """As timm does it, with every setting by its place."""
+
+    def forward(self, x):
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        w = F.batch_norm(rows, None, None, None, None, True, 0.0, 0.5).reshape_as(self.weight)
+        return F.conv2d(x, w, self.bias, self.stride, self.padding)
+
+
+@odd(
+    a=lambda: StandardisedByBatchNorm(3, 8, 3),
+    b=lambda: StandardisedByBatchNorm(8, 8, 3, padding=1),
+    d=conv(8, 5),
+    frozen=("reshape merges it with another axis", "reshape_as reads its size"),
+)
+def weight_standardised_by_batch_norm(self, x):
+    return gap(self.d(self.b(self.a(x).relu()).relu()))
 
 
 @odd(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import operator
 import textwrap
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import surgery
+from surgery.graph import rule_table
 
 ROOT = Path(surgery.__file__).parent
 SCOPE = {"torch": torch, "nn": nn, "F": F, "operator": operator, "Tensor": torch.Tensor}
@@ -132,3 +134,23 @@ def test_rules_say_what_they_know_in_the_documented_words():
 def test_axes_do_not_import_rules():
     for path in (ROOT / "axes").glob("*.py"):
         assert "surgery.rules" not in path.read_text(), path
+
+
+KNOWN_OTHERWISE = {
+    *("normalized_shape", "running_mean", "running_var", "training", "momentum"),  # the mask, the batch itself
+    *("cudnn_enable", "cudnn_enabled", "other"),  # a kernel's choice; two tensors are no reduction
+}
+
+
+def test_what_leaves_channels_out_takes_all_settings():
+    """A setting that is bound by the rule's names and handed on by those of ``over`` would get lost without a word."""
+    assert rule_table.ruled_functions()
+    rules = {id(rule): rule for ruled in (rule_table._FUNCTIONS, rule_table._MODULES) for rule in ruled.values()}
+    over = [rule for rule in rules.values() if rule.over is not None]
+    assert len(over) >= 10
+    for rule in over:
+        named = list(inspect.signature(rule.relate).parameters.values())[2:]
+        taken = inspect.signature(rule.over).parameters
+        settings = {p.name for p in named if p.kind is not p.VAR_KEYWORD} - KNOWN_OTHERWISE
+        assert settings == set(list(taken)[2:]), rule.over
+        assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in taken.values()), rule.over
