@@ -73,13 +73,16 @@ class _Run:
         self.entry = catalogue.CATALOGUE[name]
         self.source = catalogue.canonical(self.entry.small_source)
         batch = 1 if name in BATCH_OF_ONE else 2
-        given = catalogue.small_inputs(name, batch)
-        self.inputs = _double(given if isinstance(given, tuple) else (given,))
+        self.inputs, other = (_given(name, n) for n in (batch, batch + 1))
+        self.batches = (self.inputs, other)
+        self.graded = name == next(n for n, e in catalogue.CATALOGUE.items() if e.family == self.entry.family)
         self.targets: tuple[Any, ...] = ()
         if self.entry.targets:
             targets = catalogue.example_targets(self.entry.small_source, batch, self.entry.smallest)
             # torchvision takes keypoints in float32 alone
-            self.targets = ([{k: v if k == "keypoints" else _double(v) for k, v in t.items()} for t in targets],)
+            self.targets = (
+                [{k: v if k == "keypoints" else _cast(v, torch.float64) for k, v in t.items()} for t in targets],
+            )
         self.counted = tuple(torch.cat([t, t])[:2] for t in self.inputs if isinstance(t, torch.Tensor))
         if self.entry.targets:
             self.counted = (torch.empty(2, *self.entry.input_size),)
@@ -87,6 +90,8 @@ class _Run:
             "family": self.entry.family,
             "source": self.source,
             "inputs": [list(t.shape) for t in tree_leaves(self.inputs)],
+            "batches": [batch, batch + 1],
+            "gradients": self.graded,
             "counted_on": [[1, *t.shape[1:]] for t in self.counted],
         }
 
@@ -145,18 +150,18 @@ class _Run:
         self._check("slim_error", self.slim_reference, self._outputs(masked))
 
     def save(self) -> None:
-        slim, inputs, expected = self.slimmed, self.inputs, self.slim_reference
+        slim, dtype, expected = self.slimmed, torch.float64, self.slim_reference
         if self.entry.family == "RAFT":  # what is loaded is built anew, in float32 and with torchvision's coordinates
             raft.make_coords_grid = COORDINATES
             self.row["load_in"] = "float32"
-            inputs = tuple(t.float() for t in inputs)
+            dtype = torch.float32
             model = randomised(catalogue.build(self.source, seed=0)).eval()
-            slim = surgery.slim(surgery.trace(model, inputs, source=self.source), 0.5)
-            expected = self._outputs(slim, inputs)
+            slim = surgery.slim(surgery.trace(model, _cast(self.inputs, dtype), source=self.source), 0.5)
+            expected = self._outputs(slim, dtype)
         with tempfile.TemporaryDirectory() as folder:
             self._timed("save", lambda: surgery.save(slim, Path(folder) / "slim"))
             loaded = self._timed("load", lambda: surgery.load(Path(folder) / "slim"))
-        self._check("load_error", self._outputs(loaded, inputs), expected)
+        self._check("load_error", self._outputs(loaded, dtype), expected)
         if self.entry.family == "RAFT":
             raft.make_coords_grid = _coordinates
 
@@ -195,16 +200,30 @@ class _Run:
         """What costs are counted on: one image of a detection model, as its transform would have resized it."""
         return tuple(t[:1].double() for t in self.counted)
 
-    def _outputs(self, module: nn.Module, inputs: tuple[Any, ...] | None = None) -> list[torch.Tensor]:
-        """What a module computes in evaluation; the raw outputs of a detection model's heads."""
-        inputs = self.inputs if inputs is None else inputs
-        torch.manual_seed(0)
-        with torch.no_grad():
-            module.eval()
-            if not is_detector(module):
-                return _tensors(module(*inputs))
-            batch = image_batch(module, inputs[0])
-            return _tensors(raw_outputs(module, batch, make_regions(batch)))
+    def _outputs(self, module: nn.Module, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+        """What a module computes in evaluation at each batch size; the raw outputs of a detection model's heads. Of one
+        model of each family also the gradients of the inputs, for a loss that weighs every number differently."""
+        module.eval()
+        found = []
+        for inputs in self.batches:
+            torch.manual_seed(0)
+            inputs = tree_map_only(torch.Tensor, lambda t: t.detach().requires_grad_(self.graded), _cast(inputs, dtype))
+            with torch.set_grad_enabled(self.graded):
+                results = self._heads(module, inputs)
+            if self.graded:
+                weights = torch.Generator().manual_seed(1)
+                loss = [
+                    (t * torch.randn(t.shape, generator=weights, dtype=dtype)).sum() for t in results if t.requires_grad
+                ]
+                results = [t.detach() for t in results] + list(torch.autograd.grad(sum(loss), tree_leaves(inputs)))
+            found += results
+        return found
+
+    def _heads(self, module: nn.Module, inputs: tuple[Any, ...]) -> list[torch.Tensor]:
+        if not is_detector(module):
+            return _tensors(module(*inputs))
+        batch = image_batch(module, inputs[0])
+        return _tensors(raw_outputs(module, batch, make_regions(batch)))
 
     def _trained(self, module: nn.Module) -> list[torch.Tensor]:
         """What a module computes in training, of a detection model the losses."""
@@ -230,6 +249,11 @@ class _Run:
 
 HEADS = ("num_heads", "n_heads")
 COORDINATES = raft.make_coords_grid
+
+
+def _given(name: str, batch: int) -> tuple[Any, ...]:
+    given = catalogue.small_inputs(name, batch)
+    return _cast(given if isinstance(given, tuple) else (given,), torch.float64)
 
 
 def difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
@@ -310,8 +334,8 @@ def _coordinates(batch_size: int, h: int, w: int, device: str = "cpu") -> torch.
     return torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1]).double()[None].repeat(batch_size, 1, 1, 1)
 
 
-def _double(tree: Any) -> Any:
-    return tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, tree)
+def _cast(tree: Any, dtype: torch.dtype) -> Any:
+    return tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

@@ -7,7 +7,9 @@ the graph, another layer put in.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,7 +23,7 @@ Structure = Mapping[tuple[str, str], str]
 """By qualified name and aspect (``"layer"``, ``"settings"``, ``"hooks"``, ``"forward"``, ``"graph"``, ``"tensor"``)."""
 
 _OWN = ("torch.", "torchvision.", "surgery.")
-"""Packages whose layers keep settings in public attributes, and nothing else that a call changes."""
+"""Packages whose layers keep what they are made with in attributes of the same names."""
 
 
 def structure(module: nn.Module) -> dict[tuple[str, str], str]:
@@ -95,10 +97,18 @@ def _words(path: str, aspect: str, old: str, new: str) -> str:
 
 
 def _settings(layer: nn.Module) -> str:
+    """What a layer was made with. What else it keeps, a call may work out: the scales of `MultiScaleRoIAlign`."""
     if not type(layer).__module__.startswith(_OWN):
         return ""  # what a user's own layer keeps may change with each call
-    plain = {k: v for k, v in vars(layer).items() if not k.startswith("_") and k != "training" and _is_plain(v)}
+    plain = {k: v for k, v in vars(layer).items() if k in _made_with(type(layer)) and _is_plain(v)}
     return ", ".join(f"{name}={value!r}" for name, value in sorted(plain.items()))
+
+
+@functools.cache
+def _made_with(kind: type[nn.Module]) -> frozenset[str]:
+    """The names of what the constructors of a class take."""
+    makers = [vars(c)["__init__"] for c in kind.__mro__ if "__init__" in vars(c) and c is not object]
+    return frozenset(name for maker in makers for name in list(inspect.signature(maker).parameters)[1:])
 
 
 def _is_plain(value: Any) -> bool:
