@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 from torch.nn.utils import parametrizations, prune
+from torchvision.ops import MultiScaleRoIAlign
 
 import surgery
 
@@ -222,3 +223,29 @@ def test_held_masks_are_in_the_weights(traced, tmp_path):
     hold()
     surgery.save(traced, tmp_path / "net")
     assert torch.equal(surgery.load(tmp_path / "net", model=build())(X), traced(X))
+
+
+class Pooled(nn.Module):
+    """Its pooling works out the scales of its maps when it is first called, and keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.pool = nn.Conv2d(3, 4, 1), MultiScaleRoIAlign(["0"], 2, 2)
+
+    def forward(self, x):
+        if x.min() < -1:  # decided by numbers, as in a detector: the layers are called from Python
+            return x
+        boxes = [image.new_tensor([[0.0, 0.0, 4.0, 4.0]]) for image in x]
+        return self.pool({"0": self.a(x)}, boxes, [(8, 8)] * len(x)).flatten(1)
+
+
+def test_what_a_layer_works_out_in_a_call_is_no_change(tmp_path):
+    torch.manual_seed(0)
+    image = torch.rand(2, 3, 8, 8)
+    traced = surgery.slim(surgery.trace(Pooled().eval(), image, check=False), 0.5)
+    (pool,) = (part for part in traced.modules() if isinstance(part, MultiScaleRoIAlign))
+    pool.scales = pool.map_levels = None
+    expected = traced(image)
+    assert pool.scales is not None
+    surgery.save(traced, tmp_path / "net")
+    assert torch.equal(surgery.load(tmp_path / "net", model=Pooled())(image), expected)
