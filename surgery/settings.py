@@ -50,6 +50,11 @@ RUNTIMES = (
 )
 """Runtimes that a model can be timed in: see `surgery.deploy.measure.runners`."""
 
+IMPORTANCE: Mapping[str, str] = {"prefix": "the first", "magnitude": "those with the largest weights"}
+"""Which channels `surgery.slim` keeps, in words: see `surgery.operations.masks.unit_scores`."""
+
+KEEPS = f"Which channels are kept: {', '.join(f'{name} ({words})' for name, words in IMPORTANCE.items())}."
+
 TEACHERS: Mapping[str, str] = {
     "labels": "on labels",
     "kd": "on labels and the dense model's softened outputs (KD, equation 2 of FitNets)",
@@ -225,8 +230,12 @@ class TimingSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetSettings(TimingSettings):
-    """How to search for a model that keeps to a budget. `TimingSettings` say how models are timed."""
+    """How to search for a model that keeps to a budget. `TimingSettings` say how models are timed.
 
+    With ``by="stage"`` a rate is for all groups of a stage (`surgery.deploy.budget.parts.find_parts`).
+    """
+
+    by: str = option("group", "What gets its own rate: group or stage.")
     least: float = option(0.125, "Lowest rate at which a part is slimmed.", above=0, most=1)
     tolerance: float = option(0.05, "Stop at a model that takes at least 1 - tolerance of the budget.", above=0, most=1)
     rounds: int = option(8, "Models to make and measure on the way, at most.", least=1)
@@ -237,7 +246,7 @@ class TradeoffSettings(Settings):
     """How the models of a speed/accuracy curve are made, trained and timed."""
 
     round_to: int = option(1, "Round widths up to a multiple of this.", least=1)
-    importance: str = option("prefix", "Channels to keep, as in surgery.slim.")
+    importance: str = option("prefix", KEEPS, choices=IMPORTANCE)
     epochs: int = option(5, "Passes over the data for the dense model; 0 takes it as is.", least=0)
     finetune_epochs: int = option(3, "Passes over the data for each candidate.", least=0)
     teach: str = option(

@@ -23,7 +23,8 @@ _WITHOUT_EFFECT = {
 def takes_fields(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Let a verb take dataclasses: typer sees an option for each of their fields, except those named ``without``.
 
-    A field's type is ``Annotated`` with its option, or the field is made by `surgery.settings.option`.
+    A field's type is ``Annotated`` with its option, or the field is made by `surgery.settings.option`. A field of the
+    same name in several of the dataclasses is one option, that of the first, and all get its value.
 
     Example:
         >>> @app.command()
@@ -44,12 +45,14 @@ def takes_fields(*without: str) -> Callable[[Callable[..., None]], Callable[...,
             types = get_type_hints(kind, include_extras=True)
             options = [_option(one, types[one.name]) for one in fields(kind) if one.name not in without]
             groups[parameter.name] = (kind, [one.name for one in options])
-            parameters += options
+            known = {one.name for one in parameters}
+            parameters += [one for one in options if one.name not in known]
 
         @functools.wraps(verb)
         def run(**given: Any) -> None:
-            grouped = {name: kind(**{one: given.pop(one) for one in own}) for name, (kind, own) in groups.items()}
-            verb(**given, **grouped)
+            grouped = {name: kind(**{one: given[one] for one in own}) for name, (kind, own) in groups.items()}
+            taken = {one for _, own in groups.values() for one in own}
+            verb(**{name: value for name, value in given.items() if name not in taken}, **grouped)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

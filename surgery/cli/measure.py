@@ -113,7 +113,9 @@ class CandidateOptions:
     latency_budget: list[str] | None = option(
         None, "Slim to this latency, measured, as in 5ms; several times.", metavar="MS"
     )
-    macs_budget: list[str] | None = option(None, "To so many MACs, as in 300M.", metavar="N")
+    macs_budget: list[str] | None = option(
+        None, "To so many MACs, as in 300M, or a share of the model's, as in 0.5.", metavar="N"
+    )
     params_budget: list[str] | None = option(None, "To so many parameters.", metavar="N")
     bytes_budget: list[str] | None = option(None, "To so many bytes, as in 12MB.", metavar="N")
     reuse: list[Path] | None = option(None, "Take over what another run trained; several times.", metavar="DIR")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from surgery.counting.cost import Cost, cost
 from surgery.deploy.budget.budget import refuse_unreachable, slim_to_budget
 from surgery.deploy.budget.clock import Clock
-from surgery.deploy.curve.candidates import LIMITS, Budget, Candidate
+from surgery.deploy.curve.candidates import Budget, Candidate
 from surgery.deploy.curve.run_progress import RunProgress, parts_of
 from surgery.deploy.curve.store import NOTE, Kept, Store, data_identity, key_of, write_note
 from surgery.deploy.curve.teaching import Lesson
@@ -28,6 +28,7 @@ from surgery.training.data.fingerprint import module_digest
 from surgery.training.evaluation import evaluate
 from surgery.training.history import History, Score
 from surgery.training.loop import train
+from surgery.units import LIMITS
 
 ONNX_FILE = "model.onnx"
 

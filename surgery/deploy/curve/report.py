@@ -8,7 +8,7 @@ from pathlib import Path
 from surgery.deploy.curve.html import page
 from surgery.deploy.curve.plot import draw
 from surgery.deploy.curve.points import Tradeoff
-from surgery.settings import TEACHERS, TradeoffSettings
+from surgery.settings import IMPORTANCE, TEACHERS, TradeoffSettings
 from surgery.storage.folders import write_table
 from surgery.units import counted, mebibytes, quantity
 
@@ -194,9 +194,7 @@ def _settings_table(result: Tradeoff) -> str:
         "dense training": counted(settings.epochs, "epoch"),
         "fine-tuning": f"{counted(settings.finetune_epochs, 'epoch')}, {TEACHERS[settings.teach]}",
         "widths": f"multiples of {settings.round_to}" if settings.round_to > 1 else "as the rates say",
-        "channels that are kept": {"prefix": "the first", "magnitude": "those with the largest weights"}[
-            settings.importance
-        ],
+        "channels that are kept": IMPORTANCE[settings.importance],
         "optimiser": f"SGD, Nesterov momentum 0.9, one-cycle, peak rate {settings.lr:g}, batch {settings.batch_size}",
         "seed": str(settings.seed),
         "time for the whole run": f"{result.seconds:.0f} s",
