@@ -42,6 +42,11 @@ def mebibytes(count: float | None) -> str:
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**20:.3f} MiB"
 
 
+def sentence(text: str) -> str:
+    """Write a text that begins with a small letter and has no full stop as a sentence; an empty one stays."""
+    return text and f"{text[0].upper()}{text[1:]}."
+
+
 @dataclass(frozen=True)
 class Amount:
     """The amount of a budget.

@@ -172,7 +172,7 @@ def tradeoff(
         {**result.to_dict(), "out": str(run.out)},
         run.as_json,
         _curve_table(result),
-        note=(f"the machine was {result.too_noisy}\n" if result.too_noisy else "")
+        note=(f"{result.too_noisy}\n" if result.too_noisy else "")
         + f"{result.seconds:.0f} s; written to {run.out}: tradeoff.png, tradeoff.html, tradeoff.csv, tradeoff.json, "
         f"report.md and {', '.join(point.folder for point in result.points)}"
         + "".join(f"\n{point.name} is above its budget: {point.takes:g}" for point in result.points if point.over)

@@ -145,8 +145,9 @@ class Tradeoff:
 
     @property
     def too_noisy(self) -> str:
-        """A sentence if the A/A check shows that the machine was too noisy for these speed-ups; else empty."""
-        return noise(self.check, self.points[0].folder)
+        """Which speed-ups cannot be told apart, if the A/A check shows that the machine was noisy; else empty."""
+        others = {point.name: point.speedup.inverse for point in self.points if point.speedup is not None}
+        return noise(self.check, "the first model", others)
 
     @property
     def name(self) -> str:

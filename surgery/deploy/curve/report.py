@@ -10,7 +10,7 @@ from surgery.deploy.curve.plot import draw
 from surgery.deploy.curve.points import Tradeoff
 from surgery.settings import IMPORTANCE, TEACHERS, TradeoffSettings
 from surgery.storage.folders import write_table
-from surgery.units import counted, mebibytes, quantity
+from surgery.units import counted, mebibytes, quantity, sentence
 
 
 def write_report(result: Tradeoff, folder: Path) -> None:
@@ -27,8 +27,8 @@ def _markdown(result: Tradeoff) -> str:
         "\n\n".join(
             [
                 f"# Speed and accuracy of {result.name} on {result.data.source}",
-                *([f"**The machine was {result.too_noisy}.**"] if result.too_noisy else []),
                 _finding(result),
+                *([sentence(result.too_noisy)] if result.too_noisy else []),
                 "![Accuracy over latency, one point for each candidate](tradeoff.png)",
                 "[The same with the figures of each point under the pointer](tradeoff.html)",
                 _points_table(result),
@@ -160,8 +160,8 @@ def _sessions(result: Tradeoff) -> str:
 
 
 def _describe_check(result: Tradeoff) -> str:
-    """The result of the A/A check, as the end of a sentence."""
-    if result.check is None:
+    """The result of a quiet A/A check, as the end of a sentence."""
+    if result.check is None or result.too_noisy:  # said above, then
         return ""
     own = result.check.inverse
     return f"; the first model's to itself is {own.value:.3f} ({own.low:.3f} – {own.high:.3f})"
