@@ -35,7 +35,8 @@ def bench(
 ) -> None:
     """Measure latency, throughput, memory and size; several models take turns and are compared with the first.
 
-    The first is measured against itself as well (A/A): where that shows a difference, smaller ones cannot be told apart.
+    The first is measured against itself as well (A/A): where that shows a difference, smaller ones cannot be told
+    apart.
     """
     if len(set(candidates)) < len(candidates):
         raise UsageError("a model is given more than once")

@@ -64,13 +64,16 @@ def noise(check: Ratio | None, what: str, others: Mapping[str, Ratio] = MappingP
     within = [name for name, ratio in others.items() if abs(ratio.value - 1) <= check.reach]
     told = f"that holds for {', '.join(within)}" if within else "all others differ by more"
     return (
-        f"differences below ±{_percent(check.reach)} cannot be told apart in this run: measured against itself, {what} "
+        f"differences below {_words(check.reach)} cannot be told apart in this run: measured against itself, {what} "
         f"took {check.low:.2f} to {check.high:.2f} times as long{f'; {told}' if others else ''}"
     )
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
+def _words(share: float) -> str:
+    """A difference in words: in percent, or beyond the double as a factor."""
+    if share >= 1:
+        return f"a factor of {1 + share:.1f}"
+    return f"±{100 * share:.0f} %" if share >= 0.1 else f"±{100 * share:.2g} %"
 
 
 def ratio_of_medians(times: Array, baseline: Array, confidence: float, rng: np.random.Generator) -> Ratio:

@@ -102,8 +102,8 @@ def test_a_noisy_machine_is_reported_on_every_page(result, tmp_path):
     assert content(page(result))["noise"] == ""
     noisy = replace(result, check=Ratio(0.8, 0.75, 0.9, 0.95, 10))
     said = (
-        "Differences below ±25 % cannot be told apart in this run: measured against itself, the first model took 0.75 to "
-        "0.90 times as long; all others differ by more."
+        "Differences below ±25 % cannot be told apart in this run: measured against itself, the first model took "
+        "0.75 to 0.90 times as long; all others differ by more."
     )
     assert content(page(noisy))["noise"] == said
     text = report_of(noisy, tmp_path)

@@ -423,6 +423,9 @@ def test_a_machine_that_can_tell_little_says_so_though_its_interval_holds_1():
         "differences below ±77 % cannot be told apart in this run: measured against itself, dense took 0.71 to 1.77 "
     )
     assert Comparison("dense", {}, {}, Ratio(1.0, 0.9, 1.1, 0.95, 10)).too_noisy == ""
+    assert Comparison("dense", {}, {}, Ratio(1.0, 0.5, 3.57, 0.95, 10)).too_noisy.startswith(
+        "differences below a factor of 3.6 cannot be told apart in this run: "
+    )
 
 
 def test_sessions_too_few_for_the_confidence_are_refused(small_onnx):
