@@ -29,7 +29,9 @@ TARGETS = ("floor", "2.13.0", NEWEST)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("targets", nargs="*", default=TARGETS, help="floor, newest or a version of torch, such as 2.13.0")
+    parser.add_argument(
+        "targets", nargs="*", default=TARGETS, help="floor, newest or a version of torch, such as 2.13.0"
+    )
     parser.add_argument("--parts", default=",".join(PARTS), help="what is tested, with commas")
     parser.add_argument("--again", action="store_true", help="run what has a result as well")
     parser.add_argument("--keep", action="store_true", help="keep the environments")
