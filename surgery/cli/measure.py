@@ -136,7 +136,7 @@ class CandidateOptions:
         return _rates(text if self.split_rates is None else self.split_rates), others
 
 
-@takes_fields("augment", "device")
+@takes_fields()
 def tradeoff(
     context: typer.Context,
     model: Model,
@@ -172,7 +172,7 @@ def tradeoff(
         {**result.to_dict(), "out": str(run.out)},
         run.as_json,
         _curve_table(result),
-        note=(f"{result.too_noisy}\n" if result.too_noisy else "")
+        note="".join(f"{doubt}\n" for doubt in result.doubts)
         + f"{result.seconds:.0f} s; written to {run.out}: tradeoff.png, tradeoff.html, tradeoff.csv, tradeoff.json, "
         f"report.md and {', '.join(point.folder for point in result.points)}"
         + "".join(f"\n{point.name} is above its budget: {point.takes:g}" for point in result.points if point.over)

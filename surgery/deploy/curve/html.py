@@ -53,7 +53,7 @@ def _content(result: Tradeoff) -> dict[str, Any]:
     }
     return {
         "title": f"{result.name} on {data.source}: speed and accuracy",
-        "noise": sentence(result.too_noisy),
+        "noise": " ".join(map(sentence, result.doubts)),
         "said": result.conditions,
         "area": asdict(_AREA),
         "radius": _RADIUS,

@@ -123,7 +123,7 @@ def _flipped(box: BboxBase, height: float) -> Box:
 
 
 def _frame(axes: Axes, result: Tradeoff) -> None:
-    lines = [result.conditions, *textwrap.wrap(sentence(result.too_noisy), 120)]
+    lines = [result.conditions, *(line for doubt in result.doubts for line in textwrap.wrap(sentence(doubt), 120))]
     for number, line in enumerate(reversed(lines)):
         place = (0, 8 + 12 * number)
         axes.annotate(line, (0, 1), place, "axes fraction", "offset points", fontsize=9, color=_FAINT)

@@ -28,7 +28,7 @@ def _markdown(result: Tradeoff) -> str:
             [
                 f"# Speed and accuracy of {result.name} on {result.data.source}",
                 _finding(result),
-                *([sentence(result.too_noisy)] if result.too_noisy else []),
+                *map(sentence, result.doubts),
                 "![Accuracy over latency, one point for each candidate](tradeoff.png)",
                 "[The same with the figures of each point under the pointer](tradeoff.html)",
                 _points_table(result),
@@ -195,12 +195,31 @@ def _settings_table(result: Tradeoff) -> str:
         "fine-tuning": f"{counted(settings.finetune_epochs, 'epoch')}, {TEACHERS[settings.teach]}",
         "widths": f"multiples of {settings.round_to}" if settings.round_to > 1 else "as the rates say",
         "channels that are kept": IMPORTANCE[settings.importance],
-        "optimiser": f"SGD, Nesterov momentum 0.9, one-cycle, peak rate {settings.lr:g}, batch {settings.batch_size}",
+        "optimiser": _describe_optimiser(settings),
         "seed": str(settings.seed),
         "time for the whole run": f"{result.seconds:.0f} s",
         "reused from earlier runs": ", ".join(result.reused) or "nothing",
     }
     return _table(["setting", "value"], [[key, value] for key, value in rows.items()])
+
+
+def _describe_optimiser(settings: TradeoffSettings) -> str:
+    """The optimiser with all that its steps depend on."""
+    names = {
+        "sgd": f"SGD, Nesterov momentum {settings.momentum:g}",
+        "adamw": f"AdamW, first beta {settings.momentum:g}",
+        "rmsprop": f"RMSProp, decay {settings.momentum:g}",
+    }
+    said = [
+        names[settings.optimizer],
+        f"{settings.schedule}, peak rate {settings.peak_lr:g}",
+        f"batch {settings.batch_size}",
+        f"weight decay {settings.decay:g}",
+        *([f"label smoothing {settings.label_smoothing:g}"] if settings.label_smoothing else []),
+        *([f"precision {settings.precision}"] if settings.precision not in (None, "no") else []),
+        *([f"images augmented by {settings.augment}"] if settings.augment != "none" else []),
+    ]
+    return ", ".join(said)
 
 
 def _environment_table(result: Tradeoff) -> str:

@@ -31,6 +31,7 @@ from surgery.settings import TimingSettings, TradeoffSettings, accepts
 from surgery.storage.folders import refuse_folder, staged_folder, unfinished_folder
 from surgery.training.data.adapt import AnyData
 from surgery.training.data.data import Data
+from surgery.training.modes import pick_device
 
 MARKER = "tradeoff.json"
 """The file that marks a folder as a result of `tradeoff`."""
@@ -95,6 +96,7 @@ def tradeoff(
     started = time.perf_counter()
     directory = Path(directory)
     refuse_folder(directory, marker=MARKER, force=force)
+    pick_device(settings.device)  # refuses one that is not there
     for folder in reuse:
         if not (Path(folder) / MARKER).is_file():
             raise UsageError(f"{folder} has no trained models to reuse: it holds no {MARKER}")
@@ -102,7 +104,7 @@ def tradeoff(
     weights = settings.weights
     if not catalogue.is_weights_file(weights):
         weights = catalogue.parse(source, weights=weights).weights if isinstance(source, str) else "as given"
-    shared = ("data_root", "image_size", "limit", "skip_bad", "strict")
+    shared = ("data_root", "image_size", "limit", "augment", "skip_bad", "strict")
     data = data_for({"the model": source}, dataset, **{name: getattr(settings, name) for name in shared})
     dense = classifier(source, data, weights=settings.weights, trust=trust, seed=settings.seed)
     plan = tuple(one.of(dense) if isinstance(one, Budget) else one for one in plan)

@@ -170,6 +170,13 @@ def test_each_way_to_teach_trains_in_its_stages_and_changes_neither_model(dense,
     assert list((tmp_path / "run").glob("*.pt"))
 
 
+def test_candidates_are_trained_with_the_settings_of_any_training():
+    given = {"optimizer": "adamw", "lr": 3e-3, "schedule": "cosine", "precision": "bf16", "workers": 2, "seed": 3}
+    settings = TradeoffSettings(finetune_epochs=4, epochs=7, label_smoothing=0.1, **given)
+    assert Lesson(settings).training == surgery.TrainSettings(epochs=4, label_smoothing=0.1, **given)
+    assert Lesson(TradeoffSettings()).training == surgery.TrainSettings(epochs=3)
+
+
 def test_no_epochs_train_nothing(dense, tmp_path):
     lesson = Lesson(TradeoffSettings(teach="evolve", finetune_epochs=0))
     candidate = parse("widen=1.5")

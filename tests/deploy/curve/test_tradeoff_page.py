@@ -115,6 +115,26 @@ def test_a_noisy_machine_is_reported_on_every_page(result, tmp_path):
     assert "the first model's to itself is 1.010 (0.909 – 1.111). One MAC" in quiet
 
 
+def guessing(of: Point, correct: int = 130) -> Point:
+    return replace(of, score=Score(correct, 1000))
+
+
+def test_a_model_at_chance_is_said_to_be_wherever_its_accuracy_is_shown(result, tmp_path, monkeypatch):
+    """Ten classes: one right in ten by chance. 130 of 1000 are more than that, and 115 may be it."""
+    better = replace(result, points=(result.points[0], guessing(result.points[1], 130)))
+    assert better.doubts == ()
+    found = replace(result, points=(result.points[0], guessing(result.points[1], 115)))
+    said = "t 0.5 the model is no better than guessing, which gives 10.0%: train longer, or see the settings"
+    assert found.doubts == (f"a{said}",)
+    assert found.to_dict()["doubts"] == [f"a{said}"]
+    assert f"\n\nA{said}.\n\n" in report_of(found, tmp_path)
+    assert content(page(found))["noise"] == f"A{said}."
+    chart, _ = drawn(found, tmp_path / "guess.png", monkeypatch)
+    assert any(f"A{said}." == child.get_text() for child in chart.get_children() if isinstance(child, Annotation))
+    nothing = replace(result, points=tuple(guessing(one, 99) for one in result.points))
+    assert nothing.doubts[0].startswith("every model is no better than guessing, which gives 10.0%: ")
+
+
 def spread(of: Point, p25: float, p75: float) -> Point:
     """The point with other quartiles of its latency."""
     p50 = of.latency.p50_ms
