@@ -107,8 +107,9 @@ def _comparison_table(measured: Comparison) -> Any:
         )
     first = next(iter(measured.results.values()))
     title = f"{first.runtime} on {first.device}, batch {first.batch_size}, {counted(first.threads, 'thread')}"
-    quiet = measured.check is not None and not measured.too_noisy  # else a line below says what it shows
-    return table(f"{title}; A/A {_ratio(measured.check)}" if quiet else title, header, rows)
+    if measured.check is not None and not measured.too_noisy:  # else a line below says what it shows
+        title += f"; A/A {_ratio(measured.check)}"
+    return table(title, header, rows)
 
 
 def _memory(result: BenchmarkResult) -> str:

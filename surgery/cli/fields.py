@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Annotated, Any, get_origin, get_type_hints
 
@@ -74,11 +74,18 @@ def is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
+def completion(choices: Iterable[str]) -> Callable[[str], list[str]] | None:
+    """Make what completes one of ``choices`` in a shell; None without any."""
+    known = list(choices)
+    return (lambda incomplete: [choice for choice in known if choice.startswith(incomplete)]) if known else None
+
+
 def _option(one: Field[Any], hint: Any) -> inspect.Parameter:
     if "PathLike" in str(one.type):
         hint = (str | None) if one.default is None else str
     if get_origin(hint) is not Annotated:
         flag = one.metadata.get("name", f"--{one.name.replace('_', '-')}")
-        hint = Annotated[hint, typer.Option(flag, help=one.metadata["help"], metavar=one.metadata.get("metavar"))]
+        given = {"help": one.metadata["help"], "metavar": one.metadata.get("metavar")}
+        hint = Annotated[hint, typer.Option(flag, **given, autocompletion=completion(one.metadata.get("choices", ())))]
     default = inspect.Parameter.empty if one.default is MISSING else one.default
     return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)

@@ -24,6 +24,7 @@ from surgery.cli.options import (
     refuse_if_taken,
 )
 from surgery.cli.output import Bars, emit, table
+from surgery.errors import UsageError
 from surgery.settings import TradeoffSettings, option
 from surgery.storage.folders import refuse_folder
 from surgery.units import counted, mebibytes, quantity
@@ -67,6 +68,8 @@ def export(
     A detection model's file takes one image, or as many as --input-shape has.
     """
     refuse_if_taken(out, force)
+    if out.suffix != ".onnx":
+        raise UsageError(f"--out {out}: the name of an ONNX file ends in .onnx")
     module = opening.open(model)
     args, named = surgery.example_inputs(module)
     if opening.input_shape is None and isinstance(args[0], list):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import surgery
-from surgery.cli.fields import takes_fields
+from surgery.cli.fields import completion, takes_fields
 from surgery.cli.options import Model, Opening, parse_one_or_per_layer
 from surgery.cli.output import Bars
 from surgery.cli.writing import Writing, compare_exactly, finish
@@ -72,7 +72,9 @@ def slim(
         ),
     ] = None,
     budget: BudgetOptions,
-    importance: Annotated[str, typer.Option(metavar="WHICH", help=KEEPS)] = "prefix",
+    importance: Annotated[
+        str, typer.Option(metavar="WHICH", help=KEEPS, autocompletion=completion(IMPORTANCE))
+    ] = "prefix",
     round_to: Annotated[
         int | None,
         typer.Option(
