@@ -15,7 +15,7 @@ from surgery.settings import DistillSettings
 
 _WITHOUT_EFFECT = {
     *(one.name for one in fields(DistillSettings) if not one.metadata["result"]),
-    *("out", "force", "as_json", "device", "reuse", "skip_bad", "strict", "allow_changed_weights"),
+    *("out", "config", "force", "as_json", "device", "reuse", "skip_bad", "strict", "allow_changed_weights"),
 }
 """Options that may differ when a run is resumed."""
 

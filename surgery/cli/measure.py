@@ -11,6 +11,7 @@ import typer
 
 import surgery
 from surgery.cli.bench import bench
+from surgery.cli.config import write_config
 from surgery.cli.fields import takes_fields
 from surgery.cli.options import (
     AsJson,
@@ -171,6 +172,7 @@ def tradeoff(
             command=shlex.join(["surgery", *context.obj]),
             progress=bars,
         )
+    write_config(context, run.out)
     emit(
         {**result.to_dict(), "out": str(run.out)},
         run.as_json,

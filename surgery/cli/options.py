@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 import surgery
+from surgery.cli.config import Config
 from surgery.errors import UsageError, unknown_name
 from surgery.settings import Settings, option
 
@@ -122,6 +123,7 @@ class RunOptions:
     """Where a verb that trains computes, and what it writes."""
 
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")]
+    config: Config = None
     augment: Annotated[str, typer.Option(help="Training images: none, flip or flip-crop.")] = "none"
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")] = "auto"
     trust: Trust = False

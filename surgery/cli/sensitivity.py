@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 import surgery
+from surgery.cli.config import write_config
 from surgery.cli.fields import takes_fields
 from surgery.cli.options import DataOptions, Model, RunOptions, Weights, load_if_saved, refuse_untrained
 from surgery.cli.output import Bars, emit, table
@@ -42,7 +43,12 @@ class SensitivityOptions(Settings):
 
 @takes_fields("augment", "batch_size", "device", "memory", "confidence")
 def sensitivity(
-    model: Model, data: DataOptions, options: SensitivityOptions, settings: TimingSettings, run: RunOptions
+    context: typer.Context,
+    model: Model,
+    data: DataOptions,
+    options: SensitivityOptions,
+    settings: TimingSettings,
+    run: RunOptions,
 ) -> None:
     """Slim each part of a trained model alone: how much accuracy that loses, and how much time it saves.
 
@@ -65,6 +71,7 @@ def sensitivity(
         )
     with staged_folder(run.out, marker=MARKER, force=run.force) as folder:
         surgery.write_sensitivity(result, folder)
+        write_config(context, folder)
     written = f"written to {run.out}: sensitivity.png, sensitivity.csv and sensitivity.json"
     content = {**result.to_dict(), "out": str(run.out)}
     emit(content, run.as_json, _table(result), note="\n".join([*result.doubts, written]))

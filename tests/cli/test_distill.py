@@ -70,6 +70,7 @@ def test_a_run_writes_the_student_the_teacher_it_trained_and_what_happened(run, 
     assert sorted(path.relative_to("runs").as_posix() for path in Path("runs").rglob("*")) == [
         "made",
         "made/distill.json",
+        "made/run.yaml",
         *(
             f"made/{who}{file}"
             for who in ("student", "teacher")
@@ -106,7 +107,7 @@ def test_a_saved_teacher_is_taken_as_it_is_and_not_written_again(run):
     first, second = (json.loads(Path(name, "distill.json").read_text()) for name in ("first", "second"))
     assert first["teacher_score"] == second["teacher_score"]
     assert second["teacher_history"] is None
-    assert sorted(path.name for path in Path("second").iterdir()) == ["distill.json", "student"]
+    assert sorted(path.name for path in Path("second").iterdir()) == ["distill.json", "run.yaml", "student"]
 
 
 def test_a_student_that_was_saved_goes_on_learning_and_keeps_its_recipe(run):

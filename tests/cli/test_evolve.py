@@ -85,7 +85,7 @@ def test_a_run_writes_both_models_a_picture_and_what_happened(run):
     assert Path("runs/made/generations.png").read_bytes().startswith(b"\x89PNG")
     files = [f"made/{who}{file}" for who in ("dense", "slim") for file in ("", "/recipe.json", "/weights.safetensors")]
     found = sorted(path.relative_to("runs").as_posix() for path in Path("runs").rglob("*"))
-    assert found == sorted(["made", "made/evolve.json", "made/generations.png", *files])
+    assert found == sorted(["made", "made/evolve.json", "made/generations.png", "made/run.yaml", *files])
 
 
 def test_the_slim_model_serves_the_other_verbs(run):
@@ -112,7 +112,12 @@ def test_scattered_weights_give_no_slim_model(run):
     assert code == 0
     assert "scattered weights are no smaller network: there is no slim model" in out
     assert "fit-hypothesis" in out
-    assert sorted(path.name for path in Path("made").iterdir()) == ["dense", "evolve.json", "generations.png"]
+    assert sorted(path.name for path in Path("made").iterdir()) == [
+        "dense",
+        "evolve.json",
+        "generations.png",
+        "run.yaml",
+    ]
 
 
 @pytest.mark.parametrize(("task", "step"), [("generation-1", 7), ("generation-2", 6), ("long", 13), ("ticket-1", 4)])

@@ -145,7 +145,7 @@ def spread(of: Point, p25: float, p75: float) -> Point:
 def test_the_command_says_so_right_below_its_table(result, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     noisy = replace(result, check=Ratio(0.8, 0.75, 0.9, 0.95, 10))
-    monkeypatch.setattr("surgery.tradeoff", lambda *args, **options: noisy)
+    monkeypatch.setattr("surgery.tradeoff", lambda *args, directory, **options: (directory.mkdir(), noisy)[1])
     code, out, _ = run("tradeoff", "resnet18", "--dataset", "digits", "--out", "demo")
     assert code == 0
     *_, noise, written = out.splitlines()
