@@ -263,6 +263,12 @@ class TradeoffSettings(TrainSettings):
     )
     hint_epochs: int = option(1, "For hints: passes over the data for stage 1.", least=1)
     generations: int = option(3, "For evolve: number of generations, of --finetune-epochs each.", least=1)
+    control: str = option(
+        "none",
+        "Beside each candidate: none, or scratch, a model of its sizes with new weights, trained on labels for as many "
+        "epochs as the dense model and the candidate together.",
+        choices=("none", "scratch"),
+    )
     device: str = option(
         "auto", "To train on: auto (a GPU where there is one), cpu or cuda.", choices=DEVICES, result=False
     )

@@ -199,6 +199,7 @@ def _curve_table(result: Tradeoff) -> Any:
     header = [
         "split rate" if rates else "candidate",
         "accuracy",
+        *(["from scratch"] if result.controlled else []),
         "p50 ms",
         "p90 ms",
         "speed-up",
@@ -211,6 +212,7 @@ def _curve_table(result: Tradeoff) -> Any:
         [
             point.name,
             f"{point.score.accuracy:.1%}",
+            *([f"{point.control.accuracy:.1%}" if point.control else ""] if result.controlled else []),
             f"{point.latency.p50_ms:.3f}",
             f"{point.latency.p90_ms:.3f}",
             f"{point.speedup.value:.2f}" if point.speedup else "1",

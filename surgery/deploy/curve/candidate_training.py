@@ -16,6 +16,7 @@ from surgery.counting.cost import Cost, cost
 from surgery.deploy.budget.budget import refuse_unreachable, slim_to_budget
 from surgery.deploy.budget.clock import Clock
 from surgery.deploy.curve.candidates import Budget, Candidate
+from surgery.deploy.curve.control import control_settings, from_scratch
 from surgery.deploy.curve.run_progress import RunProgress, parts_of
 from surgery.deploy.curve.store import NOTE, Kept, Store, data_identity, key_of, write_note
 from surgery.deploy.curve.teaching import Lesson
@@ -58,13 +59,18 @@ class Measured:
     training: Mapping[str, History]
     budget: Mapping[str, Any] | None
     """How its widths were found, if it was slimmed to a budget."""
+    control: Kept | None = None
+    """The same sizes, trained from scratch."""
 
 
 class CandidateTraining:
     """Trains the models of a run, or finds them in earlier runs."""
 
-    def __init__(self, store: Store, data: Data, settings: TradeoffSettings, progress: RunProgress) -> None:
+    def __init__(
+        self, store: Store, data: Data, settings: TradeoffSettings, progress: RunProgress, *, trust: bool = False
+    ) -> None:
         self.store, self.data, self.settings, self.progress = store, data, settings, progress
+        self.trust = trust
         self.lesson = Lesson(settings)
         self.device = pick_device(settings.device)
         self.identity = data_identity(data)
@@ -143,7 +149,29 @@ class CandidateTraining:
                 score = evaluate(classify, self.data.test, **self.settings.scoring)
                 kept = self.store.keep(key, training, score, made_by)
         assert kept.score is not None
-        return Measured(candidate, kept.folder, cost(start), kept.score, kept.training, found)
+        control = self._control(candidate, start)
+        return Measured(candidate, kept.folder, cost(start), kept.score, kept.training, found, control)
+
+    def _control(self, candidate: Candidate | Budget, start: nn.Module) -> Kept | None:
+        """Train a model of the candidate's sizes from scratch, or load it from an earlier run; None: no controls."""
+        settings = control_settings(self.settings)
+        if settings is None:
+            return None
+        fresh = from_scratch(start, seed=settings.seed, trust=self.trust)
+        made_by = {"model": module_digest(fresh), "data": self.identity, "settings": settings.identity()}
+        key, task = key_of(made_by), f"{candidate.folder}: from scratch"
+        with self.progress.task(task) as progress:
+            kept = self._kept(key, f"{candidate.name} from scratch")
+            if kept is None:
+                checkpoint = self.store.unfinished(key) / "model.pt"
+                done = train(
+                    self._moved(fresh), self.data, settings, checkpoint=checkpoint, progress=progress, task=task
+                )
+                trained, history = done.without_module()
+                score = evaluate(trained, self.data.test, **self.settings.scoring)
+                save(trained.cpu(), self.store.place(key))
+                kept = self.store.keep(key, {"scratch": history}, score, made_by)
+        return kept
 
     def _start(self, candidate: Candidate | Budget, dense: nn.Module) -> tuple[nn.Module, Mapping[str, Any] | None]:
         """Make the candidate before its training; for a budget, also say how its widths were found."""

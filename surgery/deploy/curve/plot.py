@@ -49,6 +49,9 @@ def _chart(axes: Axes, result: Tradeoff) -> None:
     )
     for point in result.points:
         _point(axes, point, limit, on_front=point in front)
+        if point.control is not None:
+            at = ([point.latency.p50_ms], [point.control.accuracy])
+            axes.plot(*at, "o", color=_FAINT, markersize=_MARKER - 2, markerfacecolor="none", zorder=6)
     axes.set_xlim(0, limit)
     _frame(axes, result)
 
@@ -142,6 +145,9 @@ def _frame(axes: Axes, result: Tradeoff) -> None:
     handles = [axes.lines[0]]
     if len(result.front) < len(result.points):
         handles += axes.plot([], [], "o", color=_DOMINATED, label="dominated")
+    if result.controlled:
+        label = "the same sizes from scratch"
+        handles += axes.plot([], [], "o", color=_FAINT, markerfacecolor="none", label=label)
     axes.legend(handles=handles, loc="lower right", frameon=False)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from surgery.deploy.curve.html import page
 from surgery.deploy.curve.plot import draw
-from surgery.deploy.curve.points import Tradeoff
+from surgery.deploy.curve.points import Point, Tradeoff
 from surgery.settings import IMPORTANCE, TEACHERS, TradeoffSettings
 from surgery.storage.folders import write_table
 from surgery.units import counted, mebibytes, quantity, sentence
@@ -62,13 +62,22 @@ def _finding(result: Tradeoff) -> str:
     )
 
 
+def _control(point: Point) -> str:
+    """The accuracy of the control, with its interval."""
+    if point.control is None:
+        return ""
+    return "{:.2%} ({:.1%} – {:.1%})".format(point.control.accuracy, *point.control.interval())
+
+
 def _points_table(result: Tradeoff) -> str:
     front = result.front
+    controlled = result.controlled
     rows = [
         [
             f"{point.name}{'' if point in front else ' (dominated)'}",
             f"{point.score.accuracy:.2%}",
             "{:.1%} – {:.1%}".format(*point.score.interval()),
+            *([_control(point)] if controlled else []),
             f"{point.latency.p50_ms:.3f}",
             f"{point.quantile_ms(0.25):.3f} – {point.quantile_ms(0.75):.3f}",
             f"{point.latency.p99_ms:.3f}",
@@ -85,6 +94,7 @@ def _points_table(result: Tradeoff) -> str:
         "split rate" if all(point.rate is not None for point in result.points) else "candidate",
         "accuracy",
         "95% interval",
+        *(["from scratch"] if controlled else []),
         "p50 ms",
         "p25 – p75 ms",
         "p99 ms",
@@ -142,6 +152,13 @@ def _method(result: Tradeoff) -> str:
         f"{slimmed}, and the result was {_describe_tuning(settings)}; at 1 nothing is removed. Accuracy is measured on "
         f"the ONNX file, in ONNX Runtime, on {data.test_images} unseen test images, with Wilson's interval."
     )
+    if result.controlled:
+        control = next(point.control_history for point in result.points if point.control_history is not None)
+        how += (
+            " *From scratch* is a model of the same sizes whose weights were drawn anew, trained on labels for "
+            f"{counted(len(control.epochs), 'epoch')}, as many as the dense model and a candidate had together; it is "
+            "scored in torch."
+        )
     timing = (
         f"Latency is measured on the ONNX file, one image at a time, on the CPU with {threads}. "
         f"All models were timed in one run, {len(result.points[0].latency.samples_ms)} queries each, taking turns in "

@@ -16,6 +16,7 @@ from surgery.counting.cost import cost
 from surgery.deploy.classifiers import classifier, data_for
 from surgery.deploy.curve.candidate_training import CHECK, ONNX_FILE, CandidateTraining, Measured
 from surgery.deploy.curve.candidates import Budget, Candidate, plan_candidates
+from surgery.deploy.curve.control import control_settings, from_scratch
 from surgery.deploy.curve.points import DataSummary, Point, Tradeoff
 from surgery.deploy.curve.report import write_report
 from surgery.deploy.curve.run_progress import RunProgress
@@ -75,7 +76,9 @@ def tradeoff(
             budgets for `surgery.slim_to_budget` of the dense model: ``"latency=5ms"``, ``"macs=300M"``.
         settings: see `surgery.TradeoffSettings`; its fields may be given as keywords. ``teach`` says what candidates
             learn from: ``labels``; ``kd`` or ``hints`` (`surgery.distill`, with the dense model as teacher); ``evolve``
-            (`surgery.evolve` of the dense model). With a latency budget, ``round_to=1`` means the fastest multiple.
+            (`surgery.evolve` of the dense model). ``control="scratch"`` also trains each candidate's sizes from
+            scratch, with the epochs of the dense model and the candidate together. With a latency budget,
+            ``round_to=1`` means the fastest multiple.
         reuse: folders of other runs whose trained models are reused.
         trust: allow ``source`` to import and run code.
         force: replace ``directory`` if it is the result of an earlier run.
@@ -109,10 +112,10 @@ def tradeoff(
     dense = classifier(source, data, weights=settings.weights, trust=trust, seed=settings.seed)
     plan = tuple(one.of(dense) if isinstance(one, Budget) else one for one in plan)
     settings = replace(settings, weights=weights, threads=settings.threads or usable_cores())
-    run = RunProgress(_task_weights(dense, plan, data, settings), progress)
+    run = RunProgress(_task_weights(dense, plan, data, settings, trust=trust), progress)
     with unfinished_folder(directory, {"command": "tradeoff"}) as folder:
         store = Store(folder, [*([directory] if directory.is_dir() else []), *reuse])
-        training = CandidateTraining(store, data, settings, run)
+        training = CandidateTraining(store, data, settings, run, trust=trust)
         training.refuse_unreachable(plan, dense)
         trained = training.dense(dense)
         measured = [training.candidate(candidate, trained.module) for candidate in plan]
@@ -137,12 +140,14 @@ def tradeoff(
                 link_folder(trained.folder, staging / "dense")
             for one in measured:
                 link_folder(one.folder, staging / one.candidate.folder)
+                if one.control is not None:
+                    link_folder(one.control.folder, staging / f"{one.candidate.folder}-scratch")
             write_report(result, staging)
     return result
 
 
 def _task_weights(
-    dense: nn.Module, plan: Sequence[Candidate | Budget], data: Data, settings: TradeoffSettings
+    dense: nn.Module, plan: Sequence[Candidate | Budget], data: Data, settings: TradeoffSettings, *, trust: bool
 ) -> dict[str, float]:
     """Guess the seconds of each task; only their proportions matter.
 
@@ -165,6 +170,10 @@ def _task_weights(
         macs = whole if settings.teach == "evolve" else cost(module).macs
         weights[f"{candidate.folder}: fine-tune"] = lesson.passes * macs * epoch_of_one_mac
         weights[f"{candidate.folder}: export and score"] = export
+        control = control_settings(settings)
+        if control is not None:
+            from_scratch(module, seed=control.seed, trust=trust)  # refuses weights that nothing initialises
+            weights[f"{candidate.folder}: from scratch"] = control.epochs * cost(module).macs * epoch_of_one_mac
     return {**weights, "measure": measurement * len(plan)}
 
 
@@ -182,6 +191,8 @@ def _point(measured: Measured, comparison: Comparison) -> Point:
         speedup=ratio and ratio.inverse,
         training=measured.training,
         budget=measured.budget,
+        control=measured.control and measured.control.score,
+        control_history=measured.control and measured.control.training["scratch"],
     )
 
 

@@ -135,6 +135,21 @@ def test_a_model_at_chance_is_said_to_be_wherever_its_accuracy_is_shown(result, 
     assert nothing.doubts[0].startswith("every model is no better than guessing, which gives 10.0%: ")
 
 
+def test_a_control_stands_beside_its_candidate_on_every_page(result, tmp_path, monkeypatch):
+    history = History((Epoch(100, 0.5, 0.1, None, 1.0),) * 4, 8)
+    first, *others = result.points
+    found = replace(result, points=(replace(first, control=Score(900, 1000), control_history=history), *others))
+    text = report_of(found, tmp_path)
+    assert "| accuracy | 95% interval | from scratch |" in text
+    assert "| 95.00% | 93.5% – 96.2% | 90.00% (88.0% – 91.7%) |" in text
+    assert "trained on labels for 4 epochs, as many as the dense model and a candidate had together" in text
+    assert ["from scratch", "90.00% (87.98% – 91.71%)"] in content(page(found))["points"][0]["told"]
+    chart, _ = drawn(found, tmp_path / "control.png", monkeypatch)
+    assert any((list(line.get_xdata()), list(line.get_ydata())) == ([4.0], [0.9]) for line in chart.lines)
+    assert "from scratch" in [text.get_text() for text in chart.get_legend().get_texts()][-1]
+    assert "from scratch" not in report_of(result, tmp_path)
+
+
 def spread(of: Point, p25: float, p75: float) -> Point:
     """The point with other quartiles of its latency."""
     p50 = of.latency.p50_ms

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import surgery
 from surgery.cli.output import Bars
 from surgery.deploy.curve.tradeoff import tradeoff
 from surgery.deploy.measure.benchmark import compare
@@ -109,6 +110,25 @@ def test_a_second_run_with_one_more_candidate_trains_only_that_one(whole, tmp_pa
     assert result.reused == ("dense",)
     assert list(result.points[0].training) == ["distill"]
     assert result.settings.teach == "kd"
+
+
+def test_a_control_of_each_size_is_trained_from_scratch_once_for_as_long_as_both_together(whole, tmp_path):
+    first, second = Steps(), Steps()
+    options = {"rates": [1.0, 0.5], "control": "scratch", **OPTIONS}
+    result = tradeoff(tiny(), directory=tmp_path / "first", reuse=[whole[1]], progress=first, **options)
+    assert first.trained() == {"rate-1: from scratch": 8, "rate-0.5: from scratch": 8}
+    assert [len(point.control_history.epochs) for point in result.points] == [4, 4]
+    assert [point.score for point in result.points] == [point.score for point in whole[0].points]
+    for point in result.points:
+        made = surgery.load(tmp_path / "first" / f"{point.folder}-scratch", tiny(), allow_changed_weights=True)
+        assert surgery.cost(made) == surgery.cost(surgery.load(tmp_path / "first" / point.folder, tiny()))
+        assert surgery.evaluate(made, surgery.load_data("digits", limit=128).test) == point.control
+        row = point.to_row()
+        assert (row["scratch_accuracy"], row["scratch_low"]) == (point.control.accuracy, point.control.interval()[0])
+    again = tradeoff(tiny(), directory=tmp_path / "second", reuse=[tmp_path / "first"], progress=second, **options)
+    assert second.trained() == {}
+    assert again.reused == ("dense", "1", "1 from scratch", "0.5", "0.5 from scratch")
+    assert [point.control for point in again.points] == [point.control for point in result.points]
 
 
 def test_a_model_with_other_weights_or_other_data_is_trained_again(whole, tmp_path):
