@@ -46,6 +46,8 @@ from surgery.edit.copies import Noise as Noise
 from surgery.edit.insert_block import InsertBlock as InsertBlock
 from surgery.edit.insert_dense import InsertDense as InsertDense
 from surgery.edit.insert_identity import InsertIdentity as InsertIdentity
+from surgery.edit.kept_outputs import Output as Output
+from surgery.edit.kept_outputs import outputs as outputs
 from surgery.edit.origins import origins as origins
 from surgery.edit.recipe import Recipe as Recipe
 from surgery.edit.recipe import recipe as recipe

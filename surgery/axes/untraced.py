@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from surgery.axes.interpret import Interpreter, propagate
 from surgery.axes.labels import Field, Ids, Labelled
 from surgery.axes.ledger import Called, Findings, labelled_leaves
+from surgery.axes.network_outputs import NetworkOutput, output_name
 from surgery.axes.ops import Op
 from surgery.axes.untraced_ops import (
     FACTORIES,
@@ -80,8 +81,10 @@ def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mo
             mode = "training" if training else "evaluation"
             raise TraceError(f"{type(module).__name__} does not run in {mode} on inputs like those it was traced with: "
                              f"{str(error).strip().partition(chr(10))[0]}") from error  # fmt: skip
-        for _, leaf in tensors_in(result):
-            recording.freeze(recording.label(leaf), "network output")
+        for path, leaf in tensors_in(result):
+            label = recording.label(leaf)
+            said = all(run.is_frozen(f.ids) for f in label.fields)
+            findings.outputs.append(NetworkOutput(output_name(path), label, (training,), said))
     recording.visits.freeze_unseen(run, module)
     return findings
 
@@ -92,6 +95,10 @@ class _Terse(Interpreter):
     def __init__(self, module: nn.Module, findings: Findings) -> None:
         super().__init__(module, findings)
         self.done: NDArray[np.bool_] = np.zeros(0, dtype=bool)
+
+    def is_frozen(self, ids: Ids) -> bool:
+        """Whether all of ``ids`` are frozen already."""
+        return bool((ids < len(self.done)).all() and self.done[ids].all())
 
     def freeze(self, ids: Ids, reason: str) -> None:
         if len(self.done) < self.findings.count:
