@@ -119,6 +119,8 @@ class Findings:
     """For each scope the path of its module and the graph."""
     outputs: list[NetworkOutput] = field(default_factory=list)
     """What the network returns, in each mode."""
+    behind: list[tuple[Ids, str]] = field(default_factory=list)
+    """What freezes outputs that may change; where they may not, it is not said."""
     calls: list[Called] = field(default_factory=list)
     """Layers that Python outside the graphs calls, as far as their attributes follow an edit."""
 

@@ -85,6 +85,7 @@ def number_units(findings: Findings, settled: Settled, free: Sequence[str] = ())
     reasons = [
         *_by_unit(unit_of, settled.frozen),
         *((units[~freed[units]], REASON) for units in held_out),
+        *((units[freed[units]], why) for units, why in _by_unit(unit_of, findings.behind)),
         (_find_unlearned(findings.buffers, axis_units, roles, count), "values of a buffer"),
         *((last[last == behind], why) for last, behind, _, why in rows),
     ]

@@ -82,9 +82,7 @@ def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mo
             raise TraceError(f"{type(module).__name__} does not run in {mode} on inputs like those it was traced with: "
                              f"{str(error).strip().partition(chr(10))[0]}") from error  # fmt: skip
         for path, leaf in tensors_in(result):
-            label = recording.label(leaf)
-            said = all(run.is_frozen(f.ids) for f in label.fields)
-            findings.outputs.append(NetworkOutput(output_name(path), label, (training,), said))
+            run.returns(path, recording.label(leaf), training)
     recording.visits.freeze_unseen(run, module)
     return findings
 
@@ -94,18 +92,36 @@ class _Terse(Interpreter):
 
     def __init__(self, module: nn.Module, findings: Findings) -> None:
         super().__init__(module, findings)
-        self.done: NDArray[np.bool_] = np.zeros(0, dtype=bool)
+        self.known: NDArray[np.int8] = np.zeros(0, dtype=np.int8)
+        """For each channel, `_RETURNED` or `_FROZEN` if it is."""
 
-    def is_frozen(self, ids: Ids) -> bool:
-        """Whether all of ``ids`` are frozen already."""
-        return bool((ids < len(self.done)).all() and self.done[ids].all())
+    def returns(self, path: str, label: Labelled, training: bool) -> None:
+        """The network returns a tensor."""
+        fields = [f.ids for f in label.fields]
+        said = all(bool((self.mark(ids) == _FROZEN).all()) for ids in fields)
+        self.findings.outputs.append(NetworkOutput(output_name(path), label, (training,), said))
+        for ids in fields:
+            self.known[ids] = np.maximum(self.known[ids], _RETURNED)
 
     def freeze(self, ids: Ids, reason: str) -> None:
-        if len(self.done) < self.findings.count:
-            self.done = np.concatenate((self.done, np.zeros(2 * self.findings.count - len(self.done), dtype=bool)))
-        if not self.done[ids].all():
+        marks = self.mark(ids)
+        if (marks == _FROZEN).all():
+            return
+        if (marks > 0).all():
+            self.findings.behind.append((ids.ravel(), reason))
+        else:
             super().freeze(ids, reason)
-            self.done[ids] = True
+        self.known[ids] = _FROZEN
+
+    def mark(self, ids: Ids) -> NDArray[np.int8]:
+        """What is known of channels."""
+        if len(self.known) < self.findings.count:
+            more = np.zeros(2 * self.findings.count - len(self.known), dtype=np.int8)
+            self.known = np.concatenate((self.known, more))
+        return self.known[ids]
+
+
+_RETURNED, _FROZEN = 1, 2
 
 
 class _Recording(TorchFunctionMode):

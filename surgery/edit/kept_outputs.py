@@ -40,7 +40,7 @@ class Output:
         return {"name": self.name, "channels": channels, "kept": kept, "modes": list(self.modes)}
 
     def __str__(self) -> str:
-        changed = {axis: " (changed)" for axis in self.kept}
+        changed = dict.fromkeys(self.kept, " (changed)")
         sizes = [f"{size} along axis {axis}{changed.get(axis, '')}" for axis, size in self.channels.items()]
         return f"{self.name}: {', '.join(sizes) or 'no channels'}"
 
