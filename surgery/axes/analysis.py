@@ -6,7 +6,7 @@ change of the module makes `analyse` return another.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -19,8 +19,8 @@ from torch import fx, nn
 from surgery.axes.factored import settle
 from surgery.axes.groups import DimensionGroup, list_groups
 from surgery.axes.labels import Ids
-from surgery.axes.ledger import Called, NodeKey, Norm, ParamKey
-from surgery.axes.network_outputs import NetworkOutput, Outputs, parse_outputs
+from surgery.axes.ledger import Called, Findings, Grid, NodeKey, Norm, ParamKey
+from surgery.axes.network_outputs import NetworkOutput, Outputs, match_outputs, parse_outputs
 from surgery.axes.numbering import Named, number_units
 from surgery.axes.state import State, read_state
 from surgery.axes.untraced import collect_findings
@@ -146,8 +146,9 @@ def _analyse(module: nn.Module, free: tuple[str, ...]) -> Analysis:
     args, kwargs = example_inputs(module, batch_size=2 if info(module).batched else None)
     findings = collect_findings(module, args, kwargs, info(module).modes)
     findings.close()
-    settled = settle(findings)
-    numbering = number_units(findings, settled, free)
+    freed = match_outputs(free, (output.name for output in findings.outputs))
+    settled = settle(findings, _output_grids(findings, freed))
+    numbering = number_units(findings, settled, freed)
     return Analysis(
         groups=list_groups(findings, numbering),
         count=len(numbering.frozen),
@@ -168,6 +169,12 @@ def _analyse(module: nn.Module, free: tuple[str, ...]) -> Analysis:
         calls=tuple(findings.calls),
         outputs=tuple(findings.outputs),
     )
+
+
+def _output_grids(findings: Findings, freed: Collection[str]) -> list[Grid]:
+    """The axes of free outputs that factor one: only one of them may change, so that the output stays a tensor."""
+    free = (output for output in findings.outputs if output.name in freed)
+    return [Grid(f.ids, f"output {o.name!r}") for o in free for f in o.value.fields if len(f.dims) > 1]
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ model, group after group. An axis is the sequence of the units that its position
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeVar
@@ -17,7 +17,7 @@ from scipy.sparse.csgraph import connected_components
 from surgery.axes.factored import Settled
 from surgery.axes.labels import Ids
 from surgery.axes.ledger import Findings, ParamAxis, ParamKey
-from surgery.axes.network_outputs import REASON, match_outputs
+from surgery.axes.network_outputs import REASON
 
 T = TypeVar("T", bound=np.generic)
 Named = tuple[tuple[Ids, str], ...]
@@ -61,17 +61,14 @@ class Numbering:
     single: Named
 
 
-def number_units(findings: Findings, settled: Settled, free: Sequence[str] = ()) -> Numbering:
+def number_units(findings: Findings, settled: Settled, free: Collection[str] = ()) -> Numbering:
     """Number the connected components of the ids so that each group is a range.
 
     Args:
-        free: the outputs that may change, as patterns of their names.
+        free: names of the outputs that may change.
 
     Returns:
         the units, with what the rules said about their ids.
-
-    Raises:
-        UsageError: there is no output of that name.
     """
     roles = {key: _roles(axis, key in findings.values) for key, axis in findings.axes.items()}
     order, ranges, first = _number(settled.component, findings.axes, roles)
@@ -119,12 +116,11 @@ def number_units(findings: Findings, settled: Settled, free: Sequence[str] = ())
     )
 
 
-def _find_freed(findings: Findings, unit_of: Ids, count: int, free: Sequence[str]) -> NDArray[np.bool_]:
+def _find_freed(findings: Findings, unit_of: Ids, count: int, free: Collection[str]) -> NDArray[np.bool_]:
     """For each unit, whether of all outputs it is in free ones alone."""
-    names = match_outputs(free, (output.name for output in findings.outputs))
     held: dict[bool, list[Ids]] = {True: [], False: []}
     for output in findings.outputs:
-        held[output.name in names] += [unit_of[f.ids] for f in output.value.fields]
+        held[output.name in free] += [unit_of[f.ids] for f in output.value.fields]
     return _flags(count, held[True]) & ~_flags(count, held[False])
 
 

@@ -37,6 +37,15 @@ SHOWN = 40
 
 RoundTo = Annotated[int, typer.Option(help="Round numbers of channels up to a multiple of this.")]
 
+OutputNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="What the model returns whose channels may change: free for all of it; or, as often as you like, the NAME "
+        "of an output. [default: none]",
+    ),
+]
+
 
 _WORTH_SAYING = 0.05
 """Of the multiply-accumulates that cannot be edited: the part above which the commands say so."""
@@ -101,6 +110,7 @@ def widen(
     ] = None,
     noise: Annotated[float, typer.Option(help="Standard deviation of the noise, in those of each weight.")] = 0.05,
     round_to: RoundTo = 1,
+    outputs: OutputNames = None,
     *,
     opening: Opening,
     writing: Writing,
@@ -109,10 +119,18 @@ def widen(
     writing.refuse()
     wish = parse_one_or_per_layer("--width", width, float, parse_number)
     before = opening.open(model)
+    free = _outputs(outputs)
     after = surgery.widen(
-        before, wish, mapping=mapping, break_symmetry=break_symmetry, noise=noise, seed=opening.seed, round_to=round_to
+        before,
+        wish,
+        mapping=mapping,
+        break_symmetry=break_symmetry,
+        noise=noise,
+        seed=opening.seed,
+        round_to=round_to,
+        outputs=free,
     )
-    left = surgery.unwidened(before, wish, round_to=round_to)
+    left = surgery.unwidened(before, wish, round_to=round_to, outputs=free)
 
     def compare() -> surgery.Verification:
         """Compare in float64 throughout: means of channels are rounded to the dtype of the weights."""
@@ -164,6 +182,7 @@ def slim(
         ),
     ],
     round_to: RoundTo = 1,
+    outputs: OutputNames = None,
     *,
     opening: Opening,
     writing: Writing,
@@ -175,12 +194,19 @@ def slim(
     writing.refuse()
     wish = parse_one_or_per_layer("--rate", rate, float, float)
     before = opening.open(model)
-    after = surgery.slim(before, wish, round_to=round_to)
+    free = _outputs(outputs)
+    after = surgery.slim(before, wish, round_to=round_to, outputs=free)
 
     def compare() -> surgery.Verification:
-        return _compare(after, surgery.masked(before, surgery.split_masks(before, wish, round_to=round_to)))
+        masks = surgery.split_masks(before, wish, round_to=round_to, outputs=free)
+        return _compare(after, surgery.masked(before, masks))
 
     _finish(before, after, writing, compare)
+
+
+def _outputs(names: Sequence[str] | None) -> str | Sequence[str] | None:
+    """Tell `free`, given alone, from names."""
+    return names[0] if names and len(names) == 1 else names
 
 
 def _compare(after: nn.Module, expected: nn.Module) -> surgery.Verification:
@@ -206,7 +232,8 @@ def _finish(
         facts["left_alone"] = dict(left)
     held = surgery.unedited(before)
     facts["unedited"] = held.to_dict()
-    reasons = [f"left alone: {reason}" for reason in (left or {}).values()]
+    reasons = [f"output {output}" for output in surgery.outputs(after) if output.kept]
+    reasons += [f"left alone: {reason}" for reason in (left or {}).values()]
     reasons += [str(held)] if held.macs > _WORTH_SAYING else []
     if writing.dry_run or writing.out is None:
         _show(before, after, writing.as_json, facts, [*([INEXACT] if inexact else []), *reasons])

@@ -101,6 +101,5 @@ def _along(layout: Layout, shape: tuple[int, ...]) -> list[Ids]:
     """For each of several axes the old position of each new one."""
     if layout.shape is None:
         raise EditError("the channels of an output would not fill a rectangle")
-    places = np.unravel_index(layout.old, shape)
-    first = (0,) * len(shape)
-    return [place.reshape(layout.shape)[(*first[:k], slice(None), *first[k + 1 :])] for k, place in enumerate(places)]
+    places = (place.reshape(layout.shape) for place in np.unravel_index(layout.old, shape))
+    return [np.moveaxis(place, k, 0).reshape(place.shape[k], -1)[:, 0] for k, place in enumerate(places)]
