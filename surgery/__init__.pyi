@@ -21,6 +21,7 @@ from surgery.counting.group_cost import group_costs as group_costs
 from surgery.counting.unedited import unedited as unedited
 from surgery.deploy.budget.budget import Budgeted as Budgeted
 from surgery.deploy.budget.budget import slim_to_budget as slim_to_budget
+from surgery.deploy.budget.search import Figure as Figure
 from surgery.deploy.budget.sensitivity import Sensitivity as Sensitivity
 from surgery.deploy.budget.sensitivity import sensitivity as sensitivity
 from surgery.deploy.budget.sensitivity import write_sensitivity as write_sensitivity
