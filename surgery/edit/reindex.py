@@ -84,12 +84,21 @@ def reindex(
     Example:
         >>> surgery.reindex(traced, {"conv1": [0, 1, 1]})
     """
-    analysis = analyse(module)
+    return apply(module, reindex_step(analyse(module), module, indices, shares))
+
+
+def reindex_step(
+    analysis: Analysis,
+    module: nn.Module,
+    indices: Mapping[Any, Sequence[int]],
+    shares: Mapping[Any, Sequence[float]] | None = None,
+) -> Reindex:
+    """The step that `reindex` takes."""
     wished = {where: tuple(int(i) for i in index) for where, index in indices.items()}
     weighed = {where: tuple(float(v) for v in values) for where, values in (shares or {}).items()}
     by_group = {group.name: index for group, index in resolve(analysis, module, wished, frozen=True).items()}
     by_share = {group.name: values for group, values in resolve(analysis, module, weighed).items()}
-    return apply(module, Reindex(by_group, by_share))
+    return Reindex(by_group, by_share)
 
 
 def gathered_origins(module: nn.Module, analysis: Analysis, step: Reindex) -> dict[str, Origin]:
