@@ -80,6 +80,9 @@ from surgery.models.saving import save as save
 from surgery.operations.check_rule import RuleCheck as RuleCheck
 from surgery.operations.check_rule import check_rule as check_rule
 from surgery.operations.deepen import deepen as deepen
+from surgery.operations.plan import Plan as Plan
+from surgery.operations.plan import plan as plan
+from surgery.operations.plan import plans as plans
 from surgery.operations.reset import reset_hypothesis as reset_hypothesis
 from surgery.operations.slim import masked as masked
 from surgery.operations.slim import slim as slim
