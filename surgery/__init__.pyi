@@ -47,6 +47,8 @@ from surgery.edit.copies import Noise as Noise
 from surgery.edit.insert_block import InsertBlock as InsertBlock
 from surgery.edit.insert_dense import InsertDense as InsertDense
 from surgery.edit.insert_identity import InsertIdentity as InsertIdentity
+from surgery.edit.kept_outputs import Output as Output
+from surgery.edit.kept_outputs import outputs as outputs
 from surgery.edit.origins import origins as origins
 from surgery.edit.recipe import Recipe as Recipe
 from surgery.edit.recipe import recipe as recipe
@@ -78,6 +80,9 @@ from surgery.models.saving import save as save
 from surgery.operations.check_rule import RuleCheck as RuleCheck
 from surgery.operations.check_rule import check_rule as check_rule
 from surgery.operations.deepen import deepen as deepen
+from surgery.operations.plan import Plan as Plan
+from surgery.operations.plan import plan as plan
+from surgery.operations.plan import plans as plans
 from surgery.operations.reset import reset_hypothesis as reset_hypothesis
 from surgery.operations.slim import masked as masked
 from surgery.operations.slim import slim as slim

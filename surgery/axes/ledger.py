@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from surgery.axes.labels import Field, Fields, Ids, Labelled, Pairing
+from surgery.axes.network_outputs import NetworkOutput
 from surgery.graph.outputs import leaves_in
 from surgery.graph.rule_table import NodeEdit
 
@@ -116,6 +117,10 @@ class Findings:
     """For each node its output, with a `Labelled` for each tensor."""
     graphs: dict[str, tuple[str, fx.Graph]] = field(default_factory=dict)
     """For each scope the path of its module and the graph."""
+    outputs: list[NetworkOutput] = field(default_factory=list)
+    """What the network returns, in each mode."""
+    behind: list[tuple[Ids, str]] = field(default_factory=list)
+    """What freezes outputs that may change; where they may not, it is not said."""
     calls: list[Called] = field(default_factory=list)
     """Layers that Python outside the graphs calls, as far as their attributes follow an edit."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,6 +12,8 @@ from surgery.cli.fields import takes_fields
 from surgery.cli.options import (
     Model,
     Opening,
+    OutputNames,
+    name_outputs,
     parse_kernel,
     parse_number,
     parse_one_or_per_layer,
@@ -19,9 +21,6 @@ from surgery.cli.options import (
 )
 from surgery.cli.slim import slim
 from surgery.cli.writing import Writing, compare_exactly, finish
-
-if TYPE_CHECKING:
-    pass
 
 RoundTo = Annotated[int, typer.Option(help="Round numbers of channels up to a multiple of this.")]
 
@@ -58,6 +57,7 @@ def widen(
     ] = None,
     noise: Annotated[float, typer.Option(help="Standard deviation of the noise, in those of each weight.")] = 0.05,
     round_to: RoundTo = 1,
+    outputs: OutputNames = None,
     *,
     opening: Opening,
     writing: Writing,
@@ -66,10 +66,18 @@ def widen(
     writing.refuse()
     wish = parse_one_or_per_layer("--width", width, float, parse_number)
     before = opening.open(model)
+    free = name_outputs(outputs)
     after = surgery.widen(
-        before, wish, mapping=mapping, break_symmetry=break_symmetry, noise=noise, seed=opening.seed, round_to=round_to
+        before,
+        wish,
+        mapping=mapping,
+        break_symmetry=break_symmetry,
+        noise=noise,
+        seed=opening.seed,
+        round_to=round_to,
+        outputs=free,
     )
-    left = surgery.unwidened(before, wish, round_to=round_to)
+    left = surgery.unwidened(before, wish, round_to=round_to, outputs=free)
 
     def compare() -> surgery.Verification:
         """Compare in float64 throughout: means of channels are rounded to the dtype of the weights."""

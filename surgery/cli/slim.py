@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +11,7 @@ import typer
 
 import surgery
 from surgery.cli.fields import completion, takes_fields
-from surgery.cli.options import Model, Opening, parse_one_or_per_layer
+from surgery.cli.options import Model, Opening, OutputNames, name_outputs, parse_one_or_per_layer
 from surgery.cli.output import Bars
 from surgery.cli.writing import Writing, compare_exactly, finish
 from surgery.errors import UsageError, unknown_name
@@ -82,6 +82,7 @@ def slim(
             "what is measured to be faster]"
         ),
     ] = None,
+    outputs: OutputNames = None,
     opening: Opening,
     settings: BudgetSettings,
     writing: Writing,
@@ -105,9 +106,12 @@ def slim(
             raise UsageError("--dataset is for a budget: a rate needs no data")
         wish = parse_one_or_per_layer("--rate", rate, float, float)
         before = opening.open(model)
-        after = surgery.slim(before, wish, round_to=round_to or 1, importance=importance)
-        finish(before, after, writing, _switched_off(before, after, wish, round_to or 1, importance))
+        free = name_outputs(outputs)
+        after = surgery.slim(before, wish, round_to=round_to or 1, importance=importance, outputs=free)
+        finish(before, after, writing, _switched_off(before, after, wish, round_to or 1, importance, free))
         return
+    if outputs:
+        raise UsageError("--outputs goes with --rate: to a budget, what the model returns stays as it is")
     assert wanted is not None
     what, text = wanted
     parse_amount(what, text)
@@ -141,12 +145,17 @@ _NEITHER = (
 
 
 def _switched_off(
-    before: nn.Module, after: nn.Module, wish: float | Mapping[str, float], round_to: int, importance: str
+    before: nn.Module,
+    after: nn.Module,
+    wish: float | Mapping[str, float],
+    round_to: int,
+    importance: str,
+    outputs: str | Sequence[str] | None = None,
 ) -> Callable[[], surgery.Verification]:
     """Make a function that compares the slim model with the dense one whose other channels are switched off."""
 
     def compare() -> surgery.Verification:
-        masks = surgery.split_masks(before, wish, round_to=round_to, importance=importance)
+        masks = surgery.split_masks(before, wish, round_to=round_to, importance=importance, outputs=outputs)
         return compare_exactly(after, surgery.masked(before, masks))
 
     return compare

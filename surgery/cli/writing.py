@@ -85,7 +85,8 @@ def finish(
         facts["left_alone"] = dict(left)
     held = surgery.unedited(before)
     facts["unedited"] = held.to_dict()
-    reasons = [f"left alone: {reason}" for reason in (left or {}).values()]
+    reasons = [f"output {output}" for output in surgery.outputs(after) if output.kept]
+    reasons += [f"left alone: {reason}" for reason in (left or {}).values()]
     reasons += [str(held)] if held.macs > _WORTH_SAYING else []
     reasons = [*said, *reasons]
     if writing.dry_run or writing.out is None:

@@ -131,6 +131,26 @@ def test_an_operation_says_what_it_did(run):
     assert "not verified" in run("slim", *TINY, *TINY_PIXELS, "--rate", "0.5", "--out", "raw", "--no-verify")[1]
 
 
+def test_outputs_are_let_go_by_name_and_the_command_says_what_is_left_of_them(run):
+    narrow = ["--rate", "0.5", "--outputs", "free"]
+    code, out, err = run("slim", *TINY, *TINY_PIXELS, *narrow, "--out", "made")
+    assert (code, err) == (0, "")
+    assert "verified in float64" in out
+    assert "output output: 5 along axis 1 (changed)" in out
+    assert surgery.outputs(surgery.load("made", trust=True))[0].kept == {1: (0, 1, 2, 3, 4)}
+    code, out, _ = run("verify", "made", *TINY, *TINY_PIXELS)
+    assert code == 1  # the others are not switched off there
+    shown = json.loads(run("slim", *TINY, *TINY_PIXELS, *narrow, "--dry-run", "--json")[1])
+    assert shown["outputs"] == [{"name": "output", "channels": {"1": 5}, "kept": {"1": [*range(5)]},
+                                 "modes": [False, True]}]  # fmt: skip
+    wide = ["widen", *TINY, *TINY_PIXELS, "--width", "5=12", "--outputs", "output", "--out", "wide"]
+    assert run(*wide)[0] == 0
+    assert run("verify", "wide", *TINY, *TINY_PIXELS)[0] == 0
+    code, _, err = run("slim", *TINY, *TINY_PIXELS, "--rate", "0.5", "--outputs", "logits", "--out", "other")
+    assert code == 2
+    assert err.startswith("error: unknown output 'logits'")
+
+
 def test_a_saved_model_can_be_operated_on_again(run):
     run("widen", *TINY, *TINY_PIXELS, "--width", "2.0", "--out", "wide")
     code, _, _ = run("slim", "wide", "--trust", "--rate", "0.5", "--out", "slim")
