@@ -99,6 +99,8 @@ FAST: dict[str, set[str]] = {
     "test_a_count_is_a_budget_and_needs_no_data": {"share"},
     "test_damage_is_measured_on_data_where_some_are_given": set(),
     "test_every_training_has_the_settings_that_are_given": set(),
+    "test_models_are_trained_on_the_device_that_is_asked_for_and_come_back": set(),
+    "test_a_control_of_each_size_is_trained_from_scratch_once_for_as_long_as_both_together": set(),
     # trainings
     "test_all_kinds_of_models_evolve": {"shufflenet_v2_x0_5-32"},
     "test_a_detector_evolves_with_its_own_loss_and_score": set(),

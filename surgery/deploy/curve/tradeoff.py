@@ -191,8 +191,8 @@ def _point(measured: Measured, comparison: Comparison) -> Point:
         speedup=ratio and ratio.inverse,
         training=measured.training,
         budget=measured.budget,
-        control=measured.control and measured.control.score,
-        control_history=measured.control and measured.control.training["scratch"],
+        control=None if measured.control is None else measured.control.score,
+        control_history=None if measured.control is None else measured.control.training["scratch"],
     )
 
 

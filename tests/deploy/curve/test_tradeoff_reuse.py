@@ -10,10 +10,12 @@ from torch import nn
 
 import surgery
 from surgery.cli.output import Bars
+from surgery.deploy.curve import candidate_training, teaching
 from surgery.deploy.curve.tradeoff import tradeoff
 from surgery.deploy.measure.benchmark import compare
 from surgery.errors import EditError, UsageError
 from surgery.storage.folders import LOCK, unfinished_folder
+from tests.emulated_gpu import GPU, emulated_gpu
 
 
 def tiny() -> nn.Module:
@@ -110,6 +112,29 @@ def test_a_second_run_with_one_more_candidate_trains_only_that_one(whole, tmp_pa
     assert result.reused == ("dense",)
     assert list(result.points[0].training) == ["distill"]
     assert result.settings.teach == "kd"
+
+
+def test_models_are_trained_on_the_device_that_is_asked_for_and_come_back(whole, tmp_path, monkeypatch):
+    devices = []
+
+    def record(module):
+        original = module.train
+
+        def train(model, *arguments, **options):
+            devices.append(next(model.parameters()).device)
+            return original(model, *arguments, **options)
+
+        monkeypatch.setattr(module, "train", train)
+
+    record(candidate_training)
+    record(teaching)
+    monkeypatch.setattr(candidate_training, "pick_device", lambda name: GPU)
+    with emulated_gpu():
+        result = tradeoff(tiny(), rates=[0.5], directory=tmp_path / "out", **OPTIONS)
+    assert devices == [GPU, GPU]
+    assert result.reused == ()
+    expected = weights(whole[1])
+    assert weights(tmp_path / "out") == {name: expected[name] for name in ("dense", "rate-0.5")}
 
 
 def test_a_control_of_each_size_is_trained_from_scratch_once_for_as_long_as_both_together(whole, tmp_path):
