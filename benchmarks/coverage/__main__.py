@@ -11,8 +11,9 @@ training and the raw outputs of the heads in evaluation are compared, and the MA
 of the published size with 1,000 proposals. What `ideal` means is said in `ideal.py`.
 
 Each model runs in a process of its own, which is ended at a limit of CPU time or memory; the row then says during
-which step. Rows are written as they come: a run that was stopped goes on with ``--missing``. A model of more than a hundred million parameters runs alone, and is widened and deepened from its half-width
-version, for the widened float64 copy would not fit in memory; its ratio of parameters is still that of the full model.
+which step. Rows are written as they come: a run that was stopped goes on with ``--missing``. A model of more than a
+hundred million parameters runs alone, and is widened and deepened from its half-width version, for the widened float64
+copy would not fit in memory; its ratio of parameters is still that of the full model.
 """
 
 from __future__ import annotations
