@@ -23,6 +23,7 @@ from surgery.counting.unedited import held_back as held_back
 from surgery.counting.unedited import unedited as unedited
 from surgery.deploy.budget.budget import Budgeted as Budgeted
 from surgery.deploy.budget.budget import slim_to_budget as slim_to_budget
+from surgery.deploy.budget.search import Figure as Figure
 from surgery.deploy.budget.sensitivity import Sensitivity as Sensitivity
 from surgery.deploy.budget.sensitivity import sensitivity as sensitivity
 from surgery.deploy.budget.sensitivity import write_sensitivity as write_sensitivity
@@ -81,6 +82,9 @@ from surgery.models.saving import save as save
 from surgery.operations.check_rule import RuleCheck as RuleCheck
 from surgery.operations.check_rule import check_rule as check_rule
 from surgery.operations.deepen import deepen as deepen
+from surgery.operations.plan import Plan as Plan
+from surgery.operations.plan import plan as plan
+from surgery.operations.plan import plans as plans
 from surgery.operations.reset import reset_hypothesis as reset_hypothesis
 from surgery.operations.slim import masked as masked
 from surgery.operations.slim import slim as slim

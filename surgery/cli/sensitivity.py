@@ -11,7 +11,7 @@ import surgery
 from surgery.cli.fields import takes_fields
 from surgery.cli.options import DataOptions, Model, RunOptions, Weights, load_if_saved, refuse_untrained
 from surgery.cli.output import Bars, emit, table
-from surgery.settings import Settings, TimingSettings, option
+from surgery.settings import IMPORTANCE, KEEPS, Settings, TimingSettings, option
 from surgery.storage.folders import refuse_folder, staged_folder
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class SensitivityOptions(Settings):
 
     split_rate: float = option(0.5, "Split rate in (0, 1] of the part that is slimmed.", name="--split-rate/--rate")
     by: str = option("group", "What is slimmed alone: group or stage.")
-    importance: str = option("prefix", "Which channels are kept, as in slim.")
+    importance: str = option("prefix", KEEPS, choices=IMPORTANCE)
     round_to: int = option(1, "Round widths up to a multiple of this.")
     epochs: int = option(0, "Train the model first, so many epochs; 0: take it as is.", least=0)
     weights: Weights = "none"

@@ -95,12 +95,22 @@ def reindex(
         >>> surgery.reindex(traced, {"fc": [0, 2, 5]}, outputs="free")  # a classifier of three of its classes
     """
     free = parse_outputs(outputs)
-    analysis = analyse(module, free)
+    return apply(module, reindex_step(analyse(module, free), module, indices, shares, free))
+
+
+def reindex_step(
+    analysis: Analysis,
+    module: nn.Module,
+    indices: Mapping[Any, Sequence[int]],
+    shares: Mapping[Any, Sequence[float]] | None = None,
+    free: tuple[str, ...] = (),
+) -> Reindex:
+    """The step that `reindex` takes; ``analysis`` is of ``module``, with these outputs ``free``."""
     wished = {where: tuple(int(i) for i in index) for where, index in indices.items()}
     weighed = {where: tuple(float(v) for v in values) for where, values in (shares or {}).items()}
     by_group = {group.name: index for group, index in resolve(analysis, module, wished, frozen=True).items()}
     by_share = {group.name: values for group, values in resolve(analysis, module, weighed).items()}
-    return apply(module, Reindex(by_group, by_share, outputs=free))
+    return Reindex(by_group, by_share, outputs=free)
 
 
 def gathered_origins(module: nn.Module, analysis: Analysis, step: Reindex) -> dict[str, Origin]:

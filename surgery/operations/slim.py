@@ -80,8 +80,20 @@ def slim_plan(
 ) -> Reindex:
     """The step that `slim` takes."""
     free = parse_outputs(outputs)
-    kept = fit_units(analyse(module, free), module, rate, round_to, importance)
-    indices = {g.name: tuple(map(int, np.flatnonzero(keep))) for g, keep in kept.items() if not keep.all()}
+    return slim_step(analyse(module, free), module, rate, round_to, importance, free)
+
+
+def slim_step(
+    analysis: Analysis,
+    module: nn.Module,
+    rate: Rate,
+    round_to: int = 1,
+    importance: str = "prefix",
+    free: tuple[str, ...] = (),
+) -> Reindex:
+    """As `slim_plan`; ``analysis`` is of ``module``, with these outputs ``free``."""
+    kept = fit_units(analysis, module, rate, round_to, importance)
+    indices = {g.name: tuple(np.flatnonzero(keep).tolist()) for g, keep in kept.items() if not keep.all()}
     return Reindex(indices, outputs=free)
 
 
@@ -181,14 +193,11 @@ def _keep_best(group: DimensionGroup, rate: float, round_to: int, scores: Scores
     segment keeps ``ceil(s * n)``."""
     keep = group.frozen.copy()
     step = max(1, math.ceil(round_to * group.units / group.size))
-    for segment in np.unique(group.segments):
-        free = np.flatnonzero((group.segments == segment) & ~group.frozen)
-        if len(free) == 0:
-            continue
-        count = math.ceil(round(rate * len(free), 9))
-        count = min(len(free), math.ceil(count / step) * step)
-        parts = [free[group.classes[free] == c] for c in np.unique(group.classes[free])]
-        for part, n in zip(parts, _share_out(count, [len(p) for p in parts]), strict=False):
+    for parts in group.free:
+        free = sum(map(len, parts))
+        count = math.ceil(round(rate * free, 9))
+        count = min(free, math.ceil(count / step) * step)
+        for part, n in zip(parts, _share_out(count, [len(p) for p in parts]), strict=True):
             keep[part[np.argsort(-scores[part], kind="stable")[:n]]] = True
     return keep
 

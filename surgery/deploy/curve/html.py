@@ -10,7 +10,7 @@ from typing import Any
 
 from surgery.deploy.curve.layout import Box, place_labels, reach, short
 from surgery.deploy.curve.points import Point, Tradeoff, pareto
-from surgery.units import counted, mebibytes, quantity
+from surgery.units import counted, mebibytes, quantity, sentence
 
 _AXES = {
     "latency": "latency, ms (median; bars: 25th to 75th percentile)",
@@ -53,7 +53,7 @@ def _content(result: Tradeoff) -> dict[str, Any]:
     }
     return {
         "title": f"{result.name} on {data.source}: speed and accuracy",
-        "noise": result.too_noisy and f"The machine was {result.too_noisy}.",
+        "noise": " ".join(map(sentence, result.doubts)),
         "said": result.conditions,
         "area": asdict(_AREA),
         "radius": _RADIUS,

@@ -15,10 +15,9 @@ from matplotlib.transforms import Bbox, BboxBase
 
 from surgery.deploy.curve.layout import Box, place_labels, reach, short
 from surgery.deploy.curve.points import Point, Tradeoff
-from surgery.units import mebibytes, quantity
+from surgery.units import mebibytes, quantity, sentence
 
 _FRONT, _DOMINATED, _INK, _FAINT = "#0b6e99", "#b4b4b4", "#222222", "#8a8a8a"
-_ALARM = "#9a3412"
 _MARKER = 10
 """Size of a dot, in points."""
 
@@ -124,11 +123,10 @@ def _flipped(box: BboxBase, height: float) -> Box:
 
 
 def _frame(axes: Axes, result: Tradeoff) -> None:
-    warned = textwrap.wrap(f"The machine was {result.too_noisy}.", 120) if result.too_noisy else []
-    lines = [(result.conditions, _FAINT), *((line, _ALARM) for line in warned)]
-    for number, (line, colour) in enumerate(reversed(lines)):
+    lines = [result.conditions, *(line for doubt in result.doubts for line in textwrap.wrap(sentence(doubt), 120))]
+    for number, line in enumerate(reversed(lines)):
         place = (0, 8 + 12 * number)
-        axes.annotate(line, (0, 1), place, "axes fraction", "offset points", fontsize=9, color=colour)
+        axes.annotate(line, (0, 1), place, "axes fraction", "offset points", fontsize=9, color=_FAINT)
     axes.set_title(
         f"{result.name} on {result.data.source}: accuracy over latency, by {_what(result)}",
         loc="left",

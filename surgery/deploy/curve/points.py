@@ -145,8 +145,20 @@ class Tradeoff:
 
     @property
     def too_noisy(self) -> str:
-        """A sentence if the A/A check shows that the machine was too noisy for these speed-ups; else empty."""
-        return noise(self.check, self.points[0].folder)
+        """Which speed-ups cannot be told apart, if the A/A check shows that the machine was noisy; else empty."""
+        others = {point.name: point.speedup.inverse for point in self.points if point.speedup is not None}
+        return noise(self.check, "the first model", others)
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What a reader should know before the figures: which cannot be told apart, and which models only guess."""
+        found = [self.too_noisy] if self.too_noisy else []
+        guess = [point.name for point in self.points if point.score.guessed(len(self.data.classes))]
+        if guess:
+            whom = "every model" if len(guess) == len(self.points) else f"at {', '.join(guess)} the model"
+            chance = f"{1 / len(self.data.classes):.1%}"
+            found.append(f"{whom} is no better than guessing, which gives {chance}: train longer, or see the settings")
+        return tuple(found)
 
     @property
     def name(self) -> str:
@@ -194,6 +206,7 @@ class Tradeoff:
             "seconds": self.seconds,
             "check": self.check and asdict(self.check),
             "too_noisy": self.too_noisy or None,
+            "doubts": list(self.doubts),
         }
 
 

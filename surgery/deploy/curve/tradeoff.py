@@ -23,15 +23,15 @@ from surgery.deploy.curve.store import Store, link_folder
 from surgery.deploy.curve.teaching import Lesson
 from surgery.deploy.measure.benchmark import Comparison, compare
 from surgery.deploy.measure.environment import usable_cores
-from surgery.errors import UsageError, unknown_name
+from surgery.errors import UsageError
 from surgery.graph.traced import info
-from surgery.operations.masks import IMPORTANCE
 from surgery.operations.slim import Rate
 from surgery.progress import Progress
 from surgery.settings import TimingSettings, TradeoffSettings, accepts
 from surgery.storage.folders import refuse_folder, staged_folder, unfinished_folder
 from surgery.training.data.adapt import AnyData
 from surgery.training.data.data import Data
+from surgery.training.modes import pick_device
 
 MARKER = "tradeoff.json"
 """The file that marks a folder as a result of `tradeoff`."""
@@ -96,18 +96,18 @@ def tradeoff(
     started = time.perf_counter()
     directory = Path(directory)
     refuse_folder(directory, marker=MARKER, force=force)
+    pick_device(settings.device)  # refuses one that is not there
     for folder in reuse:
         if not (Path(folder) / MARKER).is_file():
             raise UsageError(f"{folder} has no trained models to reuse: it holds no {MARKER}")
-    if settings.importance not in IMPORTANCE:
-        raise unknown_name("importance", settings.importance, IMPORTANCE)
     plan = plan_candidates(rates, candidates)
     weights = settings.weights
     if not catalogue.is_weights_file(weights):
         weights = catalogue.parse(source, weights=weights).weights if isinstance(source, str) else "as given"
-    shared = ("data_root", "image_size", "limit", "skip_bad", "strict")
+    shared = ("data_root", "image_size", "limit", "augment", "skip_bad", "strict")
     data = data_for({"the model": source}, dataset, **{name: getattr(settings, name) for name in shared})
     dense = classifier(source, data, weights=settings.weights, trust=trust, seed=settings.seed)
+    plan = tuple(one.of(dense) if isinstance(one, Budget) else one for one in plan)
     settings = replace(settings, weights=weights, threads=settings.threads or usable_cores())
     run = RunProgress(_task_weights(dense, plan, data, settings), progress)
     with unfinished_folder(directory, {"command": "tradeoff"}) as folder:
