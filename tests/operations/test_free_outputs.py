@@ -230,7 +230,7 @@ def test_positions_and_the_batch_stay_whatever_is_let_go() -> None:
 
 def test_channels_that_are_returned_along_the_batch_stay() -> None:
     traced, dense = traced_and_dense(Classifier(lambda y: (y, y.view(y.shape[0] * y.shape[1], 1))))
-    with pytest.raises(surgery.EditError, match="group 'fc' cannot be edited: .*network output"):
+    with pytest.raises(surgery.EditError, match=r"group 'fc' cannot be edited: .*network output"):
         surgery.reindex(traced, {"fc": [1, 0, 2, 3, 4, 5]}, outputs="free")
     assert_agree(surgery.widen(traced, 2.0, outputs="free"), dense)
 
