@@ -18,6 +18,8 @@ from surgery.counting.cost import cost as cost
 from surgery.counting.cost import weight_macs as weight_macs
 from surgery.counting.group_cost import GroupCost as GroupCost
 from surgery.counting.group_cost import group_costs as group_costs
+from surgery.counting.unedited import HeldBack as HeldBack
+from surgery.counting.unedited import held_back as held_back
 from surgery.counting.unedited import unedited as unedited
 from surgery.deploy.budget.budget import Budgeted as Budgeted
 from surgery.deploy.budget.budget import slim_to_budget as slim_to_budget

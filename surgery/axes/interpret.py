@@ -115,6 +115,7 @@ class Interpreter(Ledger):
     ) -> Any:
         """What a node gives that calls a function, a method, or the layer ``leaf`` at ``path``."""
         target: Any = node.target
+        self.line = str(node.meta.get("line", ""))
         if target is operator.getitem and not isinstance(args[0], Labelled):
             return args[0][args[1]]
         if target is getattr and not isinstance(args[0], Labelled):
@@ -244,6 +245,7 @@ class Interpreter(Ledger):
     def placeholder(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
+        self.line = ""
         fields = []
         for dim in range(1, value.ndim):
             ids = self.fresh(value.shape[dim])

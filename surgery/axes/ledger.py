@@ -16,6 +16,18 @@ from surgery.graph.outputs import leaves_in
 from surgery.graph.rule_table import NodeEdit
 
 
+class Reason(str):
+    """Why channels must stay as they are; and the line of the model's Python that is so, where it is known."""
+
+    line: str = ""
+
+    @classmethod
+    def at(cls, text: str, line: str) -> Reason:
+        found = cls(text)
+        found.line = line
+        return found
+
+
 @dataclass(frozen=True, eq=False)
 class Norm:
     """A normalisation over channels."""
@@ -135,6 +147,8 @@ class Ledger:
     """Receives what rules say and writes it into the findings."""
 
     whole = places = False
+    line = ""
+    """The line of the model's Python that the op which is looked at stands for."""
     pairing: Pairing | None = None
     """How reshapes label their results: see `surgery.axes.labels.reshape_fields`."""
 
@@ -163,7 +177,7 @@ class Ledger:
         self.findings.ties.append((x.ravel(), y.ravel()))
 
     def freeze(self, ids: Ids, reason: str) -> None:
-        self.findings.frozen.append((ids.ravel(), reason))
+        self.findings.frozen.append((ids.ravel(), Reason.at(reason, self.line)))
 
     def edge(self, a: Any, b: Any, why: str) -> None:
         if a is not None and b is not None and a != b:

@@ -117,10 +117,11 @@ def number_units(findings: Findings, settled: Settled, free: Collection[str] = (
 
 
 def _find_freed(findings: Findings, unit_of: Ids, count: int, free: Collection[str]) -> NDArray[np.bool_]:
-    """For each unit, whether of all outputs it is in free ones alone."""
+    """For each unit, whether of all outputs it is in free ones alone, and in none along the first axis, the batch."""
     held: dict[bool, list[Ids]] = {True: [], False: []}
     for output in findings.outputs:
-        held[output.name in free] += [unit_of[f.ids] for f in output.value.fields]
+        for f in output.value.fields:
+            held[output.name in free and 0 not in f.dims].append(unit_of[f.ids])
     return _flags(count, held[True]) & ~_flags(count, held[False])
 
 

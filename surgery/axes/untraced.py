@@ -39,6 +39,7 @@ from surgery.axes.untraced_ops import (
 )
 from surgery.axes.visits import Visits
 from surgery.errors import TraceError
+from surgery.graph.guards import model_line
 from surgery.graph.islands import clone_tensors, quietly
 from surgery.graph.outputs import tensors_in
 from surgery.graph.rule_table import UNKNOWN, Rule, rule_for
@@ -183,6 +184,7 @@ class _Recording(TorchFunctionMode):
 
         def apart(*args: Any, **kwargs: Any) -> Any:
             with torch._C.DisableTorchFunction(), _disable_current_modes():  # they would only pass things on
+                self.run.line = model_line()
                 given = pytree.tree_map(lambda v: self.argument(v, path), (args, kwargs))
                 self.begun = self.begun or any(True for _ in module.parameters())
                 result = forward(*args, **kwargs)
@@ -237,6 +239,7 @@ class _Recording(TorchFunctionMode):
 
     def called(self, func: Any, args: Any, kwargs: Any) -> Any:
         kind, target = name_call(func)
+        self.run.line = model_line()
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
         given = pytree.tree_map_only(torch.Tensor, self.label, (tuple(args), kwargs))
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]

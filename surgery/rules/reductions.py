@@ -82,7 +82,8 @@ def _greatest(op: Op, input: Labelled, dim: Any = None, keepdim: bool = False, *
               axis: Any = None, **named: Any) -> Any:  # fmt: skip
     if isinstance(dim, Labelled) or other is not None:  # the larger of two
         return op.elementwise(input, dim if other is None else other)
-    numbered = isinstance(op.out, tuple) and any(user.users and not _takes_values(user) for user in op.node.users)
+    readers = (user for user in op.node.users if user.users or user.op == "output")
+    numbered = isinstance(op.out, tuple) and not all(map(_takes_values, readers))
     return op.alike(_reduce(op, input, reduced_dims(dim, axis), "numbers" if numbered else "averages"))
 
 

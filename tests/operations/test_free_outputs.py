@@ -228,6 +228,13 @@ def test_positions_and_the_batch_stay_whatever_is_let_go() -> None:
     assert_agree(surgery.reindex(traced, {"layer": [4, 0]}, outputs="free"), dense)
 
 
+def test_channels_that_are_returned_along_the_batch_stay() -> None:
+    traced, dense = traced_and_dense(Classifier(lambda y: (y, y.view(y.shape[0] * y.shape[1], 1))))
+    with pytest.raises(surgery.EditError, match=r"group 'fc' cannot be edited: .*network output"):
+        surgery.reindex(traced, {"fc": [1, 0, 2, 3, 4, 5]}, outputs="free")
+    assert_agree(surgery.widen(traced, 2.0, outputs="free"), dense)
+
+
 def test_one_output_is_let_go_and_another_stays() -> None:
     traced, dense = traced_and_dense(TwoHeads())
     names = {(o.name, o.modes) for o in surgery.outputs(traced)}
@@ -308,3 +315,14 @@ def test_scattered_weights_know_no_outputs() -> None:
     traced, _ = traced_and_dense(Classifier())
     with pytest.raises(surgery.UsageError, match="outputs are of channels: leave them out for WELS"):
         surgery.split_masks(traced, 0.5, kind="wels", outputs="free")
+
+
+def test_positions_of_channels_that_are_returned_keep_the_order() -> None:
+    class Greatest(Classifier):
+        def forward(self, x: Tensor) -> Any:
+            x = self.norm(self.conv(x))
+            return self.fc(x.mean((2, 3))), x.max(1)
+
+    traced, _ = traced_and_dense(Greatest())
+    with pytest.raises(surgery.EditError, match="group 'conv' cannot be edited: max"):
+        surgery.reindex(traced, {"conv": [1, 0, *range(2, 8)]}, outputs="free")
