@@ -18,6 +18,9 @@ from surgery.counting.cost import cost as cost
 from surgery.counting.cost import weight_macs as weight_macs
 from surgery.counting.group_cost import GroupCost as GroupCost
 from surgery.counting.group_cost import group_costs as group_costs
+from surgery.counting.plan import Plan as Plan
+from surgery.counting.plan import plan as plan
+from surgery.counting.plan import plans as plans
 from surgery.counting.unedited import HeldBack as HeldBack
 from surgery.counting.unedited import held_back as held_back
 from surgery.counting.unedited import unedited as unedited
@@ -82,9 +85,6 @@ from surgery.models.saving import save as save
 from surgery.operations.check_rule import RuleCheck as RuleCheck
 from surgery.operations.check_rule import check_rule as check_rule
 from surgery.operations.deepen import deepen as deepen
-from surgery.operations.plan import Plan as Plan
-from surgery.operations.plan import plan as plan
-from surgery.operations.plan import plans as plans
 from surgery.operations.reset import reset_hypothesis as reset_hypothesis
 from surgery.operations.slim import masked as masked
 from surgery.operations.slim import slim as slim

@@ -9,7 +9,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 from torch import fx, nn
 
@@ -172,21 +172,24 @@ def _load() -> None:
         importlib.import_module("surgery.rules")
 
 
-def oprule(
-    *targets: Any,
-    rewrite: Callable[[NodeEdit], None] | None = None,
-    movement: bool = False,
-    linear: str = "",
-    zeros: tuple[str, ...] = (),
-    within: bool | tuple[float, float] = False,
-    kind: str = "",
-    over: Callable[..., Any] | None = None,
-    in_place: tuple[Any, ...] = (),
-    tensors: tuple[str, ...] = (),
-    python: str | Callable[[Mapping[str, Any]], bool] = "",
-    finite: bool | Callable[..., Any] | None = None,
-    macs: Callable[..., int | None] | None = None,
-) -> Callable[[Relate], Relate]:
+class Words(TypedDict, total=False):
+    """What a rule says besides how axes relate: see `Rule`."""
+
+    rewrite: Callable[[NodeEdit], None] | None
+    movement: bool
+    linear: str
+    zeros: tuple[str, ...]
+    within: bool | tuple[float, float]
+    kind: str
+    over: Callable[..., Any] | None
+    in_place: tuple[Any, ...]
+    tensors: tuple[str, ...]
+    python: str | Callable[[Mapping[str, Any]], bool]
+    finite: bool | Callable[..., Any] | None
+    macs: Callable[..., int | None] | None
+
+
+def oprule(*targets: Any, **words: Unpack[Words]) -> Callable[[Relate], Relate]:
     """Register the decorated function as the rule of ``targets``: functions, method names and module classes.
 
     A layer whose class has a rule is called as a whole by traced models, and so is a Python function that has one,
@@ -194,6 +197,7 @@ def oprule(
 
     Args:
         targets: the spellings of the op.
+        words: what else is known of it, by the names of `Rule`.
 
     Returns:
         a decorator that gives back the function it decorates.
@@ -207,20 +211,18 @@ def oprule(
     Raises:
         UsageError: an unknown word.
     """
-
-    for what, word, known in (("how an op is linear", linear, LINEAR), ("the kind of an op", kind, KINDS)):
+    kind = words.get("kind", "")
+    for what, word, known in (("how an op is linear", words.get("linear"), LINEAR), ("the kind of an op", kind, KINDS)):
         if word and word not in known:
             raise UsageError(f"unknown word {word!r} for {what}: one of {', '.join(map(repr, known))}")
 
     def register(relate: Relate) -> Relate:
         _load()  # first, so that a row of the user's replaces one of the package's
         _STATE["version"] += 1
-        spellings = (*targets, *in_place)
-        moves = movement or kind == "concatenation"
-        rule = Rule(
-            *(relate, spellings, rewrite, moves, linear, zeros, within, kind, over, in_place, tensors, python, finite),
-            macs=macs,
-        )
+        spellings = (*targets, *words.get("in_place", ()))
+        moves = words.get("movement", False) or kind == "concatenation"
+        row: Words = {**words, "movement": moves}
+        rule = Rule(relate, spellings, **row)
         for target in spellings:
             if isinstance(target, str):
                 _METHODS[target] = rule

@@ -100,14 +100,15 @@ def _settings(layer: nn.Module) -> str:
     """What a layer was made with. What else it keeps, a call may work out: the scales of `MultiScaleRoIAlign`."""
     if not type(layer).__module__.startswith(_OWN):
         return ""  # what a user's own layer keeps may change with each call
-    plain = {k: v for k, v in vars(layer).items() if k in _made_with(type(layer)) and _is_plain(v)}
+    made_with = _arguments(tuple(type(layer).__mro__))
+    plain = {k: v for k, v in vars(layer).items() if k in made_with and _is_plain(v)}
     return ", ".join(f"{name}={value!r}" for name, value in sorted(plain.items()))
 
 
 @functools.cache
-def _made_with(kind: type[nn.Module]) -> frozenset[str]:
-    """The names of what the constructors of a class take."""
-    makers = [vars(c)["__init__"] for c in kind.__mro__ if "__init__" in vars(c) and c is not object]
+def _arguments(classes: tuple[type, ...]) -> frozenset[str]:
+    """The names of what the constructors of these classes take."""
+    makers = [vars(c)["__init__"] for c in classes if "__init__" in vars(c) and c is not object]
     return frozenset(name for maker in makers for name in list(inspect.signature(maker).parameters)[1:])
 
 

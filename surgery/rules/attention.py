@@ -82,7 +82,8 @@ def _multihead_macs(out: Any, *, layer: Any, query: Shape, key: Shape, value: Sh
     projected = sum(math.prod(x[:-1]) * math.prod(row) for x, row in zip((query, key, value), rows, strict=True))
     queries, keys = math.prod(query[:-1]), key[0 if len(key) == 2 else 1 if layer.batch_first else 0]
     keys += ("bias_k" in given) + layer.add_zero_attn
-    return projected + queries * (keys * (rows[0][0] + rows[2][0]) + math.prod(written))
+    macs: int = projected + queries * (keys * (rows[0][0] + rows[2][0]) + math.prod(written))
+    return macs
 
 
 @oprule(
@@ -204,7 +205,8 @@ def _windowed_macs(
     """Each position, those that fill up the last windows too, with all of its window."""
     sizes = [math.ceil(n / w) * w for n, w in zip(input[1:-1], window_size, strict=True)]
     attended = math.prod(window_size) * (qkv_weight[0] // 3) * 2
-    return input[0] * math.prod(sizes) * (math.prod(qkv_weight) + attended + math.prod(proj_weight))
+    macs: int = input[0] * math.prod(sizes) * (math.prod(qkv_weight) + attended + math.prod(proj_weight))
+    return macs
 
 
 @oprule(

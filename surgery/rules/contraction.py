@@ -100,10 +100,10 @@ def _einsum_macs(out: Shape, *, equation: str, operands: Any, **given: Any) -> i
     terms = equation.replace(" ", "").partition("->")[0].split(",")
     if len(terms) != 2 or "." in equation or len(operands) != 2:
         return None
-    sizes = {
-        letter: n for sub, shape in zip(terms, operands, strict=True) for letter, n in zip(sub, shape, strict=True)
-    }
-    return math.prod(sizes.values())
+    sizes: dict[str, int] = {}
+    for letters, shape in zip(terms, operands, strict=True):
+        sizes |= zip(letters, shape, strict=True)
+    return int(math.prod(sizes.values()))
 
 
 @oprule(torch.einsum, linear="writes", macs=_einsum_macs)

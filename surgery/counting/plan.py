@@ -116,7 +116,7 @@ def plans(
     planned = planned_cost(module, analysis)
     for one in wanted:
         if isinstance(one, Mapping) and any(isinstance(value, Sequence) for value in one.values()):
-            step = reindex_step(analysis, module, one, free=free)
+            step = reindex_step(analysis, module, one, free=free)  # type: ignore[arg-type]  # all of one kind
         else:
             step = slim_step(analysis, module, one, round_to, importance, free)  # type: ignore[arg-type]
         indices = {analysis.find(name): index for name, index in step.indices.items()}
