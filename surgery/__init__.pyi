@@ -85,10 +85,10 @@ from surgery.models.saving import save as save
 from surgery.operations.check_rule import RuleCheck as RuleCheck
 from surgery.operations.check_rule import check_rule as check_rule
 from surgery.operations.deepen import deepen as deepen
+from surgery.operations.masks import masked as masked
+from surgery.operations.masks import split_masks as split_masks
 from surgery.operations.reset import reset_hypothesis as reset_hypothesis
-from surgery.operations.slim import masked as masked
 from surgery.operations.slim import slim as slim
-from surgery.operations.slim import split_masks as split_masks
 from surgery.operations.tickets import hold_masked as hold_masked
 from surgery.operations.tickets import magnitude_masks as magnitude_masks
 from surgery.operations.tickets import rewind as rewind

@@ -54,7 +54,7 @@ RUNTIMES = (
 """Runtimes that a model can be timed in: see `surgery.deploy.measure.runners`."""
 
 IMPORTANCE: Mapping[str, str] = {"prefix": "the first", "magnitude": "those with the largest weights"}
-"""Which channels `surgery.slim` keeps, in words: see `surgery.operations.masks.unit_scores`."""
+"""Which channels `surgery.slim` keeps, in words: see `surgery.operations.importance.unit_scores`."""
 
 KEEPS = f"Which channels are kept: {', '.join(f'{name} ({words})' for name, words in IMPORTANCE.items())}."
 

@@ -1,7 +1,14 @@
-"""Masks of parameters: bool tensors by name, kept apart from the module."""
+"""The masks of KELS and WELS, and the dense network under them.
+
+Knowledge Evolution (Taha, Shrivastava, Davis, CVPR 2021, section 3) splits each layer by a mask into a fit-hypothesis
+and a reset-hypothesis. With KELS the mask keeps the first ``ceil(s * n)`` of ``n`` channels, so that the fit-hypothesis
+is a network of its own; with WELS it keeps weights at random, wherever they are. Masks are bool tensors by the names of
+parameters, kept apart from the module.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,12 +16,87 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from surgery.axes.analysis import Analysis
+from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.groups import DimensionGroup
-from surgery.errors import UsageError, unknown_name
-from surgery.graph.traced import named_tensors
+from surgery.axes.network_outputs import Outputs, parse_outputs
+from surgery.edit.apply import apply
+from surgery.edit.switch_off import SwitchOff, mask_text
+from surgery.errors import UsageError, unknown_name, whole_number
+from surgery.graph.traced import info, named_tensors
+from surgery.operations.slim import Rate, fit_units, valid_rate
 from surgery.selectors import Where, each_selector, matches
-from surgery.settings import IMPORTANCE
+
+
+def split_masks(
+    module: nn.Module,
+    rate: Rate,
+    *,
+    kind: str = "kels",
+    seed: int = 0,
+    round_to: int = 1,
+    importance: str = "prefix",
+    outputs: Outputs = None,
+) -> dict[str, torch.Tensor]:
+    """The fit-hypothesis as a bool tensor for each parameter (True: kept).
+
+    Args:
+        module: a traced module.
+        rate: the split rate, as for `slim`; for WELS a single one.
+        kind: ``"kels"``: the channels that `slim` keeps. ``"wels"``: of each weight of two or more dimensions exactly
+            ``ceil(s * numel)`` entries, drawn without replacement; vectors are kept whole.
+        seed: of the draw, at least 0; KELS draws nothing.
+        round_to, importance, outputs: which channels the fit-hypothesis has, as in `slim`; for KELS alone.
+
+    Returns:
+        by qualified name, tied parameters under each of theirs.
+
+    Raises:
+        UsageError: a rate outside (0, 1], an unknown kind, importance or output, or several rates for WELS.
+
+    Example:
+        >>> masks = surgery.split_masks(traced, 0.5, kind="wels", seed=1)
+        >>> masks["conv1.weight"].shape == traced.conv1.weight.shape
+        True
+    """
+    seed = whole_number("seed", seed, 0)
+    if kind == "kels":
+        analysis = analyse(module, parse_outputs(outputs))
+        return _kels_masks(module, analysis, fit_units(analysis, module, rate, round_to, importance))
+    if kind == "wels":
+        info(module)
+        if isinstance(rate, Mapping):
+            raise UsageError("WELS takes one rate for the whole network")
+        if importance != "prefix":
+            raise UsageError("importance is of channels: leave it out for WELS, which keeps scattered weights")
+        if outputs is not None:
+            raise UsageError("outputs are of channels: leave them out for WELS, which keeps scattered weights")
+        return _wels_masks(module, valid_rate(rate), seed)
+    raise unknown_name("kind of mask", kind, ["kels", "wels"])
+
+
+def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The dense module with its reset-hypothesis switched off: a copy whose masked entries are zero.
+
+    A LayerNorm or GroupNorm of the copy computes its statistics over the channels that the masks keep in part or whole.
+    Sums over channels (a product of two activations) run over the same channels. The recipe of the copy
+    has a step for it (`surgery.SwitchOff`), so that it can be saved.
+
+    Args:
+        module: a traced module.
+        masks: for parameters, by name, a bool tensor of their shape (True: kept).
+
+    Returns:
+        a new module.
+
+    Raises:
+        UsageError: a mask for no parameter, of another shape, or not of bools; or two for one tied parameter.
+        EditError: a norm whose statistics cannot leave channels out, or already do.
+
+    Example:
+        >>> surgery.masked(traced, surgery.split_masks(traced, 0.5))
+    """
+    info(module)
+    return apply(module, SwitchOff({name: mask_text(mask) for name, mask in by_first_name(module, masks).items()}))
 
 
 def by_first_name(module: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -64,33 +146,33 @@ def largest(scores: Tensor, count: int) -> Tensor:
     return keep
 
 
-Scores = NDArray[np.float64]
+def _kels_masks(
+    module: nn.Module, analysis: Analysis, kept: Mapping[DimensionGroup, NDArray[np.bool_]]
+) -> dict[str, torch.Tensor]:
+    keep = np.ones(analysis.count, dtype=bool)
+    for group, flags in kept.items():
+        keep[group.start : group.start + group.units] = flags
+    masks = {}
+    names = {id(p): name for name, p in reversed(list(module.named_parameters()))}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        mask = torch.ones(parameter.shape, dtype=torch.bool)
+        for axis in range(parameter.ndim):
+            units = analysis.axis_units.get((names[id(parameter)], axis))
+            if units is not None:
+                shape = [-1 if a == axis else 1 for a in range(parameter.ndim)]
+                mask &= torch.from_numpy(keep[units]).view(shape)
+        masks[name] = mask.to(parameter.device)
+    return masks
 
 
-def unit_scores(module: nn.Module, analysis: Analysis, importance: str) -> dict[DimensionGroup, Scores]:
-    """A score for each unit of each group, the larger the more it is worth keeping; of equal ones the first is kept.
-
-    ``"prefix"`` scores all alike. ``"magnitude"`` is DepGraph's group importance with the L2 norm (Fang et al., CVPR
-    2023, section 3.3): the squared weights that go with a unit, in every parameter of the group and in units of their
-    mean over the units, averaged over the parameters.
-
-    Raises `UsageError` for another importance.
-    """
-    if importance not in IMPORTANCE:
-        raise unknown_name("importance", importance, IMPORTANCE)
-    scores = {group: np.zeros(group.units) for group in analysis.groups}
-    if importance == "prefix":
-        return scores
-    parameters = dict(module.named_parameters())
-    for group in analysis.groups:
-        for member in group.members:
-            if member.name not in parameters:
-                continue
-            weight = parameters[member.name].detach().double().square().movedim(member.axis, 0)
-            along = weight.reshape(len(weight), -1).sum(1).cpu().numpy()
-            units = analysis.axis_units[member.name, member.axis] - group.start
-            held = (units >= 0) & (units < group.units)
-            found = np.bincount(units[held], weights=along[held], minlength=group.units)
-            if found.mean() > 0:
-                scores[group] += found / found.mean() / len(group.members)
-    return scores
+def _wels_masks(module: nn.Module, rate: float, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    drawn: dict[int, torch.Tensor] = {}
+    for parameter in module.parameters():
+        if parameter.ndim < 2:
+            drawn[id(parameter)] = torch.ones_like(parameter, dtype=torch.bool)
+            continue
+        count = math.ceil(round(rate * parameter.numel(), 6))
+        mask = largest(torch.rand(parameter.numel(), generator=generator), count)
+        drawn[id(parameter)] = mask.view(parameter.shape).to(parameter.device)
+    return {name: drawn[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}

@@ -19,8 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from surgery.errors import UsageError, whole_number
+from surgery.operations.masks import masked, split_masks
 from surgery.operations.reset import reset_hypothesis
-from surgery.operations.slim import Rate, masked, slim, split_masks
+from surgery.operations.slim import Rate, slim
 from surgery.progress import Progress
 from surgery.settings import EvolveSettings, accepts, renamed
 from surgery.training.data.adapt import AnyData, as_data

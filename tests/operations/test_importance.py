@@ -9,7 +9,7 @@ from torch import nn
 import surgery
 from surgery.axes.analysis import analyse
 from surgery.errors import UsageError
-from surgery.operations.masks import unit_scores
+from surgery.operations.importance import unit_scores
 
 
 @pytest.fixture(scope="module")

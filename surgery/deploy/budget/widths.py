@@ -12,7 +12,7 @@ from torch import nn
 from surgery.axes.analysis import analyse
 from surgery.axes.groups import DimensionGroup
 from surgery.deploy.budget.predict import Array, Layers
-from surgery.operations.masks import unit_scores
+from surgery.operations.importance import unit_scores
 from surgery.operations.slim import fit_units, slim
 
 _STEPS = 16

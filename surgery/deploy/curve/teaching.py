@@ -12,8 +12,8 @@ from torch import nn
 from surgery.deploy.curve.candidates import Budget, Candidate
 from surgery.deploy.curve.run_progress import parts_of
 from surgery.errors import UsageError
+from surgery.operations.masks import split_masks
 from surgery.operations.reset import reset_hypothesis
-from surgery.operations.slim import split_masks
 from surgery.progress import Progress
 from surgery.settings import DistillSettings, EvolveSettings, TradeoffSettings, TrainSettings
 from surgery.taps.hints import attach_hint
