@@ -21,7 +21,7 @@ from surgery.axes.labels import Field, Fields, Labelled
 from surgery.axes.ledger import Findings, Ledger, ParamAxis, labelled_leaves
 from surgery.axes.ops import Op
 from surgery.errors import TraceError, UsageError
-from surgery.graph.meta import Twins
+from surgery.graph.meta import Twins, storage_of
 from surgery.graph.outputs import Rebuild
 from surgery.graph.rule_table import Rule, has_module_rule, rule_for, unknown
 from surgery.graph.traced import TracedModule
@@ -277,7 +277,7 @@ class Interpreter(Ledger):
 
 
 def _storage(value: Labelled) -> int:
-    return int(value.value.untyped_storage()._cdata)
+    return storage_of(value.value)
 
 
 def _same_fields(a: Labelled, b: Labelled) -> bool:
