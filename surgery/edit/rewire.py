@@ -82,9 +82,9 @@ class _Rewiring(EditedGraph):
             self.stale.add(node)
         if replaced:
             self.sweep()
-        for node, error in self.failed.items():
+        for node, why in self.failed.items():
             if self.new[node.name].users:
-                raise error
+                raise why
         for node in reversed(self.copy.nodes):
             if "path" not in node.meta and node.users:  # a new node is where its reader is
                 node.meta["path"] = next(iter(node.users)).meta.get("path", "")
