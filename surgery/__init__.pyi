@@ -18,9 +18,12 @@ from surgery.counting.cost import cost as cost
 from surgery.counting.cost import weight_macs as weight_macs
 from surgery.counting.group_cost import GroupCost as GroupCost
 from surgery.counting.group_cost import group_costs as group_costs
+from surgery.counting.unedited import HeldBack as HeldBack
+from surgery.counting.unedited import held_back as held_back
 from surgery.counting.unedited import unedited as unedited
 from surgery.deploy.budget.budget import Budgeted as Budgeted
 from surgery.deploy.budget.budget import slim_to_budget as slim_to_budget
+from surgery.deploy.budget.search import Figure as Figure
 from surgery.deploy.budget.sensitivity import Sensitivity as Sensitivity
 from surgery.deploy.budget.sensitivity import sensitivity as sensitivity
 from surgery.deploy.budget.sensitivity import write_sensitivity as write_sensitivity
@@ -46,6 +49,8 @@ from surgery.edit.copies import Noise as Noise
 from surgery.edit.insert_block import InsertBlock as InsertBlock
 from surgery.edit.insert_dense import InsertDense as InsertDense
 from surgery.edit.insert_identity import InsertIdentity as InsertIdentity
+from surgery.edit.kept_outputs import Output as Output
+from surgery.edit.kept_outputs import outputs as outputs
 from surgery.edit.origins import origins as origins
 from surgery.edit.recipe import Recipe as Recipe
 from surgery.edit.recipe import recipe as recipe
@@ -77,6 +82,9 @@ from surgery.models.saving import save as save
 from surgery.operations.check_rule import RuleCheck as RuleCheck
 from surgery.operations.check_rule import check_rule as check_rule
 from surgery.operations.deepen import deepen as deepen
+from surgery.operations.plan import Plan as Plan
+from surgery.operations.plan import plan as plan
+from surgery.operations.plan import plans as plans
 from surgery.operations.reset import reset_hypothesis as reset_hypothesis
 from surgery.operations.slim import masked as masked
 from surgery.operations.slim import slim as slim

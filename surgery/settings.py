@@ -40,6 +40,9 @@ SCHEDULES = ("one-cycle", "cosine", "warmup-cosine", "constant")
 PRECISIONS = ("no", "bf16", "fp16")
 """Mixed precision: none, or the dtype of layers where it is safe. Weights and losses stay in float32."""
 
+DEVICES = ("auto", "cpu", "cuda")
+"""Where a command trains; ``auto`` is a GPU where there is one."""
+
 RUNTIMES = (
     "onnxruntime",
     "onnxruntime-tensorrt",
@@ -49,6 +52,11 @@ RUNTIMES = (
     "torch-cuda-graphs",
 )
 """Runtimes that a model can be timed in: see `surgery.deploy.measure.runners`."""
+
+IMPORTANCE: Mapping[str, str] = {"prefix": "the first", "magnitude": "those with the largest weights"}
+"""Which channels `surgery.slim` keeps, in words: see `surgery.operations.masks.unit_scores`."""
+
+KEEPS = f"Which channels are kept: {', '.join(f'{name} ({words})' for name, words in IMPORTANCE.items())}."
 
 TEACHERS: Mapping[str, str] = {
     "labels": "on labels",
@@ -121,6 +129,7 @@ class TrainSettings(Settings):
         None, "no, bf16 or fp16. [default: no, or what accelerate launch says]", choices=PRECISIONS
     )
     workers: int = option(0, "Processes that read images; 0 reads them in this one.", result=False, least=0)
+    evaluation_batch: int = option(250, "Images of one call that scores.", result=False, least=1)
     test_each_epoch: bool = option(False, "Score on the test images after each epoch.", result=False)
     checkpoint_every: int | None = option(
         None, "Steps between checkpoints; there is one after each epoch too.", result=False, least=1, metavar="STEPS"
@@ -135,6 +144,11 @@ class TrainSettings(Settings):
     def decay(self) -> float:
         """The weight decay: ``weight_decay``, or the default of the optimizer."""
         return OPTIMIZERS[self.optimizer].weight_decay if self.weight_decay is None else self.weight_decay
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """How images are read that score a model: keywords of `surgery.evaluate`."""
+        return {"batch_size": self.evaluation_batch, "workers": self.workers}
 
     def identity(self) -> dict[str, Any]:
         """The fields that the weights depend on, with the effective learning rate and weight decay."""
@@ -225,19 +239,23 @@ class TimingSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetSettings(TimingSettings):
-    """How to search for a model that keeps to a budget. `TimingSettings` say how models are timed."""
+    """How to search for a model that keeps to a budget. `TimingSettings` say how models are timed.
 
+    With ``by="stage"`` a rate is for all groups of a stage (`surgery.deploy.budget.parts.find_parts`).
+    """
+
+    by: str = option("group", "What gets its own rate: group or stage.")
     least: float = option(0.125, "Lowest rate at which a part is slimmed.", above=0, most=1)
     tolerance: float = option(0.05, "Stop at a model that takes at least 1 - tolerance of the budget.", above=0, most=1)
     rounds: int = option(8, "Models to make and measure on the way, at most.", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TradeoffSettings(Settings):
-    """How the models of a speed/accuracy curve are made, trained and timed."""
+class TradeoffSettings(TrainSettings):
+    """How the models of a speed/accuracy curve are made, trained and timed. `TrainSettings` apply to each training."""
 
     round_to: int = option(1, "Round widths up to a multiple of this.", least=1)
-    importance: str = option("prefix", "Channels to keep, as in surgery.slim.")
+    importance: str = option("prefix", KEEPS, choices=IMPORTANCE)
     epochs: int = option(5, "Passes over the data for the dense model; 0 takes it as is.", least=0)
     finetune_epochs: int = option(3, "Passes over the data for each candidate.", least=0)
     teach: str = option(
@@ -245,8 +263,16 @@ class TradeoffSettings(Settings):
     )
     hint_epochs: int = option(1, "For hints: passes over the data for stage 1.", least=1)
     generations: int = option(3, "For evolve: number of generations, of --finetune-epochs each.", least=1)
-    lr: float = option(0.02, "Peak learning rate, of SGD.", above=0)
-    batch_size: int = option(64, "Images of one training step.", least=2)
+    control: str = option(
+        "none",
+        "Beside each candidate: none, or scratch, a model of its sizes with new weights, trained on labels for as many "
+        "epochs as the dense model and the candidate together.",
+        choices=("none", "scratch"),
+    )
+    device: str = option(
+        "auto", "To train on: auto (a GPU where there is one), cpu or cuda.", choices=DEVICES, result=False
+    )
+    augment: str = option("none", "Training images: none, flip or flip-crop.")
     image_size: int | None = option(None, "Side in pixels. [default: the data's own]", least=1)
     weights: str | None = option(
         None,
@@ -260,7 +286,6 @@ class TradeoffSettings(Settings):
     skip_bad: bool = option(False, "Leave out images that cannot be read.", result=False)
     strict: bool = option(False, "Identify data by the content of every file, not by size and date.", result=False)
     threads: int | None = option(None, "Threads of one query. [default: all usable cores]", least=1)
-    seed: int = option(0, "Seed of everything random, initial weights included.", least=0)
 
 
 P = ParamSpec("P")

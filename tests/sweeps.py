@@ -82,6 +82,7 @@ FAST: dict[str, set[str]] = {
     "test_densenet_at_rate_0_8_has_their_figures_with_the_channel_that_leaks": set(),
     "test_raft_is_traced_whole_bit_for_bit_also_at_other_sizes": {"False"},
     "test_raft_shrinks_and_grows": set(),
+    "test_every_family_is_planned_to_the_last_mac": {"shufflenet_v2_x0_5", "vision transformer", "swin"},
     # random networks
     "test_every_edit_of_many_random_networks_is_exact_or_refused": set(),
     # the parts of what a GPU is asked
@@ -94,6 +95,12 @@ FAST: dict[str, set[str]] = {
     "test_a_network_with_selections_loads_in_a_fresh_process": set(),
     # families on an emulated GPU
     "test_every_family_is_operated_on_where_it_is": {"squeezenet1_1", "vision transformer"},
+    # commands
+    "test_a_count_is_a_budget_and_needs_no_data": {"share"},
+    "test_damage_is_measured_on_data_where_some_are_given": set(),
+    "test_every_training_has_the_settings_that_are_given": set(),
+    "test_models_are_trained_on_the_device_that_is_asked_for_and_come_back": set(),
+    "test_a_control_of_each_size_is_trained_from_scratch_once_for_as_long_as_both_together": set(),
     # trainings
     "test_all_kinds_of_models_evolve": {"shufflenet_v2_x0_5-32"},
     "test_a_detector_evolves_with_its_own_loss_and_score": set(),

@@ -53,7 +53,7 @@ def test_settings_of_the_same_name_have_the_same_default():
         own = kind().training()
         assert replace(own, optimizer="sgd") == usual
     assert surgery.TradeoffSettings().batch_size == usual.batch_size
-    assert surgery.TradeoffSettings().lr == usual.peak_lr
+    assert surgery.TradeoffSettings().peak_lr == usual.peak_lr
     importance = [
         inspect.signature(function).parameters["importance"].default
         for function in (surgery.slim, surgery.slim_to_budget, surgery.sensitivity)
@@ -97,7 +97,12 @@ def test_settings_of_a_procedure_contain_those_of_its_trainings():
 def test_the_identity_has_what_the_weights_depend_on_and_the_rate_that_is_used():
     one, other = surgery.TrainSettings(), surgery.TrainSettings(lr=0.02, workers=2, checkpoint_every=5)
     assert one.identity() == other.identity()
-    assert {"workers", "test_each_epoch", "checkpoint_every"} == one.to_dict().keys() - one.identity().keys()
+    assert {
+        "workers",
+        "evaluation_batch",
+        "test_each_epoch",
+        "checkpoint_every",
+    } == one.to_dict().keys() - one.identity().keys()
     assert one.identity() != surgery.TrainSettings(seed=1).identity()
     assert surgery.TrainSettings(lr=np.float32(0.5), seed=np.int64(1)) == surgery.TrainSettings(lr=0.5, seed=1)
 

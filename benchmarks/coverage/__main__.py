@@ -3,15 +3,17 @@
     python -m benchmarks.coverage --jobs 2                   # all models: benchmarks/results/coverage.{json,md}
     python -m benchmarks.coverage resnet18 'vit_*'           # some models, printed only
     python -m benchmarks.coverage 'vit_*' --merge            # these rows of benchmarks/results anew
+    python -m benchmarks.coverage --out new --missing        # all that the folder has no row of yet
 
 Errors are relative: of each output, the largest absolute difference over the largest magnitude. Models run on small
 inputs, in a form that takes them (``vit_b_16?image_size=32``): the row names both. Of detection models the losses in
 training and the raw outputs of the heads in evaluation are compared, and the MACs are those of the network on an image
 of the published size with 1,000 proposals. What `ideal` means is said in `ideal.py`.
 
-Each model runs in a process of its own, which is ended at a limit of time or memory; the row then says during which
-step. A model of more than a hundred million parameters runs alone, and is widened and deepened from its half-width
-version, for the widened float64 copy would not fit in memory; its ratio of parameters is still that of the full model.
+Each model runs in a process of its own, which is ended at a limit of CPU time or memory; the row then says during
+which step. Rows are written as they come: a run that was stopped goes on with ``--missing``. A model of more than a
+hundred million parameters runs alone, and is widened and deepened from its half-width version, for the widened float64
+copy would not fit in memory; its ratio of parameters is still that of the full model.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from fnmatch import fnmatchcase
@@ -47,37 +50,37 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="names from the catalogue, or globs over them; all by default")
     parser.add_argument("--out", type=Path, help="folder for coverage.json and coverage.md")
     parser.add_argument("--merge", action="store_true", help="keep the other rows that the folder's coverage.json has")
+    parser.add_argument("--missing", action="store_true", help="only models that the folder has no row of; keep others")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time, each with its share of the cores")
-    parser.add_argument("--minutes", type=float, default=10, help="time limit of one model")
+    parser.add_argument("--minutes", type=float, default=20, help="limit of one model, in minutes of CPU time")
     parser.add_argument("--gib", type=float, default=20, help="memory limit of all models that run at a time")
     options = parser.parse_args()
-    names = selected(options.models)
-    out = options.out or (RESULTS if options.merge or not options.models else None)
-    before = _before(out) if options.merge and out is not None else {"models": [], "runs": []}
-    old = {row["model"]: row for row in before["models"]}
+    out = options.out or (RESULTS if options.merge or options.missing or not options.models else None)
+    before = {"models": [], "runs": []}
+    if (options.merge or options.missing) and out is not None:
+        before = _before(out)
+    rows = {row["model"]: row for row in before["models"]}
+    names = [name for name in selected(options.models) if not (options.missing and name in rows)]
+    this = {"command": command("coverage"), "date": date.today().isoformat(), "minutes": 0.0, "models": 0}
     start = time.perf_counter()
-    rows = old | run(names, options.jobs, 60 * options.minutes, options.gib * 2**30)
-    minutes = round((time.perf_counter() - start) / 60, 1)
-    this = {
-        "command": command("coverage"),
-        "date": date.today().isoformat(),
-        "minutes": minutes,
-        "models": len(names),
-    }
-    summary = {
-        "runs": [*before["runs"], this],
-        "device": environment().cpu,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "jobs": options.jobs,
-        "limits": {"minutes": options.minutes, "gib": options.gib},
-        "models": [rows[name] for name in catalogue.CATALOGUE if name in rows],
-    }
-    good = sum(not row["failures"] for row in summary["models"])
-    print(f"{len(summary['models'])} models, {good} without a failure, {minutes} minutes")
-    if out is not None:
-        write_document(out / "coverage.json", summary)
-        (out / "coverage.md").write_text(markdown(summary))
+    for row in run(names, options.jobs, 60 * options.minutes, options.gib * 2**30):
+        rows[row["model"]] = row
+        this |= {"minutes": round((time.perf_counter() - start) / 60, 1), "models": this["models"] + 1}
+        if out is not None:
+            summary = {
+                "runs": [*before["runs"], this],
+                "device": environment().cpu,
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+                "jobs": options.jobs,
+                "limits": {"minutes": options.minutes, "gib": options.gib},
+                "models": [rows[name] for name in catalogue.CATALOGUE if name in rows],
+            }
+            out.mkdir(parents=True, exist_ok=True)
+            write_document(out / "coverage.json", summary)
+            (out / "coverage.md").write_text(markdown(summary))
+    good = sum(not row["failures"] for row in rows.values())
+    print(f"{len(rows)} models, {good} without a failure, {this['minutes']} minutes")
 
 
 def selected(patterns: list[str]) -> list[str]:
@@ -98,12 +101,11 @@ class _Running:
     peak: int = 0
 
 
-def run(names: list[str], jobs: int, seconds: float, memory: float) -> dict[str, dict[str, Any]]:
-    """The row of each model, the heavy ones first and alone."""
+def run(names: list[str], jobs: int, seconds: float, memory: float) -> Iterator[dict[str, Any]]:
+    """The row of each model, as it comes; the heavy ones first and alone."""
     heavy = {name for name in names if catalogue.published(name)["DEFAULT"].meta["num_params"] > HEAVY}
     waiting = [n for n in names if n in heavy] + [n for n in names if n not in heavy]
     running: list[_Running] = []
-    rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         while waiting or running:
             alone = any(r.name in heavy for r in running)
@@ -118,9 +120,9 @@ def run(names: list[str], jobs: int, seconds: float, memory: float) -> dict[str,
                     one.process.wait()
                 if one.process.poll() is not None:
                     running.remove(one)
-                    rows[one.name] = _row(one, said)
-                    print(line(rows[one.name]), flush=True)
-    return rows
+                    row = _row(one, said)
+                    print(line(row), flush=True)
+                    yield row
 
 
 def _start(name: str, folder: Path, jobs: int) -> _Running:
@@ -139,12 +141,14 @@ def _start(name: str, folder: Path, jobs: int) -> _Running:
 def _overdue(one: _Running, seconds: float, memory: float) -> str:
     """Why a process must be ended, if it must."""
     try:
-        one.peak = max(one.peak, psutil.Process(one.process.pid).memory_info().rss)
+        process = psutil.Process(one.process.pid)
+        one.peak = max(one.peak, process.memory_info().rss)
+        spent = sum(process.cpu_times()[:2])
     except psutil.Error:  # it has just ended by itself
         return ""
     if one.peak > memory:
         return f"ended at the memory limit of {memory / 2**30:.0f} GiB"
-    if time.perf_counter() - one.began > seconds:
+    if spent > seconds:
         return f"ended at the time limit of {seconds / 60:g} minutes"
     return ""
 

@@ -1,12 +1,12 @@
 """The package tested with each version of torch that it allows, each in an environment of its own.
 
-    python -m benchmarks.versions                 # floor, 2.13, 2.14, newest: benchmarks/results/versions.{json,md}
-    python -m benchmarks.versions 2.14 --again    # this row anew, the others kept
+    python -m benchmarks.versions                 # floor, 2.13.0, newest: benchmarks/results/versions.{json,md}
+    python -m benchmarks.versions 2.14.0 --again  # this row anew, the others kept
     python -m benchmarks.versions floor --parts graph,cost
 
 An environment is a new virtual environment with the package, its dependencies and its tools, from the package index
-that pip is set up with. ``floor`` has the lowest torch and torchvision that pyproject.toml allows, ``2.13`` the newest
-torch 2.13, and ``newest`` what pip chooses. The tests of each part run in a process of their own, ended at a limit of
+that pip is set up with. ``floor`` has the lowest torch and torchvision that pyproject.toml allows, ``2.13.0``
+that torch, and ``newest`` what pip chooses. The tests of each part run in a process of their own, ended at a limit of
 time. Results are written part by part: a run that was ended goes on where it was, and what has a result is not run
 again without ``--again``. An environment has about 6 GB; it is removed when its parts are done.
 """
@@ -24,12 +24,14 @@ from benchmarks.versions.environments import NEWEST, InstallError, make_environm
 from benchmarks.versions.report import failed, line, markdown
 from benchmarks.versions.suite import PARTS, installed_versions, run_part
 
-TARGETS = ("floor", "2.13", "2.14", NEWEST)
+TARGETS = ("floor", "2.13.0", NEWEST)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("targets", nargs="*", default=TARGETS, help="floor, newest or a version of torch, such as 2.13")
+    parser.add_argument(
+        "targets", nargs="*", default=TARGETS, help="floor, newest or a version of torch, such as 2.13.0"
+    )
     parser.add_argument("--parts", default=",".join(PARTS), help="what is tested, with commas")
     parser.add_argument("--again", action="store_true", help="run what has a result as well")
     parser.add_argument("--keep", action="store_true", help="keep the environments")

@@ -25,13 +25,14 @@ def requirements(target: str, pyproject: str | None = None) -> list[str]:
     """What is asked of pip besides the package itself.
 
     Args:
-        target: ``"floor"``, ``"newest"`` or a version of torch, such as ``"2.13"``.
+        target: ``"floor"``, ``"newest"`` or a version of torch: ``"2.13"`` is its last release, ``"2.13.0"`` this one.
         pyproject: text of pyproject.toml; that of this package by default.
     """
     if target == NEWEST:
         return []
     if target != "floor":
-        return [f"torch=={target}.*"]
+        # "===" leaves out builds of another label ("2.13.0+cpu"), which torchvision's own does not belong to
+        return [f"torch==={target}" if target.count(".") == 2 else f"torch=={target}.*"]
     dependencies = _project(pyproject)["dependencies"]
     found = [re.match(r"(torch|torchvision)>=([\d.]+)", dependency) for dependency in dependencies]
     return [f"{match[1]}=={match[2]}.*" for match in found if match]

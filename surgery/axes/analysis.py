@@ -6,7 +6,7 @@ change of the module makes `analyse` return another.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -19,7 +19,8 @@ from torch import fx, nn
 from surgery.axes.factored import settle
 from surgery.axes.groups import DimensionGroup, list_groups
 from surgery.axes.labels import Ids
-from surgery.axes.ledger import Called, NodeKey, Norm, ParamKey
+from surgery.axes.ledger import Called, Findings, Grid, NodeKey, Norm, ParamKey
+from surgery.axes.network_outputs import NetworkOutput, Outputs, match_outputs, parse_outputs
 from surgery.axes.numbering import Named, number_units
 from surgery.axes.state import State, read_state
 from surgery.axes.untraced import collect_findings
@@ -27,15 +28,19 @@ from surgery.errors import unknown_name
 from surgery.graph.traced import example_inputs, info
 
 
-def dimension_groups(module: nn.Module) -> list[DimensionGroup]:
+def dimension_groups(module: nn.Module, *, outputs: Outputs = None) -> list[DimensionGroup]:
     """List the dimension groups of a traced module. The module is not changed.
+
+    Args:
+        module: a traced module.
+        outputs: the outputs that may change, as for `surgery.slim`.
 
     Returns:
         the groups in the order of the forward pass. Every axis of every parameter that holds channels is in some
         group; groups that cannot be edited are listed too, with the reason.
 
     Raises:
-        UsageError: ``module`` is not a traced module.
+        UsageError: ``module`` is not a traced module, or has no output of that name.
         TraceError: it no longer runs on inputs like those it was traced with.
 
     Example:
@@ -43,7 +48,7 @@ def dimension_groups(module: nn.Module) -> list[DimensionGroup]:
         >>> [(group.name, group.editable, group.reason) for group in surgery.dimension_groups(traced)]
         [('0', True, ''), ('2', False, 'network output; no layer contracts over it'), …]
     """
-    return list(analyse(module).groups)
+    return list(analyse(module, parse_outputs(outputs)).groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +62,7 @@ class Analysis:
         axis_units: the units along each axis of a parameter or buffer.
         roles: for each of these axes what the ops do with it: ``producer``, ``consumer``, ``per-channel``.
         frozen: for each unit, whether it must stay as it is.
+        written: for each unit, whether a layer writes it, as it does channels.
         fence: for each unit, whether a run of units must not pass from the one before it to it.
         reasons: units that must stay as they are by a rule, and why.
         mixed: units over which a normalisation computes statistics, and the layer.
@@ -67,6 +73,7 @@ class Analysis:
         merged: for reshapes that merge axes, the fields of the input, by number, that their output does not hold.
         graphs: for each scope the path of its module and the graph.
         calls: layers that Python outside the graphs calls, as far as their attributes follow an edit.
+        outputs: what the network returns.
     """
 
     groups: tuple[DimensionGroup, ...]
@@ -75,6 +82,7 @@ class Analysis:
     axis_units: Mapping[ParamKey, Ids]
     roles: Mapping[ParamKey, frozenset[str]]
     frozen: NDArray[np.bool_]
+    written: NDArray[np.bool_]
     fence: NDArray[np.bool_]
     reasons: Named
     mixed: Named
@@ -85,6 +93,7 @@ class Analysis:
     merged: Mapping[NodeKey, frozenset[int]]
     graphs: Mapping[str, tuple[str, fx.Graph]]
     calls: tuple[Called, ...]
+    outputs: tuple[NetworkOutput, ...]
 
     def find(self, name: str) -> DimensionGroup:
         """The group of that name, or the one that a layer of that name writes.
@@ -96,6 +105,11 @@ class Analysis:
         if group is None:
             raise unknown_name("layer", name, [*self.layers, *(g.name for g in self.groups)])
         return group
+
+    def is_output(self, group: DimensionGroup) -> bool:
+        """Whether the network returns any of a group's channels."""
+        held = (self.unit_of[f.ids] for output in self.outputs for f in output.value.fields)
+        return any(((units >= group.start) & (units < group.start + group.units)).any() for units in held)
 
     @cached_property
     def layers(self) -> Mapping[str, DimensionGroup]:
@@ -110,28 +124,39 @@ class Analysis:
         return MappingProxyType(names)
 
 
-def analyse(module: nn.Module) -> Analysis:
-    """Analyse a traced module, or return the last analysis of it if nothing that it depends on has changed.
+def analyse(module: nn.Module, free: tuple[str, ...] = ()) -> Analysis:
+    """Analyse a traced module, or return an earlier analysis of it if nothing that it depends on has changed.
 
     The analysis is kept with the module, not in a table: it refers to the graphs, and so to the module and its weights.
+
+    Args:
+        free: the outputs that may change (`surgery.axes.network_outputs.parse_outputs`).
     """
     state = read_state(module)
     known: Remembered | None = module.__dict__.get("_analysis")
-    if known is not None and known.state == state:
-        return known.analysis
+    if known is None or known.state != state:
+        known = module.__dict__["_analysis"] = Remembered(state, {})
+    if free not in known.analyses:
+        known.analyses[free] = _analyse(module, free)
+    return known.analyses[free]
+
+
+def _analyse(module: nn.Module, free: tuple[str, ...]) -> Analysis:
     # A batch of one cannot be told from other axes of size 1, nor a batch times heads from the heads.
     args, kwargs = example_inputs(module, batch_size=2 if info(module).batched else None)
     findings = collect_findings(module, args, kwargs, info(module).modes)
     findings.close()
-    settled = settle(findings)
-    numbering = number_units(findings, settled)
-    found = Analysis(
+    freed = match_outputs(free, (output.name for output in findings.outputs))
+    settled = settle(findings, _output_grids(findings, freed))
+    numbering = number_units(findings, settled, freed)
+    return Analysis(
         groups=list_groups(findings, numbering),
         count=len(numbering.frozen),
         unit_of=numbering.unit_of,
         axis_units=numbering.axis_units,
         roles=numbering.roles,
         frozen=numbering.frozen,
+        written=numbering.written,
         fence=numbering.fence,
         reasons=numbering.reasons,
         mixed=numbering.mixed,
@@ -142,17 +167,22 @@ def analyse(module: nn.Module) -> Analysis:
         merged=MappingProxyType(findings.merged),
         graphs=MappingProxyType(findings.graphs),
         calls=tuple(findings.calls),
+        outputs=tuple(findings.outputs),
     )
-    module.__dict__["_analysis"] = Remembered(state, found)
-    return found
+
+
+def _output_grids(findings: Findings, freed: Collection[str]) -> list[Grid]:
+    """The axes of free outputs that factor one: only one of them may change, so that the output stays a tensor."""
+    free = (output for output in findings.outputs if output.name in freed)
+    return [Grid(f.ids, f"output {o.name!r}") for o in free for f in o.value.fields if len(f.dims) > 1]
 
 
 @dataclass(frozen=True, eq=False)
 class Remembered:
-    """An analysis and the state that it belongs to. A copy of the module does not take it along."""
+    """The analyses of one state of a module, by the outputs that may change. A copy of it does not take them along."""
 
     state: State
-    analysis: Analysis
+    analyses: dict[tuple[str, ...], Analysis]
 
     def __reduce__(self) -> Any:
         return type(None), ()

@@ -31,15 +31,15 @@ class Settled:
     rows: tuple[Row, ...]
 
 
-def settle(findings: Findings) -> Settled:
-    """Decide for every grid which of its axes may change. ``findings`` are not changed.
+def settle(findings: Findings, grids: Sequence[Grid] = ()) -> Settled:
+    """Decide for every grid, those in ``grids`` too, which of its axes may change. ``findings`` are not changed.
 
     A grid with one free axis is decided: that axis may change. This ties more ids, which may decide other grids. When
     it decides no more, the rows of the remaining grids are tied, so that the last of their free axes may change.
     """
     ties, frozen, rows = list(findings.ties), list(findings.frozen), list(findings.rows)
     component = find_components(ties, findings.count)
-    undecided = findings.grids
+    undecided = [*findings.grids, *grids]
     while undecided:
         free = [_free_axes(component[grid.ids]) for grid in undecided]
         left = [grid for grid, axes in zip(undecided, free, strict=True) if len(axes) > 1]

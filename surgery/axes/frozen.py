@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from surgery.axes.analysis import Analysis
 from surgery.axes.groups import DimensionGroup
 
-_ENDS = frozenset({"network input", "network output", "vocabulary", "kernel size", "no layer contracts over it"})
+UNREAD = "no layer contracts over it"
+ENDS = frozenset({"network input", "network output", "vocabulary", "kernel size", UNREAD})
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def why_nothing_changes(analysis: Analysis) -> str:
 def is_end(group: DimensionGroup) -> bool:
     """Whether a group cannot be edited for no other reason than that it is the network's input or output."""
     reasons = group.reason.split("; ") if group.reason else []
-    return bool(reasons) and all(reason in _ENDS for reason in reasons)
+    return bool(reasons) and all(reason in ENDS for reason in reasons)
 
 
 def is_read_only(group: DimensionGroup) -> bool:

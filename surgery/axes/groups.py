@@ -6,6 +6,7 @@ import itertools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,7 @@ class DimensionGroup:
     writers: NDArray[np.uint64] = field(repr=False)
     edges: Sequence[Edge] = field(repr=False)
 
-    @property
+    @cached_property
     def classes(self) -> Ids:
         """For each unit, a number that is equal for units with the same readers and writers.
 
@@ -92,11 +93,21 @@ class DimensionGroup:
         """
         return _renumber(self.access)
 
-    @property
+    @cached_property
     def segments(self) -> Ids:
         """For each unit, a number that is equal for units with the same writers: the parts of a concatenation that
         is added to something have different ones. Coarser than `classes`."""
         return _renumber(self.writers)
+
+    @cached_property
+    def free(self) -> tuple[tuple[Ids, ...], ...]:
+        """The units that may be dropped: of each segment, those of each class."""
+        found = []
+        for segment in np.unique(self.segments):
+            units = np.flatnonzero((self.segments == segment) & ~self.frozen)
+            classes = self.classes[units]
+            found.append(tuple(units[classes == c] for c in np.unique(classes)))
+        return tuple(parts for parts in found if parts)
 
     def permutation(self, seed: int = 0) -> list[int]:
         """Draw an admissible permutation: any within a class, with frozen units in their place.
@@ -221,4 +232,6 @@ def _name(first: ParamKey, roles: Any, taken: Any) -> str:
 def _renumber(signature: NDArray[np.uint64]) -> Ids:
     """Numbers from 0 in the order of first appearance."""
     _, first, inverse = np.unique(signature, return_index=True, return_inverse=True)
-    return np.asarray(np.argsort(np.argsort(first))[inverse], dtype=np.int64)
+    numbers = np.asarray(np.argsort(np.argsort(first))[inverse], dtype=np.int64)
+    numbers.setflags(write=False)
+    return numbers

@@ -19,10 +19,11 @@ from torch.utils import _pytree as pytree
 
 from surgery.axes.labels import Field, Fields, Labelled
 from surgery.axes.ledger import Findings, Ledger, ParamAxis, labelled_leaves
+from surgery.axes.network_outputs import NetworkOutput, output_name
 from surgery.axes.ops import Op
 from surgery.errors import TraceError, UsageError
 from surgery.graph.meta import Twins, storage_of
-from surgery.graph.outputs import Rebuild
+from surgery.graph.outputs import Rebuild, leaves_in
 from surgery.graph.rule_table import Rule, has_module_rule, rule_for, unknown
 from surgery.graph.traced import TracedModule
 
@@ -33,7 +34,10 @@ def propagate(module: TracedModule, args: tuple[Any, ...], kwargs: dict[str, Any
     run = Interpreter(module, findings)
     inputs = pytree.tree_map(run.placeholder, (args, kwargs))
     for training, graph in enumerate(module.graphs):
-        run.graph(module, "", "train" if training else "", graph, inputs[0], inputs[1], top=True)
+        modes = (bool(training),) if len(module.graphs) > 1 else (False, True)
+        output = run.graph(module, "", "train" if training else "", graph, inputs[0], inputs[1])
+        for path, leaf in leaves_in(output, Labelled):
+            findings.outputs.append(NetworkOutput(output_name(path), leaf, modes))
     return findings
 
 
@@ -60,7 +64,6 @@ class Interpreter(Ledger):
         graph: fx.Graph,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        top: bool = False,
     ) -> Any:
         """Interpret one graph; the result is its output with `Labelled` leaves."""
         scope = f"{path}:{variant}"
@@ -76,10 +79,6 @@ class Interpreter(Ledger):
                 kwargs = {k: v for k, v in kwargs.items() if k != node.target}
             elif node.op == "output":
                 output = fx.map_arg(node.args[0], env.__getitem__)
-                if top:
-                    for leaf in labelled_leaves(output):
-                        for f in leaf.fields:
-                            self.freeze(f.ids, "network output")
                 continue
             elif node.op == "get_attr":
                 env[node] = self._attribute(module, path, str(node.target))
@@ -116,6 +115,7 @@ class Interpreter(Ledger):
     ) -> Any:
         """What a node gives that calls a function, a method, or the layer ``leaf`` at ``path``."""
         target: Any = node.target
+        self.line = str(node.meta.get("line", ""))
         if target is operator.getitem and not isinstance(args[0], Labelled):
             return args[0][args[1]]
         if target is getattr and not isinstance(args[0], Labelled):
@@ -245,6 +245,7 @@ class Interpreter(Ledger):
     def placeholder(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
+        self.line = ""
         fields = []
         for dim in range(1, value.ndim):
             ids = self.fresh(value.shape[dim])

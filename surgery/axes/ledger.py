@@ -11,8 +11,21 @@ import torch
 from torch import fx
 
 from surgery.axes.labels import Field, Fields, Ids, Labelled, Pairing
+from surgery.axes.network_outputs import NetworkOutput
 from surgery.graph.outputs import leaves_in
 from surgery.graph.rule_table import NodeEdit
+
+
+class Reason(str):
+    """Why channels must stay as they are; and the line of the model's Python that is so, where it is known."""
+
+    line: str = ""
+
+    @classmethod
+    def at(cls, text: str, line: str) -> Reason:
+        found = cls(text)
+        found.line = line
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +129,10 @@ class Findings:
     """For each node its output, with a `Labelled` for each tensor."""
     graphs: dict[str, tuple[str, fx.Graph]] = field(default_factory=dict)
     """For each scope the path of its module and the graph."""
+    outputs: list[NetworkOutput] = field(default_factory=list)
+    """What the network returns, in each mode."""
+    behind: list[tuple[Ids, str]] = field(default_factory=list)
+    """What freezes outputs that may change; where they may not, it is not said."""
     calls: list[Called] = field(default_factory=list)
     """Layers that Python outside the graphs calls, as far as their attributes follow an edit."""
 
@@ -130,6 +147,8 @@ class Ledger:
     """Receives what rules say and writes it into the findings."""
 
     whole = places = False
+    line = ""
+    """The line of the model's Python that the op which is looked at stands for."""
     pairing: Pairing | None = None
     """How reshapes label their results: see `surgery.axes.labels.reshape_fields`."""
 
@@ -158,7 +177,7 @@ class Ledger:
         self.findings.ties.append((x.ravel(), y.ravel()))
 
     def freeze(self, ids: Ids, reason: str) -> None:
-        self.findings.frozen.append((ids.ravel(), reason))
+        self.findings.frozen.append((ids.ravel(), Reason.at(reason, self.line)))
 
     def edge(self, a: Any, b: Any, why: str) -> None:
         if a is not None and b is not None and a != b:

@@ -4,7 +4,7 @@ model, group after group. An axis is the sequence of the units that its position
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeVar
@@ -17,6 +17,7 @@ from scipy.sparse.csgraph import connected_components
 from surgery.axes.factored import Settled
 from surgery.axes.labels import Ids
 from surgery.axes.ledger import Findings, ParamAxis, ParamKey
+from surgery.axes.network_outputs import REASON
 
 T = TypeVar("T", bound=np.generic)
 Named = tuple[tuple[Ids, str], ...]
@@ -35,6 +36,7 @@ class Numbering:
         roles: what the ops do with each of these axes.
         frozen: whether the unit must stay as it is.
         unread: whether that is only because no layer contracts over it.
+        written: whether a layer writes the unit, as it does channels.
         access: a number that is equal for units which the same axes hold.
         writers: a number that is equal for units which the same axes write.
         fence: whether other axes hold the unit than hold the one before it.
@@ -50,6 +52,7 @@ class Numbering:
     roles: Mapping[ParamKey, frozenset[str]]
     frozen: NDArray[np.bool_]
     unread: NDArray[np.bool_]
+    written: NDArray[np.bool_]
     access: NDArray[np.uint64]
     writers: NDArray[np.uint64]
     fence: NDArray[np.bool_]
@@ -58,8 +61,11 @@ class Numbering:
     single: Named
 
 
-def number_units(findings: Findings, settled: Settled) -> Numbering:
+def number_units(findings: Findings, settled: Settled, free: Collection[str] = ()) -> Numbering:
     """Number the connected components of the ids so that each group is a range.
+
+    Args:
+        free: names of the outputs that may change.
 
     Returns:
         the units, with what the rules said about their ids.
@@ -69,14 +75,19 @@ def number_units(findings: Findings, settled: Settled) -> Numbering:
     unit_of = _read_only(order[settled.component])
     count = int(order.max(initial=-1)) + 1
     axis_units = {key: _read_only(unit_of[axis.ids]) for key, axis in findings.axes.items()}
+    written = _flags(count, [axis_units[key] for key, axis in findings.axes.items() if "producer" in axis.roles])
+    freed = written & _find_freed(findings, unit_of, count, free)
+    held_out = [unit_of[f.ids].ravel() for o in findings.outputs if not o.said for f in o.value.fields]
     rows = [(unit_of[last], unit_of[behind], unit_of[own], why) for last, behind, own, why in settled.rows]
     reasons = [
         *_by_unit(unit_of, settled.frozen),
+        *((units[~freed[units]], REASON) for units in held_out),
+        *((units[freed[units]], why) for units, why in _by_unit(unit_of, findings.behind)),
         (_find_unlearned(findings.buffers, axis_units, roles, count), "values of a buffer"),
         *((last[last == behind], why) for last, behind, _, why in rows),
     ]
     consumed = [units for key, units in axis_units.items() if "consumer" in roles[key]]
-    read = _flags(count, [*consumed, *(unit_of[ids] for ids in findings.contracted)])
+    read = freed | _flags(count, [*consumed, *(unit_of[ids] for ids in findings.contracted)])
     held = [*axis_units.values(), *(unit_of[ids] for ids in findings.cuts)]
     frozen = ~read | _flags(count, [units for units, _ in reasons])
     access = _signature(held, frozen)
@@ -95,6 +106,7 @@ def number_units(findings: Findings, settled: Settled) -> Numbering:
         roles=MappingProxyType(roles),
         frozen=_read_only(frozen),
         unread=_read_only(~read & ~_flags(count, [units for units, _ in reasons])),
+        written=_read_only(written),
         access=_read_only(access),
         writers=_read_only(_signature([u for key, u in axis_units.items() if "producer" in roles[key]], frozen)),
         fence=_read_only(fence),
@@ -102,6 +114,15 @@ def number_units(findings: Findings, settled: Settled) -> Numbering:
         mixed=_close(_by_unit(unit_of, findings.mixed)),
         single=_close([*_by_unit(unit_of, findings.single), *_find_mixed_uses(findings, axis_units, roles)]),
     )
+
+
+def _find_freed(findings: Findings, unit_of: Ids, count: int, free: Collection[str]) -> NDArray[np.bool_]:
+    """For each unit, whether of all outputs it is in free ones alone, and in none along the first axis, the batch."""
+    held: dict[bool, list[Ids]] = {True: [], False: []}
+    for output in findings.outputs:
+        for f in output.value.fields:
+            held[output.name in free and 0 not in f.dims].append(unit_of[f.ids])
+    return _flags(count, held[True]) & ~_flags(count, held[False])
 
 
 def _roles(axis: ParamAxis, is_value: bool) -> frozenset[str]:

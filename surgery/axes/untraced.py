@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from surgery.axes.interpret import Interpreter, propagate
 from surgery.axes.labels import Field, Ids, Labelled
 from surgery.axes.ledger import Called, Findings, labelled_leaves
+from surgery.axes.network_outputs import NetworkOutput, output_name
 from surgery.axes.ops import Op
 from surgery.axes.untraced_ops import (
     FACTORIES,
@@ -39,6 +40,7 @@ from surgery.axes.untraced_ops import (
 )
 from surgery.axes.visits import Visits
 from surgery.errors import TraceError
+from surgery.graph.guards import model_line
 from surgery.graph.islands import clone_tensors, quietly
 from surgery.graph.meta import storage_of
 from surgery.graph.outputs import tensors_in
@@ -82,8 +84,8 @@ def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mo
             mode = "training" if training else "evaluation"
             raise TraceError(f"{type(module).__name__} does not run in {mode} on inputs like those it was traced with: "
                              f"{str(error).strip().partition(chr(10))[0]}") from error  # fmt: skip
-        for _, leaf in tensors_in(result):
-            recording.freeze(recording.label(leaf), "network output")
+        for path, leaf in tensors_in(result):
+            run.returns(path, recording.label(leaf), training)
     recording.visits.freeze_unseen(run, module)
     return findings
 
@@ -93,14 +95,36 @@ class _Terse(Interpreter):
 
     def __init__(self, module: nn.Module, findings: Findings) -> None:
         super().__init__(module, findings)
-        self.done: NDArray[np.bool_] = np.zeros(0, dtype=bool)
+        self.known: NDArray[np.int8] = np.zeros(0, dtype=np.int8)
+        """For each channel, `_RETURNED` or `_FROZEN` if it is."""
+
+    def returns(self, path: str, label: Labelled, training: bool) -> None:
+        """The network returns a tensor."""
+        fields = [f.ids for f in label.fields]
+        said = all(bool((self.mark(ids) == _FROZEN).all()) for ids in fields)
+        self.findings.outputs.append(NetworkOutput(output_name(path), label, (training,), said))
+        for ids in fields:
+            self.known[ids] = np.maximum(self.known[ids], _RETURNED)
 
     def freeze(self, ids: Ids, reason: str) -> None:
-        if len(self.done) < self.findings.count:
-            self.done = np.concatenate((self.done, np.zeros(2 * self.findings.count - len(self.done), dtype=bool)))
-        if not self.done[ids].all():
+        marks = self.mark(ids)
+        if (marks == _FROZEN).all():
+            return
+        if (marks > 0).all():
+            self.findings.behind.append((ids.ravel(), reason))
+        else:
             super().freeze(ids, reason)
-            self.done[ids] = True
+        self.known[ids] = _FROZEN
+
+    def mark(self, ids: Ids) -> NDArray[np.int8]:
+        """What is known of channels."""
+        if len(self.known) < self.findings.count:
+            more = np.zeros(2 * self.findings.count - len(self.known), dtype=np.int8)
+            self.known = np.concatenate((self.known, more))
+        return self.known[ids]
+
+
+_RETURNED, _FROZEN = 1, 2
 
 
 class _Recording(TorchFunctionMode):
@@ -162,6 +186,7 @@ class _Recording(TorchFunctionMode):
 
         def apart(*args: Any, **kwargs: Any) -> Any:
             with torch._C.DisableTorchFunction(), _disable_current_modes():  # they would only pass things on
+                self.run.line = model_line()
                 given = pytree.tree_map(lambda v: self.argument(v, path), (args, kwargs))
                 self.begun = self.begun or any(True for _ in module.parameters())
                 result = forward(*args, **kwargs)
@@ -216,6 +241,7 @@ class _Recording(TorchFunctionMode):
 
     def called(self, func: Any, args: Any, kwargs: Any) -> Any:
         kind, target = name_call(func)
+        self.run.line = model_line()
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
         given = pytree.tree_map_only(torch.Tensor, self.label, (tuple(args), kwargs))
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]

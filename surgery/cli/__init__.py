@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, cast
 
@@ -67,6 +67,10 @@ class _Command(_PlainFlags, TyperCommand):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise _InterruptedError from error
+        except UsageError as error:
+            flags = {one.name: max(one.opts, key=len) for one in self.params if one.opts[0].startswith("-")}
+            error.args = (_speak_of_options(str(error), flags), *error.args[1:])
+            raise
 
 
 class _Group(_PlainFlags, TyperGroup):
@@ -193,6 +197,17 @@ def _fail(error: BaseException, message: object, code: int) -> int:
     for note in getattr(error, "__notes__", ()):
         print(note, file=sys.stderr)
     return code
+
+
+def _speak_of_options(message: str, flags: Mapping[str, str]) -> str:
+    """Put the flags of a command where a message names settings: at its begin, and wherever they have an underscore."""
+
+    def put(match: re.Match[str]) -> str:
+        name, before = match[0], message[: match.start()]
+        return flags[name] if "_" in name or not before or before.endswith(" and ") else name
+
+    names = "|".join(map(re.escape, flags))
+    return re.sub(rf"(?<![\w.'\"-])(?:{names})(?=(?: and \w+)? (?:must|is|are|may)\b)", put, message)
 
 
 def _say(kind: str, message: object) -> None:

@@ -35,7 +35,8 @@ def bench(
 ) -> None:
     """Measure latency, throughput, memory and size; several models take turns and are compared with the first.
 
-    The first is measured against itself as well (A/A): where that shows a difference, the machine was too noisy.
+    The first is measured against itself as well (A/A): where that shows a difference, smaller ones cannot be told
+    apart.
     """
     if len(set(candidates)) < len(candidates):
         raise UsageError("a model is given more than once")
@@ -70,7 +71,7 @@ def _notes(measured: Mapping[int, Comparison]) -> Iterator[str]:
             shapes = ", ".join(f"{name} {_shapes(result)}" for name, result in compared.results.items())
             yield f"note: the models were measured on inputs of different shapes{batch}: {shapes}"
         if compared.too_noisy:
-            yield f"{compared.too_noisy}{batch and ','}{batch}"
+            yield f"{batch.strip()}{batch and ': '}{compared.too_noisy}"
 
 
 def _shapes(result: BenchmarkResult) -> str:
@@ -106,8 +107,9 @@ def _comparison_table(measured: Comparison) -> Any:
         )
     first = next(iter(measured.results.values()))
     title = f"{first.runtime} on {first.device}, batch {first.batch_size}, {counted(first.threads, 'thread')}"
-    check = measured.check and f"; A/A {_ratio(measured.check)}{': too noisy' if measured.too_noisy else ''}"
-    return table(f"{title}{check or ''}", header, rows)
+    if measured.check is not None and not measured.too_noisy:  # else a line below says what it shows
+        title += f"; A/A {_ratio(measured.check)}"
+    return table(title, header, rows)
 
 
 def _memory(result: BenchmarkResult) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import surgery
+from surgery.cli.config import write_config
 from surgery.cli.fields import is_given, settings_of, takes_fields
 from surgery.cli.losses import LossOptions, objectives
 from surgery.cli.options import DataOptions, RunOptions, Weights, load_if_saved, parse_device, refuse_untrained
@@ -127,6 +128,7 @@ def distill(
             for name, module in written.items():
                 surgery.save(module, staging / name)
             (staging / MARKER).write_text(json.dumps(content, indent=1) + "\n")
+            write_config(context, staging)
     emit(
         {**content, "out": str(run.out)},
         run.as_json,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 import surgery
+from surgery.cli.config import write_config
 from surgery.cli.fields import settings_of, takes_fields
 from surgery.cli.options import (
     DataOptions,
@@ -133,6 +134,7 @@ def evolve(
                 surgery.save(module, staging / name)
             surgery.draw_generations(found, tickets, staging / "generations.png", title=title)
             (staging / MARKER).write_text(json.dumps(content, indent=1) + "\n")
+            write_config(context, staging)
     emit(
         {**content, "out": str(run.out)},
         run.as_json,

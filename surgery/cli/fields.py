@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Annotated, Any, get_origin, get_type_hints
 
@@ -15,7 +15,7 @@ from surgery.settings import DistillSettings
 
 _WITHOUT_EFFECT = {
     *(one.name for one in fields(DistillSettings) if not one.metadata["result"]),
-    *("out", "force", "as_json", "device", "reuse", "skip_bad", "strict", "allow_changed_weights"),
+    *("out", "config", "force", "as_json", "device", "reuse", "skip_bad", "strict", "allow_changed_weights"),
 }
 """Options that may differ when a run is resumed."""
 
@@ -23,7 +23,8 @@ _WITHOUT_EFFECT = {
 def takes_fields(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Let a verb take dataclasses: typer sees an option for each of their fields, except those named ``without``.
 
-    A field's type is ``Annotated`` with its option, or the field is made by `surgery.settings.option`.
+    A field's type is ``Annotated`` with its option, or the field is made by `surgery.settings.option`. A field of the
+    same name in several of the dataclasses is one option, that of the first, and all get its value.
 
     Example:
         >>> @app.command()
@@ -44,12 +45,14 @@ def takes_fields(*without: str) -> Callable[[Callable[..., None]], Callable[...,
             types = get_type_hints(kind, include_extras=True)
             options = [_option(one, types[one.name]) for one in fields(kind) if one.name not in without]
             groups[parameter.name] = (kind, [one.name for one in options])
-            parameters += options
+            known = {one.name for one in parameters}
+            parameters += [one for one in options if one.name not in known]
 
         @functools.wraps(verb)
         def run(**given: Any) -> None:
-            grouped = {name: kind(**{one: given.pop(one) for one in own}) for name, (kind, own) in groups.items()}
-            verb(**given, **grouped)
+            grouped = {name: kind(**{one: given[one] for one in own}) for name, (kind, own) in groups.items()}
+            taken = {one for _, own in groups.values() for one in own}
+            verb(**{name: value for name, value in given.items() if name not in taken}, **grouped)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -71,11 +74,18 @@ def is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
+def completion(choices: Iterable[str]) -> Callable[[str], list[str]] | None:
+    """Make what completes one of ``choices`` in a shell; None without any."""
+    known = list(choices)
+    return (lambda incomplete: [choice for choice in known if choice.startswith(incomplete)]) if known else None
+
+
 def _option(one: Field[Any], hint: Any) -> inspect.Parameter:
     if "PathLike" in str(one.type):
         hint = (str | None) if one.default is None else str
     if get_origin(hint) is not Annotated:
         flag = one.metadata.get("name", f"--{one.name.replace('_', '-')}")
-        hint = Annotated[hint, typer.Option(flag, help=one.metadata["help"], metavar=one.metadata.get("metavar"))]
+        given = {"help": one.metadata["help"], "metavar": one.metadata.get("metavar")}
+        hint = Annotated[hint, typer.Option(flag, **given, autocompletion=completion(one.metadata.get("choices", ())))]
     default = inspect.Parameter.empty if one.default is MISSING else one.default
     return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)

@@ -11,6 +11,7 @@ import typer
 
 import surgery
 from surgery.cli.bench import bench
+from surgery.cli.config import write_config
 from surgery.cli.fields import takes_fields
 from surgery.cli.options import (
     AsJson,
@@ -24,6 +25,7 @@ from surgery.cli.options import (
     refuse_if_taken,
 )
 from surgery.cli.output import Bars, emit, table
+from surgery.errors import UsageError
 from surgery.settings import TradeoffSettings, option
 from surgery.storage.folders import refuse_folder
 from surgery.units import counted, mebibytes, quantity
@@ -67,6 +69,8 @@ def export(
     A detection model's file takes one image, or as many as --input-shape has.
     """
     refuse_if_taken(out, force)
+    if out.suffix != ".onnx":
+        raise UsageError(f"--out {out}: the name of an ONNX file ends in .onnx")
     module = opening.open(model)
     args, named = surgery.example_inputs(module)
     if opening.input_shape is None and isinstance(args[0], list):
@@ -113,7 +117,9 @@ class CandidateOptions:
     latency_budget: list[str] | None = option(
         None, "Slim to this latency, measured, as in 5ms; several times.", metavar="MS"
     )
-    macs_budget: list[str] | None = option(None, "To so many MACs, as in 300M.", metavar="N")
+    macs_budget: list[str] | None = option(
+        None, "To so many MACs, as in 300M, or a share of the model's, as in 0.5.", metavar="N"
+    )
     params_budget: list[str] | None = option(None, "To so many parameters.", metavar="N")
     bytes_budget: list[str] | None = option(None, "To so many bytes, as in 12MB.", metavar="N")
     reuse: list[Path] | None = option(None, "Take over what another run trained; several times.", metavar="DIR")
@@ -134,7 +140,7 @@ class CandidateOptions:
         return _rates(text if self.split_rates is None else self.split_rates), others
 
 
-@takes_fields("augment", "device")
+@takes_fields()
 def tradeoff(
     context: typer.Context,
     model: Model,
@@ -166,11 +172,12 @@ def tradeoff(
             command=shlex.join(["surgery", *context.obj]),
             progress=bars,
         )
+    write_config(context, run.out)
     emit(
         {**result.to_dict(), "out": str(run.out)},
         run.as_json,
         _curve_table(result),
-        note=(f"the machine was {result.too_noisy}\n" if result.too_noisy else "")
+        note="".join(f"{doubt}\n" for doubt in result.doubts)
         + f"{result.seconds:.0f} s; written to {run.out}: tradeoff.png, tradeoff.html, tradeoff.csv, tradeoff.json, "
         f"report.md and {', '.join(point.folder for point in result.points)}"
         + "".join(f"\n{point.name} is above its budget: {point.takes:g}" for point in result.points if point.over)
@@ -192,6 +199,7 @@ def _curve_table(result: Tradeoff) -> Any:
     header = [
         "split rate" if rates else "candidate",
         "accuracy",
+        *(["from scratch"] if result.controlled else []),
         "p50 ms",
         "p90 ms",
         "speed-up",
@@ -204,6 +212,7 @@ def _curve_table(result: Tradeoff) -> Any:
         [
             point.name,
             f"{point.score.accuracy:.1%}",
+            *([f"{point.control.accuracy:.1%}" if point.control else ""] if result.controlled else []),
             f"{point.latency.p50_ms:.3f}",
             f"{point.latency.p90_ms:.3f}",
             f"{point.speedup.value:.2f}" if point.speedup else "1",

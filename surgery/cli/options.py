@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 import surgery
+from surgery.cli.config import Config
 from surgery.errors import UsageError, unknown_name
 from surgery.settings import Settings, option
 
@@ -61,12 +62,26 @@ ChangedWeights = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace what --out names, if it was made by this command.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
 
+OutputNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="What the model returns whose channels may change: free for all of it; or, as often as you like, the NAME "
+        "of an output. [default: none]",
+    ),
+]
+
 Dataset = Annotated[str, typer.Option(metavar="DATA", help="mnist5k, digits, torchvision:NAME or imagefolder:DIR.")]
 
 EXACT = 1e-10
 """Relative difference, in float64, up to which two models compute the same: rounding is 1e-15 to 1e-13."""
 
 T = TypeVar("T")
+
+
+def name_outputs(names: Sequence[str] | None) -> str | Sequence[str] | None:
+    """Tell ``free``, given alone, from names."""
+    return names[0] if names and len(names) == 1 else names
 
 
 @dataclass(frozen=True)
@@ -122,6 +137,7 @@ class RunOptions:
     """Where a verb that trains computes, and what it writes."""
 
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")]
+    config: Config = None
     augment: Annotated[str, typer.Option(help="Training images: none, flip or flip-crop.")] = "none"
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")] = "auto"
     trust: Trust = False

@@ -86,7 +86,7 @@ class Bars:
         if task not in self._tasks:
             self._begin(task)
         elif task != "all" and done < total and monotonic() - self._said >= self.QUIET:
-            self._say(f"{task} {100 * done // total} %")
+            self._say_unless_drawn(f"{task} {100 * done // total} %")
         self._progress.update(self._tasks[task], completed=done, total=total)
         if task != "all" and done == total:
             self._progress.update(self._tasks[task], visible=False)
@@ -94,17 +94,20 @@ class Bars:
     def _begin(self, task: str) -> None:
         self._progress.start()
         if task != "all":
-            self._say(f"{task} …")
+            self._say_unless_drawn(f"{task} …")
         room = max(self._console.width - self.FIGURES, 1)
         label = "whole run" if task == "all" else task
         label = label if len(label) <= room else f"{label[: room - 1]}…"
         self._tasks[task] = self._progress.add_task(f"{label:<{min(28, room)}}", total=None)
 
-    def _say(self, line: str) -> None:
-        """Print a line, unless bars are drawn."""
+    def say(self, line: str) -> None:
+        """Print a line, above the bars where they are drawn."""
+        self._console.print(Text(line), soft_wrap=True)
+        self._said = monotonic()
+
+    def _say_unless_drawn(self, line: str) -> None:
         if not self._console.is_terminal:
-            self._console.print(Text(line), soft_wrap=True)
-            self._said = monotonic()
+            self.say(line)
 
 
 class Whole:

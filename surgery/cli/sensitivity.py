@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 import surgery
+from surgery.cli.config import write_config
 from surgery.cli.fields import takes_fields
 from surgery.cli.options import DataOptions, Model, RunOptions, Weights, load_if_saved, refuse_untrained
 from surgery.cli.output import Bars, emit, table
-from surgery.settings import Settings, TimingSettings, option
+from surgery.settings import IMPORTANCE, KEEPS, Settings, TimingSettings, option
 from surgery.storage.folders import refuse_folder, staged_folder
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class SensitivityOptions(Settings):
 
     split_rate: float = option(0.5, "Split rate in (0, 1] of the part that is slimmed.", name="--split-rate/--rate")
     by: str = option("group", "What is slimmed alone: group or stage.")
-    importance: str = option("prefix", "Which channels are kept, as in slim.")
+    importance: str = option("prefix", KEEPS, choices=IMPORTANCE)
     round_to: int = option(1, "Round widths up to a multiple of this.")
     epochs: int = option(0, "Train the model first, so many epochs; 0: take it as is.", least=0)
     weights: Weights = "none"
@@ -42,7 +43,12 @@ class SensitivityOptions(Settings):
 
 @takes_fields("augment", "batch_size", "device", "memory", "confidence")
 def sensitivity(
-    model: Model, data: DataOptions, options: SensitivityOptions, settings: TimingSettings, run: RunOptions
+    context: typer.Context,
+    model: Model,
+    data: DataOptions,
+    options: SensitivityOptions,
+    settings: TimingSettings,
+    run: RunOptions,
 ) -> None:
     """Slim each part of a trained model alone: how much accuracy that loses, and how much time it saves.
 
@@ -65,6 +71,7 @@ def sensitivity(
         )
     with staged_folder(run.out, marker=MARKER, force=run.force) as folder:
         surgery.write_sensitivity(result, folder)
+        write_config(context, folder)
     written = f"written to {run.out}: sensitivity.png, sensitivity.csv and sensitivity.json"
     content = {**result.to_dict(), "out": str(run.out)}
     emit(content, run.as_json, _table(result), note="\n".join([*result.doubts, written]))

@@ -93,7 +93,7 @@ def inspect(
         found = _find(groups, group)
         _show_members(found, costs[found.name], as_json)
         return
-    editable = sum(g.editable for g in groups)
+    editable, held = sum(g.editable for g in groups), surgery.held_back(traced)
     said = (
         f"{quantity(figures.params)} parameters, {quantity(figures.macs)} MACs an input, {mebibytes(figures.bytes)}; "
         f"{editable} of {counted(len(groups), 'group')} editable"
@@ -113,6 +113,7 @@ def inspect(
         "macs_of_no_weight": macs.get("", 0),
         "svg": None if svg is None else str(svg),
         "groups": [_group(g, costs[g.name]) for g in groups],
+        "held_back": [one.to_dict() for one in held],
     }
     header = ["group", "size", "units", "members", "parameters", "MACs", "editable"]
     rows = [
@@ -121,6 +122,7 @@ def inspect(
     ]
     frozen = [[g.name, _briefly(g.reason)] for g in groups if not g.editable]
     reasons = [table("", ["not editable", "because"], frozen, text=["because"])] if frozen else []
+    reasons = [*_why_held(held), *reasons]
     drawn = "" if svg is None else f"\ndrawn to {svg}"
     emit(result, as_json, table("", header, rows, left=["editable"]), *reasons, note=said + drawn)
 
@@ -136,6 +138,18 @@ def _group(group: surgery.DimensionGroup, carried: surgery.GroupCost) -> dict[st
         "reason": group.reason,
         "members": [{"name": m.name, "axis": m.axis, "role": m.role} for m in group.members],
     }
+
+
+def _why_held(held: Sequence[surgery.HeldBack]) -> Iterator[Table]:
+    """Yield a table of what cannot be edited, by reason, the largest part of the work first."""
+    rows = [
+        [f"{one.macs:.1%}", f"{one.reason}{f', and {one.more} more' if one.more else ''}", one.channels, one.line]
+        for one in held
+    ]
+    total = sum(one.macs for one in held)
+    if rows:
+        header = ["MACs", "held back because", "channels", "line"]
+        yield table(f"{total:.1%} of the MACs lie at channels that cannot be edited", header, rows, text=header[1::2])
 
 
 def _briefly(reason: str) -> str:

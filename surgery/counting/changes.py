@@ -12,7 +12,9 @@ from surgery.axes.frozen import Unedited
 from surgery.axes.groups import Member
 from surgery.counting.cost import Cost, cost
 from surgery.counting.unedited import unedited
+from surgery.edit.kept_outputs import Output, outputs
 from surgery.edit.recipe import recipe
+from surgery.graph.traced import info
 from surgery.units import mebibytes, quantity
 
 Shape = tuple[int, ...]
@@ -53,6 +55,8 @@ class Changes:
     """The steps from one to the other, each in one line; empty where one was not made from the other."""
     unedited: Unedited | None = None
     """What of the first cannot be edited (`surgery.unedited`)."""
+    outputs: tuple[Output, ...] = ()
+    """The outputs of the second whose channels are others than those of the first."""
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return for each layer the cells that `header` names; the shape is of the first parameter that differs."""
@@ -73,6 +77,7 @@ class Changes:
             "removed": [layer.to_dict() for layer in self.removed],
             "steps": list(self.steps),
             "unedited": None if self.unedited is None else self.unedited.to_dict(),
+            "outputs": [output.to_dict() for output in self.outputs],
         }
 
     def summary(self) -> str:
@@ -89,7 +94,8 @@ class Changes:
         rows = [self.header, *self.rows()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join([self.summary(), *self.steps, *(line.rstrip() for line in lines if self.rows())])
+        changed = (f"output {output}" for output in self.outputs)
+        return "\n".join([self.summary(), *self.steps, *changed, *(line.rstrip() for line in lines if self.rows())])
 
 
 def changes(before: nn.Module, after: nn.Module) -> Changes:
@@ -110,6 +116,7 @@ def changes(before: nn.Module, after: nn.Module) -> Changes:
     """
     old, new = layers(before), layers(after)
     first, steps = recipe(before).steps, recipe(after).steps
+    same = info(before).kept == info(after).kept
     return Changes(
         cost=(cost(before), cost(after)),
         changed=tuple((old[n], new[n]) for n in new if n in old and old[n].shapes != new[n].shapes),
@@ -117,6 +124,7 @@ def changes(before: nn.Module, after: nn.Module) -> Changes:
         removed=tuple(layer for name, layer in old.items() if name not in new),
         steps=tuple(map(str, steps[len(first) :])) if steps[: len(first)] == first else (),
         unedited=unedited(before),
+        outputs=() if same else tuple(output for output in outputs(after) if output not in outputs(before)),
     )
 
 

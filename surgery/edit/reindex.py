@@ -15,16 +15,19 @@ import torch
 from torch import nn
 
 from surgery.axes.analysis import Analysis, analyse
+from surgery.axes.network_outputs import Outputs, parse_outputs
 from surgery.edit.apply import apply
 from surgery.edit.checks import check_index, check_layouts
 from surgery.edit.copies import Noise
 from surgery.edit.gather import changed_tensors, gather_tensors
+from surgery.edit.kept_outputs import follow_outputs
 from surgery.edit.layout import Layout, Layouts
 from surgery.edit.means import Expansion
 from surgery.edit.names import resolve
 from surgery.edit.rewire import rewire
 from surgery.edit.step import MEAN, AxisOrigin, Origin, Step
 from surgery.edit.untraced_calls import follow_untraced_calls
+from surgery.graph.traced import info, with_info
 
 
 @dataclass(frozen=True)
@@ -37,20 +40,21 @@ class Reindex(Step):
             factors of one old unit's copies sum to 1, that of a mean is 0. By default copies share evenly
             (Net2WiderNet, section 3.1 of Chen et al. 2016).
         noise: on the weights of the copies.
+        outputs: the outputs of the network that may change, as patterns of their names; ``"*"`` for all.
     """
 
     indices: Mapping[str, tuple[int, ...]]
     shares: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     noise: Noise | None = None
+    outputs: tuple[str, ...] = ()
 
     def apply(self, module: nn.Module) -> nn.Module:
         """See `Step.apply`."""
-        analysis = analyse(module)
-        return gather(module, analysis, self)
+        return gather(module, analyse(module, self.outputs), self)
 
     def origins(self, module: nn.Module) -> dict[str, Origin]:
         """See `Step.origins`."""
-        return gathered_origins(module, analyse(module), self)
+        return gathered_origins(module, analyse(module, self.outputs), self)
 
     def describe(self) -> str:
         """See `Step.describe`."""
@@ -64,6 +68,8 @@ def reindex(
     module: nn.Module,
     indices: Mapping[Any, Sequence[int]],
     shares: Mapping[Any, Sequence[float]] | None = None,
+    *,
+    outputs: Outputs = None,
 ) -> nn.Module:
     """Gather dimension groups by an index.
 
@@ -73,23 +79,38 @@ def reindex(
             Dropping, copying and moving units are all indices: ``[0, 1]`` keeps two, ``[0, 1, 1]`` copies the second.
         shares: for a group with copies, the factor with which consumers weigh each new unit, 0 for a mean; by default
             even.
+        outputs: the outputs of the network that may change: ``"free"`` for all, or their names (`surgery.outputs`).
+            Channels alone do, positions and the batch never. `surgery.verify` compares what is left.
 
     Returns:
         a new module.
 
     Raises:
-        UsageError: an unknown name, an index out of range or empty, shares of a unit's copies that do not sum to 1.
+        UsageError: an unknown name of a layer or output, an index out of range or empty, shares of a unit's copies that
+            do not sum to 1.
         EditError: a unit that must stay is dropped, or copies cannot be made exactly.
 
     Example:
         >>> surgery.reindex(traced, {"conv1": [0, 1, 1]})
+        >>> surgery.reindex(traced, {"fc": [0, 2, 5]}, outputs="free")  # a classifier of three of its classes
     """
-    analysis = analyse(module)
+    free = parse_outputs(outputs)
+    return apply(module, reindex_step(analyse(module, free), module, indices, shares, free))
+
+
+def reindex_step(
+    analysis: Analysis,
+    module: nn.Module,
+    indices: Mapping[Any, Sequence[int]],
+    shares: Mapping[Any, Sequence[float]] | None = None,
+    free: tuple[str, ...] = (),
+) -> Reindex:
+    """The step that `reindex` takes; ``analysis`` is of ``module``, with these outputs ``free``."""
     wished = {where: tuple(int(i) for i in index) for where, index in indices.items()}
     weighed = {where: tuple(float(v) for v in values) for where, values in (shares or {}).items()}
     by_group = {group.name: index for group, index in resolve(analysis, module, wished, frozen=True).items()}
     by_share = {group.name: values for group, values in resolve(analysis, module, weighed).items()}
-    return apply(module, Reindex(by_group, by_share))
+    return Reindex(by_group, by_share, outputs=free)
 
 
 def gathered_origins(module: nn.Module, analysis: Analysis, step: Reindex) -> dict[str, Origin]:
@@ -119,6 +140,7 @@ def gather(module: nn.Module, analysis: Analysis, step: Reindex) -> nn.Module:
     check_layouts(analysis, layouts)
     result = copy.deepcopy(module, gather_tensors(module, analysis, layouts, expansion, step.noise))
     rewire(module, result, analysis, layouts)
+    with_info(result, kept=follow_outputs(analysis, layouts, info(module).kept))
     expansion.adjust(result)
     follow_untraced_calls(result, analysis, layouts)
     return result

@@ -60,6 +60,7 @@ class _Rewiring(EditedGraph):
         replaced = False
         for node in self.graph.nodes:
             if node.op in ("placeholder", "output", "get_attr") or isinstance(node.target, Rebuild):
+                self.refuse_stale(node)
                 continue
             out = self.record(node)
             if not any(True for _ in _labelled(out)):
@@ -89,6 +90,12 @@ class _Rewiring(EditedGraph):
             if "path" not in node.meta and node.users:  # a new node is where its reader is
                 node.meta["path"] = next(iter(node.users)).meta.get("path", "")
         self.copy.lint()
+
+    def refuse_stale(self, node: fx.Node) -> None:
+        """What hands values on cannot take instead what they are selected from."""
+        late = next((n for n in node.all_input_nodes if n in self.stale), None)
+        if late is not None:
+            raise EditError(f"{_where(late)} cannot follow the edit: its parts would be of other sizes")
 
     def is_concerned(self, node: fx.Node, out: Any) -> bool:
         if any(self.layouts.changes(leaf) for leaf in _labelled((out, [self.record(n) for n in node.all_input_nodes]))):

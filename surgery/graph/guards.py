@@ -132,12 +132,30 @@ def _ancestors(node: fx.Node, known: dict[fx.Node, Any]) -> list[fx.Node]:
     return order
 
 
+_NOT_THE_USERS = ("surgery.graph.", "surgery.deploy.", "surgery.axes.", "torch.", "contextlib", "functools")
+_CALLERS = {("surgery.graph.whole_graph", "trace_whole"), ("surgery.axes.untraced", "_record")}
+"""What calls a model's Python: modules and functions."""
+
+
+def model_line() -> str:
+    """The innermost line of a model's own Python that is traced or run, as ``file.py:12``; empty where it has none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if (module, frame.f_code.co_name) in _CALLERS:
+            return ""
+        if not module.startswith(_NOT_THE_USERS):
+            return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
 def user_line() -> str:
     """The innermost line that runs and is neither of this package's nor of torch's tracer."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
-        if not module.startswith(("surgery.graph.", "surgery.deploy.", "torch.", "contextlib", "functools")):
+        if not module.startswith(_NOT_THE_USERS):
             return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
         frame = frame.f_back
     return "unknown line"

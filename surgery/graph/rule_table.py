@@ -56,6 +56,10 @@ class Rule:
     finite: bool | Callable[..., Any] | None = None
     """For what Python asks of numbers before it branches: what the op finds of a number that is finite, or how it sums
     up such findings."""
+    macs: Callable[..., int | None] | None = None
+    """The multiply-accumulates of one call, from shapes alone: called with the shape of the output, ``layer`` (or
+    None), and by name the function's arguments, with the shape of each tensor in its place; of a layer also the shapes
+    of its parameters. None where they cannot be told. What has no ``macs`` multiplies nothing."""
 
     @property
     def activation(self) -> bool:
@@ -181,6 +185,7 @@ def oprule(
     tensors: tuple[str, ...] = (),
     python: str | Callable[[Mapping[str, Any]], bool] = "",
     finite: bool | Callable[..., Any] | None = None,
+    macs: Callable[..., int | None] | None = None,
 ) -> Callable[[Relate], Relate]:
     """Register the decorated function as the rule of ``targets``: functions, method names and module classes.
 
@@ -213,7 +218,8 @@ def oprule(
         spellings = (*targets, *in_place)
         moves = movement or kind == "concatenation"
         rule = Rule(
-            relate, spellings, rewrite, moves, linear, zeros, within, kind, over, in_place, tensors, python, finite
+            *(relate, spellings, rewrite, moves, linear, zeros, within, kind, over, in_place, tensors, python, finite),
+            macs=macs,
         )
         for target in spellings:
             if isinstance(target, str):

@@ -34,6 +34,21 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class KeptChannels:
+    """What edits made of an axis of an output since `trace`."""
+
+    output: str
+    """Its name (`surgery.axes.network_outputs.output_name`)."""
+    axis: int
+    size: int
+    """The length of the axis when it was traced."""
+    positions: tuple[int, ...]
+    """For each position now, the one that it was then."""
+    modes: tuple[bool, ...]
+    """For which modes (``training``) that is so."""
+
+
+@dataclass(frozen=True)
 class TraceInfo:
     """What is remembered of how a module was traced, and of what was done to it since."""
 
@@ -49,6 +64,8 @@ class TraceInfo:
     """Where it was not: for which modes (``training``) it runs on the inputs."""
     batched: bool = False
     """Whether it was compared with the model at a second batch size."""
+    kept: tuple[KeptChannels, ...] = ()
+    """The axes of outputs that edits changed."""
     seal: Mapping[tuple[str, str], str] | None = None
     """The structure of the module after the last step (`surgery.graph.structure`)."""
 

@@ -18,7 +18,7 @@ from surgery.errors import TraceError
 from surgery.graph.arguments import Arguments
 from surgery.graph.finite import expect_finite, where_finite
 from surgery.graph.gradients import Modes, mark_modes
-from surgery.graph.guards import Values, expect, user_line
+from surgery.graph.guards import Values, expect, model_line, user_line
 from surgery.graph.hooks import Owner, own_hooks
 from surgery.graph.items import may_hold, set_items
 from surgery.graph.outputs import taken_apart
@@ -253,6 +253,7 @@ class GuardingTracer(fx.Tracer):
         self._settle()
         node = super().create_node(kind, getattr(target, LEAF, target), *rest, **named)
         mark_modes(node, self.modes)
+        node.meta["line"] = model_line()
         return node
 
     def create_arg(self, a: Any) -> Any:

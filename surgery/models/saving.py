@@ -41,7 +41,7 @@ from surgery.models.saved import (
     read_recipe,
 )
 from surgery.storage.documents import digest_file, refuse_long, refuse_special, sign
-from surgery.storage.folders import refuse_folder, staged_folder
+from surgery.storage.folders import file_mode, refuse_folder, staged_folder
 
 __all__ = ["RECIPE", "WEIGHTS", "load", "load_weights", "save"]
 
@@ -90,6 +90,7 @@ def save(module: nn.Module, directory: str | os.PathLike[str], *, force: bool = 
     refuse_large(content["steps"])
     with staged_folder(target, marker=RECIPE, force=force) as folder, _full_disks(folder / WEIGHTS):
         save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, folder / WEIGHTS)
+        (folder / WEIGHTS).chmod(file_mode())  # safetensors lets no other user read what it writes
         text = json.dumps(sign({**content, "weights": digest_file(folder / WEIGHTS)}), indent=1) + "\n"
         refuse_long(text, f"the recipe of {target}")
         (folder / RECIPE).write_text(text)

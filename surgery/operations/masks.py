@@ -14,6 +14,7 @@ from surgery.axes.groups import DimensionGroup
 from surgery.errors import UsageError, unknown_name
 from surgery.graph.traced import named_tensors
 from surgery.selectors import Where, each_selector, matches
+from surgery.settings import IMPORTANCE
 
 
 def by_first_name(module: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -61,9 +62,6 @@ def largest(scores: Tensor, count: int) -> Tensor:
     ties = (scores == threshold).nonzero().squeeze(1)
     keep[ties[: count - int(keep.sum())]] = True
     return keep
-
-
-IMPORTANCE = ("prefix", "magnitude")
 
 
 Scores = NDArray[np.float64]

@@ -21,6 +21,7 @@ from torch import nn
 from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.frozen import why_nothing_changes
 from surgery.axes.groups import DimensionGroup
+from surgery.axes.network_outputs import Outputs, parse_outputs
 from surgery.edit.apply import apply
 from surgery.edit.names import resolve
 from surgery.edit.reindex import Reindex
@@ -33,7 +34,9 @@ Rate = float | Mapping[Any, float]
 """One split rate, or one for each selector (`surgery.selectors`)."""
 
 
-def slim(module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = "prefix") -> nn.Module:
+def slim(
+    module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = "prefix", outputs: Outputs = None
+) -> nn.Module:
     """Carve the KELS slim network out of a dense one.
 
     It computes what the dense network computes with its reset-hypothesis switched off (`masked`).
@@ -47,6 +50,8 @@ def slim(module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = 
         round_to: kept channels are rounded up to a multiple of this, as far as there are any.
         importance: which channels are kept: ``"prefix"``, the first (KELS), or ``"magnitude"``, as many of those with
             the largest weights.
+        outputs: the outputs of the network that may change: ``"free"`` for all, or their names (`surgery.outputs`).
+            Channels alone do, positions and the batch never. `surgery.verify` compares what is left.
 
     Returns:
         a new module.
@@ -56,25 +61,40 @@ def slim(module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = 
             edited, and why (`surgery.unedited` has all).
 
     Raises:
-        UsageError: a rate outside (0, 1], or an unknown name or importance.
+        UsageError: a rate outside (0, 1], or an unknown name, importance or output.
 
     Example:
         >>> slim = surgery.slim(traced, 0.5)
         >>> surgery.verify(slim, surgery.masked(traced, surgery.split_masks(traced, 0.5))).ok
         True
     """
-    step = slim_plan(module, rate, round_to=round_to, importance=importance)
+    step = slim_plan(module, rate, round_to=round_to, importance=importance, outputs=outputs)
     if not (step.indices or isinstance(rate, Mapping) or rate == 1):
-        warnings.warn(
-            f"slim changed nothing: {why_nothing_changes(analyse(module))}", NothingChangedWarning, stacklevel=2
-        )
+        why = why_nothing_changes(analyse(module, step.outputs))
+        warnings.warn(f"slim changed nothing: {why}", NothingChangedWarning, stacklevel=2)
     return apply(module, step)
 
 
-def slim_plan(module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = "prefix") -> Reindex:
+def slim_plan(
+    module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = "prefix", outputs: Outputs = None
+) -> Reindex:
     """The step that `slim` takes."""
-    kept = fit_units(analyse(module), module, rate, round_to, importance)
-    return Reindex({g.name: tuple(map(int, np.flatnonzero(keep))) for g, keep in kept.items() if not keep.all()})
+    free = parse_outputs(outputs)
+    return slim_step(analyse(module, free), module, rate, round_to, importance, free)
+
+
+def slim_step(
+    analysis: Analysis,
+    module: nn.Module,
+    rate: Rate,
+    round_to: int = 1,
+    importance: str = "prefix",
+    free: tuple[str, ...] = (),
+) -> Reindex:
+    """As `slim_plan`; ``analysis`` is of ``module``, with these outputs ``free``."""
+    kept = fit_units(analysis, module, rate, round_to, importance)
+    indices = {g.name: tuple(np.flatnonzero(keep).tolist()) for g, keep in kept.items() if not keep.all()}
+    return Reindex(indices, outputs=free)
 
 
 def split_masks(
@@ -85,6 +105,7 @@ def split_masks(
     seed: int = 0,
     round_to: int = 1,
     importance: str = "prefix",
+    outputs: Outputs = None,
 ) -> dict[str, torch.Tensor]:
     """The fit-hypothesis as a bool tensor for each parameter (True: kept).
 
@@ -94,13 +115,13 @@ def split_masks(
         kind: ``"kels"``: the channels that `slim` keeps. ``"wels"``: of each weight of two or more dimensions exactly
             ``ceil(s * numel)`` entries, drawn without replacement; vectors are kept whole.
         seed: of the draw, at least 0; KELS draws nothing.
-        round_to, importance: which channels the fit-hypothesis has, as in `slim`; for KELS alone.
+        round_to, importance, outputs: which channels the fit-hypothesis has, as in `slim`; for KELS alone.
 
     Returns:
         by qualified name, tied parameters under each of theirs.
 
     Raises:
-        UsageError: a rate outside (0, 1], an unknown kind or importance, or several rates for WELS.
+        UsageError: a rate outside (0, 1], an unknown kind, importance or output, or several rates for WELS.
 
     Example:
         >>> masks = surgery.split_masks(traced, 0.5, kind="wels", seed=1)
@@ -109,7 +130,7 @@ def split_masks(
     """
     seed = whole_number("seed", seed, 0)
     if kind == "kels":
-        analysis = analyse(module)
+        analysis = analyse(module, parse_outputs(outputs))
         return _kels_masks(module, analysis, fit_units(analysis, module, rate, round_to, importance))
     if kind == "wels":
         info(module)
@@ -117,6 +138,8 @@ def split_masks(
             raise UsageError("WELS takes one rate for the whole network")
         if importance != "prefix":
             raise UsageError("importance is of channels: leave it out for WELS, which keeps scattered weights")
+        if outputs is not None:
+            raise UsageError("outputs are of channels: leave them out for WELS, which keeps scattered weights")
         return _wels_masks(module, _valid_rate(rate), seed)
     raise unknown_name("kind of mask", kind, ["kels", "wels"])
 
@@ -170,14 +193,11 @@ def _keep_best(group: DimensionGroup, rate: float, round_to: int, scores: Scores
     segment keeps ``ceil(s * n)``."""
     keep = group.frozen.copy()
     step = max(1, math.ceil(round_to * group.units / group.size))
-    for segment in np.unique(group.segments):
-        free = np.flatnonzero((group.segments == segment) & ~group.frozen)
-        if len(free) == 0:
-            continue
-        count = math.ceil(round(rate * len(free), 9))
-        count = min(len(free), math.ceil(count / step) * step)
-        parts = [free[group.classes[free] == c] for c in np.unique(group.classes[free])]
-        for part, n in zip(parts, _share_out(count, [len(p) for p in parts]), strict=False):
+    for parts in group.free:
+        free = sum(map(len, parts))
+        count = math.ceil(round(rate * free, 9))
+        count = min(free, math.ceil(count / step) * step)
+        for part, n in zip(parts, _share_out(count, [len(p) for p in parts]), strict=True):
             keep[part[np.argsort(-scores[part], kind="stable")[:n]]] = True
     return keep
 

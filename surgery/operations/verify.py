@@ -19,6 +19,7 @@ from surgery.graph.outputs import tensors_in
 from surgery.graph.seeding import seeded
 from surgery.graph.traced import example_inputs as remembered_inputs
 from surgery.graph.traced import is_traced
+from surgery.operations.aligned import Taken, align
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _SMALL = 1e-2
@@ -83,6 +84,7 @@ class _Run:
     gradients: dict[str, Tensor]
     """Of inputs and parameters, by name."""
     parameters: dict[str, Tensor]
+    taken: Taken
 
 
 def verify(
@@ -105,6 +107,9 @@ def verify(
     A comparison that could not fail is a failure, with a ``problem``: outputs that are all zero, all one number, empty
     or not finite.
 
+    Where edits changed the outputs themselves (``outputs="free"``), the channels that both modules hold are compared,
+    copies with what they copy: `surgery.outputs` says which they are.
+
     Args:
         module: what is checked.
         reference: what it should compute.
@@ -122,7 +127,8 @@ def verify(
         the differences, and whether they are within the tolerance.
 
     Raises:
-        UsageError: the outputs do not have the same structure and shapes; or no inputs, and neither module is traced.
+        UsageError: the outputs do not have the same structure and shapes, or each module lacks channels of the other;
+            or no inputs, and neither module is traced.
 
     Example:
         >>> wide = surgery.widen(traced, 1.5)
@@ -134,14 +140,16 @@ def verify(
     else:
         given = () if example_inputs is None else example_inputs
         args, named = given if isinstance(given, tuple) else (given,), dict(kwargs or {})
-    first, second = (_run(m, args, named, dtype, train, seed) for m in (module, reference))
+    ours, theirs = align(module, reference, train)
+    first = _run(module, args, named, dtype, train, seed, ours)
+    second = _run(reference, args, named, dtype, train, seed, theirs)
     result = _compare(first, second, tolerance)
-    other = _other_batch(reference, args, named, dtype, train, seed)
+    other = _other_batch(reference, args, named, dtype, train, seed, theirs)
     if other is None:
         return result
     inputs, expected = other
     try:
-        again = _compare(_run(module, *inputs, dtype, train, seed), expected, tolerance)
+        again = _compare(_run(module, *inputs, dtype, train, seed, ours), expected, tolerance)
     except SurgeryError:
         return result  # refused with a reason, as a module may that is good for the traced batch alone
     except Exception as error:
@@ -152,12 +160,12 @@ def verify(
 
 
 def _other_batch(
-    reference: nn.Module, args: Args, kwargs: Kwargs, dtype: torch.dtype | None, train: bool, seed: int
+    reference: nn.Module, args: Args, kwargs: Kwargs, dtype: torch.dtype | None, train: bool, seed: int, taken: Taken
 ) -> tuple[tuple[Args, Kwargs], _Run] | None:
     """Inputs at another batch size and what the reference gives for them; None where it does not take them."""
     try:
         inputs = with_batch(args, kwargs, 3 if batch_of(args, kwargs) == 2 else 2)
-        return inputs, _run(reference, *inputs, dtype, train, seed)
+        return inputs, _run(reference, *inputs, dtype, train, seed, taken)
     except Exception:  # whatever a model raises on a batch that it is not made for
         return None
 
@@ -179,9 +187,11 @@ def _worse(a: Verification, b: Verification) -> Verification:
 
 def _compare(run: _Run, expected: _Run, tolerance: float | None) -> Verification:
     """The differences for one batch."""
-    shapes = [[tuple(t.shape) for t in side.outputs] for side in (run, expected)]
+    sides = (("first", run), ("second", expected))
+    shapes = [[tuple(t.shape) for t in side.outputs] for _, side in sides]
     if shapes[0] != shapes[1]:
-        raise UsageError(f"outputs have different shapes: {shapes[0]} and {shapes[1]}")
+        edited = [f"the {which} should have {run.taken}" for which, run in sides if run.taken.sizes]
+        raise UsageError("; ".join([f"outputs have different shapes: {shapes[0]} and {shapes[1]}", *edited]))
     max_abs = max_rel = max_grad = 0.0
     for x, y in zip(run.outputs, expected.outputs, strict=True):
         difference = _magnitude(_wide(x) - _wide(y))
@@ -254,8 +264,11 @@ def _sort(values: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     return flat[order], gradients[order]
 
 
-def _run(module: nn.Module, args: Args, kwargs: Kwargs, dtype: torch.dtype | None, train: bool, seed: int) -> _Run:
-    """Call a copy of a module on copies of inputs; with ``train``, and differentiate."""
+def _run(
+    module: nn.Module, args: Args, kwargs: Kwargs, dtype: torch.dtype | None, train: bool, seed: int, taken: Taken
+) -> _Run:
+    """Call a copy of a module on copies of inputs, and take of its outputs what is compared; with ``train``, and
+    differentiate."""
     twin = copy.deepcopy(module).train(train)
     avoid_fused_paths(twin)
     twin = twin if dtype is None else twin.to(dtype)
@@ -273,12 +286,13 @@ def _run(module: nn.Module, args: Args, kwargs: Kwargs, dtype: torch.dtype | Non
 
     with torch.set_grad_enabled(train), seeded(seed):
         inputs, named = pytree.tree_map(prepared, (args, kwargs))
-        outputs = [tensor for _, tensor in tensors_in(twin(*inputs, **named))]
+        outputs = taken.of(tensors_in(twin(*inputs, **named)))
         parameters = {name: p for name, p in twin.named_parameters() if p.requires_grad} if train else {}
         wanted = {**{f"input {k}": leaf for k, leaf in enumerate(leaves)}, **parameters}
         gradients = _gradients(outputs, wanted, seed) if train else {}
     trains = any(output.requires_grad for output in outputs)
-    return _Run([t.detach() for t in outputs], trains, gradients, {n: p.detach() for n, p in parameters.items()})
+    held = {name: p.detach() for name, p in parameters.items()}
+    return _Run([t.detach() for t in outputs], trains, gradients, held, taken)
 
 
 def _gradients(outputs: list[Tensor], wanted: dict[str, Tensor], seed: int) -> dict[str, Tensor]:

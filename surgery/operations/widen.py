@@ -15,6 +15,7 @@ from torch import nn
 from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.frozen import why_nothing_changes
 from surgery.axes.groups import DimensionGroup
+from surgery.axes.network_outputs import Outputs, parse_outputs
 from surgery.edit.apply import apply
 from surgery.edit.copies import Noise
 from surgery.edit.means import normalised_streams
@@ -38,6 +39,7 @@ def widen(
     noise: float = 0.05,
     seed: int = 0,
     round_to: int = 1,
+    outputs: Outputs = None,
 ) -> nn.Module:
     """Widen a network without changing what it computes.
 
@@ -61,6 +63,8 @@ def widen(
         noise: standard deviation of ``"zero-sum"`` and ``"noise"``, in those of the weight that it is added to.
         seed: of the draws; the same for the same group, whatever else is widened.
         round_to: new widths, absolute ones too, are rounded up to a multiple of this, in channels.
+        outputs: the outputs of the network that may change: ``"free"`` for all, or their names (`surgery.outputs`).
+            Channels alone do, positions and the batch never. `surgery.verify` compares what is left.
 
     One factor for every group leaves alone what cannot grow by it exactly (`unwidened`).
 
@@ -71,7 +75,7 @@ def widen(
         NothingChangedWarning: a single factor above 1 leaves the network as it is.
 
     Raises:
-        UsageError: a factor below 1, a width below the present one or not made of whole units, an unknown name,
+        UsageError: a factor below 1, a width below the present one or not made of whole units, an unknown name, output,
             mapping or way to break the symmetry, a ``noise`` that is not above 0.
         EditError: a named layer cannot be widened exactly by that much.
 
@@ -81,19 +85,25 @@ def widen(
         True
     """
     step = widen_plan(
-        module, width, mapping=mapping, break_symmetry=break_symmetry, noise=noise, seed=seed, round_to=round_to
+        module,
+        width,
+        mapping=mapping,
+        break_symmetry=break_symmetry,
+        noise=noise,
+        seed=seed,
+        round_to=round_to,
+        outputs=outputs,
     )
     if not (step.indices or isinstance(width, Mapping) or width == 1):
-        warnings.warn(
-            f"widen changed nothing: {_why_nothing_grows(module, width, round_to)}", NothingChangedWarning, stacklevel=2
-        )
+        why = _why_nothing_grows(module, width, round_to, step.outputs)
+        warnings.warn(f"widen changed nothing: {why}", NothingChangedWarning, stacklevel=2)
     return apply(module, step)
 
 
-def _why_nothing_grows(module: nn.Module, width: float, round_to: int) -> str:
-    left = unwidened(module, width, round_to=round_to)
+def _why_nothing_grows(module: nn.Module, width: float, round_to: int, free: tuple[str, ...]) -> str:
+    left = unwidened(module, width, round_to=round_to, outputs=free)
     more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
-    return f"{next(iter(left.values()))}{more}" if left else why_nothing_changes(analyse(module))
+    return f"{next(iter(left.values()))}{more}" if left else why_nothing_changes(analyse(module, free))
 
 
 def widen_plan(
@@ -105,6 +115,7 @@ def widen_plan(
     noise: float = 0.05,
     seed: int = 0,
     round_to: int = 1,
+    outputs: Outputs = None,
 ) -> Reindex:
     """The step that `widen` takes."""
     if mapping not in MAPPINGS:
@@ -112,22 +123,24 @@ def widen_plan(
     if break_symmetry is not None and break_symmetry not in SYMMETRY:
         raise UsageError(f"break_symmetry must be 'uneven', 'zero-sum', 'noise' or None, not {break_symmetry!r}")
     seed = whole_number("seed", seed, 0)
-    indices = _plan(module, width, mapping, seed, round_to)[0]
+    free = parse_outputs(outputs)
+    indices = _plan(module, width, mapping, seed, round_to, free)[0]
     if break_symmetry == "uneven":
-        return Reindex(
-            indices, {name: shares for name, index in indices.items() if (shares := _draw_shares(name, index, seed))}
-        )
+        drawn = {name: _draw_shares(name, index, seed) for name, index in indices.items()}
+        return Reindex(indices, {name: shares for name, shares in drawn.items() if shares}, outputs=free)
     if break_symmetry is None:
-        return Reindex(indices)
+        return Reindex(indices, outputs=free)
     kind = "zero-sum" if break_symmetry == "zero-sum" else "plain"
-    return Reindex(indices, noise=Noise(kind, _real_number("noise is a number", noise), seed))
+    return Reindex(indices, noise=Noise(kind, _real_number("noise is a number", noise), seed), outputs=free)
 
 
-def unwidened(module: nn.Module, width: float | Mapping[Any, Width], *, round_to: int = 1) -> dict[str, str]:
+def unwidened(
+    module: nn.Module, width: float | Mapping[Any, Width], *, round_to: int = 1, outputs: Outputs = None
+) -> dict[str, str]:
     """The editable groups that `widen` leaves as they are because it could not widen them exactly.
 
     Args:
-        module, width, round_to: as for `widen`.
+        module, width, round_to, outputs: as for `widen`.
 
     Returns:
         by group name, why.
@@ -139,15 +152,20 @@ def unwidened(module: nn.Module, width: float | Mapping[Any, Width], *, round_to
         >>> surgery.unwidened(traced, 1.5)
         {}
     """
-    return _plan(module, width, "random", 0, round_to)[1]
+    return _plan(module, width, "random", 0, round_to, parse_outputs(outputs))[1]
 
 
 def _plan(
-    module: nn.Module, width: float | Mapping[Any, Width], mapping: str, seed: int, round_to: int
+    module: nn.Module,
+    width: float | Mapping[Any, Width],
+    mapping: str,
+    seed: int,
+    round_to: int,
+    free: tuple[str, ...],
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """The index of each group that grows, and why others do not."""
     round_to = whole_number("round_to", round_to, 1)
-    analysis = analyse(module)
+    analysis = analyse(module, free)
     named = isinstance(width, Mapping)
     if isinstance(width, Mapping):
         wishes = resolve(analysis, module, width)
@@ -238,6 +256,8 @@ def _draw_index(
         try:
             if len(free) < group.units:
                 raise EditError("a part of it must stay as it is")
+            if rest and analysis.is_output(group):
+                raise EditError("an output of the network would hold means of its channels")
             if rest:
                 normalised_streams(module, analysis, group)
         except EditError as error:

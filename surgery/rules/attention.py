@@ -7,6 +7,7 @@ queries, keys and values, its columns of the output projection, and its entry in
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from typing import Any
 
@@ -16,7 +17,7 @@ from torchvision.models import swin_transformer
 from torchvision.models.video import mvit
 from torchvision.models.video import swin_transformer as swin_transformer_3d
 
-from surgery.axes.labels import Field, Fields, Labelled, move_field, slice_fields
+from surgery.axes.labels import Field, Fields, Labelled, Shape, move_field, slice_fields
 from surgery.axes.ops import Op
 from surgery.graph.rule_table import NodeEdit, oprule
 from surgery.layers import attention as heads
@@ -69,11 +70,27 @@ def _resize_attention(edit: NodeEdit) -> None:
     heads.fit_heads(edit.module, edit.module.head_dim)
 
 
+def _multihead_macs(out: Any, *, layer: Any, query: Shape, key: Shape, value: Shape, **given: Any) -> int:
+    """The projections, each weight once for each token; and for each query the products with all keys and values."""
+    written = given["out_proj.weight"]
+    packed = given.get("in_proj_weight")
+    if packed is not None:
+        width = packed[0] // 3
+        rows = [(width, packed[1])] * 3
+    else:
+        rows = [given[f"{name}_proj_weight"] for name in ("q", "k", "v")]
+    projected = sum(math.prod(x[:-1]) * math.prod(row) for x, row in zip((query, key, value), rows, strict=True))
+    queries, keys = math.prod(query[:-1]), key[0 if len(key) == 2 else 1 if layer.batch_first else 0]
+    keys += ("bias_k" in given) + layer.add_zero_attn
+    return projected + queries * (keys * (rows[0][0] + rows[2][0]) + math.prod(written))
+
+
 @oprule(
     nn.MultiheadAttention,
     heads.HeadAttention,
     rewrite=_resize_attention,
     linear="writes",
+    macs=_multihead_macs,
     zeros=("out_proj.weight", "out_proj.bias"),
     tensors=(
         *("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
@@ -181,12 +198,22 @@ def _resize_windowed_attention(edit: NodeEdit) -> None:
     node.kwargs = given
 
 
+def _windowed_macs(
+    out: Shape, *, input: Shape, qkv_weight: Shape, proj_weight: Shape, window_size: Any, **given: Any
+) -> int:
+    """Each position, those that fill up the last windows too, with all of its window."""
+    sizes = [math.ceil(n / w) * w for n, w in zip(input[1:-1], window_size, strict=True)]
+    attended = math.prod(window_size) * (qkv_weight[0] // 3) * 2
+    return input[0] * math.prod(sizes) * (math.prod(qkv_weight) + attended + math.prod(proj_weight))
+
+
 @oprule(
     swin_transformer.shifted_window_attention,
     swin_transformer_3d.shifted_window_attention_3d,
     heads.windowed_attention,
     rewrite=_resize_windowed_attention,
     linear="writes",
+    macs=_windowed_macs,
     zeros=("proj_weight", "proj_bias"),
 )
 def _shifted_window_attention(

@@ -7,6 +7,7 @@ along it, and what is left to choose are the other factors: whole heads.
 
 from __future__ import annotations
 
+import math
 import operator
 import string
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from surgery.axes.labels import Field, Fields, Labelled, move_field
+from surgery.axes.labels import Field, Fields, Labelled, Shape, move_field
 from surgery.axes.ops import Op
 from surgery.graph.rule_table import NodeEdit, oprule
 
@@ -93,7 +94,19 @@ def _beside(
     return f
 
 
-@oprule(torch.einsum, linear="writes")
+def _einsum_macs(out: Shape, *, equation: str, operands: Any, **given: Any) -> int | None:
+    """Of two operands, one multiplication for each combination of letters."""
+    operands = operands[0] if len(operands) == 1 else operands
+    terms = equation.replace(" ", "").partition("->")[0].split(",")
+    if len(terms) != 2 or "." in equation or len(operands) != 2:
+        return None
+    sizes = {
+        letter: n for sub, shape in zip(terms, operands, strict=True) for letter, n in zip(sub, shape, strict=True)
+    }
+    return math.prod(sizes.values())
+
+
+@oprule(torch.einsum, linear="writes", macs=_einsum_macs)
 def _einsum(op: Op, equation: str, *operands: Any) -> Fields:
     operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
     terms, arrow, out = equation.replace(" ", "").partition("->")
@@ -106,7 +119,7 @@ def _einsum(op: Op, equation: str, *operands: Any) -> Fields:
 
 
 @oprule(torch.matmul, operator.matmul, torch.mm, torch.bmm, torch.mv, "matmul", "mm", "bmm", "mv", "__matmul__",
-        linear="writes")  # fmt: skip
+        linear="writes", macs=lambda out, *, input, **given: math.prod(out) * input[-1])  # fmt: skip
 def _matmul(op: Op, input: Labelled, other: Labelled) -> Fields:
     left, right, out = _matmul_letters(input.ndim, other.ndim)
     return contract(op, (input, other), (left, right), out)
@@ -120,7 +133,8 @@ def _matmul_letters(left: int, right: int) -> tuple[str, str, str]:
     return first, second, batch[: max(rank, 0)] + "Y" * (left > 1) + "X" * (right > 1)
 
 
-@oprule(torch.baddbmm, "baddbmm", torch.addmm, "addmm")
+@oprule(torch.baddbmm, "baddbmm", torch.addmm, "addmm",
+        macs=lambda out, *, batch1, **given: math.prod(out) * batch1[-1])  # fmt: skip
 def _added_matmul(op: Op, input: Labelled, batch1: Labelled, batch2: Labelled, **named: Any) -> Fields:
     fields = _matmul(op, batch1, batch2)
     product = Labelled(torch.empty(op.shape, device="meta"), fields)
@@ -136,7 +150,12 @@ def _keep_scale(edit: NodeEdit) -> None:
         edit.set_argument("scale", sizes[0][-1] ** -0.5)
 
 
-@oprule(F.scaled_dot_product_attention, rewrite=_keep_scale, python="always")
+def _attention_macs(out: Shape, *, query: Shape, key: Shape, **given: Any) -> int:
+    """Queries by keys, and weights by values, for each head of the queries."""
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + out[-1])
+
+
+@oprule(F.scaled_dot_product_attention, rewrite=_keep_scale, python="always", macs=_attention_macs)
 def _attention(
     op: Op, query: Labelled, key: Labelled, value: Labelled, attn_mask: Labelled | None = None, *rest: Any,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, **named: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from surgery.axes.labels import Field, Fields, Labelled
+from surgery.axes.labels import Field, Fields, Labelled, Shape
 from surgery.axes.ops import Op
 from surgery.graph.rule_table import NodeEdit, oprule
 
@@ -22,7 +23,13 @@ def _resize_linear(edit: NodeEdit) -> None:
         edit.module.out_features, edit.module.in_features = edit.module.weight.shape
 
 
-@oprule(nn.Linear, F.linear, rewrite=_resize_linear, linear="writes", zeros=WEIGHT_AND_BIAS, python="always")
+def linear_macs(out: Shape, *, weight: Shape, **given: Any) -> int:
+    """Each weight once for each position of the output; those of a convolution too."""
+    return math.prod(out) * math.prod(weight[1:])
+
+
+@oprule(nn.Linear, F.linear, rewrite=_resize_linear, linear="writes", zeros=WEIGHT_AND_BIAS, python="always",
+        macs=linear_macs)  # fmt: skip
 def _linear(op: Op, input: Labelled, weight: Labelled | None = None, bias: Labelled | None = None) -> Fields:
     """Rows of the weight are written, its columns are contracted with the last axis of the input."""
     weight, bias = op.param("weight", weight), op.param("bias", bias)
@@ -73,7 +80,7 @@ def _ungrouped(given: Mapping[str, Any]) -> bool:
 
 
 @oprule(nn.Conv1d, nn.Conv2d, nn.Conv3d, F.conv1d, F.conv2d, F.conv3d, rewrite=resize_conv, linear="writes",
-        zeros=WEIGHT_AND_BIAS, python=_ungrouped)  # fmt: skip
+        zeros=WEIGHT_AND_BIAS, python=_ungrouped, macs=linear_macs)  # fmt: skip
 def _conv(
     op: Op,
     input: Labelled,
@@ -90,7 +97,8 @@ def _conv(
 
 @oprule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
         F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, rewrite=_resize_conv_transpose, linear="writes",
-        zeros=WEIGHT_AND_BIAS, python=_ungrouped)  # fmt: skip
+        zeros=WEIGHT_AND_BIAS, python=_ungrouped,
+        macs=lambda out, *, input, weight, **given: math.prod(input) * math.prod(weight[1:]))  # fmt: skip
 def _conv_transpose(
     op: Op,
     input: Labelled,

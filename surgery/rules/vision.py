@@ -11,7 +11,7 @@ import torchvision
 from surgery.axes.labels import Fields, Labelled
 from surgery.axes.ops import Op
 from surgery.graph.rule_table import oprule
-from surgery.rules.conv_and_linear import WEIGHT_AND_BIAS, convolve, resize_conv
+from surgery.rules.conv_and_linear import WEIGHT_AND_BIAS, convolve, linear_macs, resize_conv
 
 
 @oprule(torchvision.ops.roi_align, torchvision.ops.roi_pool)
@@ -36,7 +36,7 @@ def _roi_align_kernel(op: Op, input: Labelled, rois: Any, *rest: Any, **named: A
 
 
 @oprule(torchvision.ops.deform_conv2d, torchvision.ops.DeformConv2d, rewrite=resize_conv, linear="writes",
-        zeros=WEIGHT_AND_BIAS, python="never")  # fmt: skip
+        zeros=WEIGHT_AND_BIAS, python="never", macs=linear_macs)  # fmt: skip
 def _deform_conv(
     op: Op,
     input: Labelled,

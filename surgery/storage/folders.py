@@ -47,7 +47,7 @@ def staged_folder(out: str | os.PathLike[str], *, marker: str, force: bool = Fal
         try:
             yield staging
             with refused(out):
-                staging.chmod(0o755)
+                staging.chmod(folder_mode())
             _place(staging, out, marker, force)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
@@ -133,6 +133,23 @@ def unfinished_folder(
     shutil.rmtree(done)
 
 
+def file_mode() -> int:
+    """The mode of a new file by the user's umask."""
+    return 0o666 & ~_umask()
+
+
+def folder_mode() -> int:
+    """The mode of a new folder by the user's umask."""
+    return 0o777 & ~_umask()
+
+
+def _umask() -> int:
+    """The umask, which can only be read by setting it: meanwhile it lets nobody else in."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 def unfinished(out: str | os.PathLike[str]) -> Path:
     """Return the folder of an unfinished run: ``OUT.unfinished``, next to ``out``."""
     out = Path(out) if Path(out).name else Path(out).absolute()
@@ -143,7 +160,7 @@ def _begin(folder: Path, settings: Mapping[str, Any]) -> None:
     """Make the folder with its settings, unless another program makes it at the same moment."""
     staging = make_staging(folder)
     write_object(staging / SETTINGS, settings)
-    staging.chmod(0o755)
+    staging.chmod(folder_mode())
     try:
         staging.rename(folder)
     except OSError:

@@ -161,7 +161,7 @@ def evolve(
     drawn = {name: value for name, value in options.items() if name != "fresh"}
     evolved = {"kind": settings.kind, "split_rate": rate, **drawn}
     plain_identity(evolved if checkpoint is not None else {})  # so does this
-    score = score or (lambda network: evaluate(network, data.test, workers=settings.workers))
+    score = score or (lambda network: evaluate(network, data.test, **settings.scoring))
 
     def train_one(network: nn.Module, task: str, number: int, total: int) -> tuple[nn.Module, Generation]:
         history = train(

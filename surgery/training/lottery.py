@@ -122,7 +122,7 @@ def lottery(
     pruning: dict[str, Any] = {"scope": settings.scope, "vectors": settings.vectors, "whole": whole}
     magnitude_masks(module, sparsity, **pruning)  # refuses before the training, as the next line does
     plain_identity(pruning if checkpoint is not None else {})
-    score = score or (lambda network: evaluate(network, data.test, workers=settings.workers))
+    score = score or (lambda network: evaluate(network, data.test, **settings.scoring))
 
     def train_one(network: nn.Module, task: str, kept: Mapping[str, Any] | None = None, **steps: Any) -> History:
         file = None if checkpoint is None else Path(checkpoint) / f"{task}.pt"

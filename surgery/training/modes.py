@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from surgery.errors import UsageError
 from surgery.graph.seeding import seed_generators
 
 
@@ -60,3 +61,15 @@ def in_mode(model: object, *, training: bool) -> Iterator[None]:
     finally:
         for module, mode in before:
             module.training = mode
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name, one of `surgery.settings.DEVICES`; ``"auto"`` is a GPU where there is one.
+
+    Raises:
+        UsageError: a GPU that torch cannot use.
+    """
+    gpu = torch.cuda.is_available()
+    if name == "cuda" and not gpu:
+        raise UsageError("device cuda: there is no GPU here that torch can use")
+    return torch.device("cuda" if gpu and name != "cpu" else "cpu")

@@ -147,7 +147,7 @@ class Run:
         return float(self.settings.peak_lr * SCHEDULES[self.settings.schedule](self.at.steps / self.total))
 
     def _score(self) -> Score:
-        return evaluate(self.model, self.data.test, workers=self.settings.workers, engine=self.engine)
+        return evaluate(self.model, self.data.test, **self.settings.scoring, engine=self.engine)
 
     def _save(self) -> None:
         self._check()

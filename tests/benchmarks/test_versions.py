@@ -22,6 +22,7 @@ def test_the_floor_is_what_pyproject_allows_at_least():
     assert requirements("floor", text) == ["torch==2.11.*", "torchvision==0.26.*"]
     assert requirements("floor") == [f"{n}=={v}.*" for n, v in re.findall(r'"(torch\w*)>=([\d.]+)"', pyproject())]
     assert requirements("2.13") == ["torch==2.13.*"]
+    assert requirements("2.13.0") == ["torch===2.13.0"]
     assert requirements("newest") == []
 
 

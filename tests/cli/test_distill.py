@@ -70,6 +70,7 @@ def test_a_run_writes_the_student_the_teacher_it_trained_and_what_happened(run, 
     assert sorted(path.relative_to("runs").as_posix() for path in Path("runs").rglob("*")) == [
         "made",
         "made/distill.json",
+        "made/run.yaml",
         *(
             f"made/{who}{file}"
             for who in ("student", "teacher")
@@ -106,7 +107,7 @@ def test_a_saved_teacher_is_taken_as_it_is_and_not_written_again(run):
     first, second = (json.loads(Path(name, "distill.json").read_text()) for name in ("first", "second"))
     assert first["teacher_score"] == second["teacher_score"]
     assert second["teacher_history"] is None
-    assert sorted(path.name for path in Path("second").iterdir()) == ["distill.json", "student"]
+    assert sorted(path.name for path in Path("second").iterdir()) == ["distill.json", "run.yaml", "student"]
 
 
 def test_a_student_that_was_saved_goes_on_learning_and_keeps_its_recipe(run):
@@ -334,13 +335,13 @@ TAUGHT = [*LONG, "--teacher-epochs", "1"]
         ([STUDENT, TEACHER, *LONG, "--joint", "--regressor", "linear"], "unknown regressor 'linear'"),
         (
             [STUDENT, TEACHER, *LONG, "--epochs", "0", "--hint-epochs", "0"],
-            "hint_epochs and epochs are 0: there is nothing to train",
+            "--hint-epochs and --epochs are 0: there is nothing to train",
         ),
         (
             [STUDENT, TEACHER, *LONG, "--teacher-epochs", "-1"],
-            "teacher_epochs must be a whole number of at least ",
+            "--teacher-epochs must be a whole number of at least ",
         ),
-        ([STUDENT, TEACHER, *LONG, "--image-size", "0"], "image_size must be a whole number of at least 1, not 0\n"),
+        ([STUDENT, TEACHER, *LONG, "--image-size", "0"], "--image-size must be a whole number of at least 1, not 0\n"),
         (
             [STUDENT, TEACHER, *LONG, "--image-size", "9"],
             "the student cannot be run on 9 x 9 images, try another size",
@@ -365,14 +366,14 @@ TAUGHT = [*LONG, "--teacher-epochs", "1"]
         ([STUDENT, TEACHER, *LONG, "--schedule", "linear"], "unknown schedule 'linear'"),
         (
             [STUDENT, TEACHER, *LONG, "--checkpoint-every", "0"],
-            "checkpoint_every must be a whole number of at ",
+            "--checkpoint-every must be a whole number of at ",
         ),
         (
             [STUDENT, TEACHER, *LONG, "--label-smoothing", "1.5"],
-            "label_smoothing must be a number of at least ",
+            "--label-smoothing must be a number of at least ",
         ),
         ([STUDENT, *LONG], "Missing argument 'TEACHER'"),
-        ([STUDENT, TEACHER, *TAUGHT, "--lr", "0"], "lr must be a number above 0, not 0.0\n"),
+        ([STUDENT, TEACHER, *TAUGHT, "--lr", "0"], "--lr must be a number above 0, not 0.0\n"),
         ([STUDENT, TEACHER, *TAUGHT, "--guided", "9"], "unknown layer '9'"),
         ([STUDENT, TEACHER, *TAUGHT, "--loss", "at", "--tap", "9=0"], "unknown layer '9'"),
         ([STUDENT, TEACHER, *TAUGHT, "--augment", "flip", "--cache", "kept"], "the images change from one reading to "),

@@ -85,7 +85,7 @@ def test_a_run_writes_both_models_a_picture_and_what_happened(run):
     assert Path("runs/made/generations.png").read_bytes().startswith(b"\x89PNG")
     files = [f"made/{who}{file}" for who in ("dense", "slim") for file in ("", "/recipe.json", "/weights.safetensors")]
     found = sorted(path.relative_to("runs").as_posix() for path in Path("runs").rglob("*"))
-    assert found == sorted(["made", "made/evolve.json", "made/generations.png", *files])
+    assert found == sorted(["made", "made/evolve.json", "made/generations.png", "made/run.yaml", *files])
 
 
 def test_the_slim_model_serves_the_other_verbs(run):
@@ -112,7 +112,12 @@ def test_scattered_weights_give_no_slim_model(run):
     assert code == 0
     assert "scattered weights are no smaller network: there is no slim model" in out
     assert "fit-hypothesis" in out
-    assert sorted(path.name for path in Path("made").iterdir()) == ["dense", "evolve.json", "generations.png"]
+    assert sorted(path.name for path in Path("made").iterdir()) == [
+        "dense",
+        "evolve.json",
+        "generations.png",
+        "run.yaml",
+    ]
 
 
 @pytest.mark.parametrize(("task", "step"), [("generation-1", 7), ("generation-2", 6), ("long", 13), ("ticket-1", 4)])
@@ -234,10 +239,10 @@ LONG = [*ON_DIGITS, "--out", "made"]
         ([NET, *LONG, "--kind", "keel"], "unknown kind 'keel'; did you mean 'kels'"),
         (
             [NET, *LONG, "--kind", "wels", "--recalibrate"],
-            "recalibrate is for the slim network, and WELS gives none\n",
+            "--recalibrate is for the slim network, and WELS gives none\n",
         ),
-        ([NET, *LONG, "--generations", "0"], "generations must be a whole number of at least 1, not 0\n"),
-        ([NET, *LONG, "--epochs", "0"], "epochs must be a whole number of at least 1, not 0\n"),
+        ([NET, *LONG, "--generations", "0"], "--generations must be a whole number of at least 1, not 0\n"),
+        ([NET, *LONG, "--epochs", "0"], "--epochs must be a whole number of at least 1, not 0\n"),
         ([NET, *LONG, "--keep", "weights"], "unknown part to keep 'weights'"),
         ([NET, *LONG, "--initialiser", "paper"], "unknown initialiser 'paper'"),
         ([NET, *LONG, "--lottery", "1"], "sparsity must be in [0, 1), not 1.0\n"),
@@ -247,12 +252,12 @@ LONG = [*ON_DIGITS, "--out", "made"]
         ),
         ([NET, *LONG, "--optimizer", "adam"], "unknown optimizer 'adam'; did you mean 'adamw'"),
         ([NET, *LONG, "--schedule", "linear"], "unknown schedule 'linear'"),
-        ([NET, *LONG, "--lr", "0"], "lr must be a number above 0, not 0.0\n"),
-        ([NET, *LONG, "--weight-decay", "-1"], "weight_decay must be a number of at least 0, not -1.0\n"),
-        ([NET, *LONG, "--label-smoothing", "1.5"], "label_smoothing must be a number of at least "),
-        ([NET, *LONG, "--batch-size", "1"], "batch_size must be a whole number of at least 2, "),
-        ([NET, *LONG, "--checkpoint-every", "0"], "checkpoint_every must be a whole number of at "),
-        ([NET, *LONG, "--image-size", "0"], "image_size must be a whole number of at least 1, not 0\n"),
+        ([NET, *LONG, "--lr", "0"], "--lr must be a number above 0, not 0.0\n"),
+        ([NET, *LONG, "--weight-decay", "-1"], "--weight-decay must be a number of at least 0, not -1.0\n"),
+        ([NET, *LONG, "--label-smoothing", "1.5"], "--label-smoothing must be a number of at least "),
+        ([NET, *LONG, "--batch-size", "1"], "--batch-size must be a whole number of at least 2, "),
+        ([NET, *LONG, "--checkpoint-every", "0"], "--checkpoint-every must be a whole number of at "),
+        ([NET, *LONG, "--image-size", "0"], "--image-size must be a whole number of at least 1, not 0\n"),
         ([NET, *LONG, "--image-size", "12"], "the model cannot be run on 12 x 12 images"),
         ([NET, *LONG, "--augment", "rotate"], "unknown augmentation 'rotate'"),
         ([NET, *LONG, "--precision", "fp8"], "unknown precision 'fp8'; did you mean "),

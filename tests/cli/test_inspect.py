@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import surgery
@@ -218,3 +219,16 @@ def test_inspect_draws_the_groups_into_a_file(run, tmp_path):
     assert "Dimension groups of torchvision:squeezenet1_1?num_classes=10" in file.read_text()
     ET.parse(file)
     assert json.loads(run("inspect", *SMALL, "--svg", file, "--force", "--json")[1])["svg"] == str(file)
+
+
+def test_inspect_says_what_holds_the_work_back_largest_first_in_80_columns(run, monkeypatch):
+    monkeypatch.setattr("surgery.cli.output.Console", lambda **given: Console(**{**given, "width": 80}))
+    code, out, _ = run("inspect", *SMALL)
+    assert code == 0
+    assert all(len(line) <= 80 for line in out.splitlines())
+    held = json.loads(run("inspect", *SMALL, "--json")[1])["held_back"]
+    assert [one["reason"] for one in held] == ["network input", "network output"]
+    assert f"{sum(one['macs'] for one in held):.1%} of the MACs lie at channels that cannot be edited" in out
+    rows = [line.split() for line in out.splitlines() if "%" in line]
+    assert rows[1:] == [[f"{one['macs']:.1%}", *one["reason"].split(), str(one["channels"])] for one in held]
+    assert held[0]["macs"] >= held[1]["macs"] > 0

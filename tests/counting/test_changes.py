@@ -195,7 +195,7 @@ def test_a_dry_run_says_that_plain_noise_is_inexact(run):
 
 
 def test_any_other_difference_is_a_failure_and_nothing_is_written(run, monkeypatch):
-    monkeypatch.setattr("surgery.cli.operate.EXACT", 0.0)
+    monkeypatch.setattr("surgery.cli.writing.EXACT", 0.0)
     code, out, err, there = run("widen", *MODEL, "--width", "1.5", "--break-symmetry", "zero-sum", "--out", "wide")
     assert (code, out, there) == (1, "", [])
     assert err.startswith("error: outputs differ by ")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +70,21 @@ def test_a_saved_directory_holds_text_and_tensors_and_no_pickle(operated, tmp_pa
     assert sorted(p.name for p in saved.iterdir()) == ["recipe.json", "weights.safetensors"]
     json.loads((saved / "recipe.json").read_text())
     assert set(load_file(saved / "weights.safetensors")) == set(operated.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("mask", "file", "folder"), [(0o022, 0o644, 0o755), (0o007, 0o660, 0o770), (0o077, 0o600, 0o700)]
+)
+def test_what_is_saved_has_the_modes_of_the_users_umask(operated, tmp_path, mask, file, folder):
+    before = os.umask(mask)
+    try:
+        surgery.save(operated, tmp_path / "made")
+    finally:
+        assert os.umask(before) == mask
+    found = {
+        path.name: stat.S_IMODE(path.stat().st_mode) for path in [tmp_path / "made", *(tmp_path / "made").iterdir()]
+    }
+    assert found == {"made": folder, "recipe.json": file, "weights.safetensors": file}
 
 
 def test_modes_flags_dtypes_and_ties_survive(tmp_path):

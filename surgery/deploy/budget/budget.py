@@ -9,7 +9,7 @@ model otherwise, and too much would be removed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -25,16 +25,15 @@ from surgery.deploy.budget.clock import Clock, Timer
 from surgery.deploy.budget.judge import judge
 from surgery.deploy.budget.parts import find_parts, slim_each_alone
 from surgery.deploy.budget.predict import Array, Latency, Layers, Linear
-from surgery.deploy.budget.widths import Levels, Widths
+from surgery.deploy.budget.search import KINDS, Figure, Search, Told, Trial, unreachable
+from surgery.deploy.budget.widths import Widths
 from surgery.deploy.measure.jobs import Runner
-from surgery.errors import EditError, UsageError, whole_number
+from surgery.errors import UsageError, whole_number
 from surgery.operations.slim import fit_units, slim
 from surgery.progress import Progress
 from surgery.settings import BudgetSettings, accepts
 from surgery.training.data.data import Data
-
-KINDS: Mapping[str, str] = {"latency_ms": "ms", "macs": "MACs", "params": "parameters", "bytes": "bytes"}
-"""Kinds of budgets, and their units."""
+from surgery.units import Amount, parse_amount
 
 _SLACK = 1.5
 """Factor over a latency budget up to which the smallest model is not refused at once, because of noise."""
@@ -46,14 +45,6 @@ _ROUND = (8, 16, 32)
 """Multiples that widths may be rounded up to if that is faster."""
 _FASTER = 0.03
 """Least relative gain of a larger multiple."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """The prediction and the measurement of a model on the way."""
-
-    predicted: float
-    measured: float
 
 
 @dataclass(frozen=True)
@@ -100,17 +91,17 @@ class Budgeted:
 def slim_to_budget(
     module: nn.Module,
     *,
-    latency_ms: float | None = None,
-    macs: float | None = None,
-    params: float | None = None,
-    bytes: float | None = None,
+    latency_ms: float | str | None = None,
+    macs: float | str | None = None,
+    params: float | str | None = None,
+    bytes: float | str | None = None,
     data: Data | None = None,
-    by: str = "group",
     importance: str = "prefix",
     round_to: int | None = None,
     settings: BudgetSettings = BudgetSettings(),
     timer: Timer | None = None,
     progress: Progress | None = None,
+    on_figure: Told | None = None,
 ) -> Budgeted:
     """Slim a model to a budget, with a separate rate for each part. Fine-tune the result afterwards.
 
@@ -119,16 +110,17 @@ def slim_to_budget(
     Args:
         module: a traced, trained module. It is not changed.
         latency_ms, macs, params, bytes: the budget, one of them: median latency of one query in ms, or a count of
-            `surgery.cost` (``bytes`` of parameters and buffers).
+            `surgery.cost` (``bytes`` of parameters and buffers). A count of at most 1 is a share of what the module
+            takes; text is read by `surgery.units.parse_amount`: ``"5ms"``, ``"300M"``, ``"40%"``.
         data: damage is the increase of the loss on up to 512 *training* images when a part is slimmed alone; without
             data, the share of the part's squared weights that is removed.
-        by: what gets its own rate: each ``"group"``, or each ``"stage"`` (`surgery.deploy.budget.parts.find_parts`).
         importance: which channels are kept, as in `surgery.slim`; ``"magnitude"`` suits a trained model.
         round_to: widths are rounded up to a multiple of it. By default 1; for latency 8, 16 or 32 if models of such
             widths are measured to be faster for their size.
         settings: how models are timed and searched, see `surgery.BudgetSettings`; its fields may be given as keywords.
         timer: from modules by name to ms by name; replaces the measurement, for example by one on another machine.
         progress: called with ``"probe"`` (for latency), ``"damage"`` and ``"search"``, in this order.
+        on_figure: called with each figure (`surgery.deploy.budget.search.Figure`) as soon as it is known.
 
     Returns:
         The slim model as ``.module``, with predictions and measurements.
@@ -140,32 +132,34 @@ def slim_to_budget(
     Example:
         >>> slim = surgery.slim_to_budget(traced, latency_ms=5.0, data=data, importance="magnitude").module
     """
-    kind, limit = _read_budget(latency_ms=latency_ms, macs=macs, params=params, bytes=bytes)
+    kind, limit = _read_budget(module, latency_ms=latency_ms, macs=macs, params=params, bytes=bytes)
     tell = progress or (lambda task, done, total: None)
-    found = find_parts(module, by)
+    told = on_figure or (lambda figure: None)
+    found = find_parts(module, settings.by)
     clock = Clock(settings.timing(), timer)
     least, multiple = settings.least, 1 if round_to is None else whole_number("round_to", round_to, 1)
     space = Widths(module, found, least, multiple, importance)
 
     before = _measure(module, kind, clock)
+    told(Figure("dense", kind, limit, before))
     common: dict[str, Any] = {"kind": kind, "limit": limit, "importance": importance}
     if before <= limit:
         common |= dict.fromkeys(("before", "predicted", "measured"), before)
         return Budgeted(slim(module, {}), rates={}, round_to=space.round_to, damage={}, trials=(), **common)
     refuse_unreachable(
-        module, [(kind, limit)], least=least, round_to=space.round_to, importance=importance, clock=clock
+        module, [(kind, limit)], least=least, round_to=space.round_to, importance=importance, clock=clock, told=told
     )
     with ExitStack() as stack:
         predict: Latency | Linear
         if kind == "latency_ms":
             dense = stack.enter_context(clock.ready(module))
-            predict, before, space.round_to = _probe(module, dense, space, clock, before, round_to, tell)
+            predict, before, space.round_to = _probe(module, dense, space, clock, before, limit, round_to, tell, told)
             measure = partial(_measure_latency, dense, before=before, limit=limit, clock=clock)
         else:
             predict, measure = _predict_count(space.layers, module, kind), partial(_count, kind=kind)
         damage = _measure_damage(module, found, data, space, tell)
         space.prepare(damage)
-        search = _Search(space, predict, measure, limit, settings.tolerance, KINDS[kind])
+        search = Search(space, predict, measure, limit, settings.tolerance, kind, told)
         levels, trial = search.run(settings.rounds, tell)
     return Budgeted(
         module=space.make(levels),
@@ -180,15 +174,20 @@ def slim_to_budget(
     )
 
 
-def _read_budget(**given: float | None) -> tuple[str, float]:
+def _read_budget(module: nn.Module, **given: float | str | None) -> tuple[str, float]:
     """Return the kind and the limit of the one budget that is given."""
     budgets = {kind: value for kind, value in given.items() if value is not None}
     if len(budgets) != 1:
         raise UsageError(f"give one budget, of {', '.join(KINDS)}, not {len(budgets)}")
-    ((kind, limit),) = budgets.items()
-    if not 0 < limit <= math.inf:
-        raise UsageError(f"{kind} is {limit}: it must be above 0")
-    return kind, limit
+    ((kind, value),) = budgets.items()
+    timed = kind == "latency_ms"
+    if isinstance(value, str):
+        amount = parse_amount("latency" if timed else kind, value)
+    else:
+        amount = Amount(kind, value, share=not timed and value <= 1)
+    if not 0 < amount.number <= math.inf:
+        raise UsageError(f"{kind} is {value}: it must be above 0")
+    return kind, amount.of(_count(module, kind)) if amount.share else amount.number
 
 
 def refuse_unreachable(
@@ -199,6 +198,7 @@ def refuse_unreachable(
     round_to: int = 1,
     importance: str = "prefix",
     clock: Clock,
+    told: Told | None = None,
 ) -> None:
     """Raise `EditError` for a limit, of one of `KINDS`, that even the smallest model exceeds.
 
@@ -214,15 +214,10 @@ def refuse_unreachable(
             taken[kind] = _measure(smallest, kind, clock)
         if kind == "latency_ms" and taken[kind] > most:
             taken[kind] = min(taken[kind], _measure(smallest, kind, clock))
+        if told is not None:
+            told(Figure("smallest", kind, limit, taken[kind]))
         if taken[kind] > most:
-            raise _unreachable(limit, taken[kind], KINDS[kind], least)
-
-
-def _unreachable(limit: float, taken: float, unit: str, least: float) -> EditError:
-    return EditError(
-        f"no model of these widths keeps to {limit:.10g} {unit}: the smallest, {least:g} of every width, takes "
-        f"{taken:.10g} {unit}; allow more, or begin with a smaller model"
-    )
+            raise unreachable(limit, taken[kind], kind, least)
 
 
 def _measure(module: nn.Module, kind: str, clock: Clock) -> float:
@@ -259,8 +254,10 @@ def _probe(
     space: Widths,
     clock: Clock,
     before: float,
+    limit: float,
     round_to: int | None,
     tell: Progress,
+    told: Told,
 ) -> tuple[Latency, float, int]:
     """Fit a prediction of latency to models with each stage slimmed alone and all of them together. Return it, the
     smaller of ``before`` and the dense model's latency in this run, and the best multiple to round widths to."""
@@ -281,7 +278,11 @@ def _probe(
     if round_to is None:
         for multiple in (1, *_ROUND):
             add(f"round {multiple}", odd, multiple)
-    timed = clock.times(probes, lambda _, d, t: tell("probe", d, t))
+    timed = clock.times(
+        probes,
+        lambda _, done, total: tell("probe", done, total),
+        lambda name, one: told(Figure("probe", "latency_ms", limit, before * one.over_first, name=name)),
+    )
     before = min(before, timed["dense"].ms)
     times = {name: before * found.over_first for name, found in timed.items()}
     predict = Latency(space.layers, stages)
@@ -313,66 +314,3 @@ def _measure_damage(
             damage[name][rate] = judge(candidate, data.train, most=_JUDGED).loss - before
             tell("damage", number * len(found) + done, len(_RATES) * len(found))
     return damage
-
-
-class _Search:
-    """Makes and measures models until one keeps to the limit and nearly uses it."""
-
-    def __init__(
-        self,
-        space: Widths,
-        predict: Latency | Linear,
-        measure: Callable[[nn.Module], float],
-        limit: float,
-        tolerance: float,
-        unit: str,
-    ) -> None:
-        self._space, self._predict, self._measure = space, predict, measure
-        self._limit, self._tolerance, self._unit = limit, tolerance, unit
-        self._scale = 1.0
-        self.trials: list[Trial] = []
-
-    def run(self, rounds: int, tell: Progress) -> tuple[Levels, Trial]:
-        """Return the measured levels that keep to the limit with the least damage.
-
-        Raises `EditError` if even the smallest model exceeds the limit.
-        """
-        timed = isinstance(self._predict, Latency)
-        aim = self._limit * (1 - self._tolerance / 2 if timed else 1)
-        fitting: list[tuple[float, Levels, Trial]] = []
-        seen: set[tuple[int, ...]] = set()
-        for number in range(rounds):
-            levels = self._space.fit(lambda kept: self._predict(kept) * self._scale, aim)
-            if tuple(levels) in seen:
-                if fitting:
-                    break
-                aim *= 1 - self._tolerance
-                continue
-            seen.add(tuple(levels))
-            trial = self._try(levels)
-            tell("search", number + 1, rounds)
-            if trial.measured <= self._limit:
-                fitting.append((self._space.harm(levels), levels, trial))
-                if trial.measured >= self._limit * (1 - self._tolerance):
-                    break
-        if not fitting:
-            levels = self._space.smallest
-            trial = self._try(levels)
-            if trial.measured > self._limit:
-                raise _unreachable(self._limit, trial.measured, self._unit, self._space.levels[-1])
-            fitting.append((self._space.harm(levels), levels, trial))
-        tell("search", rounds, rounds)
-        _, levels, trial = min(fitting, key=lambda item: item[0])
-        return levels, trial
-
-    def _try(self, levels: Levels) -> Trial:
-        """Measure a model, and correct the prediction by it."""
-        kept = self._space.shares(levels[:, None])
-        predicted = float(self._predict(kept)[0]) * self._scale
-        module = self._space.make(levels)
-        measured = self._measure(module)
-        if isinstance(self._predict, Latency):
-            self._predict.learn(kept[:, 0], measured)
-        self._scale = measured / float(self._predict(kept)[0])
-        self.trials.append(Trial(predicted, measured))
-        return self.trials[-1]

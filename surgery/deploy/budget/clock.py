@@ -65,14 +65,24 @@ class Clock:
             with ready(self.settings.runtime, job) as runner:
                 yield runner
 
-    def times(self, modules: Mapping[str, nn.Module | Runner], progress: Progress | None = None) -> dict[str, Timed]:
-        """Measure the latency of each model. All take turns with the first, a few at a time."""
+    def times(
+        self,
+        modules: Mapping[str, nn.Module | Runner],
+        progress: Progress | None = None,
+        told: Callable[[str, Timed], None] | None = None,
+    ) -> dict[str, Timed]:
+        """Measure the latency of each model. All take turns with the first, a few at a time.
+
+        ``told`` is called with each of the others as soon as it is measured.
+        """
         tell = progress or (lambda task, done, total: None)
         if self.timer is not None:
             taken = self.timer({name: module for name, module in modules.items() if isinstance(module, nn.Module)})
             tell("time", 1, 1)
             once = taken[next(iter(modules))]
-            return {name: Timed(float(ms), float(ms / once)) for name, ms in taken.items()}
+            given = {name: Timed(float(ms), float(ms / once)) for name, ms in taken.items()}
+            _tell_others(given, first=next(iter(modules)), told=told)
+            return given
         (first, baseline), *others = modules.items()
         found: dict[str, Timed] = {}
         chunks = [others[k : k + _TOGETHER] for k in range(0, len(others), _TOGETHER)] or [[]]
@@ -91,6 +101,13 @@ class Clock:
                 ratio = compared.ratios.get(name)
                 over = ratio.value if ratio else 1.0
                 found.setdefault(name, Timed(result.p50_ms, over, ratio or compared.check, result.iqr_ms))
+            _tell_others({name: found[name] for name in compared.results}, first=first, told=told)
             done += len(chunk) + 2
             tell("time", done, steps)
         return found
+
+
+def _tell_others(timed: Mapping[str, Timed], *, first: str, told: Callable[[str, Timed], None] | None) -> None:
+    for name, one in timed.items():
+        if told is not None and name != first:
+            told(name, one)

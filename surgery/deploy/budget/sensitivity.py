@@ -96,13 +96,13 @@ class Sensitivity:
 
     @property
     def too_noisy(self) -> str:
-        """A sentence if the A/A check shows that the machine was too noisy for these latencies; else empty."""
+        """Which latencies cannot be told apart, if the A/A check shows that the machine was noisy; else empty."""
         return noise(self.dense.ratio, "the whole model")
 
     @property
     def doubts(self) -> tuple[str, ...]:
         """Sentences that a reader should see before the figures."""
-        found = [f"the machine was {self.too_noisy}"] if self.too_noisy else []
+        found = [self.too_noisy] if self.too_noisy else []
         if self.dense.judged.score.guessed(self.classes):
             found.append("the model is no better than guessing: train it (--epochs)")
         return tuple(found)

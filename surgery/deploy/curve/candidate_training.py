@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from surgery.counting.cost import Cost, cost
 from surgery.deploy.budget.budget import refuse_unreachable, slim_to_budget
 from surgery.deploy.budget.clock import Clock
-from surgery.deploy.curve.candidates import LIMITS, Budget, Candidate
+from surgery.deploy.curve.candidates import Budget, Candidate
+from surgery.deploy.curve.control import control_settings, from_scratch
 from surgery.deploy.curve.run_progress import RunProgress, parts_of
 from surgery.deploy.curve.store import NOTE, Kept, Store, data_identity, key_of, write_note
 from surgery.deploy.curve.teaching import Lesson
@@ -22,12 +24,14 @@ from surgery.deploy.measure.environment import environment, usable_cores
 from surgery.deploy.onnx.export import export_onnx
 from surgery.models.saving import save
 from surgery.operations.slim import slim
-from surgery.settings import BudgetSettings, TimingSettings, TradeoffSettings, TrainSettings
+from surgery.settings import BudgetSettings, TimingSettings, TradeoffSettings
 from surgery.training.data.data import Data
 from surgery.training.data.fingerprint import module_digest
 from surgery.training.evaluation import evaluate
 from surgery.training.history import History, Score
 from surgery.training.loop import train
+from surgery.training.modes import device_of, pick_device
+from surgery.units import LIMITS
 
 ONNX_FILE = "model.onnx"
 
@@ -55,14 +59,20 @@ class Measured:
     training: Mapping[str, History]
     budget: Mapping[str, Any] | None
     """How its widths were found, if it was slimmed to a budget."""
+    control: Kept | None = None
+    """The same sizes, trained from scratch."""
 
 
 class CandidateTraining:
     """Trains the models of a run, or finds them in earlier runs."""
 
-    def __init__(self, store: Store, data: Data, settings: TradeoffSettings, progress: RunProgress) -> None:
+    def __init__(
+        self, store: Store, data: Data, settings: TradeoffSettings, progress: RunProgress, *, trust: bool = False
+    ) -> None:
         self.store, self.data, self.settings, self.progress = store, data, settings, progress
+        self.trust = trust
         self.lesson = Lesson(settings)
+        self.device = pick_device(settings.device)
         self.identity = data_identity(data)
         self.reused: list[str] = []
 
@@ -79,26 +89,27 @@ class CandidateTraining:
 
     def dense(self, module: nn.Module) -> Dense:
         """Train a copy of ``module``, the dense model, or load it from an earlier run."""
-        settings = self.settings
-        common: dict[str, Any] = {"epochs": settings.epochs, "lr": settings.lr, "batch_size": settings.batch_size}
-        made_by = {"model": module_digest(module), "data": self.identity, **common, "seed": settings.seed}
+        if self.settings.epochs == 0:
+            with self.progress.task("train dense"):
+                return Dense(module, None, None)
+        settings = self.settings.training()
+        made_by = {"model": module_digest(module), "data": self.identity, "settings": settings.identity()}
         key = key_of(made_by)
         with self.progress.task("train dense") as progress:
-            if settings.epochs == 0:
-                return Dense(module, None, None)
             kept = self._kept(key, "dense")
             if kept is not None:
                 return Dense(kept.into(module), kept.training["train"], kept.folder)
             checkpoint = self.store.unfinished(key) / "model.pt"
             done = train(
-                module,
+                self._moved(module),
                 self.data,
-                TrainSettings(**common, seed=settings.seed),
+                settings,
                 checkpoint=checkpoint,
                 progress=progress,
                 task="train dense",
             )
             trained, history = done.without_module()
+            trained = trained.cpu()
             save(trained, self.store.place(key))
             return Dense(trained, history, self.store.keep(key, {"train": history}, None, made_by).folder)
 
@@ -119,8 +130,15 @@ class CandidateTraining:
             if kept is None:
                 checkpoint = self.store.unfinished(key)
                 module, training = self.lesson.give(
-                    candidate, start, dense, self.data, checkpoint=checkpoint, progress=progress, task=tune
+                    candidate,
+                    self._moved(start),
+                    self._moved(dense),
+                    self.data,
+                    checkpoint=checkpoint,
+                    progress=progress,
+                    task=tune,
                 )
+                module = module.cpu()
         with self.progress.task(export):
             if kept is None:
                 save(module, place)
@@ -128,10 +146,32 @@ class CandidateTraining:
                     write_note(place / NOTE, found)
                 export_onnx(module, place / ONNX_FILE)
                 classify = _onnx_classifier(place / ONNX_FILE, self.settings.threads or usable_cores())
-                score = evaluate(classify, self.data.test)
+                score = evaluate(classify, self.data.test, **self.settings.scoring)
                 kept = self.store.keep(key, training, score, made_by)
         assert kept.score is not None
-        return Measured(candidate, kept.folder, cost(start), kept.score, kept.training, found)
+        control = self._control(candidate, start)
+        return Measured(candidate, kept.folder, cost(start), kept.score, kept.training, found, control)
+
+    def _control(self, candidate: Candidate | Budget, start: nn.Module) -> Kept | None:
+        """Train a model of the candidate's sizes from scratch, or load it from an earlier run; None: no controls."""
+        settings = control_settings(self.settings)
+        if settings is None:
+            return None
+        fresh = from_scratch(start, seed=settings.seed, trust=self.trust)
+        made_by = {"model": module_digest(fresh), "data": self.identity, "settings": settings.identity()}
+        key, task = key_of(made_by), f"{candidate.folder}: from scratch"
+        with self.progress.task(task) as progress:
+            kept = self._kept(key, f"{candidate.name} from scratch")
+            if kept is None:
+                checkpoint = self.store.unfinished(key) / "model.pt"
+                done = train(
+                    self._moved(fresh), self.data, settings, checkpoint=checkpoint, progress=progress, task=task
+                )
+                trained, history = done.without_module()
+                score = evaluate(trained, self.data.test, **self.settings.scoring)
+                save(trained.cpu(), self.store.place(key))
+                kept = self.store.keep(key, {"scratch": history}, score, made_by)
+        return kept
 
     def _start(self, candidate: Candidate | Budget, dense: nn.Module) -> tuple[nn.Module, Mapping[str, Any] | None]:
         """Make the candidate before its training; for a budget, also say how its widths were found."""
@@ -168,6 +208,10 @@ class CandidateTraining:
         assert found is not None
         start = slim(dense, found["rates"], round_to=found["round_to"], importance=found["importance"])
         return start, found
+
+    def _moved(self, module: nn.Module) -> nn.Module:
+        """The module on the device to train on: itself where it is there, else a copy."""
+        return module if device_of(module) == self.device else copy.deepcopy(module).to(self.device)
 
     def _kept(self, key: str, name: str) -> Kept | None:
         kept = self.store.find(key)

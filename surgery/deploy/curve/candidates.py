@@ -6,28 +6,19 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from surgery.counting.cost import cost
 from surgery.errors import UsageError, unknown_name
 from surgery.operations.deepen import deepen
 from surgery.operations.slim import Rate, slim
 from surgery.operations.widen import widen
+from surgery.units import LIMITS, Amount, parse_amount
 
 KINDS = ("slim", "widen", "deepen")
-
-LIMITS: Mapping[str, str] = {"latency": "latency_ms", "macs": "macs", "params": "params", "bytes": "bytes"}
-"""Kinds of budgets in text, and the keyword of `surgery.slim_to_budget` for each."""
-
-_COUNTS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
-_UNITS: Mapping[str, Mapping[str, float]] = {
-    "latency": {"": 1.0, "ms": 1.0, "s": 1e3, "us": 1e-3},
-    "macs": _COUNTS,
-    "params": _COUNTS,
-    "bytes": {**_COUNTS, "B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30},
-}
 
 _FORM = "OPERATION=NUMBER or OPERATION:LAYER=NUMBER;LAYER=NUMBER, several joined by +, as in widen=1.5+deepen:layer3=1"
 
@@ -96,13 +87,14 @@ class Budget:
 
     Attributes:
         what: one of `LIMITS`.
-        limit: in ms, or a count.
+        limit: in ms, or a count; with ``share``, a part of what the dense model takes, until `of` is called.
         text: the limit as it was written, with its unit.
     """
 
     what: str
     limit: float
     text: str
+    share: bool = False
     rate: None = None
     uniform_rate: None = None
 
@@ -116,21 +108,18 @@ class Budget:
         """A name for its files."""
         return folder_name(self.name)
 
+    def of(self, dense: nn.Module) -> Budget:
+        """Return the same budget with its limit in ms, or as a count."""
+        if not self.share:
+            return self
+        takes = float(getattr(cost(dense), self.what))
+        return replace(self, limit=Amount(self.what, self.limit, share=True).of(takes), share=False)
+
 
 def parse_budget(what: str, text: str) -> Budget:
-    """Parse a budget: a number and a unit, as in ``5ms``, ``300M`` and ``12MB``.
-
-    Raises `UsageError` for text that is not a number above 0 with a fitting unit.
-    """
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    try:
-        limit = float(match[1]) * _UNITS[what][match[2]] if match else 0.0
-    except (KeyError, ValueError):
-        limit = 0.0
-    if limit <= 0:
-        units = ", ".join(unit for unit in _UNITS[what] if unit)
-        raise UsageError(f"a budget of {what} is a number above 0 with an optional unit ({units}), not {text!r}")
-    return Budget(what, limit, text.strip())
+    """Parse a budget, as in ``5ms``, ``300M``, ``12MB`` and ``0.5``: see `surgery.units.parse_amount`."""
+    amount = parse_amount(what, text)
+    return Budget(what, amount.number, text.strip(), amount.share)
 
 
 def folder_name(text: str) -> str:

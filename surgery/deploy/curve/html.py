@@ -10,7 +10,7 @@ from typing import Any
 
 from surgery.deploy.curve.layout import Box, place_labels, reach, short
 from surgery.deploy.curve.points import Point, Tradeoff, pareto
-from surgery.units import counted, mebibytes, quantity
+from surgery.units import counted, mebibytes, quantity, sentence
 
 _AXES = {
     "latency": "latency, ms (median; bars: 25th to 75th percentile)",
@@ -53,7 +53,7 @@ def _content(result: Tradeoff) -> dict[str, Any]:
     }
     return {
         "title": f"{result.name} on {data.source}: speed and accuracy",
-        "noise": result.too_noisy and f"The machine was {result.too_noisy}.",
+        "noise": " ".join(map(sentence, result.doubts)),
         "said": result.conditions,
         "area": asdict(_AREA),
         "radius": _RADIUS,
@@ -127,11 +127,16 @@ def _figures(point: Point) -> list[tuple[str, str]]:
     if point.budget is not None:
         limit, *found = (point.budget_text(float(point.budget[name])) for name in ("limit", "predicted", "measured"))
         budget = [("budget", limit), ("predicted, measured", ", ".join(found))]
+    control = []
+    if point.control is not None:
+        bounds = "{:.2%} – {:.2%}".format(*point.control.interval())
+        control = [("from scratch", f"{point.control.accuracy:.2%} ({bounds})")]
     stages = [f"{stage}: {counted(len(history.epochs), 'epoch')}" for stage, history in point.training.items()]
     return [
         ("accuracy", f"{point.score.accuracy:.2%}"),
         ("95% interval", f"{low:.2%} – {high:.2%}"),
         ("correct", f"{point.score.correct} of {point.score.total}"),
+        *control,
         ("latency p50", f"{point.latency.p50_ms:.3f} ms"),
         ("p25 – p75", f"{point.quantile_ms(0.25):.3f} – {point.quantile_ms(0.75):.3f} ms"),
         ("p90, p99", f"{point.latency.p90_ms:.3f}, {point.latency.p99_ms:.3f} ms"),

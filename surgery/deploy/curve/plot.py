@@ -15,10 +15,9 @@ from matplotlib.transforms import Bbox, BboxBase
 
 from surgery.deploy.curve.layout import Box, place_labels, reach, short
 from surgery.deploy.curve.points import Point, Tradeoff
-from surgery.units import mebibytes, quantity
+from surgery.units import mebibytes, quantity, sentence
 
 _FRONT, _DOMINATED, _INK, _FAINT = "#0b6e99", "#b4b4b4", "#222222", "#8a8a8a"
-_ALARM = "#9a3412"
 _MARKER = 10
 """Size of a dot, in points."""
 
@@ -50,6 +49,9 @@ def _chart(axes: Axes, result: Tradeoff) -> None:
     )
     for point in result.points:
         _point(axes, point, limit, on_front=point in front)
+        if point.control is not None:
+            at = ([point.latency.p50_ms], [point.control.accuracy])
+            axes.plot(*at, "o", color=_FAINT, markersize=_MARKER - 2, markerfacecolor="none", zorder=6)
     axes.set_xlim(0, limit)
     _frame(axes, result)
 
@@ -124,11 +126,10 @@ def _flipped(box: BboxBase, height: float) -> Box:
 
 
 def _frame(axes: Axes, result: Tradeoff) -> None:
-    warned = textwrap.wrap(f"The machine was {result.too_noisy}.", 120) if result.too_noisy else []
-    lines = [(result.conditions, _FAINT), *((line, _ALARM) for line in warned)]
-    for number, (line, colour) in enumerate(reversed(lines)):
+    lines = [result.conditions, *(line for doubt in result.doubts for line in textwrap.wrap(sentence(doubt), 120))]
+    for number, line in enumerate(reversed(lines)):
         place = (0, 8 + 12 * number)
-        axes.annotate(line, (0, 1), place, "axes fraction", "offset points", fontsize=9, color=colour)
+        axes.annotate(line, (0, 1), place, "axes fraction", "offset points", fontsize=9, color=_FAINT)
     axes.set_title(
         f"{result.name} on {result.data.source}: accuracy over latency, by {_what(result)}",
         loc="left",
@@ -144,6 +145,9 @@ def _frame(axes: Axes, result: Tradeoff) -> None:
     handles = [axes.lines[0]]
     if len(result.front) < len(result.points):
         handles += axes.plot([], [], "o", color=_DOMINATED, label="dominated")
+    if result.controlled:
+        label = "the same sizes from scratch"
+        handles += axes.plot([], [], "o", color=_FAINT, markerfacecolor="none", label=label)
     axes.legend(handles=handles, loc="lower right", frameon=False)
 
 

@@ -30,6 +30,8 @@ class Point:
         speedup: latency of the first point over this one's, with its interval; None for the first.
         training: the records of its training by stage; empty if it was not trained.
         budget: how its widths were found, as data of `surgery.Budgeted`, if it was slimmed to a budget.
+        control: the score of a model of the same sizes that was trained from scratch, with ``control="scratch"``;
+            ``control_history`` is the record of its training.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Point:
     speedup: Ratio | None
     training: Mapping[str, History]
     budget: Mapping[str, Any] | None = None
+    control: Score | None = None
+    control_history: History | None = None
 
     @property
     def takes(self) -> float | None:
@@ -83,6 +87,8 @@ class Point:
     def to_row(self) -> dict[str, Any]:
         """The point as one flat row, for tables; accuracies are fractions."""
         low, high = self.score.interval()
+        control = self.control
+        scratch_low, scratch_high = (None, None) if control is None else control.interval()
         return {
             "candidate": self.name,
             "split_rate": self.rate,
@@ -96,6 +102,9 @@ class Point:
             "accuracy": self.score.accuracy,
             "accuracy_low": low,
             "accuracy_high": high,
+            "scratch_accuracy": control and control.accuracy,
+            "scratch_low": scratch_low,
+            "scratch_high": scratch_high,
             **{f"p{p}_ms": self.quantile_ms(p / 100) for p in (10, 25, 50, 75, 90, 99)},
             "throughput": self.latency.throughput,
             "speedup": self.speedup.value if self.speedup else 1.0,
@@ -145,13 +154,30 @@ class Tradeoff:
 
     @property
     def too_noisy(self) -> str:
-        """A sentence if the A/A check shows that the machine was too noisy for these speed-ups; else empty."""
-        return noise(self.check, self.points[0].folder)
+        """Which speed-ups cannot be told apart, if the A/A check shows that the machine was noisy; else empty."""
+        others = {point.name: point.speedup.inverse for point in self.points if point.speedup is not None}
+        return noise(self.check, "the first model", others)
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What a reader should know before the figures: which cannot be told apart, and which models only guess."""
+        found = [self.too_noisy] if self.too_noisy else []
+        guess = [point.name for point in self.points if point.score.guessed(len(self.data.classes))]
+        if guess:
+            whom = "every model" if len(guess) == len(self.points) else f"at {', '.join(guess)} the model"
+            chance = f"{1 / len(self.data.classes):.1%}"
+            found.append(f"{whom} is no better than guessing, which gives {chance}: train longer, or see the settings")
+        return tuple(found)
 
     @property
     def name(self) -> str:
         """The model's name, without the rest of its source."""
         return short(self.source)
+
+    @property
+    def controlled(self) -> bool:
+        """Whether models of the same sizes were trained from scratch, too."""
+        return any(point.control is not None for point in self.points)
 
     @property
     def conditions(self) -> str:
@@ -177,6 +203,7 @@ class Tradeoff:
                 **row,
                 "budget": point.budget and {**point.budget, "takes": point.takes},
                 "training": {stage: history.to_dict() for stage, history in point.training.items()},
+                "scratch": point.control_history and point.control_history.to_dict(),
                 "benchmark": point.latency.to_dict(),
             }
             for row, point in zip(self.rows(), self.points, strict=True)
@@ -194,6 +221,7 @@ class Tradeoff:
             "seconds": self.seconds,
             "check": self.check and asdict(self.check),
             "too_noisy": self.too_noisy or None,
+            "doubts": list(self.doubts),
         }
 
 

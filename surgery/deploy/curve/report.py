@@ -7,10 +7,10 @@ from pathlib import Path
 
 from surgery.deploy.curve.html import page
 from surgery.deploy.curve.plot import draw
-from surgery.deploy.curve.points import Tradeoff
-from surgery.settings import TEACHERS, TradeoffSettings
+from surgery.deploy.curve.points import Point, Tradeoff
+from surgery.settings import IMPORTANCE, TEACHERS, TradeoffSettings
 from surgery.storage.folders import write_table
-from surgery.units import counted, mebibytes, quantity
+from surgery.units import counted, mebibytes, quantity, sentence
 
 
 def write_report(result: Tradeoff, folder: Path) -> None:
@@ -27,8 +27,8 @@ def _markdown(result: Tradeoff) -> str:
         "\n\n".join(
             [
                 f"# Speed and accuracy of {result.name} on {result.data.source}",
-                *([f"**The machine was {result.too_noisy}.**"] if result.too_noisy else []),
                 _finding(result),
+                *map(sentence, result.doubts),
                 "![Accuracy over latency, one point for each candidate](tradeoff.png)",
                 "[The same with the figures of each point under the pointer](tradeoff.html)",
                 _points_table(result),
@@ -62,13 +62,22 @@ def _finding(result: Tradeoff) -> str:
     )
 
 
+def _control(point: Point) -> str:
+    """The accuracy of the control, with its interval."""
+    if point.control is None:
+        return ""
+    return "{:.2%} ({:.1%} – {:.1%})".format(point.control.accuracy, *point.control.interval())
+
+
 def _points_table(result: Tradeoff) -> str:
     front = result.front
+    controlled = result.controlled
     rows = [
         [
             f"{point.name}{'' if point in front else ' (dominated)'}",
             f"{point.score.accuracy:.2%}",
             "{:.1%} – {:.1%}".format(*point.score.interval()),
+            *([_control(point)] if controlled else []),
             f"{point.latency.p50_ms:.3f}",
             f"{point.quantile_ms(0.25):.3f} – {point.quantile_ms(0.75):.3f}",
             f"{point.latency.p99_ms:.3f}",
@@ -85,6 +94,7 @@ def _points_table(result: Tradeoff) -> str:
         "split rate" if all(point.rate is not None for point in result.points) else "candidate",
         "accuracy",
         "95% interval",
+        *(["from scratch"] if controlled else []),
         "p50 ms",
         "p25 – p75 ms",
         "p99 ms",
@@ -142,6 +152,13 @@ def _method(result: Tradeoff) -> str:
         f"{slimmed}, and the result was {_describe_tuning(settings)}; at 1 nothing is removed. Accuracy is measured on "
         f"the ONNX file, in ONNX Runtime, on {data.test_images} unseen test images, with Wilson's interval."
     )
+    if result.controlled:
+        control = next(point.control_history for point in result.points if point.control_history is not None)
+        how += (
+            " *From scratch* is a model of the same sizes whose weights were drawn anew, trained on labels for "
+            f"{counted(len(control.epochs), 'epoch')}, as many as the dense model and a candidate had together; it is "
+            "scored in torch."
+        )
     timing = (
         f"Latency is measured on the ONNX file, one image at a time, on the CPU with {threads}. "
         f"All models were timed in one run, {len(result.points[0].latency.samples_ms)} queries each, taking turns in "
@@ -160,8 +177,8 @@ def _sessions(result: Tradeoff) -> str:
 
 
 def _describe_check(result: Tradeoff) -> str:
-    """The result of the A/A check, as the end of a sentence."""
-    if result.check is None:
+    """The result of a quiet A/A check, as the end of a sentence."""
+    if result.check is None or result.too_noisy:  # said above, then
         return ""
     own = result.check.inverse
     return f"; the first model's to itself is {own.value:.3f} ({own.low:.3f} – {own.high:.3f})"
@@ -194,15 +211,32 @@ def _settings_table(result: Tradeoff) -> str:
         "dense training": counted(settings.epochs, "epoch"),
         "fine-tuning": f"{counted(settings.finetune_epochs, 'epoch')}, {TEACHERS[settings.teach]}",
         "widths": f"multiples of {settings.round_to}" if settings.round_to > 1 else "as the rates say",
-        "channels that are kept": {"prefix": "the first", "magnitude": "those with the largest weights"}[
-            settings.importance
-        ],
-        "optimiser": f"SGD, Nesterov momentum 0.9, one-cycle, peak rate {settings.lr:g}, batch {settings.batch_size}",
+        "channels that are kept": IMPORTANCE[settings.importance],
+        "optimiser": _describe_optimiser(settings),
         "seed": str(settings.seed),
         "time for the whole run": f"{result.seconds:.0f} s",
         "reused from earlier runs": ", ".join(result.reused) or "nothing",
     }
     return _table(["setting", "value"], [[key, value] for key, value in rows.items()])
+
+
+def _describe_optimiser(settings: TradeoffSettings) -> str:
+    """The optimiser with all that its steps depend on."""
+    names = {
+        "sgd": f"SGD, Nesterov momentum {settings.momentum:g}",
+        "adamw": f"AdamW, first beta {settings.momentum:g}",
+        "rmsprop": f"RMSProp, decay {settings.momentum:g}",
+    }
+    said = [
+        names[settings.optimizer],
+        f"{settings.schedule}, peak rate {settings.peak_lr:g}",
+        f"batch {settings.batch_size}",
+        f"weight decay {settings.decay:g}",
+        *([f"label smoothing {settings.label_smoothing:g}"] if settings.label_smoothing else []),
+        *([f"precision {settings.precision}"] if settings.precision not in (None, "no") else []),
+        *([f"images augmented by {settings.augment}"] if settings.augment != "none" else []),
+    ]
+    return ", ".join(said)
 
 
 def _environment_table(result: Tradeoff) -> str:

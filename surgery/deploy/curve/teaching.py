@@ -35,11 +35,9 @@ class Lesson:
 
     @property
     def training(self) -> TrainSettings | None:
-        """Settings of the training, by SGD; for ``evolve``, of each generation. None: no training."""
-        given = self.settings
-        if not given.finetune_epochs:
-            return None
-        return TrainSettings(epochs=given.finetune_epochs, seed=given.seed, lr=given.lr, batch_size=given.batch_size)
+        """Settings of the training; for ``evolve``, of each generation. None: no training."""
+        epochs = self.settings.finetune_epochs
+        return self.settings.training(epochs=epochs) if epochs else None
 
     def identity(self) -> dict[str, Any]:
         """The identity of a lesson, as plain JSON data."""
@@ -85,7 +83,7 @@ class Lesson:
         progress: Progress,
         task: str,
     ) -> Trained:
-        """Train a copy of ``module``, the candidate made from ``dense``. Neither is changed.
+        """Train a copy of ``module``, the candidate made from ``dense``, on the device of both. Neither is changed.
 
         An interrupted training resumes from the folder ``checkpoint``.
         """

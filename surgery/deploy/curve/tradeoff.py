@@ -16,6 +16,7 @@ from surgery.counting.cost import cost
 from surgery.deploy.classifiers import classifier, data_for
 from surgery.deploy.curve.candidate_training import CHECK, ONNX_FILE, CandidateTraining, Measured
 from surgery.deploy.curve.candidates import Budget, Candidate, plan_candidates
+from surgery.deploy.curve.control import control_settings, from_scratch
 from surgery.deploy.curve.points import DataSummary, Point, Tradeoff
 from surgery.deploy.curve.report import write_report
 from surgery.deploy.curve.run_progress import RunProgress
@@ -23,15 +24,15 @@ from surgery.deploy.curve.store import Store, link_folder
 from surgery.deploy.curve.teaching import Lesson
 from surgery.deploy.measure.benchmark import Comparison, compare
 from surgery.deploy.measure.environment import usable_cores
-from surgery.errors import UsageError, unknown_name
+from surgery.errors import UsageError
 from surgery.graph.traced import info
-from surgery.operations.masks import IMPORTANCE
 from surgery.operations.slim import Rate
 from surgery.progress import Progress
 from surgery.settings import TimingSettings, TradeoffSettings, accepts
 from surgery.storage.folders import refuse_folder, staged_folder, unfinished_folder
 from surgery.training.data.adapt import AnyData
 from surgery.training.data.data import Data
+from surgery.training.modes import pick_device
 
 MARKER = "tradeoff.json"
 """The file that marks a folder as a result of `tradeoff`."""
@@ -75,7 +76,9 @@ def tradeoff(
             budgets for `surgery.slim_to_budget` of the dense model: ``"latency=5ms"``, ``"macs=300M"``.
         settings: see `surgery.TradeoffSettings`; its fields may be given as keywords. ``teach`` says what candidates
             learn from: ``labels``; ``kd`` or ``hints`` (`surgery.distill`, with the dense model as teacher); ``evolve``
-            (`surgery.evolve` of the dense model). With a latency budget, ``round_to=1`` means the fastest multiple.
+            (`surgery.evolve` of the dense model). ``control="scratch"`` also trains each candidate's sizes from
+            scratch, with the epochs of the dense model and the candidate together. With a latency budget,
+            ``round_to=1`` means the fastest multiple.
         reuse: folders of other runs whose trained models are reused.
         trust: allow ``source`` to import and run code.
         force: replace ``directory`` if it is the result of an earlier run.
@@ -96,23 +99,23 @@ def tradeoff(
     started = time.perf_counter()
     directory = Path(directory)
     refuse_folder(directory, marker=MARKER, force=force)
+    pick_device(settings.device)  # refuses one that is not there
     for folder in reuse:
         if not (Path(folder) / MARKER).is_file():
             raise UsageError(f"{folder} has no trained models to reuse: it holds no {MARKER}")
-    if settings.importance not in IMPORTANCE:
-        raise unknown_name("importance", settings.importance, IMPORTANCE)
     plan = plan_candidates(rates, candidates)
     weights = settings.weights
     if not catalogue.is_weights_file(weights):
         weights = catalogue.parse(source, weights=weights).weights if isinstance(source, str) else "as given"
-    shared = ("data_root", "image_size", "limit", "skip_bad", "strict")
+    shared = ("data_root", "image_size", "limit", "augment", "skip_bad", "strict")
     data = data_for({"the model": source}, dataset, **{name: getattr(settings, name) for name in shared})
     dense = classifier(source, data, weights=settings.weights, trust=trust, seed=settings.seed)
+    plan = tuple(one.of(dense) if isinstance(one, Budget) else one for one in plan)
     settings = replace(settings, weights=weights, threads=settings.threads or usable_cores())
-    run = RunProgress(_task_weights(dense, plan, data, settings), progress)
+    run = RunProgress(_task_weights(dense, plan, data, settings, trust=trust), progress)
     with unfinished_folder(directory, {"command": "tradeoff"}) as folder:
         store = Store(folder, [*([directory] if directory.is_dir() else []), *reuse])
-        training = CandidateTraining(store, data, settings, run)
+        training = CandidateTraining(store, data, settings, run, trust=trust)
         training.refuse_unreachable(plan, dense)
         trained = training.dense(dense)
         measured = [training.candidate(candidate, trained.module) for candidate in plan]
@@ -137,12 +140,14 @@ def tradeoff(
                 link_folder(trained.folder, staging / "dense")
             for one in measured:
                 link_folder(one.folder, staging / one.candidate.folder)
+                if one.control is not None:
+                    link_folder(one.control.folder, staging / f"{one.candidate.folder}-scratch")
             write_report(result, staging)
     return result
 
 
 def _task_weights(
-    dense: nn.Module, plan: Sequence[Candidate | Budget], data: Data, settings: TradeoffSettings
+    dense: nn.Module, plan: Sequence[Candidate | Budget], data: Data, settings: TradeoffSettings, *, trust: bool
 ) -> dict[str, float]:
     """Guess the seconds of each task; only their proportions matter.
 
@@ -165,6 +170,10 @@ def _task_weights(
         macs = whole if settings.teach == "evolve" else cost(module).macs
         weights[f"{candidate.folder}: fine-tune"] = lesson.passes * macs * epoch_of_one_mac
         weights[f"{candidate.folder}: export and score"] = export
+        control = control_settings(settings)
+        if control is not None:
+            from_scratch(module, seed=control.seed, trust=trust)  # refuses weights that nothing initialises
+            weights[f"{candidate.folder}: from scratch"] = control.epochs * cost(module).macs * epoch_of_one_mac
     return {**weights, "measure": measurement * len(plan)}
 
 
@@ -182,6 +191,8 @@ def _point(measured: Measured, comparison: Comparison) -> Point:
         speedup=ratio and ratio.inverse,
         training=measured.training,
         budget=measured.budget,
+        control=None if measured.control is None else measured.control.score,
+        control_history=None if measured.control is None else measured.control.training["scratch"],
     )
 
 

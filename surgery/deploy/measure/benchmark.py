@@ -104,11 +104,11 @@ class Comparison:
 
     @property
     def too_noisy(self) -> str:
-        """Say that the machine was too noisy for these ratios, if the A/A check shows it; else empty.
+        """Say which differences cannot be told apart, if the A/A check shows that the machine was noisy; else empty.
 
         On a machine without noise this is a false alarm once in 20 times, at a confidence of 95%.
         """
-        return noise(self.check, self.baseline or "the model")
+        return noise(self.check, self.baseline or "the model", self.ratios)
 
     def to_dict(self) -> dict[str, Any]:
         """The same, as plain JSON data."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -41,19 +42,38 @@ class Ratio:
         return self.low <= 1 <= self.high
 
     @property
+    def reach(self) -> float:
+        """How far its interval reaches from 1: of an A/A check, the least difference that can be told, as a share."""
+        return max(1 - self.low, self.high - 1)
+
+    @property
     def inverse(self) -> Ratio:
         """The baseline's latency over the candidate's: how many times as fast it is."""
         return replace(self, value=1 / self.value, low=1 / self.high, high=1 / self.low)
 
 
-def noise(check: Ratio | None, what: str) -> str:
-    """Say that a machine was too noisy if the ratio of ``what`` to itself misses 1 or is too uncertain; else empty."""
+def noise(check: Ratio | None, what: str, others: Mapping[str, Ratio] = MappingProxyType({})) -> str:
+    """Say which differences a noisy run cannot tell apart; empty if ``check`` shows that it was not noisy.
+
+    Args:
+        check: the A/A check, the ratio of ``what`` to itself. It shows noise if it misses 1 or is too uncertain.
+        others: ratios of the same run to ``what``: the sentence ends with those of them that cannot be told from 1.
+    """
     if check is None or (check.contains_1 and check.high <= _WIDE * check.low):
         return ""
+    within = [name for name, ratio in others.items() if abs(ratio.value - 1) <= check.reach]
+    told = f"that holds for {', '.join(within)}" if within else "all others differ by more"
     return (
-        f"too noisy: measured against itself, {what} is {check.value:.3f} times as slow "
-        f"({check.low:.3f}-{check.high:.3f}); differences of this size mean nothing in this run"
+        f"differences below {_words(check.reach)} cannot be told apart in this run: measured against itself, {what} "
+        f"took {check.low:.2f} to {check.high:.2f} times as long{f'; {told}' if others else ''}"
     )
+
+
+def _words(share: float) -> str:
+    """A difference in words: in percent, or beyond the double as a factor."""
+    if share >= 1:
+        return f"a factor of {1 + share:.1f}"
+    return f"±{100 * share:.0f} %" if share >= 0.1 else f"±{100 * share:.2g} %"
 
 
 def ratio_of_medians(times: Array, baseline: Array, confidence: float, rng: np.random.Generator) -> Ratio:

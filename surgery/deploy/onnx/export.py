@@ -186,6 +186,8 @@ def _refuse_path(path: Path, force: bool) -> None:
         raise UsageError(f"cannot write {path}: it is not a regular file")
     if path.exists() and not force:
         raise UsageError(f"{path} exists; pass force=True (--force) to replace it")
+    if path.suffix != ".onnx":
+        raise UsageError(f"cannot write {path}: the name of an ONNX file ends in .onnx")
 
 
 def _place(draft: Path, path: Path, force: bool) -> None:

@@ -153,7 +153,7 @@ def distill(
         learning += [observed.student, observed.teacher] if observed is not None else []  # type: ignore[list-item]
         for module in learning:
             cast(Any, module).to(memory_format=torch.channels_last)
-    before, teacher_score = (evaluate(module, data.test, workers=settings.workers) for module in (student, teacher))
+    before, teacher_score = (evaluate(module, data.test, **settings.scoring) for module in (student, teacher))
     hints = history = None
     learned = student
     if pair is not None:
@@ -168,7 +168,7 @@ def distill(
         history=history,
         teacher_score=teacher_score,
         before=before,
-        score=evaluate(learned, data.test, workers=settings.workers),
+        score=evaluate(learned, data.test, **settings.scoring),
     )
 
 

@@ -197,6 +197,29 @@ def test_progress_of_each_stage_reaches_its_end(net):
     assert all(shares == sorted(shares) and shares[-1] == 1 for shares in told.values())
 
 
+def test_every_figure_is_told_as_soon_as_it_is_known(net):
+    device, told = Device(), []
+
+    def timer(modules):
+        told.append(len(told))  # a measurement: figures come after the one that they are of
+        return device(modules)
+
+    dense = device.ms(net)
+    found = surgery.slim_to_budget(net, latency_ms=0.5 * dense, by="stage", timer=timer, on_figure=told.append)
+    figures = [one for one in told if not isinstance(one, int)]
+    assert [one.what for one in figures[:2]] == ["dense", "smallest"]
+    assert (figures[0].measured, figures[0].predicted) == (dense, None)
+    assert {(one.kind, one.limit) for one in figures} == {("latency_ms", 0.5 * dense)}
+    assert figures[1].measured == device.ms(surgery.slim(net, 0.125))
+    assert told[:4] == [0, figures[0], 2, figures[1]]
+    probes = [one for one in figures if one.what == "probe"]
+    assert {"stage layer3", "rate 0.5", "round 8"} <= {one.name for one in probes}
+    assert {one.name: one.measured for one in probes}["rate 0.5"] == pytest.approx(device.ms(surgery.slim(net, 0.5)))
+    trials = [one for one in figures if one.what == "trial"]
+    assert [(one.predicted, one.measured) for one in trials] == [(t.predicted, t.measured) for t in found.trials]
+    assert figures == [*figures[:2], *probes, *trials]
+
+
 def test_a_model_that_is_timed_again_is_exported_once(monkeypatch):
     exported = []
 

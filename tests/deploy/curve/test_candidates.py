@@ -119,7 +119,7 @@ def test_budgets_are_numbers_with_units(text, expected):
     ("text", "message"),
     [
         ("latency=fast", "a budget of latency is a number above 0 with an optional unit (ms, s, us), not 'fast'"),
-        ("macs=3ms", "a budget of macs is a number above 0 with an optional unit (k, M, G), not '3ms'"),
+        ("macs=3ms", "a budget of macs is a number above 0 with an optional unit (k, M, G), or a share"),
         ("params=0", "a budget of params is a number above 0"),
         ("bytes=-3", "a budget of bytes is a number above 0"),
     ],
@@ -170,6 +170,13 @@ def test_each_way_to_teach_trains_in_its_stages_and_changes_neither_model(dense,
     assert list((tmp_path / "run").glob("*.pt"))
 
 
+def test_candidates_are_trained_with_the_settings_of_any_training():
+    given = {"optimizer": "adamw", "lr": 3e-3, "schedule": "cosine", "precision": "bf16", "workers": 2, "seed": 3}
+    settings = TradeoffSettings(finetune_epochs=4, epochs=7, label_smoothing=0.1, **given)
+    assert Lesson(settings).training == surgery.TrainSettings(epochs=4, label_smoothing=0.1, **given)
+    assert Lesson(TradeoffSettings()).training == surgery.TrainSettings(epochs=3)
+
+
 def test_no_epochs_train_nothing(dense, tmp_path):
     lesson = Lesson(TradeoffSettings(teach="evolve", finetune_epochs=0))
     candidate = parse("widen=1.5")
@@ -199,3 +206,12 @@ def test_evolving_anything_but_a_split_rate_is_refused(dense, text, round_to, me
 def test_an_unknown_way_to_teach_is_refused():
     with pytest.raises(UsageError, match="unknown teach 'hint'; did you mean 'hints'"):
         TradeoffSettings(teach="hint")
+
+
+def test_a_share_is_of_the_dense_model_and_stays_in_the_name():
+    dense = surgery.trace(nn.Linear(6, 5).eval(), torch.zeros(2, 6))
+    budget = parse("macs=50%")
+    assert (budget.name, budget.folder, budget.share) == ("macs=50%", "macs=50", True)
+    found = budget.of(dense)
+    assert (found.limit, found.share, found.name) == (15.0, False, "macs=50%")
+    assert parse("latency=5ms").of(dense).limit == 5.0

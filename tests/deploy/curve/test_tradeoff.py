@@ -12,12 +12,14 @@ import torch
 from matplotlib.image import imread
 from torch import nn
 
+from surgery.deploy.curve import candidate_training, teaching
 from surgery.deploy.curve.points import pareto
 from surgery.deploy.curve.tradeoff import tradeoff
 from surgery.errors import UsageError
 from surgery.models.saving import load
+from surgery.settings import TrainSettings
 from surgery.storage.folders import staged_folder
-from surgery.training.data.data import load_data
+from surgery.training.data.data import Data, load_data
 
 
 def tiny(classes: int = 10) -> nn.Module:
@@ -151,6 +153,47 @@ def test_progress_as_a_whole_never_falls_and_ends_at_its_total(run):
         "rate-0.5: export and score",
         "measure",
     }
+
+
+def test_every_training_has_the_settings_that_are_given(tmp_path, monkeypatch):
+    """As `surgery.train` has them, whoever trains; and images are scored as they say."""
+    trained, scored = [], []
+    given = {"optimizer": "adamw", "schedule": "cosine", "momentum": 0.8, "weight_decay": 0.02, "label_smoothing": 0.1}
+    given |= {"precision": "bf16", "batch_size": 32, "evaluation_batch": 40, "workers": 0, "test_each_epoch": True}
+
+    def record(module, name, told):
+        original = getattr(module, name)
+
+        def called(*arguments, **options):
+            told.append((arguments, options))
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(module, name, called)
+
+    record(candidate_training, "train", trained)
+    record(teaching, "distill", trained)
+    record(candidate_training, "evaluate", scored)
+    options = {"dataset": "digits", "rates": [0.5], "epochs": 2, "finetune_epochs": 1, "limit": 64, "threads": 1}
+    result = tradeoff(tiny(), directory=tmp_path / "out", teach="kd", augment="flip", **options, **given)
+    settings = [next(one for one in arguments if isinstance(one, TrainSettings)) for arguments, _ in trained]
+    assert [one.epochs for one in settings] == [2, 1]
+    assert all({name: getattr(one, name) for name in given} == given for one in settings)
+    assert [told for _, told in scored] == [{"batch_size": 40, "workers": 0}]
+    images = [next(one for one in arguments if isinstance(one, Data)) for arguments, _ in trained]
+    assert [one.augment for one in images] == ["flip", "flip"]
+    assert (
+        "AdamW, first beta 0.8, cosine, peak rate 0.001, batch 32, weight decay 0.02, label smoothing 0.1, "
+        "precision bf16, images augmented by flip |" in (tmp_path / "out" / "report.md").read_text()
+    )
+    assert [epoch.score is not None for epoch in result.history.epochs] == [True, True]
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="device cuda: there is no GPU here that torch can use"):
+        tradeoff(tiny(), dataset="nothing", directory=tmp_path / "out", device="cuda")
+    with pytest.raises(UsageError, match="unknown device 'tpu'"):
+        tradeoff(tiny(), dataset="nothing", directory=tmp_path / "out", device="tpu")
 
 
 def test_the_given_model_is_not_modified(tmp_path):

@@ -102,15 +102,52 @@ def test_a_noisy_machine_is_reported_on_every_page(result, tmp_path):
     assert content(page(result))["noise"] == ""
     noisy = replace(result, check=Ratio(0.8, 0.75, 0.9, 0.95, 10))
     said = (
-        "too noisy: measured against itself, rate-1 is 0.800 times as slow (0.750-0.900); "
-        "differences of this size mean nothing in this run"
+        "Differences below ±25 % cannot be told apart in this run: measured against itself, the first model took "
+        "0.75 to 0.90 times as long; all others differ by more."
     )
-    assert content(page(noisy))["noise"] == f"The machine was {said}."
+    assert content(page(noisy))["noise"] == said
     text = report_of(noisy, tmp_path)
-    assert text.split("\n\n")[1] == f"**The machine was {said}.**"
-    assert "the first model's to itself is 1.250 (1.111 – 1.333). One MAC" in text
+    assert text.split("\n\n")[2] == said
+    assert text.count("itself") == 1  # one fact, once
     assert json.loads((tmp_path / "tradeoff.json").read_text())["check"]["value"] == 0.8
-    assert "noisy" not in report_of(replace(result, check=Ratio(0.99, 0.9, 1.1, 0.95, 10)), tmp_path)
+    quiet = report_of(replace(result, check=Ratio(0.99, 0.9, 1.1, 0.95, 10)), tmp_path)
+    assert "told apart" not in quiet
+    assert "the first model's to itself is 1.010 (0.909 – 1.111). One MAC" in quiet
+
+
+def guessing(of: Point, correct: int = 130) -> Point:
+    return replace(of, score=Score(correct, 1000))
+
+
+def test_a_model_at_chance_is_said_to_be_wherever_its_accuracy_is_shown(result, tmp_path, monkeypatch):
+    """Ten classes: one right in ten by chance. 130 of 1000 are more than that, and 115 may be it."""
+    better = replace(result, points=(result.points[0], guessing(result.points[1], 130)))
+    assert better.doubts == ()
+    found = replace(result, points=(result.points[0], guessing(result.points[1], 115)))
+    said = "t 0.5 the model is no better than guessing, which gives 10.0%: train longer, or see the settings"
+    assert found.doubts == (f"a{said}",)
+    assert found.to_dict()["doubts"] == [f"a{said}"]
+    assert f"\n\nA{said}.\n\n" in report_of(found, tmp_path)
+    assert content(page(found))["noise"] == f"A{said}."
+    chart, _ = drawn(found, tmp_path / "guess.png", monkeypatch)
+    assert any(f"A{said}." == child.get_text() for child in chart.get_children() if isinstance(child, Annotation))
+    nothing = replace(result, points=tuple(guessing(one, 99) for one in result.points))
+    assert nothing.doubts[0].startswith("every model is no better than guessing, which gives 10.0%: ")
+
+
+def test_a_control_stands_beside_its_candidate_on_every_page(result, tmp_path, monkeypatch):
+    history = History((Epoch(100, 0.5, 0.1, None, 1.0),) * 4, 8)
+    first, *others = result.points
+    found = replace(result, points=(replace(first, control=Score(900, 1000), control_history=history), *others))
+    text = report_of(found, tmp_path)
+    assert "| accuracy | 95% interval | from scratch |" in text
+    assert "| 95.00% | 93.5% – 96.2% | 90.00% (88.0% – 91.7%) |" in text
+    assert "trained on labels for 4 epochs, as many as the dense model and a candidate had together" in text
+    assert ["from scratch", "90.00% (87.98% – 91.71%)"] in content(page(found))["points"][0]["told"]
+    chart, _ = drawn(found, tmp_path / "control.png", monkeypatch)
+    assert any((list(line.get_xdata()), list(line.get_ydata())) == ([4.0], [0.9]) for line in chart.lines)
+    assert "from scratch" in [text.get_text() for text in chart.get_legend().get_texts()][-1]
+    assert "from scratch" not in report_of(result, tmp_path)
 
 
 def spread(of: Point, p25: float, p75: float) -> Point:
@@ -123,11 +160,11 @@ def spread(of: Point, p25: float, p75: float) -> Point:
 def test_the_command_says_so_right_below_its_table(result, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     noisy = replace(result, check=Ratio(0.8, 0.75, 0.9, 0.95, 10))
-    monkeypatch.setattr("surgery.tradeoff", lambda *args, **options: noisy)
+    monkeypatch.setattr("surgery.tradeoff", lambda *args, directory, **options: (directory.mkdir(), noisy)[1])
     code, out, _ = run("tradeoff", "resnet18", "--dataset", "digits", "--out", "demo")
     assert code == 0
     *_, noise, written = out.splitlines()
-    assert noise == f"the machine was {noisy.too_noisy}"
+    assert noise == noisy.too_noisy
     assert written.startswith("1 s; written to demo")
 
 
@@ -144,14 +181,14 @@ def drawn(result: Tradeoff, path: Path, monkeypatch) -> tuple[Axes, list[Annotat
     ]
 
 
-def test_the_picture_says_that_the_machine_was_too_noisy_and_only_then(result, tmp_path, monkeypatch):
+def test_the_picture_says_which_differences_cannot_be_told_and_only_then(result, tmp_path, monkeypatch):
     quiet, _ = drawn(result, tmp_path / "quiet.png", monkeypatch)
-    assert not any("noisy" in child.get_text() for child in quiet.get_children() if isinstance(child, Annotation))
+    assert not any("told apart" in child.get_text() for child in quiet.get_children() if isinstance(child, Annotation))
     noisy = replace(result, check=Ratio(0.8, 0.75, 0.9, 0.95, 10))
     chart, _ = drawn(noisy, tmp_path / "noisy.png", monkeypatch)
     texts = [child.get_text() for child in chart.get_children() if isinstance(child, Annotation)]
     lines = [text for text in reversed(texts) if text and not text.startswith("ONNX Runtime")]
-    assert f"The machine was {noisy.too_noisy}." in " ".join(lines)
+    assert f"D{noisy.too_noisy[1:]}." in " ".join(lines)
 
 
 CROWD = ("1", "0.25", "params=1M", "slim:layer4=0.5+deepen:layer3=1", "0.26", "0.27", "0.28", "0.29", "0.3")
@@ -236,7 +273,7 @@ def test_a_browser_draws_the_chart_and_shows_the_tooltip_of_the_point_behind_the
     drawn = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert len(re.findall(r'<g class="point front', drawn)) == 2
     assert re.findall(r'class="name" x="[\d.]+" y="[\d.]+" text-anchor="\w+">([^<]+)', drawn) == ["1", "0.5"]
-    assert f'<p id="noise">The machine was {noisy.too_noisy}.</p>' in drawn
+    assert f'<p id="noise">D{noisy.too_noisy[1:]}.</p>' in drawn
     tip = re.search(r'<div id="tip"[^>]*>(.*?)</div>', drawn, re.DOTALL)
     assert "hidden" not in tip[0].partition(">")[0]
     assert "split rate 0.5" in tip[1]

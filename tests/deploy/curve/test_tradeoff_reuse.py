@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+import surgery
 from surgery.cli.output import Bars
+from surgery.deploy.curve import candidate_training, teaching
 from surgery.deploy.curve.tradeoff import tradeoff
 from surgery.deploy.measure.benchmark import compare
 from surgery.errors import EditError, UsageError
 from surgery.storage.folders import LOCK, unfinished_folder
+from tests.emulated_gpu import GPU, emulated_gpu
 
 
 def tiny() -> nn.Module:
@@ -109,6 +112,48 @@ def test_a_second_run_with_one_more_candidate_trains_only_that_one(whole, tmp_pa
     assert result.reused == ("dense",)
     assert list(result.points[0].training) == ["distill"]
     assert result.settings.teach == "kd"
+
+
+def test_models_are_trained_on_the_device_that_is_asked_for_and_come_back(whole, tmp_path, monkeypatch):
+    devices = []
+
+    def record(module):
+        original = module.train
+
+        def train(model, *arguments, **options):
+            devices.append(next(model.parameters()).device)
+            return original(model, *arguments, **options)
+
+        monkeypatch.setattr(module, "train", train)
+
+    record(candidate_training)
+    record(teaching)
+    monkeypatch.setattr(candidate_training, "pick_device", lambda name: GPU)
+    with emulated_gpu():
+        result = tradeoff(tiny(), rates=[0.5], directory=tmp_path / "out", **OPTIONS)
+    assert devices == [GPU, GPU]
+    assert result.reused == ()
+    expected = weights(whole[1])
+    assert weights(tmp_path / "out") == {name: expected[name] for name in ("dense", "rate-0.5")}
+
+
+def test_a_control_of_each_size_is_trained_from_scratch_once_for_as_long_as_both_together(whole, tmp_path):
+    first, second = Steps(), Steps()
+    options = {"rates": [1.0, 0.5], "control": "scratch", **OPTIONS}
+    result = tradeoff(tiny(), directory=tmp_path / "first", reuse=[whole[1]], progress=first, **options)
+    assert first.trained() == {"rate-1: from scratch": 8, "rate-0.5: from scratch": 8}
+    assert [len(point.control_history.epochs) for point in result.points] == [4, 4]
+    assert [point.score for point in result.points] == [point.score for point in whole[0].points]
+    for point in result.points:
+        made = surgery.load(tmp_path / "first" / f"{point.folder}-scratch", tiny(), allow_changed_weights=True)
+        assert surgery.cost(made) == surgery.cost(surgery.load(tmp_path / "first" / point.folder, tiny()))
+        assert surgery.evaluate(made, surgery.load_data("digits", limit=128).test) == point.control
+        row = point.to_row()
+        assert (row["scratch_accuracy"], row["scratch_low"]) == (point.control.accuracy, point.control.interval()[0])
+    again = tradeoff(tiny(), directory=tmp_path / "second", reuse=[tmp_path / "first"], progress=second, **options)
+    assert second.trained() == {}
+    assert again.reused == ("dense", "1", "1 from scratch", "0.5", "0.5 from scratch")
+    assert [point.control for point in again.points] == [point.control for point in result.points]
 
 
 def test_a_model_with_other_weights_or_other_data_is_trained_again(whole, tmp_path):

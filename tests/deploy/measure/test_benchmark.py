@@ -404,20 +404,28 @@ def test_the_first_is_measured_against_itself_too(machine):
     assert quiet.to_dict()["too_noisy"] is None
 
 
-def test_the_message_of_a_machine_that_was_too_noisy_says_how_noisy():
-    found = Comparison("dense", {}, {}, Ratio(1.034, 1.012, 1.057, 0.95, 10))
-    assert found.too_noisy == (
-        "too noisy: measured against itself, dense is 1.034 times as slow (1.012-1.057); "
-        "differences of this size mean nothing in this run"
+def test_a_noisy_run_says_which_differences_cannot_be_told_apart():
+    check = Ratio(1.034, 1.012, 1.057, 0.95, 10)
+    said = (
+        "differences below ±5.7 % cannot be told apart in this run: measured against itself, dense took 1.01 to 1.06 "
+        "times as long"
     )
+    assert Comparison("dense", {}, {}, check).too_noisy == said
+    ratios = {name: Ratio(value, 0.9 * value, 1.1 * value, 0.95) for name, value in
+              {"tenth": 0.1, "alike": 0.95, "slower": 1.056, "slow": 1.06}.items()}  # fmt: skip
+    assert Comparison("dense", {}, ratios, check).too_noisy == f"{said}; that holds for alike, slower"
+    assert Comparison("dense", {}, {"tenth": ratios["tenth"]}, check).too_noisy == f"{said}; all others differ by more"
     assert Comparison("dense", {}, {}, Ratio(1.03, 0.99, 1.06, 0.95, 10)).too_noisy == ""
 
 
-def test_a_machine_that_can_tell_nothing_is_too_noisy_though_its_interval_holds_1():
+def test_a_machine_that_can_tell_little_says_so_though_its_interval_holds_1():
     assert Comparison("dense", {}, {}, Ratio(1.1, 0.71, 1.77, 0.95, 10)).too_noisy.startswith(
-        "too noisy: measured against itself, dense is 1.100 times as slow (0.710-1.770); "
+        "differences below ±77 % cannot be told apart in this run: measured against itself, dense took 0.71 to 1.77 "
     )
     assert Comparison("dense", {}, {}, Ratio(1.0, 0.9, 1.1, 0.95, 10)).too_noisy == ""
+    assert Comparison("dense", {}, {}, Ratio(1.0, 0.5, 3.57, 0.95, 10)).too_noisy.startswith(
+        "differences below a factor of 3.6 cannot be told apart in this run: "
+    )
 
 
 def test_sessions_too_few_for_the_confidence_are_refused(small_onnx):

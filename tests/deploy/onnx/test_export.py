@@ -786,3 +786,9 @@ def test_inputs_of_a_wrong_shape_are_refused(tmp_path):
     with pytest.raises(UsageError, match=r"cannot be run on these inputs \(\(2, 5\)\)"):
         export_onnx(nn.Linear(4, 3), tmp_path / "m.onnx", example_inputs=torch.randn(2, 5))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_not_named_like_an_onnx_file_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"x\.txt: the name of an ONNX file ends in \.onnx"):
+        export_onnx(small(), tmp_path / "x.txt", example_inputs=small_input())
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,135 @@
+"""What an edit would give, before it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from surgery.axes.analysis import analyse
+from surgery.axes.network_outputs import Outputs, parse_outputs
+from surgery.counting.cost import Cost, cost
+from surgery.counting.planned import planned_cost
+from surgery.edit.apply import apply
+from surgery.edit.checks import check_index
+from surgery.edit.reindex import Reindex, reindex_step
+from surgery.operations.slim import Rate, slim_step
+from surgery.units import mebibytes, quantity
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an edit would give; ``surgery.apply(module, plan.step)`` makes it."""
+
+    step: Reindex
+    """The edit."""
+    cost: Cost
+    """What one sample would cost."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Shapes of the parameters and buffers, by qualified name; tied ones under the first."""
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one sample."""
+        return self.cost.macs
+
+    @property
+    def params(self) -> int:
+        """Number of parameters."""
+        return self.cost.params
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of parameters and buffers."""
+        return self.cost.bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.step}; parameters {quantity(self.params)}, MACs an input {quantity(self.macs)}, "
+            f"size {mebibytes(self.bytes)}"
+        )
+
+
+Wanted = Rate | Mapping[Any, Sequence[int]]
+"""What `slim` takes as a rate, or `reindex` as indices."""
+
+
+def plan(
+    module: nn.Module, wanted: Wanted, *, round_to: int = 1, importance: str = "prefix", outputs: Outputs = None
+) -> Plan:
+    """Say what `slim` or `reindex` would give, without making it: thousands of candidates can be compared.
+
+    MACs, parameters and bytes are those that `cost` counts of the result; where an op has to become a selection of
+    positions, as a channel shuffle may, these take 8 bytes each on top. A model that runs Python between its traced
+    parts has no graph to tell them from: there the result is made and counted, which takes longer.
+
+    Args:
+        module: a traced module.
+        wanted: as for `slim`, a split rate or one for each of some selectors; or as for `reindex`, an index for each.
+        round_to, importance, outputs: as for `slim`; ``"prefix"`` looks at no weights.
+
+    Returns:
+        the step, its cost, and the shapes it gives.
+
+    Raises:
+        UsageError: as `slim` or `reindex`.
+        EditError: a unit that must stay is dropped, or what is left does not fill the factors of an axis. (That copies
+            cannot be made exactly is noticed when the step is applied.)
+
+    Example:
+        >>> affordable = [rate for rate in (0.75, 0.5, 0.25) if surgery.plan(traced, rate).macs < 1e9]
+    """
+    return next(plans(module, [wanted], round_to=round_to, importance=importance, outputs=outputs))
+
+
+def plans(
+    module: nn.Module,
+    wanted: Iterable[Wanted],
+    *,
+    round_to: int = 1,
+    importance: str = "prefix",
+    outputs: Outputs = None,
+) -> Iterator[Plan]:
+    """Say what each of many edits of one model would give, one after another; `plan` is of one.
+
+    The module is looked at once, when the first is asked for: do not change it before the last.
+
+    Args:
+        module: a traced module.
+        wanted: for each edit, what `plan` takes.
+        round_to, importance, outputs: as for `plan`.
+
+    Returns:
+        an iterator over the plans, in order.
+
+    Raises:
+        UsageError, EditError: as `plan`, when the plan is reached.
+
+    Example:
+        >>> rates = ({"layer3": a, "layer4": b} for a in (0.75, 0.5) for b in (0.5, 0.25))
+        >>> best = min(surgery.plans(traced, rates), key=lambda plan: abs(plan.macs - 1e9))
+    """
+    free = parse_outputs(outputs)
+    analysis = analyse(module, free)
+    planned = planned_cost(module, analysis)
+    for one in wanted:
+        if isinstance(one, Mapping) and any(isinstance(value, Sequence) for value in one.values()):
+            step = reindex_step(analysis, module, one, free=free)
+        else:
+            step = slim_step(analysis, module, one, round_to, importance, free)  # type: ignore[arg-type]
+        indices = {analysis.find(name): index for name, index in step.indices.items()}
+        for group, index in indices.items():
+            check_index(group, index, None)
+        if planned.known:
+            shapes, found = planned.under(indices)
+            yield Plan(step, found, shapes)
+        else:
+            result = apply(module, step)
+            yield Plan(step, cost(result), {name: tuple(t.shape) for name, t in _tensors(result).items()})
+
+
+def _tensors(module: nn.Module) -> dict[str, Any]:
+    """Parameters and buffers by qualified name, tied ones under the first."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
