@@ -22,7 +22,7 @@ from surgery.axes.ledger import Findings, Ledger, ParamAxis, labelled_leaves
 from surgery.axes.network_outputs import NetworkOutput, output_name
 from surgery.axes.ops import Op
 from surgery.errors import TraceError, UsageError
-from surgery.graph.meta import Twins
+from surgery.graph.meta import Twins, storage_of
 from surgery.graph.outputs import Rebuild, leaves_in
 from surgery.graph.rule_table import Rule, has_module_rule, rule_for, unknown
 from surgery.graph.traced import TracedModule
@@ -278,7 +278,7 @@ class Interpreter(Ledger):
 
 
 def _storage(value: Labelled) -> int:
-    return int(value.value.untyped_storage()._cdata)
+    return storage_of(value.value)
 
 
 def _same_fields(a: Labelled, b: Labelled) -> bool:

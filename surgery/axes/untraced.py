@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import fx, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -41,6 +42,7 @@ from surgery.axes.visits import Visits
 from surgery.errors import TraceError
 from surgery.graph.guards import model_line
 from surgery.graph.islands import clone_tensors, quietly
+from surgery.graph.meta import storage_of
 from surgery.graph.outputs import tensors_in
 from surgery.graph.rule_table import UNKNOWN, Rule, rule_for
 from surgery.graph.seeding import seed_generators
@@ -243,10 +245,11 @@ class _Recording(TorchFunctionMode):
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
         given = pytree.tree_map_only(torch.Tensor, self.label, (tuple(args), kwargs))
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        versions = [t._version for t in tensors]
+        versions = [_version(t) for t in tensors]
         watched = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, WatchedSize)]
         result = func(*args, **kwargs)
-        changed = [t for t, version in zip(tensors, versions, strict=True) if t._version != version]
+        outs = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+        changed = [t for t, version in zip(tensors, versions, strict=True) if _is_changed(t, version, outs)]
         labels = list(labelled_leaves(given))
         if not watched and not any(label.fields for label in labels):
             self.keep(result, name, args, kwargs)
@@ -258,7 +261,6 @@ class _Recording(TorchFunctionMode):
         if name in ("__setitem__", "copy_"):
             self.write(name, args, given)
             return result
-        outs = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
         if name in FACTORIES:
             self.keep(result, name, args, kwargs, watched)
             return result
@@ -361,7 +363,7 @@ class _Recording(TorchFunctionMode):
         for t in changed:
             old, new = self.known.get(id(t)), after.get(id(t))
             self.blank.pop(id(t), None) if new is None or not new.fields else None
-            others = [k for k in self.aliases.get(_storage(t), ()) if k != id(t)]
+            others = [k for k in self.aliases.get(storage_of(t), ()) if k != id(t)]
             if new is None:
                 self.refuse(name, before)
             elif others and not (old is not None and _alike(old, new)):
@@ -381,6 +383,10 @@ class _Recording(TorchFunctionMode):
 
     def label(self, tensor: torch.Tensor) -> Labelled:
         if id(tensor) not in self.known:
+            if is_functorch_wrapped_tensor(tensor):  # it has other axes than what it wraps
+                self.freeze(self.label(get_unwrapped(tensor)), _reason("torch.func"))
+                self.remember(tensor, Labelled(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")))
+                return self.known[id(tensor)]
             source = self.sources.get(id(tensor))
             if source is None:
                 self.remember(tensor, Labelled(tensor.detach().to("meta")))
@@ -393,7 +399,7 @@ class _Recording(TorchFunctionMode):
     def remember(self, tensor: torch.Tensor, label: Labelled) -> None:
         self.known[id(tensor)] = label
         self.kept.append(tensor)
-        self.aliases.setdefault(_storage(tensor), {})[id(tensor)] = None
+        self.aliases.setdefault(storage_of(tensor), {})[id(tensor)] = None
 
     def keep(self, result: Any, name: str, args: Any, kwargs: Any, watched: Any = ()) -> None:
         """Results that hold no channels."""
@@ -431,8 +437,14 @@ def _reason(name: str) -> str:
     return f"used by Python outside the traced parts ({name})"
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often a tensor was changed in place; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _is_changed(tensor: torch.Tensor, version: int | None, outs: list[torch.Tensor]) -> bool:
+    """Whether a call changed a tensor in place: what does and is not counted gives it back."""
+    return any(t is tensor for t in outs) if version is None else tensor._version != version
 
 
 def _alike(a: Labelled, b: Labelled) -> bool:

@@ -234,7 +234,7 @@ def verify(
     both = (surgery.comparable(first), surgery.comparable(second))
     check = surgery.verify(*both, args, kwargs=kwargs, dtype=torch.float64, tolerance=tolerance)
     rows = [[check.dtype, f"{check.max_abs:.2e}", f"{check.max_rel:.2e}", f"{check.tolerance:.0e}"]]
-    said = "the same" if check.ok else "different"
+    said = "the same" if check.ok else "not shown to be the same" if check.problem else "different"
     emit(
         check.to_dict(),
         as_json,

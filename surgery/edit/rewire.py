@@ -56,6 +56,7 @@ class _Rewiring(EditedGraph):
             if self.layouts.of(units) is not None
         }
         self.stale: set[fx.Node] = set()  # nodes that cannot be as asked; what reads them selects from before them
+        self.failed: dict[fx.Node, EditError] = {}  # and why, of those whose new value would be another
         replaced = False
         for node in self.graph.nodes:
             if node.op in ("placeholder", "output", "get_attr") or isinstance(node.target, Rebuild):
@@ -71,12 +72,20 @@ class _Rewiring(EditedGraph):
             if fits or (isinstance(out, Labelled) and self.reorder(node, out)):
                 continue
             if isinstance(out, Labelled) and all(len(f.dims) == 1 for f in out.fields):
-                self.select(node, out)
-                replaced = True
-            else:
-                self.stale.add(node)
+                try:
+                    self.select(node, out)
+                    replaced = True
+                    continue
+                except EditError as error:
+                    if not self.is_movement(node):
+                        raise
+                    self.failed[node] = error
+            self.stale.add(node)
         if replaced:
             self.sweep()
+        for node, why in self.failed.items():
+            if self.new[node.name].users:
+                raise why
         for node in reversed(self.copy.nodes):
             if "path" not in node.meta and node.users:  # a new node is where its reader is
                 node.meta["path"] = next(iter(node.users)).meta.get("path", "")
@@ -128,7 +137,8 @@ class _Rewiring(EditedGraph):
         new = self.new[node.name]
         if self.stale & set(node.all_input_nodes) or not all(self.is_rectangular(v) for v in _labelled((outs, inputs))):
             if not rule.movement:
-                raise EditError(f"{_where(node)} cannot follow the edit: its channels would not fill a rectangle")
+                why = f"{_where(node)} cannot follow the edit: its channels would not fill a rectangle"
+                raise next((self.failed[n] for n in node.all_input_nodes if n in self.failed), EditError(why))
             return False
         if rule.rewrite is not None and outs:
             changed = {d for o in outs for f in o.fields if self.layouts.along(f) is not None for d in f.dims}

@@ -140,12 +140,30 @@ def _mode_patches(tracer: Tracer) -> list[_Patch]:
         torch.no_grad: lambda _, modes: replace(modes, grad=False),
         torch.enable_grad: lambda _, modes: replace(modes, grad=True),
         torch.set_grad_enabled: lambda manager, modes: replace(modes, grad=manager.mode),
-        torch.inference_mode: lambda manager, modes: replace(modes, inference=manager.mode, grad=None),
+        torch.inference_mode: lambda manager, modes: replace(modes, inference=bool(manager.mode), grad=None),
         torch.autocast: lambda m, modes: replace(
             modes, autocast=(*modes.autocast, (m.device, m.fast_dtype, m._enabled, m._cache_enabled))
         ),
     }
-    return [patch for cls, change in changes.items() for patch in _region(tracer, cls, change)]
+    regions = [patch for cls, change in changes.items() for patch in _region(tracer, cls, change)]
+    return [*regions, (torch.autocast, "__init__", _autocast)]
+
+
+def _autocast(
+    self: torch.autocast,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    enabled: bool = True,
+    cache_enabled: bool | None = None,
+) -> None:
+    """As `torch.autocast`, where ``enabled`` may be a proxy, such as a mode flag, which is guarded."""
+    given = (device_type, dtype, cache_enabled)
+    if any(isinstance(value, fx.Proxy) for value in given):
+        raise TraceError(f"autocast is given a device or dtype that only a call knows ({user_line()})")
+    _START(self, device_type, dtype, bool(enabled), cache_enabled)
+
+
+_START = torch.autocast.__init__
 
 
 def _region(tracer: Tracer, cls: Any, change: Callable[[Any, Modes], Modes]) -> tuple[_Patch, _Patch]:

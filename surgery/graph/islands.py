@@ -169,3 +169,16 @@ def _admits(traced: TracedModule, graph: fx.Graph, given: Arguments) -> bool:
     except TraceError:
         return False
     return True
+
+
+def refuse_shapes_of_data(traced: TracedModule, given: Arguments) -> None:
+    """Raise `TraceError` if a shape in a graph depends on the data: the analysis could not follow it."""
+    for graph in traced.graphs:
+        values = Values(traced, given.values)
+        try:
+            for node in graph.nodes:
+                if node.op != "output":
+                    values.of(node)
+        except TraceError as error:
+            if isinstance(error.__cause__, NotImplementedError):
+                raise

@@ -10,6 +10,14 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 
+def storage_of(tensor: torch.Tensor) -> int:
+    """What is the same for tensors that share memory; of one without storage, such as a sparse one, its own."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):
+        return id(tensor)
+
+
 class Twins:
     """Meta twins, each made once. The originals have to outlive them."""
 
@@ -60,6 +68,8 @@ class Twins:
             kwargs = {**kwargs, "device": "meta"}
         if target is getattr and args[1] in _DEVICE and isinstance(args[0], torch.Tensor):
             return _DEVICE[args[1]](self.device)
+        if target is torch.autograd.grad:
+            return _gradients(*args, **kwargs)
         with torch.no_grad():
             if leaf is not None:
                 raw = self.layer(leaf)(*args, **kwargs)
@@ -68,6 +78,15 @@ class Twins:
             else:
                 raw = target(*args, **kwargs)
         return pytree.tree_map(lambda v: v.to("meta") if isinstance(v, torch.Tensor) else v, raw)
+
+
+def _gradients(
+    outputs: Any, inputs: Any, grad_outputs: Any = None, *rest: Any, is_grads_batched: bool = False, **kwargs: Any
+) -> tuple[torch.Tensor, ...]:
+    """What `torch.autograd.grad` gives: a tensor like each input."""
+    if is_grads_batched or len(rest) > 4:
+        raise NotImplementedError
+    return tuple(torch.empty_like(t) for t in ((inputs,) if isinstance(inputs, torch.Tensor) else inputs))
 
 
 _DEVICE: dict[str, Callable[[torch.device], Any]] = {

@@ -14,7 +14,7 @@ from surgery.graph.accepted import private_copy, unwrap
 from surgery.graph.agreement import check_agreement
 from surgery.graph.arguments import bound_arguments
 from surgery.graph.fused import padding_encoders
-from surgery.graph.islands import trace_islands
+from surgery.graph.islands import refuse_shapes_of_data, trace_islands
 from surgery.graph.structure import seal
 from surgery.graph.traced import TensorSpec as TensorSpec
 from surgery.graph.traced import TracedModule as TracedModule
@@ -82,6 +82,7 @@ def trace(
         traced = trace_whole(root, given, other=other)
         if check:
             batched = check_agreement(traced, partial(private_copy, model), args, kwargs, padding)
+        refuse_shapes_of_data(traced, given)
     except TraceError as error:
         untraced = str(error)
         traced, modes = trace_islands(private_copy(model), args, kwargs, error)

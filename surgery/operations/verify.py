@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ class Verification:
     max_abs: float
     """Largest absolute difference of any output element."""
     max_rel: float
-    """Largest absolute difference within an output, divided by that output's largest magnitude; over all outputs."""
+    """Largest absolute difference within an output, divided by that output's largest magnitude; over all outputs.
+    Not a number where there is a ``problem``, so that no bound on it can hold."""
     tolerance: float
     """Bound on ``max_rel`` and ``max_grad``."""
     dtype: str
@@ -54,8 +55,8 @@ class Verification:
         return not self.problem and self.max_rel <= self.tolerance and self.max_grad <= self.tolerance
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields and ``ok``, for JSON."""
-        return {**asdict(self), "ok": self.ok}
+        """The fields and ``ok``, for JSON, which has no number that is not one: ``max_rel`` is None then."""
+        return {**asdict(self), "max_rel": None if math.isnan(self.max_rel) else self.max_rel, "ok": self.ok}
 
     def raise_if_different(self) -> Verification:
         """Return self, or raise `VerificationError` with the figures."""
@@ -153,7 +154,8 @@ def verify(
         return result  # refused with a reason, as a module may that is good for the traced batch alone
     except Exception as error:
         size = batch_of(*inputs)
-        return Verification(**{**asdict(result), "problem": f"it cannot be called with a batch of {size}: {error}"})
+        problem = result.problem or f"it cannot be called with a batch of {size}: {error}"
+        return replace(result, problem=problem, max_rel=math.nan)
     return _worse(result, again)
 
 
@@ -206,6 +208,8 @@ def _compare(run: _Run, expected: _Run, tolerance: float | None) -> Verification
     used = floating[0] if floating else expected.outputs[0].dtype if expected.outputs else torch.float32
     bound = _TOLERANCE.get(used, 1e-4) if tolerance is None else tolerance
     name = str(used).removeprefix("torch.")
+    if problem:
+        max_rel = math.nan
     return Verification(max_abs, max_rel, bound, name, len(run.outputs), 1, max_grad, len(pairs), problem)
 
 

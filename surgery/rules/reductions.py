@@ -82,8 +82,10 @@ def _greatest(op: Op, input: Labelled, dim: Any = None, keepdim: bool = False, *
               axis: Any = None, **named: Any) -> Any:  # fmt: skip
     if isinstance(dim, Labelled) or other is not None:  # the larger of two
         return op.elementwise(input, dim if other is None else other)
-    readers = (user for user in op.node.users if user.users or user.op == "output")
-    numbered = isinstance(op.out, tuple) and not all(map(_takes_values, readers))
+    users = op.node.users
+    read = [user for user in users if user.users or user.op == "output"]
+    # Python that is not traced says nothing of what it reads.
+    numbered = isinstance(op.out, tuple) and not (users and all(map(_takes_values, read)))
     return op.alike(_reduce(op, input, reduced_dims(dim, axis), "numbers" if numbered else "averages"))
 
 

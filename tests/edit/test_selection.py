@@ -50,3 +50,34 @@ def test_packed_keys_and_values_are_edited_for_every_batch_size(spelling, heads,
         x = torch.rand(batch, 6, 3, dtype=torch.float64)
         torch.testing.assert_close(slim(x), masked(x), rtol=1e-10, atol=0)
         torch.testing.assert_close(wide(x), model(x), rtol=1e-10, atol=0)
+
+
+class Halves(nn.Module):
+    """Channels in two halves, flattened with positions, and put back."""
+
+    def __init__(self, between=lambda x: x):
+        super().__init__()
+        self.between = between
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.b(self.between(x.unflatten(1, (2, -1)).flatten(1)).view(x.shape))
+
+
+def test_channels_that_are_flattened_with_positions_on_the_way_take_any_order_and_copies():
+    model = Halves().double().eval()
+    traced = surgery.trace(model, torch.rand(2, 3, 6, 6, dtype=torch.float64))
+    (group,) = (g for g in surgery.dimension_groups(traced) if g.name == "a")
+    edits = [surgery.reindex(traced, {"a": group.permutation(1)}), surgery.widen(traced, 1.5), surgery.widen(traced, 2)]
+    assert edits[1].a.out_channels == 12
+    for batch, size in ((1, 6), (2, 6), (3, 4)):
+        x = torch.rand(batch, 3, size, size, dtype=torch.float64)
+        for edited in edits:
+            torch.testing.assert_close(edited(x), model(x), rtol=1e-10, atol=1e-12)
+
+
+def test_an_order_that_flattened_channels_cannot_take_is_refused_where_they_are_read():
+    traced = surgery.trace(Halves(torch.relu).double(), torch.rand(2, 3, 6, 6, dtype=torch.float64))
+    with pytest.raises(surgery.EditError, match=r"^flatten \(flatten.*cannot follow the edit: it is not a selection"):
+        surgery.reindex(traced, {"a": [0, 1, 7, 5, 6, 3, 2, 4]})

@@ -194,6 +194,25 @@ def test_autocast_is_kept_in_the_precision_of_results():
     model.a.bfloat16(), traced.a.bfloat16()
 
 
+@pytest.mark.parametrize("which", ["mode flag", "size"])
+def test_autocast_that_python_switches_is_a_graph_that_switches_it(which, capfd):
+    class Switched(Two):
+        def forward(self, x):
+            enabled = self.training if which == "mode flag" else x.shape[1] > 3
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                y = self.a(x)
+            return self.b(y.to(x.dtype))
+
+    torch.manual_seed(0)
+    model = Switched()
+    traced = surgery.trace(model, torch.rand(3, 4))
+    assert isinstance(traced, torch.fx.GraphModule)
+    assert capfd.readouterr() == ("", "")
+    x = torch.randn(2, 4)
+    for training in (True, False):
+        assert_same(gradients(traced.train(training), x), gradients(model.train(training), x))
+
+
 @pytest.mark.parametrize("cls", [Reversal, NoGrad, Inference, DecoratedForward])
 def test_modes_survive_copies_edits_and_dead_code_elimination(cls):
     model, x = make(cls), torch.randn(3, 4, dtype=D)

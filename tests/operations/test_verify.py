@@ -1,6 +1,8 @@
 """`verify` finds differences wherever they are, and fails where it could not find one."""
 
 import dataclasses
+import json
+import math
 import types
 from collections.abc import Callable
 from typing import Any
@@ -173,3 +175,17 @@ def test_nothing_that_is_given_changes() -> None:
     assert all(p.grad is None for p in a.parameters())
     assert a.training
     assert not x.requires_grad
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, math.nan])
+def test_no_bound_holds_for_a_difference_that_outputs_could_not_show(value: float) -> None:
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.full((len(x), 3), value)
+
+    check = surgery.verify(Constant(), Constant(), torch.rand(2, 4))
+    assert check.problem
+    assert not check.max_rel <= math.inf
+    assert json.loads(json.dumps(check.to_dict()))["max_rel"] is None
+    with pytest.raises(surgery.VerificationError, match="there is nothing to compare"):
+        check.raise_if_different()

@@ -130,3 +130,22 @@ def three_channels(net, x):
     y = x @ net.a.weight[:3].T + net.a.bias[:3]
     y = y / torch.sqrt((y * y).mean(-1, keepdim=True) + 1e-3) * net.act.weight[:3]
     return y @ net.b.weight[:, :3].T + net.b.bias
+
+
+class Greatest(nn.Module):
+    """Returns the greatest channels with their positions."""
+
+    def __init__(self, find, python):
+        super().__init__()
+        self.a, self.find, self.python = nn.Linear(3, 6), find, python
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.find(y if not self.python or y.sum() > -1e9 else -y)
+
+
+@pytest.mark.parametrize("python", [False, True])
+@pytest.mark.parametrize("find", [lambda y: y.max(-1), lambda y: torch.min(y, -1), lambda y: {"all": y.max(dim=-1)}])
+def test_channels_whose_positions_are_returned_are_left_alone(find, python):
+    traced = surgery.trace(Greatest(find, python).double(), torch.rand(2, 3, dtype=torch.float64))
+    assert not any(g.editable for g in surgery.dimension_groups(traced) if g.name == "a")
