@@ -212,9 +212,9 @@ def test_what_is_no_number_is_a_failure_with_noise_too(run, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--mapping", "even"], "mapping must be 'random' or 'balanced', not 'even'"),
-        (["--break-symmetry", "nose"], "break_symmetry must be 'uneven', 'zero-sum', 'noise' or None, not 'nose'"),
-        (["--break-symmetry", "noise", "--noise", "0"], "noise must be a number above 0, not 0.0"),
+        (["--mapping", "even"], "--mapping must be 'random' or 'balanced', not 'even'"),
+        (["--break-symmetry", "nose"], "--break-symmetry must be 'uneven', 'zero-sum', 'noise' or None, not 'nose'"),
+        (["--break-symmetry", "noise", "--noise", "0"], "--noise must be a number above 0, not 0.0"),
     ],
 )
 def test_bad_options_are_one_line_and_write_nothing(run, options, message):
