@@ -245,7 +245,7 @@ class _Recording(TorchFunctionMode):
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
         given = pytree.tree_map_only(torch.Tensor, self.label, (tuple(args), kwargs))
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        versions = [_version(t) for t in tensors]
+        versions = [_count_writes(t) for t in tensors]
         watched = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, WatchedSize)]
         result = func(*args, **kwargs)
         outs = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
@@ -437,7 +437,7 @@ def _reason(name: str) -> str:
     return f"used by Python outside the traced parts ({name})"
 
 
-def _version(tensor: torch.Tensor) -> int | None:
+def _count_writes(tensor: torch.Tensor) -> int | None:
     """How often a tensor was changed in place; None where torch does not count."""
     return None if tensor.is_inference() else tensor._version
 

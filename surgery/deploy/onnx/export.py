@@ -124,6 +124,8 @@ def export_onnx(
     """
     path = Path(path)
     _refuse_path(path, force)
+    if path.suffix != ".onnx":
+        raise UsageError(f"cannot write {path}: the name of an ONNX file ends in .onnx")
     if exporter is not None and exporter not in EXPORTERS:
         raise unknown_name("exporter", exporter, EXPORTERS)
     opset = None if opset is None else whole_number("opset", opset, 1)
@@ -186,8 +188,6 @@ def _refuse_path(path: Path, force: bool) -> None:
         raise UsageError(f"cannot write {path}: it is not a regular file")
     if path.exists() and not force:
         raise UsageError(f"{path} exists; pass force=True (--force) to replace it")
-    if path.suffix != ".onnx":
-        raise UsageError(f"cannot write {path}: the name of an ONNX file ends in .onnx")
 
 
 def _place(draft: Path, path: Path, force: bool) -> None:
