@@ -3,7 +3,7 @@
     python -m benchmarks.coverage --jobs 2                   # all models: benchmarks/results/coverage.{json,md}
     python -m benchmarks.coverage resnet18 'vit_*'           # some models, printed only
     python -m benchmarks.coverage 'vit_*' --merge            # these rows of benchmarks/results anew
-    python -m benchmarks.coverage --out new --missing        # all that the folder has no row of yet
+    python -m benchmarks.coverage --jobs 2 --missing         # what has no row yet, or one made at one batch size
 
 Errors are relative: of each output, the largest absolute difference over the largest magnitude. Models run on small
 inputs, in a form that takes them (``vit_b_16?image_size=32``): the row names both. Of detection models the losses in
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="names from the catalogue, or globs over them; all by default")
     parser.add_argument("--out", type=Path, help="folder for coverage.json and coverage.md")
     parser.add_argument("--merge", action="store_true", help="keep the other rows that the folder's coverage.json has")
-    parser.add_argument("--missing", action="store_true", help="only models that the folder has no row of; keep others")
+    parser.add_argument("--missing", action="store_true", help="only what has no row at two batch sizes yet")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time, each with its share of the cores")
     parser.add_argument("--minutes", type=float, default=20, help="limit of one model, in minutes of CPU time")
     parser.add_argument("--gib", type=float, default=20, help="memory limit of all models that run at a time")
@@ -60,7 +60,8 @@ def main() -> None:
     if (options.merge or options.missing) and out is not None:
         before = _before(out)
     rows = {row["model"]: row for row in before["models"]}
-    names = [name for name in selected(options.models) if not (options.missing and name in rows)]
+    done = {name for name, row in rows.items() if "batches" in row} if options.missing else set()
+    names = [name for name in selected(options.models) if name not in done]
     this = {"command": command("coverage"), "date": date.today().isoformat(), "minutes": 0.0, "models": 0}
     start = time.perf_counter()
     for row in run(names, options.jobs, 60 * options.minutes, options.gib * 2**30):

@@ -39,15 +39,17 @@ def markdown(summary: dict[str, Any]) -> str:
         f"`{run['command'].strip()}` ({run['models']} models, {run['date']}, {run['minutes']} minutes)"
         for run in summary["runs"]
     )
+    both = sum("batches" in row for row in rows)
+    graded = sum(row.get("gradients", False) for row in rows)
     head = (
         "# Coverage\n\n"
         f"{good} of {len(rows)} models without a failure. {runs}; torch "
         f"{summary['torch']}, torchvision {summary['torchvision']}, {summary['device']}; "
         f"limits {limits['minutes']:g} minutes of CPU a model and {limits['gib']:g} GiB in all. Errors are relative, "
-        "in float64, at the batch size of the input that is shown and at one more, and for the first model of each "
-        "family also of the inputs' gradients; `save, load` is of the slim model. A cost is a fraction of the dense "
-        "model's, the ideal in brackets: every channel axis changed in full, attention by whole heads. Groups that are "
-        "left "
+        f"in float64; of {both} models at the batch size of the input that is shown and at one more, of {graded} of "
+        "these, one a family, also of the inputs' "
+        "gradients. `save, load` is of the slim model. A cost is a fraction of the dense model's, the ideal in "
+        "brackets: every channel axis changed in full, attention by whole heads. Groups that are left "
         "alone are the network's input and outputs unless a line below the table says otherwise.\n\n"
     )
     columns = (
