@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.labels import Labelled
-from surgery.edit.apply import apply
+from surgery.edit.apply import apply, carry_out
 from surgery.edit.blocks import find_block
 from surgery.edit.flow import Flow
 from surgery.edit.insert_block import InsertBlock, copied_blocks, zero_names
@@ -111,11 +111,12 @@ def deepen_plan(
     for size in () if sizes is None else sizes if isinstance(sizes, tuple) else (sizes,):
         if isinstance(size, bool) or not isinstance(size, Integral) or size < 1 or size % 2 == 0:
             raise UsageError(f"the kernel of an identity must be odd in each direction, not {kernel}")
-    analysis = analyse(module)
     taken = {name for name, _ in module.named_modules()}
     steps: list[Step] = []
-    for name, count in find_places(module, places.items() if isinstance(places, Mapping) else [(places, 1)]).items():
+    wanted = find_places(module, places.items() if isinstance(places, Mapping) else [(places, 1)])
+    for number, (name, count) in enumerate(wanted.items(), 1):
         count = whole_number(f"the number of layers behind {name!r}", count, 1)
+        analysis, first = analyse(module), len(steps)
         site = next(iter(output_sites(module, name)))
         dense = like = None
         if kernel is None:
@@ -132,6 +133,8 @@ def deepen_plan(
                 steps.append(_identity_step(module, analysis, site, name, new, form, sizes, seed))
             else:
                 steps.append(_copy_step(module, analysis, name, like, new))
+        if dense is not None and number < len(wanted):  # what reads the block has more channels now
+            module = carry_out(module, steps[first:])
     return tuple(steps)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models import DenseNet
 
 import surgery
 from surgery import models as catalogue
@@ -416,3 +417,12 @@ def test_a_function_with_a_learned_slope_is_an_activation_too():
     with pytest.raises(surgery.EditError, match="that of a PReLU, which changes it"):
         surgery.deepen(traced, ["a"], form="layer")
     assert surgery.verify(surgery.deepen(traced, ["a"]), traced).max_abs == 0
+
+
+def test_layers_behind_a_dense_block_that_grew_have_its_channels():
+    model = DenseNet(growth_rate=4, block_config=(2, 2), num_init_features=8, num_classes=5)
+    traced, x = traced_of(randomised(model), 2, 3, 32, 32)
+    places = ["features.denseblock1", "features.transition1", "features.denseblock2", "features.norm5"]
+    deep = surgery.deepen(traced, places)
+    assert [type(step).__name__ for step in surgery.recipe(deep).steps].count("InsertDense") == 2
+    assert surgery.verify(deep, traced, x).max_rel <= 1e-12
