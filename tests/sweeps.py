@@ -97,6 +97,8 @@ FAST: dict[str, set[str]] = {
     "test_densenet_at_rate_0_8_has_their_figures_with_the_channel_that_leaks": set(),
     "test_raft_is_traced_whole_bit_for_bit_also_at_other_sizes": set(),
     "test_raft_shrinks_and_grows": set(),
+    "test_a_detector_is_counted_when_made": set(),
+    "test_each_group_is_edited_exactly_alone_or_refused": {"mha", "windowed_attention_alone", "lstm", "group_norm_cat"},
     "test_every_family_is_planned_to_the_last_mac": {"shufflenet_v2_x0_5", "vision transformer", "swin"},
     # random networks
     "test_every_edit_of_many_random_networks_is_exact_or_refused": set(),

@@ -113,9 +113,27 @@ def slim(
     if outputs:
         raise UsageError("--outputs goes with --rate: to a budget, what the model returns stays as it is")
     assert wanted is not None
-    what, text = wanted
-    parse_amount(what, text)
-    before = opening.open(model)
+    parse_amount(*wanted)
+    _to_budget(opening.open(model), *wanted, budget, importance, round_to, settings, writing)
+
+
+_NEITHER = (
+    "Missing option '--rate': say how slim, by a rate (--rate 0.5) or by a budget (--macs 0.5, --params 3M, "
+    "--bytes 12MB, --latency 5ms)"
+)
+
+
+def _to_budget(
+    before: nn.Module,
+    what: str,
+    text: str,
+    budget: BudgetOptions,
+    importance: str,
+    round_to: int | None,
+    settings: BudgetSettings,
+    writing: Writing,
+) -> None:
+    """Search for the model that keeps to a budget, and write it."""
     images = None
     if budget.dataset is not None:
         images = surgery.data_for({"the model": before}, budget.dataset, data_root=budget.data_root)
@@ -136,12 +154,6 @@ def slim(
         )
     compare = _switched_off(before, found.module, found.rates, found.round_to, importance)
     finish(before, found.module, writing, compare, more={"budget": found.to_dict()}, said=_describe(found))
-
-
-_NEITHER = (
-    "Missing option '--rate': say how slim, by a rate (--rate 0.5) or by a budget (--macs 0.5, --params 3M, "
-    "--bytes 12MB, --latency 5ms)"
-)
 
 
 def _switched_off(

@@ -13,8 +13,10 @@ from surgery.axes.network_outputs import Outputs, parse_outputs
 from surgery.counting.cost import Cost, cost
 from surgery.counting.planned import planned_cost
 from surgery.edit.apply import apply
-from surgery.edit.checks import check_index
+from surgery.edit.checks import check_index, check_layouts
+from surgery.edit.layout import Layouts
 from surgery.edit.reindex import Reindex, reindex_step
+from surgery.graph.traced import named_tensors
 from surgery.operations.slim import Rate, slim_step
 from surgery.units import mebibytes, quantity
 
@@ -62,8 +64,9 @@ def plan(
     """Say what `slim` or `reindex` would give, without making it: thousands of candidates can be compared.
 
     MACs, parameters and bytes are those that `cost` counts of the result; where an op has to become a selection of
-    positions, as a channel shuffle may, these take 8 bytes each on top. A model that runs Python between its traced
-    parts has no graph to tell them from: there the result is made and counted, which takes longer.
+    positions, as a channel shuffle may, these take 8 bytes each on top. Where that cannot be told from shapes, as of a
+    model that runs Python between its traced parts, or has a recurrent layer, the result is made and counted, which
+    takes longer.
 
     Args:
         module: a traced module.
@@ -74,9 +77,9 @@ def plan(
         the step, its cost, and the shapes it gives.
 
     Raises:
-        UsageError: as `slim` or `reindex`.
-        EditError: a unit that must stay is dropped, or what is left does not fill the factors of an axis. (That copies
-            cannot be made exactly is noticed when the step is applied.)
+        UsageError: as `slim`, `reindex` or `cost`.
+        EditError: a unit that must stay is dropped, nothing would be left of a layer, or copies cannot be made exactly.
+            (What an op of the graph cannot follow is noticed when the step is applied.)
 
     Example:
         >>> affordable = [rate for rate in (0.75, 0.5, 0.25) if surgery.plan(traced, rate).macs < 1e9]
@@ -115,21 +118,20 @@ def plans(
     analysis = analyse(module, free)
     planned = planned_cost(module, analysis)
     for one in wanted:
-        if isinstance(one, Mapping) and any(isinstance(value, Sequence) for value in one.values()):
+        indexed = isinstance(one, Mapping) and any(isinstance(value, Sequence) for value in one.values())
+        if indexed:
             step = reindex_step(analysis, module, one, free=free)  # type: ignore[arg-type]  # all of one kind
         else:
             step = slim_step(analysis, module, one, round_to, importance, free)  # type: ignore[arg-type]
         indices = {analysis.find(name): index for name, index in step.indices.items()}
-        for group, index in indices.items():
-            check_index(group, index, None)
+        if indexed:  # what `slim` keeps can be kept
+            for group, index in indices.items():
+                check_index(group, index, None)
+            check_layouts(analysis, Layouts(analysis, indices, {}))
         if planned.known:
             shapes, found = planned.under(indices)
             yield Plan(step, found, shapes)
         else:
             result = apply(module, step)
-            yield Plan(step, cost(result), {name: tuple(t.shape) for name, t in _tensors(result).items()})
-
-
-def _tensors(module: nn.Module) -> dict[str, Any]:
-    """Parameters and buffers by qualified name, tied ones under the first."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(result, once=True).items()}
+            yield Plan(step, cost(result), shapes)

@@ -28,7 +28,7 @@ from surgery.edit.step import MEAN
 from surgery.errors import EditError
 from surgery.graph.batches import batch_of
 from surgery.graph.rule_table import rule_for
-from surgery.graph.traced import TracedModule, example_inputs, info
+from surgery.graph.traced import TracedModule, example_inputs, info, named_tensors
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class PlannedCost:
         self._numbers: dict[bytes, int] = {}
         self._units: list[Ids] = []
         self._samples = 2 if info(module).batched else batch_of(*example_inputs(module)) or 1
-        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        tensors = named_tensors(module, once=True)
         self._tensors = {
             name: self._axes_of_tensor(analysis, name, tuple(tensor.shape)) for name, tensor in tensors.items()
         }

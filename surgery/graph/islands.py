@@ -7,6 +7,7 @@ each of them that can be traced becomes a `TracedModule` under its old name, and
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,8 +149,9 @@ def _trace_for(module: nn.Module, calls: list[Arguments]) -> TracedModule | None
     before = {m: (type(m), state_of(m)) for m in module.modules()}
     try:
         traced = trace_whole(module, calls[0], inside=True)
-        if all(_admits(traced, graph, given) for graph in traced.graphs for given in calls):
-            return traced
+        for graph, given in itertools.product(traced.graphs, calls):
+            _follow_shapes(traced, graph, given)
+        return traced
     except (TraceError, UsageError):
         pass
     for m, (cls, attributes) in before.items():
@@ -159,26 +161,23 @@ def _trace_for(module: nn.Module, calls: list[Arguments]) -> TracedModule | None
     return None
 
 
-def _admits(traced: TracedModule, graph: fx.Graph, given: Arguments) -> bool:
-    """Whether the graph takes these arguments: no guard refuses them, and no shape depends on the data."""
+def _follow_shapes(traced: TracedModule, graph: fx.Graph, given: Arguments) -> None:
+    """Follow the shapes of a call through a graph.
+
+    Raises:
+        TraceError: a guard refuses the arguments, or a shape depends on the data.
+    """
     values = Values(traced, given.values)
-    try:
-        for node in graph.nodes:
-            if node.op != "output":
-                values.of(node)
-    except TraceError:
-        return False
-    return True
+    for node in graph.nodes:
+        if node.op != "output":
+            values.of(node)
 
 
 def refuse_shapes_of_data(traced: TracedModule, given: Arguments) -> None:
     """Raise `TraceError` if a shape in a graph depends on the data: the analysis could not follow it."""
     for graph in traced.graphs:
-        values = Values(traced, given.values)
         try:
-            for node in graph.nodes:
-                if node.op != "output":
-                    values.of(node)
+            _follow_shapes(traced, graph, given)
         except TraceError as error:
             if isinstance(error.__cause__, NotImplementedError):
                 raise

@@ -214,11 +214,11 @@ def traced_parts(module: nn.Module) -> Iterator[tuple[str, TracedModule]]:
     return ((path, part) for path, part in module.named_modules() if isinstance(part, TracedModule))
 
 
-def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by qualified name, tied ones under each of theirs."""
+def named_tensors(module: nn.Module, *, once: bool = False) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by qualified name, tied ones under each of theirs; with ``once``, under the first."""
     return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
+        **dict(module.named_parameters(remove_duplicate=once)),
+        **dict(module.named_buffers(remove_duplicate=once)),
     }
 
 

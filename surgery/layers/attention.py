@@ -84,11 +84,12 @@ def fit_heads(module: nn.MultiheadAttention, head_dim: int) -> None:
     inner, module.embed_dim = module.out_proj.weight.shape[1], module.out_proj.weight.shape[0]
     module.num_heads, module.head_dim = inner // head_dim, head_dim
     if module.in_proj_weight is not None:
-        module.kdim = module.vdim = module.embed_dim
+        read = module.kdim = module.vdim = module.in_proj_weight.shape[1]
     else:
+        read = module.q_proj_weight.shape[1]
         module.kdim, module.vdim = module.k_proj_weight.shape[1], module.v_proj_weight.shape[1]
     module.out_proj.out_features, module.out_proj.in_features = module.out_proj.weight.shape
-    module.__class__ = nn.MultiheadAttention if inner == module.embed_dim else HeadAttention
+    module.__class__ = nn.MultiheadAttention if inner == module.embed_dim == read else HeadAttention
 
 
 def _merge_masks(mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:

@@ -25,6 +25,7 @@ from surgery.edit.layout import Layouts
 from surgery.edit.reindex import Reindex, reindex
 from surgery.errors import EditError, UsageError, VerificationError
 from surgery.graph.rule_table import UNKNOWN, Rule, rule_for
+from surgery.graph.traced import named_tensors
 from surgery.graph.tracing import TracedModule, trace
 from surgery.operations.rule_samples import Axis, Ref, Sample, SampleNetwork, Variant, axis_name
 from surgery.operations.slim import slim_plan
@@ -273,7 +274,7 @@ class _Claims:
             group = self.analysis.find(name)
             kept[group.start : group.start + group.units] = np.isin(np.arange(group.units), index)
         net = copy.deepcopy(self.net)
-        tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+        tensors = named_tensors(net, once=True)
         single = np.zeros(self.analysis.count, dtype=bool)
         for units, _ in self.analysis.single:
             single[units] = True

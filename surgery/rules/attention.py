@@ -185,13 +185,15 @@ def _is_read(node: fx.Node, part: int) -> bool:
 
 
 def _resize_windowed_attention(edit: NodeEdit) -> None:
-    """The number of heads follows the weights; the size of a head becomes an argument where the width says another."""
+    """The number of heads follows the weights; the size of a head becomes an argument where the width says another, or
+    where another width is written than is read."""
     node = edit.node
     given = dict(inspect.signature(heads.windowed_attention).bind_partial(*node.args, **node.kwargs).arguments)
     before, after = edit.tensors[given["qkv_weight"]]
     head_dim = given.get("head_dim", before[0] // 3 // given["num_heads"])
     given["num_heads"] = after[0] // 3 // head_dim
-    if given["num_heads"] * head_dim != after[1] or node.target is heads.windowed_attention:
+    inner, written = edit.tensors[given["proj_weight"]][1][::-1]
+    if not inner == written == after[1] or node.target is heads.windowed_attention:
         node.target = heads.windowed_attention
         given["head_dim"] = head_dim
     first = ("input", "qkv_weight", "proj_weight", "relative_position_bias", "window_size", "num_heads")

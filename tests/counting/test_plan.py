@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import surgery
+from surgery import models as catalogue
 from surgery.axes.analysis import analyse
 from surgery.counting.planned import planned_cost
 from tests.zoo import FAMILIES, build_family, traced_of
@@ -43,6 +44,15 @@ class Decoder(nn.Module):
 
     def forward(self, x):
         return self.b(self.depth(self.up(self.norm(self.a(x)).relu())))
+
+
+class Joined(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm, self.c = nn.Linear(6, 4), nn.Linear(6, 4), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.c(self.norm(torch.cat([self.a(x), self.b(x)], -1)))
 
 
 class Recurrent(nn.Module):
@@ -114,6 +124,23 @@ def test_what_cannot_be_is_refused(traced):
         surgery.plan(traced, {group.name: [0, group.units]})
     with pytest.raises(surgery.UsageError, match="split rate"):
         surgery.plan(traced, 1.5)
+
+
+def test_an_index_that_no_edit_can_have_has_no_plan():
+    """Of a concatenation that a norm reads, all of one part is copied and nothing of the other."""
+    traced, _ = traced_of(Joined, 2, 6)
+    with pytest.raises(surgery.EditError, match="every unit needs the same number of copies"):
+        surgery.plan(traced, {"a": [0, 1, 2, 3] * 2})
+
+
+@pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large"])
+def test_a_detector_is_counted_when_made(name):
+    source = catalogue.CATALOGUE[name].small_source
+    model = catalogue.build(source, seed=0).eval()
+    traced = surgery.trace(model, catalogue.small_inputs(name), source=source)
+    assert not planned_cost(traced, analyse(traced)).known
+    planned = surgery.plan(traced, 0.5)
+    check(traced, planned.step, planned)
 
 
 def test_it_says_what_it_is():

@@ -6,6 +6,7 @@ of the network's ends are left alone.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
+from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 import surgery
 from tests.zoo import randomised
@@ -969,6 +971,18 @@ def cat_zeros_other_axis(self, x):
 
 
 @odd(
+    (2, 6, 6, 8),
+    p=linear(8, 8),
+    a=lambda: ShiftedWindowAttention(8, [2, 2], [1, 1], 2),
+    d=linear(8, 5),
+    frozen=("_get_relative_position_bias holds positions in it",),
+)
+def windowed_attention_alone(self, x):
+    """No stream ties what it writes to what it reads."""
+    return self.d(self.a(self.p(x)).mean((1, 2)))
+
+
+@odd(
     (2, 5, 8),
     a=lambda: nn.MultiheadAttention(8, 2, batch_first=True),
     p=linear(8, 8),
@@ -1275,6 +1289,20 @@ def test_edited_odd_models_can_be_edited_again(case):
     _, _, traced, same = case
     hold(surgery.slim(traced, 0.5), same)
     hold(surgery.widen(traced, 1.5, seed=2), same)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_group_is_edited_exactly_alone_or_refused(case):
+    """What all groups do together, some layers can express that cannot where one of them does it alone."""
+    _, _, traced, same = case
+    for group in surgery.dimension_groups(traced):
+        if group.editable:
+            rate = {group.name: 0.5}
+            with contextlib.suppress(surgery.EditError):  # in one line; what is made is right
+                slim = surgery.slim(traced, rate)
+                same(slim, surgery.masked(traced, surgery.split_masks(traced, rate)))
+            with contextlib.suppress(surgery.EditError):
+                same(surgery.reindex(traced, {group.name: [*range(group.units)] * 2}), traced)
 
 
 @pytest.mark.filterwarnings("ignore")
