@@ -16,6 +16,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from surgery.errors import UsageError
 from surgery.graph.batches import tensors
+from surgery.graph.meta import OWN_NAMESPACES, is_custom_operator, run_custom_operator
 
 
 class ProductCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -53,7 +54,11 @@ class ProductCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
-        out = func(*args, **kwargs)
+        if is_custom_operator(func):
+            device = next((t.device for t in tensors((args, kwargs))), torch.get_default_device())
+            out = run_custom_operator(func, args, kwargs, device)
+        else:
+            out = func(*args, **kwargs)
         self._count(func, args, kwargs, out)
         return out
 
@@ -148,7 +153,7 @@ _PRODUCT = re.compile(
 
 
 def _is_foreign(name: str) -> bool:
-    return name.partition("::")[0] not in ("aten", "prim", "prims", "torchvision")
+    return name.partition("::")[0] not in OWN_NAMESPACES
 
 
 def _given(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import functools
 import inspect
 import operator
 import zlib
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from surgery.axes.analysis import Analysis, analyse
-from surgery.axes.labels import Labelled
+from surgery.axes.labels import Field, Labelled
 from surgery.axes.ledger import Norm
 from surgery.edit.sites import add_constant, called_layer, in_copy
 from surgery.edit.step import Step
@@ -63,6 +64,7 @@ class SwitchOff(Step):
         result = copy.deepcopy(module, memo)
         normalise_over(result, analysis, keep)
         sum_over(result, analysis, keep)
+        keep_off_poles(result, analysis, keep)
         return result
 
     def describe(self) -> str:
@@ -203,17 +205,45 @@ def sum_over(module: nn.Module, analysis: Analysis, keep: NDArray[np.bool_]) -> 
             continue
         owner, node = in_copy(module, analysis, scope, name)
         for source in node.all_input_nodes:
-            value = analysis.values.get((scope, source.name))
-            if not isinstance(value, Labelled):
-                continue
-            for f in value.fields:
+            for f, flags in _flags_of(analysis, keep, scope, source):
                 if np.isin(analysis.unit_of[f.ids], units).any():
-                    flags = torch.from_numpy(keep[analysis.unit_of[f.ids]])
-                    shape = [size if d in f.dims else 1 for d, size in enumerate(value.shape)]
                     with node.graph.inserting_before(node):
-                        mask = _constant(module, owner, node.graph, flags.reshape(shape))
+                        mask = _constant(module, owner, node.graph, flags)
                         node.replace_input_with(source, node.graph.call_function(operator.mul, (source, mask)))
         owner.recompile()
+
+
+def keep_off_poles(module: nn.Module, analysis: Analysis, keep: NDArray[np.bool_]) -> None:
+    """Give units that are not kept the value 1 where an op is not finite at 0, as a division by a channel's own length
+    is: their weights of 0 behind it would not make that 0 again, nor would those before it the gradient."""
+    for scope, (path, graph) in analysis.graphs.items():
+        owner = module.get_submodule(path)
+        for node in graph.nodes:
+            pole = rule_for(node, called_layer(owner, node)).pole if node.op.startswith("call") else None
+            for source in () if pole is None else (*node.args, *node.kwargs.values())[pole : pole + 1]:
+                gone = [flags for _, flags in _flags_of(analysis, keep, scope, source) if not flags.all()]
+                if gone:
+                    kept = functools.reduce(operator.and_, gone)
+                    _replace_by_one(module, analysis, (scope, node.name), str(source), kept)
+
+
+def _replace_by_one(module: nn.Module, analysis: Analysis, key: tuple[str, str], operand: str, keep: Tensor) -> None:
+    owner, node = in_copy(module, analysis, *key)
+    source = next(n for n in node.all_input_nodes if n.name == operand)
+    with node.graph.inserting_before(node):
+        mask = _constant(module, owner, node.graph, keep)
+        node.replace_input_with(source, node.graph.call_function(torch.where, (mask, source, 1)))
+    owner.recompile()
+
+
+def _flags_of(analysis: Analysis, keep: NDArray[np.bool_], scope: str, source: Any) -> list[tuple[Field, Tensor]]:
+    """Which units of a node's tensor are kept, for each field of it, in a shape that broadcasts to the tensor's."""
+    value = analysis.values.get((scope, source.name)) if isinstance(source, fx.Node) else None
+    if not isinstance(value, Labelled):
+        return []
+    shapes = ([size if d in f.dims else 1 for d, size in enumerate(value.shape)] for f in value.fields)
+    kept = (torch.from_numpy(keep[analysis.unit_of[f.ids]]) for f in value.fields)
+    return [(f, flags.reshape(shape)) for f, flags, shape in zip(value.fields, kept, shapes, strict=True)]
 
 
 def _constant(module: nn.Module, owner: TracedModule, graph: fx.Graph, keep: Tensor) -> fx.Node:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def storage_of(tensor: torch.Tensor) -> int:
@@ -74,10 +76,66 @@ class Twins:
             if leaf is not None:
                 raw = self.layer(leaf)(*args, **kwargs)
             elif node.op == "call_method":
+                if target == "backward":
+                    raise NotImplementedError  # what it adds to gradients depends on the data, and may be read
                 raw = getattr(args[0], target)(*args[1:], **kwargs)
+            elif is_custom_operator(target):
+                raw = run_custom_operator(target, args, kwargs, self.device)
             else:
                 raw = target(*args, **kwargs)
         return pytree.tree_map(lambda v: v.to("meta") if isinstance(v, torch.Tensor) else v, raw)
+
+
+def run_custom_operator(operator: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
+    """What an operator from outside torch gives for tensors without data.
+
+    Where nobody registered what it does to shapes (`torch.library.register_fake`), it is run on real tensors, once on
+    zeros and once on ones, on ``device``.
+
+    Returns:
+        Tensors on ``device``; inside a `FakeTensorMode` fake ones.
+
+    Raises:
+        NotImplementedError: the two results differ in shape.
+        RuntimeError: it writes into its arguments, or cannot be run.
+    """
+    try:
+        return operator(*args, **kwargs)
+    except RuntimeError as error:
+        if _overload(operator)._schema.is_mutable:
+            raise RuntimeError(
+                f"{_overload(operator).name()} writes into its arguments and has no fake: torch.library.register_fake"
+            ) from error
+    with _disable_current_modes():
+        zeros, ones = (_run_filled(operator, args, kwargs, device, value) for value in (0, 1))
+    like = partial(pytree.tree_map_only, torch.Tensor, lambda t: (t.shape, t.dtype))
+    if like(zeros) != like(ones):
+        raise NotImplementedError
+    return pytree.tree_map_only(torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), zeros)
+
+
+def _run_filled(operator: Any, args: Any, kwargs: Any, device: torch.device, value: int) -> Any:
+    def fill(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.full(tensor.shape, value, dtype=tensor.dtype, device=device)
+
+    args, kwargs = pytree.tree_map_only(torch.Tensor, fill, (args, kwargs))
+    return operator(*args, **kwargs)
+
+
+def is_custom_operator(target: Any) -> bool:
+    """Whether what a node calls is an operator that others than torch and torchvision registered."""
+    overload = _overload(target)
+    return isinstance(overload, torch._ops.OpOverload) and overload.namespace not in OWN_NAMESPACES
+
+
+OWN_NAMESPACES = ("aten", "prim", "prims", "torchvision")
+"""Where torch and torchvision register their operators."""
+
+
+def _overload(target: Any) -> Any:
+    """The first overload of a packet (``torch.ops.mine.op``); anything else as it is."""
+    packet = isinstance(target, torch._ops.OpOverloadPacket)
+    return getattr(target, next(iter(target))) if packet else target
 
 
 def _gradients(

@@ -38,6 +38,8 @@ class Rule:
     zeros: tuple[str, ...] = ()
     """Parameters, as the layer or ``relate`` names them, with which all of the op's first output is 0: those of what
     it does last. An affine op needs an input that is 0 as well."""
+    pole: int | None = None
+    """Which operand, by its place, must not be 0 if the result or its gradient is to be finite: 1 of a division."""
     within: bool | tuple[float, float] = False
     """Bounds of the output's numbers. True: the least and the greatest of the input and 0, as in pooling."""
     kind: str = ""
@@ -179,6 +181,7 @@ class Words(TypedDict, total=False):
     movement: bool
     linear: str
     zeros: tuple[str, ...]
+    pole: int | None
     within: bool | tuple[float, float]
     kind: str
     over: Callable[..., Any] | None

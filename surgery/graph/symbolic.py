@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.graph.hooks import packages_of
 from surgery.graph.rule_table import ruled_functions
-from surgery.graph.tracer import LEAF, Tracer
+from surgery.graph.tracer import LEAF, SizeProxy, Tracer
 
 _FACTORIES = (
     "zeros",
@@ -77,6 +77,63 @@ def symbolic_functions(places: Places, tracer: Tracer) -> Iterator[None]:
     finally:
         for names, name, function in places:
             names[name] = function
+
+
+class _NumberType(type):
+    """The type of what stands in for ``int`` and ``float``: a class, for Python also asks ``isinstance(x, int)``."""
+
+    original: type
+    tracer: Tracer
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and isinstance(args[0], SizeProxy) and not cls.tracer.values.busy:
+            return cls.tracer.converted(cls.original, args[0])
+        return cls.original(*args, **kwargs)
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        if isinstance(value, SizeProxy):
+            return cls.tracer.is_number(value, cls.original)
+        return isinstance(value, cls.original)
+
+    def __subclasscheck__(cls, other: type) -> bool:
+        return issubclass(other, cls.original)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls.original or other is cls
+
+    def __hash__(cls) -> int:
+        return hash(cls.original)
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(cls.original, name)
+
+
+@contextmanager
+def symbolic_conversions(modules: Iterable[dict[str, Any]], tracer: Tracer) -> Iterator[None]:
+    """While tracing, ``int(size / 2)`` is a node of the graph, and not the number that it is for the example.
+
+    Args:
+        modules: the names of the Python modules where ``int``, ``float`` and ``round`` are to do that.
+    """
+
+    def rounded(number: Any, ndigits: Any = None) -> Any:
+        if isinstance(number, SizeProxy) and not tracer.values.busy:
+            return tracer.converted(round, number, *(() if ndigits is None else (ndigits,)))
+        return round(number, ndigits)
+
+    stand_ins: dict[str, Any] = {
+        cls.__name__: _NumberType(cls.__name__, (), {"original": cls, "tracer": tracer}) for cls in (int, float)
+    }
+    stand_ins["round"] = rounded
+    own = [(names, {name: names[name] for name in stand_ins if name in names}) for names in modules]
+    try:
+        for names, kept in own:
+            names.update({name: value for name, value in stand_ins.items() if name not in kept})
+        yield
+    finally:
+        for names, kept in own:
+            for name in stand_ins.keys() - kept.keys():
+                del names[name]
 
 
 def _symbolic(function: Any, tracer: Tracer) -> Any:

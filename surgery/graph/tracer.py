@@ -94,10 +94,13 @@ class SizeProxy(fx.Proxy):
         return int(self.tracer.length(self))  # type: ignore[attr-defined]
 
     def __int__(self) -> int:
-        return int(self.tracer.number(self))  # type: ignore[attr-defined]
+        return int(cast(Tracer, self.tracer).plain(self, sys._getframe(1)))
 
     def __float__(self) -> float:
-        return float(self.tracer.number(self))  # type: ignore[attr-defined]
+        return float(cast(Tracer, self.tracer).plain(self, sys._getframe(1)))
+
+    def __round__(self, ndigits: int | None = None) -> Any:
+        return round(cast(Tracer, self.tracer).plain(self, sys._getframe(1)), ndigits)
 
     def __index__(self) -> int:
         return operator.index(self.tracer.number(self, sys._getframe(1)))  # type: ignore[attr-defined]
@@ -119,6 +122,8 @@ class GuardingTracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__(param_shapes_constant=True)
         self.modes = Modes()
+        self.converting: dict[int, dict[str, Any]] = {}
+        """The names of the Python modules that made plain numbers of proxies, by their id."""
         self._guarded: set[tuple[fx.Node, str]] = set()
         self._probed: list[tuple[fx.Node, Any, FrameType, int, str]] = []
 
@@ -200,6 +205,21 @@ class GuardingTracer(fx.Tracer):
         elif (obj.node, "the value") not in self._guarded:
             self._probed.append((obj.node, value, frame, frame.f_lasti, user_line()))
         return value
+
+    def plain(self, obj: fx.Proxy, frame: FrameType) -> Any:
+        """What ``int``, ``float`` or ``round``, called in ``frame``, makes its number of."""
+        self.converting[id(frame.f_globals)] = frame.f_globals
+        return self.number(obj)
+
+    def converted(self, function: Any, obj: fx.Proxy, *rest: Any) -> fx.Proxy:
+        """``function(obj)``, such as ``int(obj)``, as a node of the graph."""
+        if not self.is_number(obj, (int, float)):
+            self.number(obj)  # says why
+        return self.create_proxy("call_function", function, (obj, *rest), {})
+
+    def is_number(self, obj: fx.Proxy, kind: type | tuple[type, ...]) -> bool:
+        """Whether a proxy is known to stand for an ``int``, say."""
+        return isinstance(self._known(obj), kind)
 
     def length(self, obj: fx.Proxy) -> int:
         value = self._value(obj, "a length")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from surgery.graph.relaxed import relax_guards
 from surgery.graph.symbolic import (
     Places,
     find_ruled_functions,
+    symbolic_conversions,
     symbolic_factories,
     symbolic_functions,
     symbolic_modes,
@@ -144,12 +145,30 @@ def _register_plain_tensors(root: nn.Module, graph: fx.Graph | None) -> None:
 def _trace_mode(
     root: nn.Module, given: Arguments, modal: set[str], around: Surroundings, *, training: bool
 ) -> tuple[Tracer, fx.Graph]:
+    traced = _trace_once(root, given, modal, around, training=training)
+    converting = traced[0].converting.values()
+    if converting:  # the graph holds numbers that Python made of sizes by ``int``: once more, with nodes for them
+        with suppress(TraceError):
+            return _trace_once(root, given, modal, around, training=training, converting=converting)
+    return traced
+
+
+def _trace_once(
+    root: nn.Module,
+    given: Arguments,
+    modal: set[str],
+    around: Surroundings,
+    *,
+    training: bool,
+    converting: Collection[dict[str, Any]] = (),
+) -> tuple[Tracer, fx.Graph]:
     tracer = Tracer(modal, training, root, given, around.owner)
     try:
         with (
             _state_kept(root),
             symbolic_modes(root, tracer),
             symbolic_factories(tracer),
+            symbolic_conversions(converting, tracer),
             symbolic_functions(around.functions, tracer),
             symbolic_gradients(tracer),
         ):

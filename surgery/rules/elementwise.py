@@ -67,15 +67,14 @@ for _layer, _functions, _in_place, _kind, _bounds in (
 
 
 _ELEMENTWISE: list[Any] = [
-    *_named(operator, "floordiv pow neg mod"),
+    operator.neg,
     *_named(operator, "lt le gt ge eq ne"),
-    *_named(torch, "pow neg abs exp log sqrt rsqrt square reciprocal sign sin cos erf"),
-    *_named(torch, "clamp where maximum minimum lerp addcmul addcdiv"),
+    *_named(torch, "neg abs exp square sign sin cos erf clamp where maximum minimum lerp addcmul"),
     *(nn.AlphaDropout, F.alpha_dropout, nn.FeatureAlphaDropout, F.feature_alpha_dropout),
-    *("pow", "neg", "abs", "exp", "log", "sqrt", "rsqrt", "square", "reciprocal", "sign"),
-    *("clamp", "erf", "where", "maximum", "minimum", "masked_fill"),
+    *("neg", "abs", "exp", "square", "sign", "clamp", "erf", "where", "maximum", "minimum", "masked_fill"),
     *("lt", "le", "gt", "ge", "eq", "ne", "long", "int", "bool"),
 ]
+_NOT_AT_ZERO = ("pow", "log", "sqrt", "rsqrt", "reciprocal")
 _DROPOUTS: list[Any] = [
     *(getattr(nn, f"Dropout{n}") for n in ("", "1d", "2d", "3d")),
     *(getattr(F, f"dropout{n}") for n in ("", "1d", "2d", "3d")),
@@ -91,11 +90,15 @@ _CASTS = ("float", "double", "half", "bfloat16", "to", "type", "type_as", "cpu",
         finite=lambda a, b: a and b)  # fmt: skip
 @oprule(operator.or_, torch.logical_or, torch.bitwise_or, "logical_or", "bitwise_or",
         finite=lambda a, b: a or b)  # fmt: skip
+@oprule(operator.pow, *_named(torch, " ".join(_NOT_AT_ZERO)), *_NOT_AT_ZERO, pole=0)
+@oprule(operator.floordiv, operator.mod, pole=1)
+@oprule(torch.addcdiv, pole=2)
 @oprule(*_ELEMENTWISE, in_place=("clamp_", "masked_fill_"))
 @oprule(operator.add, operator.sub, torch.add, torch.sub, "add", "sub", linear="sum",
         in_place=(operator.iadd, operator.isub, "add_", "sub_"))  # fmt: skip
 @oprule(operator.mul, torch.mul, "mul", linear="product", in_place=(operator.imul, "mul_"))
-@oprule(operator.truediv, torch.div, torch.true_divide, "div", linear="quotient", in_place=(operator.itruediv, "div_"))
+@oprule(operator.truediv, torch.div, torch.true_divide, "div", linear="quotient", pole=1,
+        in_place=(operator.itruediv, "div_"))  # fmt: skip
 @oprule(*_DROPOUTS, linear="first")
 def _elementwise(op: Op, *operands: Any, **named: Any) -> Fields:
     return op.elementwise(*operands, *named.values())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import fx, nn
 
 import surgery
 
@@ -99,3 +100,86 @@ def test_attention_that_python_calls_follows_an_edit_of_its_heads_alone():
         x = torch.rand(batch, 5, 4, dtype=torch.float64)
         torch.testing.assert_close(wide(x), model(x), rtol=1e-10, atol=0)
         torch.testing.assert_close(slim(x), masked(x), rtol=1e-10, atol=0)
+
+
+def window_sizes(net, x):
+    """As the original Swin's ``window_reverse`` does."""
+    x = net.stem(x).permute(0, 2, 3, 1)
+    _, h, w, c = x.shape
+    x = x.view(-1, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 2, 2, c)
+    x = net.mix(x)
+    b = int(x.shape[0] / (h * w / 2 / 2))
+    x = x.view(b, h // 2, w // 2, 2, 2, -1).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, -1)
+    return net.head(x.mean((1, 2)))
+
+
+def head_widths(net, x):
+    x = net.stem(x).flatten(2).transpose(1, 2)
+    b, n, c = x.shape
+    x = net.mix(x)
+    heads = x.reshape(b, n, 4, int(c / 4)).transpose(1, 2)
+    x = (heads @ heads.transpose(-1, -2) / round(n / 3)).softmax(-1) @ heads
+    return net.head(x.transpose(1, 2).reshape(b, n, int(c // 4 * 4.0)).mean(1))
+
+
+def image_sizes(net, x):
+    y = net.stem(x)
+    size = int(y.shape[2] * 1.5), round(y.shape[3] / 2)
+    y = F.interpolate(y, size=size) * float(x.shape[2]) ** -0.5 * round(x.shape[3] / 3, 1)
+    if not isinstance(size[0], int) or int("2") != 2 or int.from_bytes(b"a", "big") != 97:
+        y = y * 0
+    for _ in range(int(2.9)):
+        y = net.mix(y.transpose(1, 3)).transpose(1, 3)
+    return net.head(y.mean((2, 3)))
+
+
+def halves(net, x):
+    y = net.mix(net.stem(x).permute(0, 2, 3, 1))
+    a, b = torch.split(y, int(y.shape[-1] * 0.5), -1)
+    return net.head(torch.cat((a * b.sigmoid(), y[..., : int(y.size(-1) / 2)]), -1).mean((1, 2)))
+
+
+class Sized(nn.Module):
+    """A network whose Python makes integers of sizes."""
+
+    def __init__(self, between) -> None:
+        super().__init__()
+        self.between = between
+        self.stem, self.mix, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.between(self, x)
+
+
+@pytest.mark.parametrize("between", [window_sizes, head_widths, image_sizes, halves])
+def test_integers_that_python_makes_of_sizes_follow_batch_and_image(between):
+    model = Sized(between).double().eval()
+    traced = surgery.trace(model, torch.rand(2, 3, 8, 8, dtype=torch.float64))
+    assert isinstance(traced, fx.GraphModule)
+    slim, wide = surgery.slim(traced, 0.5), surgery.widen(traced, 2.0)
+    masked = surgery.masked(traced, surgery.split_masks(traced, 0.5))
+    assert surgery.cost(slim).params < 0.6 * surgery.cost(traced).params
+    for shape in ((2, 3, 8, 8), (1, 3, 8, 8), (3, 3, 12, 8), (2, 3, 8, 14)):
+        x = torch.rand(shape, dtype=torch.float64)
+        torch.testing.assert_close(traced(x), model(x), rtol=1e-12, atol=0)
+        torch.testing.assert_close(slim(x), masked(x), rtol=1e-10, atol=0)
+        torch.testing.assert_close(wide(x), model(x), rtol=1e-10, atol=0)
+    assert "int" not in globals()
+    assert "round" not in globals()
+
+
+def test_a_number_that_decides_how_often_something_runs_is_still_guarded():
+    class Repeated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x):
+            for _ in range(int(x.shape[1] / 2)):
+                x = self.a(x)
+            return x
+
+    traced = surgery.trace(Repeated(), torch.rand(2, 6, 4))
+    assert traced(torch.rand(3, 6, 4)).shape == (3, 6, 4)
+    with pytest.raises(surgery.UsageError, match="the value is 4 here and was 3 when the model was traced"):
+        traced(torch.rand(2, 8, 4))

@@ -241,3 +241,44 @@ def test_masked_is_exported(tmp_path):
     module, _ = traced(layer_norm)
     masked = surgery.masked(module, surgery.split_masks(module, 0.5)).float()
     surgery.export_onnx(masked, tmp_path / "masked.onnx")
+
+
+POLES = {
+    "own length": lambda y: y / y.norm(dim=1, keepdim=True),
+    "own spread": lambda y: torch.div((y - y.mean(1, keepdim=True)), other=y.std(1, keepdim=True)),
+    "reciprocal": lambda y: y.reciprocal() + 1 / y,
+    "log": lambda y: torch.log(y.square()),
+    "root": lambda y: y.square().sum(1, keepdim=True).sqrt() + torch.rsqrt(y.square()),
+    "power": lambda y: y.square() ** -0.5 + torch.pow(y.abs(), 0.5),
+    "remainder": lambda y: y % y.mul(2).exp() + y % y.abs(),
+    "by itself": lambda y: y * (y / y),
+    "addcdiv": lambda y: torch.addcdiv(y, y, y),
+}
+"""What is not finite where a channel is 0, or has no gradient there."""
+
+
+class Pole(nn.Module):
+    def __init__(self, between) -> None:
+        super().__init__()
+        self.between = between
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(self.between(self.first(x)))
+
+
+@pytest.mark.parametrize("between", POLES)
+def test_a_channel_that_is_divided_by_itself_can_be_switched_off(between):
+    model = Pole(POLES[between]).double()
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    traced = surgery.trace(model, x)
+    slim, masked = surgery.slim(traced, 0.5), surgery.masked(traced, surgery.split_masks(traced, 0.5))
+    assert slim.first.out_features == 4
+    found = surgery.verify(slim, masked, x, train=True)
+    assert found.max_rel <= 1e-10, found
+    expected, given = x.clone().requires_grad_(), x.clone().requires_grad_()
+    masked(expected).square().sum().backward()
+    slim(given).square().sum().backward()
+    torch.testing.assert_close(given.grad, expected.grad, rtol=1e-9, atol=1e-12)
+    for name, parameter in masked.named_parameters():
+        assert bool(parameter.grad.isfinite().all()), name
