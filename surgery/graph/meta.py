@@ -134,8 +134,9 @@ OWN_NAMESPACES = ("aten", "prim", "prims", "torchvision")
 
 def _overload(target: Any) -> Any:
     """The first overload of a packet (``torch.ops.mine.op``); anything else as it is."""
-    packet = isinstance(target, torch._ops.OpOverloadPacket)
-    return getattr(target, next(iter(target))) if packet else target
+    if not isinstance(target, torch._ops.OpOverloadPacket):
+        return target
+    return getattr(target, target.overloads()[0])  # type: ignore[no-untyped-call]
 
 
 def _gradients(
