@@ -236,7 +236,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
                 shape = tuple(stored.get_slice(name).get_shape())
                 if shape != tuple(tensor.shape):
                     raise SurgeryError(f"{path}: {name} is {shape}, the model has {tuple(tensor.shape)}")
-                tensor.data = stored.get_tensor(name)
+                tensor.data = stored.get_tensor(name).clone()  # not a part of the file, which may change
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 

@@ -65,6 +65,20 @@ def test_a_fresh_process_rebuilds_a_saved_model_bit_for_bit(operated, tmp_path):
     assert torch.equal(load_file(tmp_path / "y")["y"], operated(x))
 
 
+def test_what_was_loaded_does_not_change_with_the_file(operated, tmp_path):
+    surgery.save(operated, tmp_path / "model")
+    loaded = surgery.load(tmp_path / "model")
+    file = tmp_path / "model" / "weights.safetensors"
+    with file.open("r+b") as stored:  # as `cp` over it does
+        size = stored.seek(0, os.SEEK_END)
+        stored.seek(size // 2)
+        stored.write(bytes(size - size // 2))
+    tensors = [*loaded.parameters(), *loaded.buffers()]
+    expected = [*operated.parameters(), *operated.buffers()]
+    assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)  # a copy of one is no copy of all
+
+
 def test_a_saved_directory_holds_text_and_tensors_and_no_pickle(operated, tmp_path):
     saved = surgery.save(operated, tmp_path / "student")
     assert sorted(p.name for p in saved.iterdir()) == ["recipe.json", "weights.safetensors"]
