@@ -8,6 +8,7 @@ The row is written again after each step, so that what was found stays known if 
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import resource
@@ -46,6 +47,7 @@ def measure(name: str, write: Callable[[dict[str, Any]], None]) -> dict[str, Any
     row: dict[str, Any] = {"model": name, "failures": []}
     run = _Run(name, row, write)
     for step in (run.build, run.trace, run.groups, run.permute, run.slim, run.save, run.widen, run.deepen):
+        gc.collect()  # graphs and their modules know each other: large ones would stay until they are noticed
         label = step.__name__
         row["step"] = label
         write(row)

@@ -35,9 +35,16 @@ def expect(value: Any, aspect: str, expected: Any, where: str) -> None:
     found = ASPECTS[aspect](value)
     if isinstance(found, torch.Tensor) or found != expected:
         raise UsageError(
-            f"{where}: {aspect} is {found} here and was {expected} when the model was traced, so its Python would take "
-            "another way: trace it with inputs like these"
+            f"{where}: {aspect} is {_brief(found)} here and was {_brief(expected)} when the model was traced, so its "
+            "Python would take another way: trace it with inputs like these"
         )
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    plain = value is None or isinstance(value, (bool, int, float, str, tuple, torch.dtype, torch.device))
+    return repr(value) if plain else f"a {type(value).__name__}"
 
 
 ASPECTS: dict[str, Callable[[Any], Any]] = {

@@ -120,7 +120,8 @@ def verify(
         tolerance: bound on the relative differences; 1e-10 in float64, 1e-4 in float32 by default.
         train: compare in ``train()`` rather than in ``eval()``, and gradients too: those of the inputs, and those of
             the parameters that both have by the same name, with the same values, in any order. The loss is a random
-            linear function of the outputs. Both copies see the same random numbers.
+            linear function of the outputs. Both copies see the same random numbers; where one is narrower, dropout
+            draws others for it, and is to be set to 0.
         seed: of these random numbers.
 
     Returns:

@@ -91,3 +91,19 @@ def test_the_command_line_opens_a_configuration_and_lists_model_types(capsys, tm
     slim = surgery.load(tmp_path / "slim")
     assert surgery.recipe(slim).source == VIT
     assert type(slim(torch.rand(2, 3, 16, 16))).__name__ == "BaseModelOutputWithPooling"
+
+
+@needs_transformers
+def test_text_is_generated_without_a_cache():
+    source = "hf:gpt2?n_embd=16&n_head=2&n_layer=1&n_positions=32&vocab_size=40&bos_token_id=0&eos_token_id=1"
+    model = models.build(f"{source}&class=GPT2LMHeadModel", seed=0).eval()
+    words = torch.randint(2, 40, (2, 5), generator=torch.Generator().manual_seed(0))
+    places = torch.arange(5).expand(2, -1)
+    given = {"input_ids": words, "position_ids": places, "logits_to_keep": 1, "use_cache": False, "return_dict": True}
+    traced = surgery.trace(model, (), kwargs=given)
+    settings = {"attention_mask": torch.ones_like(words), "max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(words, **settings)
+    assert torch.equal(traced.generate(words, **settings), expected)  # its configuration says that it has no cache
+    with pytest.raises(surgery.UsageError, match="the value is a DynamicCache here and was None"):
+        traced.generate(words, use_cache=True, **settings)
+    assert surgery.slim(traced, 0.5).generate(words, **settings).shape == expected.shape
