@@ -20,9 +20,8 @@ from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.frozen import why_nothing_changes
 from surgery.axes.groups import DimensionGroup
 from surgery.axes.network_outputs import Outputs, parse_outputs
-from surgery.edit.apply import apply
 from surgery.edit.names import resolve
-from surgery.edit.reindex import Reindex
+from surgery.edit.reindex import Reindex, carve
 from surgery.errors import NothingChangedWarning, UsageError, whole_number
 from surgery.operations.importance import Scores, unit_scores
 
@@ -31,7 +30,13 @@ Rate = float | Mapping[Any, float]
 
 
 def slim(
-    module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = "prefix", outputs: Outputs = None
+    module: nn.Module,
+    rate: Rate,
+    *,
+    round_to: int = 1,
+    importance: str = "prefix",
+    outputs: Outputs = None,
+    calibration: Any = None,
 ) -> nn.Module:
     """Carve the KELS slim network out of a dense one.
 
@@ -68,7 +73,7 @@ def slim(
     if not (step.indices or isinstance(rate, Mapping) or rate == 1):
         why = why_nothing_changes(analyse(module, step.outputs))
         warnings.warn(f"slim changed nothing: {why}", NothingChangedWarning, stacklevel=2)
-    return apply(module, step)
+    return carve(module, step, calibration)
 
 
 def slim_plan(

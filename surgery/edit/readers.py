@@ -1,0 +1,246 @@
+"""Layers that contract over channels, seen while a network runs: which weights they read, what they are given, and
+what they give.
+
+Calls of torch are watched, not layers: a convolution is the same to it as a layer, as a function with weights of its own
+and in Python that is not traced. Weights are known by where they lie in memory, so that a part of a packed weight (the
+keys of an attention) is known too.
+"""
+
+from __future__ import annotations
+
+import bisect
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from surgery.graph.traced import named_tensors
+
+CONVOLUTIONS: Mapping[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+TRANSPOSED: Mapping[Any, int] = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How a layer reads: as a function of rows.
+
+    Attributes:
+        spatial: number of spatial axes; 0 for a linear layer.
+        transposed: of a convolution.
+        groups, stride, padding, dilation, output_padding: of a convolution, one for each spatial axis; padding is a
+            pair of numbers for each.
+    """
+
+    spatial: int = 0
+    transposed: bool = False
+    groups: int = 1
+    stride: tuple[int, ...] = ()
+    padding: tuple[tuple[int, int], ...] = ()
+    dilation: tuple[int, ...] = ()
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight as (groups, inputs, outputs), both of one group."""
+        if self.transposed:
+            weight = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
+            return weight.flip(tuple(range(3, weight.ndim))).flatten(2).transpose(1, 2)
+        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1).transpose(1, 2)
+
+    def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `matrix`, for a weight of that shape."""
+        rows = matrix.transpose(1, 2)
+        if self.transposed:
+            rows = rows.reshape(self.groups, shape[1], shape[0] // self.groups, *shape[2:])
+            return rows.flip(tuple(range(3, rows.ndim))).transpose(1, 2).reshape(shape)
+        return rows.reshape(shape)
+
+    def places(self, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
+        """A view of the input that has what is read for each place of the output: (n, *sizes, channels, *kernel)."""
+        if not self.spatial:
+            return x
+        if x.ndim == self.spatial + 1:
+            x = x.unsqueeze(0)
+        if self.transposed:
+            x = _spread(x, self.stride)
+        x = F.pad(x, [p for pair in reversed(self.padding) for p in pair])
+        for k in range(self.spatial):
+            x = x.unfold(2 + k, self.dilation[k] * (kernel[k] - 1) + 1, 1 if self.transposed else self.stride[k])
+        x = x[(..., *(slice(None, None, step) for step in self.dilation))]
+        return x.movedim(1, 1 + self.spatial)
+
+    def channels_last(self, y: Tensor) -> Tensor:
+        """The output as (n, *sizes, channels), or as it is for a linear layer."""
+        if self.spatial and y.ndim == self.spatial + 1:
+            y = y.unsqueeze(0)
+        return y.movedim(1, -1) if self.spatial else y
+
+
+def _spread(x: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The input of a transposed convolution with zeros between its entries."""
+    for k, step in enumerate(stride):
+        wide = x.new_zeros(*x.shape[: 2 + k], (x.shape[2 + k] - 1) * step + 1, *x.shape[3 + k :])
+        wide[(slice(None),) * (2 + k) + (slice(None, None, step),)] = x
+        x = wide
+    return x
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A parameter or buffer by its qualified name, or the rows of it from ``first``."""
+
+    name: str
+    first: int
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """One call of a layer that contracts over channels."""
+
+    part: Part
+    weight: Tensor
+    bias: Tensor | None
+    layer: Layer
+    x: Tensor
+    y: Tensor
+
+
+class Book:
+    """The parameters and buffers of a module by where they lie in memory."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        held = {t.data_ptr(): (name, t) for name, t in reversed(named_tensors(module).items()) if t.numel()}
+        self.starts = sorted(held)
+        self.tensors = [held[start] for start in self.starts]
+
+    def find(self, tensor: Tensor) -> Part | None:
+        """Where a tensor lies: a parameter or rows of one; None where it is neither."""
+        found = self.holder(tensor)
+        if found is None:
+            return None
+        name, whole = found
+        offset = tensor.data_ptr() - whole.data_ptr()
+        row = whole.stride(0) * whole.element_size() if whole.ndim else 1
+        same = tensor.ndim == whole.ndim and tensor.stride() == whole.stride() and tensor.shape[1:] == whole.shape[1:]
+        return Part(name, offset // max(row, 1)) if same and offset % max(row, 1) == 0 else None
+
+    def holder(self, tensor: Tensor) -> tuple[str, Tensor] | None:
+        """The name, and the parameter or buffer that a tensor shares memory with."""
+        if tensor.layout != torch.strided or not tensor.numel():
+            return None
+        at = bisect.bisect_right(self.starts, tensor.data_ptr()) - 1
+        if at < 0:
+            return None
+        name, whole = self.tensors[at]
+        within = tensor.data_ptr() < whole.data_ptr() + whole.numel() * whole.element_size()
+        return (name, whole) if within and tensor.device == whole.device else None
+
+
+class Watch(TorchFunctionMode):
+    """Calls ``read`` with each `Read` of a weight that is in ``book``, and ``other`` with each other call: the function,
+    the tensors it is given, and what it gives."""
+
+    def __init__(
+        self,
+        book: Book,
+        read: Callable[[Read], None],
+        before: Callable[[Any, Any, Any], None] | None = None,
+        other: Callable[[Any, list[Tensor], Any], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.book, self.read, self.before, self.other = book, read, before, other
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.before is not None:
+            self.before(func, args, kwargs)
+        result = func(*args, **kwargs)
+        given = _given(func, args, kwargs)
+        if given is not None:
+            part = self.book.find(given["weight"])
+            if part is not None:
+                weight, bias = given["weight"], given.get("bias")
+                self.read(Read(part, weight, bias, _layer(func, given), given["input"], result))
+                return result
+        if self.other is not None:
+            self.other(func, tensors((args, kwargs)), result)
+        return result
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors in a value."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _given(func: Any, args: Any, kwargs: Any) -> dict[str, Any] | None:
+    """The arguments of a layer by name; None where it is none."""
+    if func is F.linear:
+        names: tuple[str, ...] = ("input", "weight", "bias")
+    elif func in CONVOLUTIONS:
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    elif func in TRANSPOSED:
+        names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    else:
+        return None
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _layer(func: Any, given: Mapping[str, Any]) -> Layer:
+    if func is F.linear:
+        return Layer()
+    transposed = func in TRANSPOSED
+    spatial = (TRANSPOSED if transposed else CONVOLUTIONS)[func]
+
+    def each(name: str, default: int) -> tuple[int, ...]:
+        value = given.get(name, default)
+        numbers = (value,) if isinstance(value, int) else tuple(value)
+        return numbers * spatial if len(numbers) == 1 else numbers
+
+    stride, dilation, groups = each("stride", 1), each("dilation", 1), given.get("groups", 1)
+    kernel = given["weight"].shape[2:]
+    spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    wanted = given.get("padding", 0)
+    if wanted == "same":
+        padding = tuple((span // 2, span - span // 2) for span in spans)
+    elif wanted == "valid":
+        padding = ((0, 0),) * spatial
+    elif transposed:
+        further = each("output_padding", 0)
+        sides = zip(spans, each("padding", 0), further, strict=True)
+        padding = tuple((span - p, span - p + more) for span, p, more in sides)
+    else:
+        padding = tuple((p, p) for p in each("padding", 0))
+    return Layer(spatial, transposed, groups, stride, padding, dilation)
+
+
+class Trail:
+    """Which call gave a tensor, for as long as the tensor lives."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
+
+    def mark(self, tensor: Tensor, what: Any) -> None:
+        self._known[id(tensor)] = weakref.ref(tensor), what
+
+    def find(self, tensor: Tensor) -> Any:
+        """What the tensor was marked with; None where it was not."""
+        found = self._known.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else None
+
+
+def gather_rows(layer: Layer, x: Tensor, y: Tensor, kernel: tuple[int, ...], at: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of a call in float64: what is read, (groups, n, p), and what is given, (n, channels).
+
+    Args:
+        x: the input.
+        y: the output, as `Layer.channels_last` gives it.
+        at: numbers of places of the output, (n,).
+    """
+    sizes = y.shape[:-1]
+    index = torch.unravel_index(at, sizes) if sizes else ()
+    read = layer.places(x, kernel)[index].double().reshape(len(at), layer.groups, -1)
+    return read.transpose(0, 1), y[index].double().reshape(len(at), -1)
