@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from surgery.axes.analysis import Analysis
 from surgery.edit.apply import apply
 from surgery.edit.calibration import Calibration, Inputs
-from surgery.edit.readers import Book, Layer, Read, Trail, Watch, gather_rows, tensors
+from surgery.edit.readers import Book, Done, Follower, Layer, Read, Trail, Watch, batch_norm, gather_rows, tensors
 from surgery.edit.ridge import DAMPINGS, Fit, Sums, solve
 from surgery.edit.step import MEAN, Origin, Step
 from surgery.errors import EditError, UsageError
@@ -44,6 +44,8 @@ _LEAST_ROWS = 8192
 """Rows that are looked at in any case, if there are so many."""
 _NUMBERS = 2**22
 """The most numbers of the rows that are added up at once."""
+_LEAST_SCALE = 1e-2
+"""A BatchNorm's smallest factor, relative to the mean, through which a sum is corrected."""
 _CHOICES = {"topk", "sort", "argsort", "argmax", "argmin", "nonzero", "nms", "unique"}
 """Functions that choose values by their size: behind them, rows of two networks need not correspond."""
 _DEFAULT = 1e-3
@@ -135,10 +137,6 @@ def _evaluating() -> Iterator[None]:
 # Runs
 
 
-class _Done(BaseException):
-    """Ends a run early. Python of the model that catches every `Exception` does not catch it."""
-
-
 @dataclass(frozen=True, eq=False)
 class _Seen:
     """A call of a layer that is fitted: which of all calls of its weight, and what it is given and gives."""
@@ -149,6 +147,10 @@ class _Seen:
     bias: Tensor | None
     x: Tensor
     y: Tensor
+    partner: Tensor | None = None
+    """What is added to the output."""
+    scale: Tensor | None = None
+    """What a BatchNorm in between multiplies the output by, (channels,)."""
 
 
 class _Run:
@@ -169,7 +171,7 @@ class _Run:
         try:
             with watch:
                 self.module(*args, **kwargs)
-        except _Done:
+        except Done:
             pass
 
     def survey(self, inputs: Inputs) -> _Survey:
@@ -183,21 +185,27 @@ class _Run:
         return found
 
     def watch(self, reader: _Reader, inputs: Inputs) -> list[_Seen]:
-        """Run the network up to the last call of ``reader``: its calls."""
+        """Run the network up to the last call of ``reader``, and to the sum that it goes into: its calls."""
         number = -1
         seen: list[_Seen] = []
+        follower = Follower()
 
         def read(found: Read) -> None:
             nonlocal number
+            follower.see([found.x], found.y)
             number += found.part.name == reader.name
             if found.part.name == reader.name and number in reader.calls:
-                last = number == reader.calls[-1]
-                x, y = (found.x, found.y) if last else (found.x.clone(), found.y.clone())  # others may write to them
+                several = len(reader.calls) > 1
+                x, y = (found.x.clone(), found.y.clone()) if several else (found.x, found.y)  # others may write to them
                 seen.append(_Seen(number, found.layer, found.weight, found.bias, x, y))
-                if last:
-                    raise _Done
+                if not several:
+                    follower.follow(found.y)
+                elif number == reader.calls[-1]:
+                    raise Done
 
-        self.run(inputs, Watch(self.book, read))
+        self.run(inputs, Watch(self.book, read, before=follower.before, other=follower.other))
+        if follower.partner is not None:
+            seen = [replace(seen[0], partner=follower.partner, scale=follower.scale)]
         return seen
 
 
@@ -260,14 +268,15 @@ class _Survey:
         part = None if bias is None else self.book.find(bias)
         return "computed" if bias is not None and part is None else part and (part.name, part.first)
 
-    def other(self, func: Any, given: Sequence[Tensor], result: Any) -> None:
-        made = tensors(result)
+    def other(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        given, made = tensors((args, kwargs)), tensors(result)
         if not made:
             return
         mean = ""
         if func is F.batch_norm:
-            held = [self.book.find(t) for t in given[1:2]]
-            mean = held[0].name if held and held[0] is not None else ""
+            held = batch_norm(args, kwargs)["running_mean"]
+            part = None if held is None else self.book.find(held)
+            mean = "" if part is None else part.name
             self.normalised[mean] = self.normalised.get(mean, 0) + 1
         self._use(given, mean)
         if getattr(func, "__name__", "") in _CHOICES:
@@ -460,21 +469,42 @@ def _rows(
     reader: _Reader, teacher: _Run, student: _Run, batch: Inputs, number: int, limit: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What the student's layer is given and what the teacher's gave, in rows, at most ``limit`` of a call."""
-    given = {found.number: found.layer.channels_last(found.y) for found in teacher.watch(reader, batch)}
-    seen = student.watch(reader, batch)
-    outputs, mean = reader.outputs.clamp(min=0), reader.outputs == MEAN
-    for found in seen:
-        layer, target = found.layer, given.get(found.number)
+    given = {found.number: found for found in teacher.watch(reader, batch)}
+    for found in student.watch(reader, batch):
+        layer, other = found.layer, given.get(found.number)
         sizes = layer.channels_last(found.y).shape[:-1]
-        if target is None or target.shape[:-1] != sizes:
+        if other is None or layer.channels_last(other.y).shape[:-1] != sizes:
             continue
+        target = _target(reader, other, found)
         at = torch.randperm(sizes.numel(), generator=torch.Generator().manual_seed(number))[:limit]
         width = layer.groups * layer.matrix(found.weight).shape[1]
         for part in at.to(target.device).split(max(1, _NUMBERS // width)):
             x, y = gather_rows(layer, found.x, target, tuple(found.weight.shape[2:]), part)
-            wanted = y[:, outputs]
-            if bool(mean.any()):
-                wanted[:, mean] = y.mean(1, keepdim=True)
-            if found.bias is not None and reader.constant is None:
-                wanted = wanted - found.bias
-            yield x, wanted.unflatten(1, (layer.groups, -1)).transpose(0, 1)
+            yield x, y.unflatten(1, (layer.groups, -1)).transpose(0, 1)
+
+
+def _target(reader: _Reader, dense: _Seen, slim: _Seen) -> Tensor:
+    """What the student's layer is to give: what the teacher's gave, so that a sum that it goes into is the teacher's.
+
+    Shape as of `Layer.channels_last`.
+    """
+    layer = slim.layer
+    target = _pick(reader, layer.channels_last(dense.y))
+    if dense.partner is not None and slim.partner is not None:
+        missing = _pick(reader, layer.channels_last(dense.partner)) - layer.channels_last(slim.partner)
+        if slim.scale is not None:
+            least = slim.scale.abs().mean() * _LEAST_SCALE
+            missing = torch.where(slim.scale.abs() < least, 0.0, missing / slim.scale)
+        target = target + missing
+    if slim.bias is not None and reader.constant is None:
+        target = target - slim.bias
+    return target
+
+
+def _pick(reader: _Reader, y: Tensor) -> Tensor:
+    """The teacher's channels (last) in the places of the student's."""
+    picked = y[..., reader.outputs.clamp(min=0).to(y.device)]
+    mean = reader.outputs == MEAN
+    if bool(mean.any()):
+        picked[..., mean.to(y.device)] = y.mean(-1, keepdim=True)
+    return picked
