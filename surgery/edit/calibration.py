@@ -61,7 +61,9 @@ class Calibration:
 
     def _read(self) -> Iterator[Inputs]:
         for batch in self._given:
-            yield pytree.tree_map_only(Tensor, self._place, self._inputs(batch))
+            inputs = self._inputs(batch)
+            if all(leaf.numel() for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)):
+                yield pytree.tree_map_only(Tensor, self._place, inputs)
 
     def _inputs(self, batch: Any) -> Inputs:
         if isinstance(batch, Mapping):

@@ -329,36 +329,28 @@ def _plan(analysis: Analysis, origins: Mapping[str, Origin], dense: _Survey, sli
     readers: list[_Reader] = []
     biases: dict[str, None] = {}
     left = {
-        name: "it does not run in eval() on the calibration inputs"
+        name: f"used by {slim.otherwise[name]}"
+        if name in slim.otherwise
+        else "does not run in eval() on the calibration inputs"
         for name, axis in analysis.roles
         if name in origins and "consumer" in analysis.roles[name, axis] and origins[name].axes[axis] is not None
     }
     parts, common = dict(module.named_modules()), slim.common(dense)
     for calls in slim.calls.values():
-        name = calls.name
-        origin = origins.get(name)
-        if origin is None or not _reads_edited(calls, origin):
+        origin = origins.get(calls.name)
+        if origin is None or not _reads_edited(calls, origin) or calls.name in slim.otherwise:
             continue
-        left.pop(name, None)
-        outputs = None
+        left.pop(calls.name, None)
+        outputs = _outputs(calls, origin, dense)
         if calls.last > common:
-            left[name] = "before it, the slim network chooses other values than the dense one (topk, nms)"
-            continue
-        if name in slim.otherwise:
-            left[name] = f"used by {slim.otherwise[name]} too"
-        elif len(dense.ranges.get(name, ())) == len(slim.ranges[name]):
-            outputs = _outputs(calls, origin, [dense.ranges[name][k] for k in calls.numbers])
-        if outputs is None:
-            left.setdefault(name, "its calls are others than in the dense network")
-            continue
-        constant, bias = _find_constant(calls, slim, parts)
-        if bias:
-            biases[bias] = None
-        reader = _Reader(name, calls.first, calls.shape, calls.layer, tuple(calls.numbers), outputs, constant)
-        readers.append(reader)
-    for name, what in slim.otherwise.items():
-        if name in left:
-            left[name] = f"used by {what}"
+            left[calls.name] = "before it, the slim network chooses other values than the dense one (topk, nms)"
+        elif outputs is None:
+            left[calls.name] = "its calls are others than in the dense network"
+        else:
+            constant, bias = _find_constant(calls, slim, parts)
+            biases |= {bias: None} if bias else {}
+            numbers = tuple(calls.numbers)
+            readers.append(_Reader(calls.name, calls.first, calls.shape, calls.layer, numbers, outputs, constant))
     layers = tuple(dict.fromkeys(reader.name for reader in readers))
     return _Plan(tuple(readers), Compensate(layers, tuple(biases), left))
 
@@ -369,11 +361,12 @@ def _reads_edited(calls: _Calls, origin: Origin) -> bool:
     return origin.axes[0 if calls.layer.transposed or depthwise else 1] is not None
 
 
-def _outputs(calls: _Calls, origin: Origin, dense: Sequence[tuple[int, int]]) -> Tensor | None:
+def _outputs(calls: _Calls, origin: Origin, dense: _Survey) -> Tensor | None:
     """For each output of a slim layer the one of the dense layer; None where it has none."""
-    first, count = dense[0]
-    if any(other != dense[0] for other in dense):
+    ranges = dense.ranges.get(calls.name, [])
+    if calls.numbers[-1] >= len(ranges) or len({ranges[k] for k in calls.numbers}) > 1:
         return None
+    first, count = ranges[calls.numbers[0]]
     rows, groups = origin.axes[1 if calls.layer.transposed else 0], calls.layer.groups
     if calls.layer.transposed and groups > 1:
         columns = calls.outputs // groups

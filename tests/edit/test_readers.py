@@ -72,7 +72,8 @@ def test_functions_and_parts_of_a_packed_weight_are_seen_in_order():
     book = Book(net)
     assert [(r.part.name, r.part.first) for r in reads] == [("packed", 2), ("packed", 0), ("kernel", 0)]
     part = book.find(reads[0].bias)
-    assert part is not None and (part.name, part.first) == ("bias", 2)
+    assert part is not None
+    assert (part.name, part.first) == ("bias", 2)
     assert reads[1].bias is None
 
 
