@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, default_collate
@@ -18,6 +18,8 @@ IMAGES = 512
 """The most items of a data set that are read."""
 _BATCH = 32
 """The most inputs that run at once, where they can be split."""
+_KEPT = 2**26
+"""The most bytes of a data set that are kept from one reading to the next."""
 _HELD_OUT = 4
 """Of so many batches the last is held out."""
 
@@ -104,16 +106,24 @@ def _is_data_set(given: Any) -> bool:
 
 
 class _Items:
-    """Batches of a data set, evenly from all of it."""
+    """Batches of a data set, evenly from all of it; as many as there is room for are read once."""
 
     def __init__(self, data: Any, collate: Any) -> None:
         count = len(data)
         self.data, self.collate = data, collate
         self.places = [k * count // min(count, IMAGES) for k in range(min(count, IMAGES))]
+        self.kept: dict[int, Any] = {}
+        self.room = _KEPT
 
     def __iter__(self) -> Iterator[Any]:
         for first in range(0, len(self.places), _BATCH):
-            yield self.collate([self.data[k] for k in self.places[first : first + _BATCH]])
+            batch = self.kept.get(first)
+            if batch is None:
+                batch = self.collate([self.data[k] for k in self.places[first : first + _BATCH]])
+                size = sum(t.nbytes for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))
+                if size <= self.room:
+                    self.kept[first], self.room = batch, self.room - size
+            yield batch
 
 
 def _count(inputs: Inputs) -> int:
@@ -129,4 +139,8 @@ def _split(inputs: Inputs, size: int | None) -> Iterator[Inputs]:
         yield inputs
         return
     for first in range(0, count, size):
-        yield pytree.tree_map_only(torch.Tensor, lambda t, first=first: t[first : first + size], inputs)
+        yield pytree.tree_map_only(Tensor, partial(_rows, first=first, count=size), inputs)
+
+
+def _rows(tensor: Tensor, first: int, count: int) -> Tensor:
+    return tensor[first : first + count]

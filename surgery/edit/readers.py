@@ -1,332 +1,309 @@
-"""Layers that contract over channels, seen while a network runs: which weights they read, what they are given, and
-what they give.
+"""The layers of a slim network that read an edited axis, and what they correspond to in the dense one.
 
-Calls of torch are watched, not layers: a convolution is seen as a layer, as a function, and in Python outside the
-graphs. Weights are known by where they lie in memory, so that a part of a packed weight (the keys of an attention) is
-known too.
+Both networks run once on a few inputs. A layer is known by its weight, and its calls by their order.
 """
 
 from __future__ import annotations
 
-import bisect
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+from torch import Tensor, nn
 
+from surgery.axes.analysis import Analysis
+from surgery.edit.calibration import Inputs
+from surgery.edit.read_rows import Layer
+from surgery.edit.step import MEAN, Origin
+from surgery.edit.watch import Book, Done, Follower, Read, Trail, Watch, batch_norm, tensors
+from surgery.errors import UsageError
 from surgery.graph.traced import named_tensors
+from surgery.layers.attention import HeadAttention
 
-CONVOLUTIONS: Mapping[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
-TRANSPOSED: Mapping[Any, int] = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
-
-
-_LAYERS = {F.linear, *CONVOLUTIONS, *TRANSPOSED}
-_SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
-_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d}
-_ASKS = {Tensor.shape.__get__, Tensor.size, Tensor.dim, Tensor.ndim.__get__}  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """How a layer reads: as a function of rows.
-
-    Attributes:
-        spatial: number of spatial axes; 0 for a linear layer.
-        transposed: of a convolution.
-        groups, stride, padding, dilation, output_padding: of a convolution, one for each spatial axis; padding is a
-            pair of numbers for each.
-    """
-
-    spatial: int = 0
-    transposed: bool = False
-    groups: int = 1
-    stride: tuple[int, ...] = ()
-    padding: tuple[tuple[int, int], ...] = ()
-    dilation: tuple[int, ...] = ()
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """The weight as (groups, inputs, outputs), both of one group."""
-        if self.transposed:
-            weight = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
-            return weight.flip(tuple(range(3, weight.ndim))).flatten(2).transpose(1, 2)
-        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1).transpose(1, 2)
-
-    def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of `matrix`, for a weight of that shape."""
-        rows = matrix.transpose(1, 2)
-        if self.transposed:
-            rows = rows.reshape(self.groups, shape[1], shape[0] // self.groups, *shape[2:])
-            return rows.flip(tuple(range(3, rows.ndim))).transpose(1, 2).reshape(shape)
-        return rows.reshape(shape)
-
-    def places(self, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
-        """A view of the input that has what is read for each place of the output: (n, *sizes, channels, *kernel)."""
-        if not self.spatial:
-            return x
-        if x.ndim == self.spatial + 1:
-            x = x.unsqueeze(0)
-        if self.transposed:
-            x = _spread(x, self.stride)
-        x = F.pad(x, [p for pair in reversed(self.padding) for p in pair])
-        for k in range(self.spatial):
-            x = x.unfold(2 + k, self.dilation[k] * (kernel[k] - 1) + 1, 1 if self.transposed else self.stride[k])
-        x = x[(..., *(slice(None, None, step) for step in self.dilation))]
-        return x.movedim(1, 1 + self.spatial)
-
-    def channels_last(self, y: Tensor) -> Tensor:
-        """The output as (n, *sizes, channels), or as it is for a linear layer."""
-        if self.spatial and y.ndim == self.spatial + 1:
-            y = y.unsqueeze(0)
-        return y.movedim(1, -1) if self.spatial else y
-
-
-def _spread(x: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """The input of a transposed convolution with zeros between its entries."""
-    for k, step in enumerate(stride):
-        wide = x.new_zeros(*x.shape[: 2 + k], (x.shape[2 + k] - 1) * step + 1, *x.shape[3 + k :])
-        wide[(slice(None),) * (2 + k) + (slice(None, None, step),)] = x
-        x = wide
-    return x
+_CHOICES = {"topk", "sort", "argsort", "argmax", "argmin", "nonzero", "nms", "unique"}
+"""Functions that choose values by their size: behind them, rows of two networks need not correspond."""
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """A parameter or buffer by its qualified name, or the rows of it from ``first``."""
+class Reader:
+    """A layer that is fitted: its weight, or rows of it."""
 
     name: str
     first: int
+    shape: torch.Size
+    layer: Layer
+    calls: tuple[int, ...]
+    outputs: Tensor
+    """For each output the one of the dense network, or `MEAN`."""
+    constant: tuple[str, int, float] | None
+    """The tensor that takes the constant, from which row, and with which sign; None where there is none."""
 
 
 @dataclass(frozen=True, eq=False)
-class Read:
-    """One call of a layer that contracts over channels."""
+class Plan:
+    """What is fitted: the readers in the order in which they run, the layers that get a bias, and the weights that
+    read an edited axis and stay as they are, with the reason."""
 
-    part: Part
+    readers: tuple[Reader, ...]
+    biases: tuple[str, ...]
+    left: Mapping[str, str]
+
+
+def find_readers(
+    analysis: Analysis, origins: Mapping[str, Origin], dense: Survey, slim: Survey, module: nn.Module
+) -> Plan:
+    """Which layers of a slim network are fitted.
+
+    Args:
+        analysis: of the dense network.
+        origins: where the tensors of the slim one come from.
+        dense, slim: what the two read by.
+        module: the slim network.
+    """
+    readers: list[Reader] = []
+    biases: dict[str, None] = {}
+    left = {
+        name: f"used by {slim.otherwise[name]}"
+        if name in slim.otherwise
+        else "does not run in eval() on the calibration inputs"
+        for name, axis in analysis.roles
+        if name in origins and "consumer" in analysis.roles[name, axis] and origins[name].axes[axis] is not None
+    }
+    parts, common = dict(module.named_modules()), slim.common(dense)
+    for calls in slim.calls.values():
+        origin = origins.get(calls.name)
+        if origin is None or not _reads_edited(calls, origin) or calls.name in slim.otherwise:
+            continue
+        left.pop(calls.name, None)
+        outputs = _outputs(calls, origin, dense)
+        if calls.last > common:
+            left[calls.name] = "before it, the slim network chooses other values than the dense one (topk, nms)"
+        elif outputs is None:
+            left[calls.name] = "its calls are others than in the dense network"
+        else:
+            constant, bias = _find_constant(calls, slim, parts)
+            biases |= {bias: None} if bias else {}
+            numbers = tuple(calls.numbers)
+            readers.append(Reader(calls.name, calls.first, calls.shape, calls.layer, numbers, outputs, constant))
+    return Plan(tuple(readers), tuple(biases), left)
+
+
+def _reads_edited(calls: Calls, origin: Origin) -> bool:
+    """Whether the axis that is contracted over changed; of a depthwise convolution, its channels."""
+    depthwise = calls.layer.groups > 1 and calls.shape[1] == 1
+    return origin.axes[0 if calls.layer.transposed or depthwise else 1] is not None
+
+
+def _outputs(calls: Calls, origin: Origin, dense: Survey) -> Tensor | None:
+    """For each output of a slim layer the one of the dense layer; None where it has none."""
+    ranges = dense.ranges.get(calls.name, [])
+    if calls.numbers[-1] >= len(ranges) or len({ranges[k] for k in calls.numbers}) > 1:
+        return None
+    first, count = ranges[calls.numbers[0]]
+    rows, groups = origin.axes[1 if calls.layer.transposed else 0], calls.layer.groups
+    if calls.layer.transposed and groups > 1:
+        columns = calls.outputs // groups
+        own = torch.arange(columns) if rows is None else rows.old
+        depthwise = origin.axes[0] is not None and calls.shape[0] == groups
+        which = origin.axes[0].old if depthwise and origin.axes[0] is not None else torch.arange(groups)
+        per_group = columns if rows is None else count // groups
+        found = (which.unsqueeze(1) * per_group + own).flatten()
+    elif rows is None:
+        found = torch.arange(calls.first, calls.first + calls.outputs)
+    else:
+        found = rows.old[calls.first : calls.first + calls.outputs]
+    mean = found == MEAN
+    found = torch.where(mean, MEAN, found - first)
+    return found if len(found) == calls.outputs and bool((mean | ((found >= 0) & (found < count))).all()) else None
+
+
+def _find_constant(
+    calls: Calls, survey: Survey, parts: Mapping[str, nn.Module]
+) -> tuple[tuple[str, int, float] | None, str]:
+    """Where the constant goes: to the bias, to the mean of the BatchNorm behind, to a new bias; and the layer that
+    gets one."""
+    bias = next(iter(calls.biases)) if len(calls.biases) == 1 else "computed"
+    if isinstance(bias, tuple):
+        return (*bias, 1.0), ""
+    means = set(calls.users)
+    if bias is None and len(means) == 1 and len(calls.users) == len(calls.numbers):
+        (mean,) = means
+        if mean and survey.normalised[mean] == len(calls.users):
+            return (mean, 0, -1.0), ""
+    layer, _, own = calls.name.rpartition(".")
+    if bias is None and own == "weight" and layer in parts and takes_bias(parts[layer]):
+        return (f"{layer}.bias", 0, 1.0), layer
+    return None, ""
+
+
+def takes_bias(layer: nn.Module) -> bool:
+    """Whether a layer could have a bias, and has none."""
+    held = layer._parameters
+    return held.get("bias", layer) is None and isinstance(held.get("weight"), nn.Parameter)
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A call of a layer that is fitted: which of all calls of its weight, and what it is given and gives."""
+
+    number: int
+    layer: Layer
     weight: Tensor
     bias: Tensor | None
-    layer: Layer
     x: Tensor
     y: Tensor
+    partner: Tensor | None = None
+    """What is added to the output."""
+    scale: Tensor | None = None
+    """What a BatchNorm in between multiplies the output by, (channels,)."""
 
 
-class Book:
-    """The parameters and buffers of a module by where they lie in memory."""
+class Network:
+    """A network that shares its tensors with ``module``, in ``eval()``, to watch."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        held = {t.data_ptr(): (name, t) for name, t in reversed(named_tensors(module).items()) if t.numel()}
-        self.starts = sorted(held)
-        self.tensors = [held[start] for start in self.starts]
+    def __init__(self, module: nn.Module) -> None:
+        self.tensors = named_tensors(module)
+        self.module = copy.deepcopy(module, {id(t): t for t in self.tensors.values()}).eval()
+        for part in self.module.modules():
+            if type(part) is nn.MultiheadAttention:
+                part.__class__ = HeadAttention  # the same numbers, by layers that can be watched
+        self.book = Book(self.module)
 
-    def find(self, tensor: Tensor) -> Part | None:
-        """Where a tensor lies: a parameter or rows of one; None where it is neither."""
-        found = self.holder(tensor)
-        if found is None:
+    def run(self, inputs: Inputs, watch: Watch) -> None:
+        """Run the network on a batch, while ``watch`` looks on."""
+        torch.manual_seed(0)
+        args, kwargs = inputs
+        try:
+            with watch:
+                self.module(*args, **kwargs)
+        except Done:
+            pass
+
+    def survey(self, inputs: Inputs) -> Survey:
+        """What is read in the course of a run."""
+        found = Survey(self.book)
+        try:
+            self.run(inputs, Watch(self.book, found.read, other=found.other))
+        except Exception as error:
+            said = (str(error).splitlines() or [""])[0]
+            raise UsageError(f"the network does not run on the calibration inputs: {said}") from error
+        return found
+
+    def watch(self, reader: Reader, inputs: Inputs) -> list[Seen]:
+        """Run the network up to the last call of ``reader``, and to the sum that it goes into: its calls."""
+        number = -1
+        seen: list[Seen] = []
+        follower = Follower()
+
+        def read(found: Read) -> None:
+            nonlocal number
+            follower.see([found.x], found.y)
+            number += found.part.name == reader.name
+            if found.part.name == reader.name and number in reader.calls:
+                several = len(reader.calls) > 1
+                x, y = (found.x.clone(), found.y.clone()) if several else (found.x, found.y)  # others may write to them
+                seen.append(Seen(number, found.layer, found.weight, found.bias, x, y))
+                if not several:
+                    follower.follow(found.y)
+                elif number == reader.calls[-1]:
+                    raise Done
+
+        self.run(inputs, Watch(self.book, read, before=follower.before, other=follower.other))
+        if follower.partner is not None:
+            seen = [replace(seen[0], partner=follower.partner, scale=follower.scale)]
+        return seen
+
+
+@dataclass(eq=False)
+class Calls:
+    """The calls of one weight, or of the same rows of one."""
+
+    name: str
+    first: int
+    layer: Layer
+    shape: torch.Size
+    outputs: int
+    numbers: list[int] = field(default_factory=list)
+    """Which of all calls of the weight they are."""
+    biases: set[tuple[str, int] | str | None] = field(default_factory=set)
+    """Where the biases lie, ``"computed"`` for one that is no parameter, None for none."""
+    last: int = 0
+    """How many calls of any weight there were up to its last one."""
+    users: list[str] = field(default_factory=list)
+    """For each use of what it gives: the running mean of the BatchNorm that does, or an empty text."""
+
+
+class Survey:
+    """The layers that a run reads by, in order."""
+
+    def __init__(self, book: Book) -> None:
+        self.book = book
+        self.calls: dict[tuple[str, int, int], Calls] = {}
+        self.number: dict[str, int] = {}
+        self.ranges: dict[str, list[tuple[int, int]]] = {}
+        """For each weight, the first row and the number of outputs of each call."""
+        self.otherwise: dict[str, str] = {}
+        """Weights that something else uses, and what."""
+        self.normalised: dict[str, int] = {}
+        """How often each running mean is used."""
+        self.choices: list[tuple[int, Tensor]] = []
+        """What was chosen by the values of tensors, and how many calls there were before that."""
+        self._trail = Trail()
+        self._calls = 0
+
+    def read(self, found: Read) -> None:
+        self._calls += 1
+        self._use([found.x], "")
+        name, first = found.part.name, found.part.first
+        outputs = found.layer.channels_last(found.y).shape[-1]
+        calls = self.calls.setdefault(
+            (name, first, outputs), Calls(name, first, found.layer, found.weight.shape, outputs)
+        )
+        number = self.number.get(name, 0)
+        self.number[name] = number + 1
+        calls.numbers.append(number)
+        calls.last = self._calls
+        self.ranges.setdefault(name, []).append((first, outputs))
+        calls.biases.add(self._bias(found.bias))
+        if calls.layer != found.layer:
+            self.otherwise[name] = "calls with different settings"
+        self._trail.mark(found.y, calls)
+
+    def _bias(self, bias: Tensor | None) -> tuple[str, int] | str | None:
+        if bias is None:
             return None
-        name, whole = found
-        offset = tensor.data_ptr() - whole.data_ptr()
-        row = whole.stride(0) * whole.element_size() if whole.ndim else 1
-        same = tensor.ndim == whole.ndim and tensor.stride() == whole.stride() and tensor.shape[1:] == whole.shape[1:]
-        return Part(name, offset // max(row, 1)) if same and offset % max(row, 1) == 0 else None
-
-    def holder(self, tensor: Tensor) -> tuple[str, Tensor] | None:
-        """The name, and the parameter or buffer that a tensor shares memory with."""
-        if tensor.layout != torch.strided or not tensor.numel():
-            return None
-        at = bisect.bisect_right(self.starts, tensor.data_ptr()) - 1
-        if at < 0:
-            return None
-        name, whole = self.tensors[at]
-        within = tensor.data_ptr() < whole.data_ptr() + whole.numel() * whole.element_size()
-        return (name, whole) if within and tensor.device == whole.device else None
-
-
-class Watch(TorchFunctionMode):
-    """Tells of calls of torch.
-
-    Args:
-        book: the tensors of the network that runs.
-        read: called with each `Read` of a weight that is in ``book``.
-        before: called with the function and its arguments, before each call.
-        other: called with the function, its arguments and what it gives, after each call that is no `Read`.
-    """
-
-    def __init__(
-        self,
-        book: Book,
-        read: Callable[[Read], None],
-        before: Callable[[Any, Any, Any], None] | None = None,
-        other: Callable[[Any, Any, Any, Any], None] | None = None,
-    ) -> None:
-        super().__init__()
-        self.book, self.read, self.before, self.other = book, read, before, other
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.before is not None:
-            self.before(func, args, kwargs)
-        result = func(*args, **kwargs)
-        given = _given(func, args, kwargs)
-        if given is not None:
-            part = self.book.find(given["weight"])
-            if part is not None:
-                weight, bias = given["weight"], given.get("bias")
-                self.read(Read(part, weight, bias, _layer(func, given), given["input"], result))
-                return result
-        if self.other is not None:
-            self.other(func, args, kwargs, result)
-        return result
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    """The tensors in a value."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _given(func: Any, args: Any, kwargs: Any) -> dict[str, Any] | None:
-    """The arguments of a layer by name; None where it is none."""
-    if func is F.linear:
-        names: tuple[str, ...] = ("input", "weight", "bias")
-    elif func in CONVOLUTIONS:
-        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    elif func in TRANSPOSED:
-        names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-    else:
-        return None
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _layer(func: Any, given: Mapping[str, Any]) -> Layer:
-    if func is F.linear:
-        return Layer()
-    transposed = func in TRANSPOSED
-    spatial = (TRANSPOSED if transposed else CONVOLUTIONS)[func]
-
-    def each(name: str, default: int) -> tuple[int, ...]:
-        value = given.get(name, default)
-        numbers = (value,) if isinstance(value, int) else tuple(value)
-        return numbers * spatial if len(numbers) == 1 else numbers
-
-    stride, dilation, groups = each("stride", 1), each("dilation", 1), given.get("groups", 1)
-    kernel = given["weight"].shape[2:]
-    spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    wanted = given.get("padding", 0)
-    if wanted == "same":
-        padding = tuple((span // 2, span - span // 2) for span in spans)
-    elif wanted == "valid":
-        padding = ((0, 0),) * spatial
-    elif transposed:
-        further = each("output_padding", 0)
-        sides = zip(spans, each("padding", 0), further, strict=True)
-        padding = tuple((span - p, span - p + more) for span, p, more in sides)
-    else:
-        padding = tuple((p, p) for p in each("padding", 0))
-    return Layer(spatial, transposed, groups, stride, padding, dilation)
-
-
-class Done(BaseException):
-    """Ends a run early. Python of the model that catches every `Exception` does not catch it."""
-
-
-class Follower:
-    """Follows what a layer gives, through a BatchNorm, to the sum that it goes into, and ends the run there.
-
-    Attributes:
-        partner: what it is added to, where that was there before the layer ran.
-        scale: what the BatchNorm multiplies it by, (channels,); None where there is none.
-    """
-
-    def __init__(self) -> None:
-        self.partner: Tensor | None = None
-        self.scale: Tensor | None = None
-        self._tail: Tensor | None = None
-        self._later: list[Tensor] = []
-
-    def follow(self, tensor: Tensor) -> None:
-        """Begin with the output of a layer."""
-        self._tail = tensor
-        self._later = [tensor]
-
-    def see(self, given: Sequence[Tensor], result: Any) -> None:
-        """A call that gave ``result``; a layer that reads what is followed ends the run."""
-        if self._tail is not None:
-            if any(t is self._tail for t in given):
-                raise Done
-            self._later += tensors(result)
-
-    def before(self, func: Any, args: Any, kwargs: Any) -> None:
-        """A call that is about to be made."""
-        if self._tail is None or func in _LAYERS:
-            return
-        given = tensors((args, kwargs))
-        if not any(t is self._tail for t in given) or _is_neutral(func, args, kwargs):
-            return
-        others = [t for t in given if t is not self._tail]
-        if getattr(func, "__name__", "") in _SUMS and len(others) == 1 and "alpha" not in kwargs:
-            (partner,) = others
-            known = partner.shape == self._tail.shape and not any(t is partner for t in self._later)
-            self.partner = partner if known else None
-        raise Done
+        part = self.book.find(bias)
+        return "computed" if part is None else (part.name, part.first)
 
     def other(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """A call that was made."""
-        if self._tail is None:
+        given, made = tensors((args, kwargs)), tensors(result)
+        if not made:
             return
-        self._later += tensors(result)
-        if any(t is self._tail for t in tensors((args, kwargs))) and tensors(result):
-            if func is F.batch_norm:
-                norm = batch_norm(args, kwargs)
-                scale = (norm["running_var"] + norm["eps"]).rsqrt()
-                self.scale = scale if norm["weight"] is None else scale * norm["weight"]
-            self._tail = result
+        mean = ""
+        if func is F.batch_norm:
+            held = batch_norm(args, kwargs)["running_mean"]
+            part = None if held is None else self.book.find(held)
+            mean = "" if part is None else part.name
+            self.normalised[mean] = self.normalised.get(mean, 0) + 1
+        self._use(given, mean)
+        if getattr(func, "__name__", "") in _CHOICES:
+            self.choices += [(self._calls, t) for t in made if not t.is_floating_point()]
+        for tensor in given:
+            holder = self.book.holder(tensor)
+            if holder is not None and any(self.book.holder(t) != holder for t in made):
+                self.otherwise[holder[0]] = getattr(func, "__name__", str(func))
 
+    def common(self, other: Survey) -> float:
+        """Up to how many calls both networks have chosen alike."""
+        pairs = zip(self.choices, other.choices, strict=False)
+        differ = [n for (n, mine), (_, theirs) in pairs if not torch.equal(mine, theirs)]
+        return min(differ, default=float("inf"))
 
-def batch_norm(args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of `torch.nn.functional.batch_norm` by name."""
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-    defaults = {"weight": None, "bias": None, "training": False, "eps": 1e-5}
-    return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _is_neutral(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a call is of a BatchNorm with statistics of its own, gives what it is given, or only asks for a size."""
-    if func is F.batch_norm:
-        norm = batch_norm(args, kwargs)
-        return not norm["training"] and norm["running_var"] is not None
-    if func in _DROPOUTS:
-        return not {**dict(zip(("input", "p", "training"), args, strict=False)), **kwargs}.get("training", True)
-    return func in _ASKS
-
-
-class Trail:
-    """Which call gave a tensor, for as long as the tensor lives."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
-
-    def mark(self, tensor: Tensor, what: Any) -> None:
-        self._known[id(tensor)] = weakref.ref(tensor), what
-
-    def find(self, tensor: Tensor) -> Any:
-        """What the tensor was marked with; None where it was not."""
-        found = self._known.get(id(tensor))
-        return found[1] if found is not None and found[0]() is tensor else None
-
-
-def gather_rows(layer: Layer, x: Tensor, y: Tensor, kernel: tuple[int, ...], at: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of a call in float64: what is read, (groups, n, p), and what is given, (n, channels).
-
-    Args:
-        x: the input.
-        y: the output, as `Layer.channels_last` gives it.
-        at: numbers of places of the output, (n,).
-    """
-    sizes = y.shape[:-1]
-    index = torch.unravel_index(at, sizes) if sizes else ()
-    read = layer.places(x, kernel)[index].double().reshape(len(at), layer.groups, -1)
-    return read.transpose(0, 1), y[index].double().reshape(len(at), -1)
+    def _use(self, given: Sequence[Tensor], mean: str) -> None:
+        for tensor in given:
+            calls = self._trail.find(tensor)
+            if calls is not None:
+                calls.users.append(mean)

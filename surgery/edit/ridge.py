@@ -50,6 +50,11 @@ class Sums:
         self.xx.baddbmm_(x.transpose(1, 2), x)
         self.xy.baddbmm_(x.transpose(1, 2), y)
 
+    def spread(self) -> Tensor:
+        """What errors are measured by: the variance of each target, above 0, (g, o)."""
+        variance = self.yy / self.count - (self.y / self.count).square()
+        return variance.clamp(min=1e-6 * float(variance.max())) + torch.finfo(torch.float64).tiny
+
     def finite(self) -> bool:
         """Whether all that was added is finite."""
         return bool(self.xx.isfinite().all() and self.yy.isfinite().all())
@@ -61,6 +66,10 @@ class Fit:
 
     weight: Tensor
     constant: Tensor
+
+    def finite(self) -> Tensor:
+        """Whether the fit of each problem is finite, (g,)."""
+        return self.weight.isfinite().flatten(1).all(1) & self.constant.isfinite().all(1)
 
     def errors(self, x: Tensor, y: Tensor) -> Tensor:
         """The sum of squared errors over rows as `Sums.add` takes them, (g, o)."""

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from surgery.edit.readers import Book, Watch, gather_rows
+from surgery.edit.read_rows import gather_rows
+from surgery.edit.watch import Book, Watch
 from surgery.layers.attention import HeadAttention
 
 LAYERS = {
