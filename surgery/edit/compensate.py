@@ -42,8 +42,6 @@ _LEAST_ROWS = 8192
 """Rows that are looked at in any case, if there are so many."""
 _NUMBERS = 2**22
 """The most numbers of the rows that are added up at once."""
-_LEAST_SCALE = 1e-2
-"""A BatchNorm's smallest factor, relative to the mean, through which a sum is corrected."""
 _DEFAULT = 1e-3
 """The damping where there are too few inputs to hold some out."""
 
@@ -185,21 +183,9 @@ def _rows(
 
 
 def _target(reader: Reader, dense: Seen, slim: Seen) -> Tensor:
-    """What the student's layer is to give: what the teacher's gave, so that a sum that it goes into is the teacher's.
-
-    Shape as of `Layer.channels_last`.
-    """
-    layer = slim.layer
-    target = _pick(reader, layer.channels_last(dense.y))
-    if dense.partner is not None and slim.partner is not None:
-        missing = _pick(reader, layer.channels_last(dense.partner)) - layer.channels_last(slim.partner)
-        if slim.scale is not None:
-            least = slim.scale.abs().mean() * _LEAST_SCALE
-            missing = torch.where(slim.scale.abs() < least, 0.0, missing / slim.scale)
-        target = target + missing
-    if slim.bias is not None and reader.constant is None:
-        target = target - slim.bias
-    return target
+    """What the student's layer is to give, apart from a bias that stays: what the teacher's gave, channels last."""
+    target = _pick(reader, dense.layer.channels_last(dense.y))
+    return target - slim.bias if slim.bias is not None and reader.constant is None else target
 
 
 def _pick(reader: Reader, y: Tensor) -> Tensor:

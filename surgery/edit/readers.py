@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from surgery.axes.analysis import Analysis
 from surgery.edit.calibration import Inputs
 from surgery.edit.read_rows import Layer
 from surgery.edit.step import MEAN, Origin
-from surgery.edit.watch import Book, Done, Follower, Read, Trail, Watch, batch_norm, tensors
+from surgery.edit.watch import Book, Done, Read, Trail, Watch, batch_norm, tensors
 from surgery.errors import UsageError
 from surgery.graph.traced import named_tensors
 from surgery.layers.attention import HeadAttention
@@ -127,14 +127,15 @@ def _find_constant(
     gets one."""
     bias = next(iter(calls.biases)) if len(calls.biases) == 1 else "computed"
     if isinstance(bias, tuple):
-        return (*bias, 1.0), ""
+        own = bias[0] not in survey.otherwise and sum(bias in other.biases for other in survey.calls.values()) == 1
+        return ((*bias, 1.0) if own else None), ""
     means = set(calls.users)
     if bias is None and len(means) == 1 and len(calls.users) == len(calls.numbers):
         (mean,) = means
         if mean and survey.normalised[mean] == len(calls.users):
             return (mean, 0, -1.0), ""
-    layer, _, own = calls.name.rpartition(".")
-    if bias is None and own == "weight" and layer in parts and takes_bias(parts[layer]):
+    layer, _, tensor = calls.name.rpartition(".")
+    if bias is None and tensor == "weight" and layer in parts and takes_bias(parts[layer]):
         return (f"{layer}.bias", 0, 1.0), layer
     return None, ""
 
@@ -155,10 +156,6 @@ class Seen:
     bias: Tensor | None
     x: Tensor
     y: Tensor
-    partner: Tensor | None = None
-    """What is added to the output."""
-    scale: Tensor | None = None
-    """What a BatchNorm in between multiplies the output by, (channels,)."""
 
 
 class Network:
@@ -193,27 +190,23 @@ class Network:
         return found
 
     def watch(self, reader: Reader, inputs: Inputs) -> list[Seen]:
-        """Run the network up to the last call of ``reader``, and to the sum that it goes into: its calls."""
+        """Run the network up to the last call of ``reader``: its calls."""
         number = -1
         seen: list[Seen] = []
-        follower = Follower()
 
         def read(found: Read) -> None:
             nonlocal number
-            follower.see([found.x], found.y)
-            number += found.part.name == reader.name
-            if found.part.name == reader.name and number in reader.calls:
-                several = len(reader.calls) > 1
-                x, y = (found.x.clone(), found.y.clone()) if several else (found.x, found.y)  # others may write to them
+            if found.part.name != reader.name:
+                return
+            number += 1
+            last = number == reader.calls[-1]
+            if number in reader.calls:
+                x, y = (found.x, found.y) if last else (found.x.clone(), found.y.clone())  # others may write to them
                 seen.append(Seen(number, found.layer, found.weight, found.bias, x, y))
-                if not several:
-                    follower.follow(found.y)
-                elif number == reader.calls[-1]:
-                    raise Done
+            if last:
+                raise Done
 
-        self.run(inputs, Watch(self.book, read, before=follower.before, other=follower.other))
-        if follower.partner is not None:
-            seen = [replace(seen[0], partner=follower.partner, scale=follower.scale)]
+        self.run(inputs, Watch(self.book, read))
         return seen
 
 

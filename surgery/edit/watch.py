@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,6 @@ from surgery.graph.traced import named_tensors
 
 CONVOLUTIONS: Mapping[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 TRANSPOSED: Mapping[Any, int] = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
-
-
-_LAYERS = {F.linear, *CONVOLUTIONS, *TRANSPOSED}
-_SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
-_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d}
-_ASKS = {Tensor.shape.__get__, Tensor.size, Tensor.dim, Tensor.ndim.__get__}  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +53,6 @@ class Watch(TorchFunctionMode):
     Args:
         book: the tensors of the network that runs.
         read: called with each `Read` of a weight that is in ``book``.
-        before: called with the function and its arguments, before each call.
         other: called with the function, its arguments and what it gives, after each call that is no `Read`.
     """
 
@@ -67,16 +60,13 @@ class Watch(TorchFunctionMode):
         self,
         book: Book,
         read: Callable[[Read], None],
-        before: Callable[[Any, Any, Any], None] | None = None,
         other: Callable[[Any, Any, Any, Any], None] | None = None,
     ) -> None:
         super().__init__()
-        self.book, self.read, self.before, self.other = book, read, before, other
+        self.book, self.read, self.other = book, read, other
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.before is not None:
-            self.before(func, args, kwargs)
         result = func(*args, **kwargs)
         given = _given(func, args, kwargs)
         if given is not None:
@@ -135,74 +125,11 @@ class Done(BaseException):
     """Ends a run early. Python of the model that catches every `Exception` does not catch it."""
 
 
-class Follower:
-    """Follows what a layer gives, through a BatchNorm, to the sum that it goes into, and ends the run there.
-
-    Attributes:
-        partner: what it is added to, where that was there before the layer ran.
-        scale: what the BatchNorm multiplies it by, (channels,); None where there is none.
-    """
-
-    def __init__(self) -> None:
-        self.partner: Tensor | None = None
-        self.scale: Tensor | None = None
-        self._tail: Tensor | None = None
-        self._later: list[Tensor] = []
-
-    def follow(self, tensor: Tensor) -> None:
-        """Begin with the output of a layer."""
-        self._tail = tensor
-        self._later = [tensor]
-
-    def see(self, given: Sequence[Tensor], result: Any) -> None:
-        """A call that gave ``result``; a layer that reads what is followed ends the run."""
-        if self._tail is not None:
-            if any(t is self._tail for t in given):
-                raise Done
-            self._later += tensors(result)
-
-    def before(self, func: Any, args: Any, kwargs: Any) -> None:
-        """A call that is about to be made."""
-        if self._tail is None or func in _LAYERS:
-            return
-        given = tensors((args, kwargs))
-        if not any(t is self._tail for t in given) or _is_neutral(func, args, kwargs):
-            return
-        others = [t for t in given if t is not self._tail]
-        if getattr(func, "__name__", "") in _SUMS and len(others) == 1 and "alpha" not in kwargs:
-            (partner,) = others
-            known = partner.shape == self._tail.shape and not any(t is partner for t in self._later)
-            self.partner = partner if known else None
-        raise Done
-
-    def other(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """A call that was made."""
-        if self._tail is None:
-            return
-        self._later += tensors(result)
-        if any(t is self._tail for t in tensors((args, kwargs))) and tensors(result):
-            if func is F.batch_norm:
-                norm = batch_norm(args, kwargs)
-                scale = (norm["running_var"] + norm["eps"]).rsqrt()
-                self.scale = scale if norm["weight"] is None else scale * norm["weight"]
-            self._tail = result
-
-
 def batch_norm(args: Any, kwargs: Any) -> dict[str, Any]:
     """The arguments of `torch.nn.functional.batch_norm` by name."""
     names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
     defaults = {"weight": None, "bias": None, "training": False, "eps": 1e-5}
     return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _is_neutral(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a call is of a BatchNorm with statistics of its own, gives what it is given, or only asks for a size."""
-    if func is F.batch_norm:
-        norm = batch_norm(args, kwargs)
-        return not norm["training"] and norm["running_var"] is not None
-    if func in _DROPOUTS:
-        return not {**dict(zip(("input", "p", "training"), args, strict=False)), **kwargs}.get("training", True)
-    return func in _ASKS
 
 
 class Trail:
