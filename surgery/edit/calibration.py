@@ -85,7 +85,7 @@ def _open(given: Any) -> Iterable[Any]:
     """Batches that can be read again."""
     if isinstance(given, Tensor):
         return [given]
-    if isinstance(given, DataLoader) and hasattr(given.dataset, "__getitem__"):
+    if isinstance(given, DataLoader) and hasattr(given.dataset, "__len__"):
         return _Items(given.dataset, given.collate_fn)
     if isinstance(given, Mapping):
         return _open(given["train"]) if "train" in given else [given]

@@ -13,7 +13,7 @@ every fourth batch, which is held out; the carved layer as it was is one of the 
 
 The layers that read an edited axis are fitted, one after the other: both networks run again for each, so that no
 activation is stored, and there is one matrix of sums (`surgery.edit.ridge`) at a time. Of the same kind are the least
-squares of OSSCAR (Meng et al., ICML 2024) and of SparseGPT (Frantar and Alistarh, ICML 2023).
+squares of channel pruning (He, Zhang and Sun, ICCV 2017, section 3.1) and of OSSCAR (Meng et al., ICML 2024).
 """
 
 from __future__ import annotations
@@ -55,6 +55,10 @@ class Compensate(Step):
         layers: the weights that were fitted, by qualified name.
         biases: the layers that have a bias only since then.
         left: weights that read an edited axis and stayed as they were carved, and why.
+
+    Example:
+        >>> surgery.recipe(surgery.slim(traced, 0.5, calibration=images)).steps[-1].left
+        {}
     """
 
     layers: tuple[str, ...]

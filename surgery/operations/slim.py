@@ -40,7 +40,8 @@ def slim(
 ) -> nn.Module:
     """Carve the KELS slim network out of a dense one.
 
-    It computes what the dense network computes with its reset-hypothesis switched off (`masked`).
+    It computes what the dense network computes with its reset-hypothesis switched off (`masked`); with ``calibration``,
+    as nearly as it can what the dense network computes.
 
     Args:
         module: a traced module.
@@ -53,6 +54,11 @@ def slim(
             the largest weights.
         outputs: the outputs of the network that may change: ``"free"`` for all, or their names (`surgery.outputs`).
             Channels alone do, positions and the batch never. `surgery.verify` compares what is left.
+        calibration: inputs on which the layers that read an edited axis are fitted to what the dense network gave
+            (`surgery.edit.compensate`), so that kept channels take over what removed ones said: a tensor, a tuple of
+            positional inputs or a mapping of named ones, an iterable of batches, or a data set as for
+            `surgery.as_data`, of which 512 training images are taken. What a batch holds behind the inputs is left out.
+            All of it is read once for each layer. By default nothing is fitted.
 
     Returns:
         a new module.
@@ -62,12 +68,14 @@ def slim(
             edited, and why (`surgery.unedited` has all).
 
     Raises:
-        UsageError: a rate outside (0, 1], or an unknown name, importance or output.
+        UsageError: a rate outside (0, 1], or an unknown name, importance or output; calibration without inputs, with
+            inputs that the network does not take, or that give activations which are not finite.
 
     Example:
         >>> slim = surgery.slim(traced, 0.5)
         >>> surgery.verify(slim, surgery.masked(traced, surgery.split_masks(traced, 0.5))).ok
         True
+        >>> better = surgery.slim(traced, 0.5, calibration=data)  # nearer to the dense network, without training
     """
     step = slim_plan(module, rate, round_to=round_to, importance=importance, outputs=outputs)
     if not (step.indices or isinstance(rate, Mapping) or rate == 1):
