@@ -115,7 +115,7 @@ def compensate(
         plan = find_readers(analysis, origins, teacher.survey(first), Network(slim).survey(first), slim)
         fitted = tuple(dict.fromkeys(reader.name for reader in plan.readers))
         result = apply(slim, Compensate(fitted, plan.biases, plan.left))
-        student = Network(result)
+        student = Network(result, {reader.constant[0] for reader in plan.readers if reader.constant is not None})
         for reader in plan.readers:
             _fit(reader, teacher, student, inputs)
     return result

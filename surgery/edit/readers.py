@@ -6,7 +6,7 @@ Both networks run once on a few inputs. A layer is known by its weight, and its 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,11 +159,13 @@ class Seen:
 
 
 class Network:
-    """A network that shares its tensors with ``module``, in ``eval()``, to watch."""
+    """A copy of ``module`` in ``eval()``, to watch. It shares the parameters and the buffers that are ``written``, by
+    name, and no others: some models write to theirs when they run."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, written: Collection[str] = ()) -> None:
         self.tensors = named_tensors(module)
-        self.module = copy.deepcopy(module, {id(t): t for t in self.tensors.values()}).eval()
+        shared = (t for name, t in self.tensors.items() if isinstance(t, nn.Parameter) or name in written)
+        self.module = copy.deepcopy(module, {id(t): t for t in shared}).eval()
         for part in self.module.modules():
             if type(part) is nn.MultiheadAttention:
                 part.__class__ = HeadAttention  # the same numbers, by layers that can be watched

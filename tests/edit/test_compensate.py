@@ -270,7 +270,27 @@ def test_inputs_and_random_numbers_stay_as_they_were(nets):
     assert net.training
     assert found.training
     assert all(part.training for part in found.modules())
-    assert not {t.data_ptr() for t in found.parameters()} & {t.data_ptr() for t in net.parameters()}
+    tensors = [{t.data_ptr() for t in (*one.parameters(), *one.buffers())} for one in (net, found)]
+    assert not tensors[0] & tensors[1]
+
+
+def test_a_buffer_that_a_model_writes_when_it_runs_is_left_alone():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x):
+            self.calls.add_(1)
+            return self.b(self.a(x).relu())
+
+    x = torch.randn(40, 4)
+    net = surgery.trace(Net().eval(), x[:2])
+    before = net.calls.clone()
+    found = surgery.slim(net, 0.5, calibration=x)
+    assert torch.equal(net.calls, before)
+    assert torch.equal(found.calls, before)
 
 
 def test_frozen_parameters_and_the_layout_of_weights_survive(nets):
