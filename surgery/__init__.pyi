@@ -48,6 +48,7 @@ from surgery.deploy.measure.ratios import Ratio as Ratio
 from surgery.deploy.onnx.export import Export as Export
 from surgery.deploy.onnx.export import export_onnx as export_onnx
 from surgery.edit.apply import apply as apply
+from surgery.edit.compensate import Compensate as Compensate
 from surgery.edit.copies import Noise as Noise
 from surgery.edit.insert_block import InsertBlock as InsertBlock
 from surgery.edit.insert_dense import InsertDense as InsertDense

@@ -18,6 +18,7 @@ from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.network_outputs import Outputs, parse_outputs
 from surgery.edit.apply import apply
 from surgery.edit.checks import check_index, check_layouts
+from surgery.edit.compensate import compensate
 from surgery.edit.copies import Noise
 from surgery.edit.gather import changed_tensors, gather_tensors
 from surgery.edit.kept_outputs import follow_outputs
@@ -70,6 +71,7 @@ def reindex(
     shares: Mapping[Any, Sequence[float]] | None = None,
     *,
     outputs: Outputs = None,
+    calibration: Any = None,
 ) -> nn.Module:
     """Gather dimension groups by an index.
 
@@ -81,13 +83,15 @@ def reindex(
             even.
         outputs: the outputs of the network that may change: ``"free"`` for all, or their names (`surgery.outputs`).
             Channels alone do, positions and the batch never. `surgery.verify` compares what is left.
+        calibration: inputs on which the layers that read an edited axis take over what was removed, as in
+            `surgery.slim`.
 
     Returns:
         a new module.
 
     Raises:
         UsageError: an unknown name of a layer or output, an index out of range or empty, shares of a unit's copies that
-            do not sum to 1.
+            do not sum to 1; calibration inputs as for `surgery.slim`.
         EditError: a unit that must stay is dropped, or copies cannot be made exactly.
 
     Example:
@@ -95,7 +99,15 @@ def reindex(
         >>> surgery.reindex(traced, {"fc": [0, 2, 5]}, outputs="free")  # a classifier of three of its classes
     """
     free = parse_outputs(outputs)
-    return apply(module, reindex_step(analyse(module, free), module, indices, shares, free))
+    return carve(module, reindex_step(analyse(module, free), module, indices, shares, free), calibration)
+
+
+def carve(module: nn.Module, step: Reindex, calibration: Any = None) -> nn.Module:
+    """Carry ``step`` out and, where there are inputs for it, compensate for what it removes."""
+    result = apply(module, step)
+    if calibration is None:
+        return result
+    return compensate(module, result, analyse(module, step.outputs), step.origins(module), calibration)
 
 
 def reindex_step(

@@ -20,9 +20,8 @@ from surgery.axes.analysis import Analysis, analyse
 from surgery.axes.frozen import why_nothing_changes
 from surgery.axes.groups import DimensionGroup
 from surgery.axes.network_outputs import Outputs, parse_outputs
-from surgery.edit.apply import apply
 from surgery.edit.names import resolve
-from surgery.edit.reindex import Reindex
+from surgery.edit.reindex import Reindex, carve
 from surgery.errors import NothingChangedWarning, UsageError, whole_number
 from surgery.operations.importance import Scores, unit_scores
 
@@ -31,11 +30,18 @@ Rate = float | Mapping[Any, float]
 
 
 def slim(
-    module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = "prefix", outputs: Outputs = None
+    module: nn.Module,
+    rate: Rate,
+    *,
+    round_to: int = 1,
+    importance: str = "prefix",
+    outputs: Outputs = None,
+    calibration: Any = None,
 ) -> nn.Module:
     """Carve the KELS slim network out of a dense one.
 
-    It computes what the dense network computes with its reset-hypothesis switched off (`masked`).
+    It computes what the dense network computes with its reset-hypothesis switched off (`masked`); with ``calibration``,
+    as nearly as it can what the dense network computes.
 
     Args:
         module: a traced module.
@@ -48,6 +54,11 @@ def slim(
             the largest weights.
         outputs: the outputs of the network that may change: ``"free"`` for all, or their names (`surgery.outputs`).
             Channels alone do, positions and the batch never. `surgery.verify` compares what is left.
+        calibration: inputs on which the layers that read an edited axis are fitted to what the dense network gave
+            (`surgery.edit.compensate`), so that kept channels take over what removed ones said: a tensor, a tuple of
+            positional inputs or a mapping of named ones, an iterable of batches, or a data set as for
+            `surgery.as_data`, of which 512 training images are taken. What a batch holds behind the inputs is left out.
+            All of it is read once for each layer. By default nothing is fitted.
 
     Returns:
         a new module.
@@ -57,18 +68,20 @@ def slim(
             edited, and why (`surgery.unedited` has all).
 
     Raises:
-        UsageError: a rate outside (0, 1], or an unknown name, importance or output.
+        UsageError: a rate outside (0, 1], or an unknown name, importance or output; calibration without inputs, with
+            inputs that the network does not take, or that give activations which are not finite.
 
     Example:
         >>> slim = surgery.slim(traced, 0.5)
         >>> surgery.verify(slim, surgery.masked(traced, surgery.split_masks(traced, 0.5))).ok
         True
+        >>> better = surgery.slim(traced, 0.5, calibration=data)  # nearer to the dense network, without training
     """
     step = slim_plan(module, rate, round_to=round_to, importance=importance, outputs=outputs)
     if not (step.indices or isinstance(rate, Mapping) or rate == 1):
         why = why_nothing_changes(analyse(module, step.outputs))
         warnings.warn(f"slim changed nothing: {why}", NothingChangedWarning, stacklevel=2)
-    return apply(module, step)
+    return carve(module, step, calibration)
 
 
 def slim_plan(

@@ -1,0 +1,146 @@
+"""Inputs to calibrate a network on, from what people have: tensors, batches, data sets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, default_collate
+
+from surgery.errors import UsageError
+from surgery.graph.traced import info
+
+IMAGES = 512
+"""The most items of a data set that are read."""
+_BATCH = 32
+"""The most inputs that run at once, where they can be split."""
+_KEPT = 2**26
+"""The most bytes of a data set that are kept from one reading to the next."""
+_HELD_OUT = 4
+"""Of so many batches the last is held out."""
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and named inputs of one call."""
+
+
+class Calibration:
+    """Inputs of a traced module that can be read again and again, in the same order.
+
+    Args:
+        module: it says how many inputs there are, of which dtype and on which device.
+        given: a tensor, or a tuple of positional inputs, or a mapping of named ones: one batch; an iterable of
+            batches; a data set of (image, label), a loader of one or `surgery.Data`, of whose training images 512 are
+            taken, evenly. What a batch holds behind the model's inputs (labels) is left out.
+
+    Raises:
+        UsageError: there are no inputs.
+    """
+
+    def __init__(self, module: nn.Module, given: Any) -> None:
+        self._known = info(module)
+        self._like = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
+        self._given = _open(given)
+        self._size = _BATCH if self._known.batched else None
+        counts = [_count(inputs) for inputs in self._read()]
+        if not counts:
+            raise UsageError("calibration has no inputs: pass a batch of them, batches or a data set")
+        if self._size is not None and sum(-(-n // self._size) for n in counts) < _HELD_OUT:
+            self._size = max(1, math.ceil(max(counts) / math.ceil(_HELD_OUT / len(counts))))
+        self.count = sum(1 for _ in self.batches())
+
+    def batches(self, *, held_out: bool | None = None) -> Iterator[tuple[int, Inputs]]:
+        """The batches with their numbers; those held out, the others, or all."""
+        number = -1
+        for inputs in self._read():
+            for part in _split(inputs, self._size):
+                number += 1
+                if held_out is None or held_out == (number % _HELD_OUT == _HELD_OUT - 1):
+                    yield number, part
+
+    def _read(self) -> Iterator[Inputs]:
+        for batch in self._given:
+            inputs = self._inputs(batch)
+            if all(leaf.numel() for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)):
+                yield pytree.tree_map_only(Tensor, self._place, inputs)
+
+    def _inputs(self, batch: Any) -> Inputs:
+        if isinstance(batch, Mapping):
+            return (), dict(batch)
+        if isinstance(batch, (tuple, list)):
+            return tuple(batch[: max(len(self._known.args), 1)]), {}
+        return (batch,), {}
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        """The tensor on the model's device, a floating one in its dtype."""
+        if self._like is None:
+            return tensor
+        return tensor.to(self._like.device, self._like.dtype if tensor.is_floating_point() else None)
+
+
+def _open(given: Any) -> Iterable[Any]:
+    """Batches that can be read again."""
+    if isinstance(given, Tensor):
+        return [given]
+    if isinstance(given, DataLoader) and hasattr(given.dataset, "__len__"):
+        return _Items(given.dataset, given.collate_fn)
+    if isinstance(given, Mapping):
+        return _open(given["train"]) if "train" in given else [given]
+    if isinstance(given, tuple) and given:
+        return _open(given[0]) if _is_data_set(given[0]) else [given]
+    if hasattr(given, "train") and hasattr(given, "collate"):  # `surgery.Data`
+        return _Items(given.train, given.collate or default_collate)
+    if _is_data_set(given):
+        return _Items(given, default_collate)
+    if not isinstance(given, Iterable) or isinstance(given, (str, bytes)):
+        raise UsageError(f"calibration takes inputs, batches of them or a data set, not {type(given).__name__}")
+    return list(given) if iter(given) is given else given
+
+
+def _is_data_set(given: Any) -> bool:
+    known = hasattr(given, "__len__") and hasattr(given, "__getitem__")
+    return known and not isinstance(given, (Tensor, Sequence, Mapping))
+
+
+class _Items:
+    """Batches of a data set, evenly from all of it; as many as there is room for are read once."""
+
+    def __init__(self, data: Any, collate: Any) -> None:
+        count = len(data)
+        self.data, self.collate = data, collate
+        self.places = [k * count // min(count, IMAGES) for k in range(min(count, IMAGES))]
+        self.kept: dict[int, Any] = {}
+        self.room = _KEPT
+
+    def __iter__(self) -> Iterator[Any]:
+        for first in range(0, len(self.places), _BATCH):
+            batch = self.kept.get(first)
+            if batch is None:
+                batch = self.collate([self.data[k] for k in self.places[first : first + _BATCH]])
+                size = sum(t.nbytes for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))
+                if size <= self.room:
+                    self.kept[first], self.room = batch, self.room - size
+            yield batch
+
+
+def _count(inputs: Inputs) -> int:
+    """The size of a batch; 1 where it cannot be split."""
+    leaves = pytree.tree_leaves(inputs)
+    sizes = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
+    return sizes.pop() if len(sizes) == 1 and all(isinstance(leaf, Tensor) and leaf.ndim for leaf in leaves) else 1
+
+
+def _split(inputs: Inputs, size: int | None) -> Iterator[Inputs]:
+    count = _count(inputs)
+    if size is None or count <= size:
+        yield inputs
+        return
+    for first in range(0, count, size):
+        yield pytree.tree_map_only(Tensor, partial(_rows, first=first, count=size), inputs)
+
+
+def _rows(tensor: Tensor, first: int, count: int) -> Tensor:
+    return tensor[first : first + count]
