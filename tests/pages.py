@@ -31,7 +31,6 @@ def run_python(text: str, name: str) -> list[str]:
     """
     printed: list[str] = []
     names: dict[str, Any] = {"__name__": "__main__"}
-    steps = dict(surgery.Step.known)
     try:
         with surgery.restore_rules():
             for number, block in enumerate(blocks("python", text), 1):
@@ -41,8 +40,8 @@ def run_python(text: str, name: str) -> list[str]:
                 exec(compile(block, f"{name}, block {number}", "exec"), names)
                 assert {text for at, text in said.items() if at not in reached} == set(), f"{name}: is never printed"
     finally:
-        surgery.Step.known.clear()
-        surgery.Step.known.update(steps)
+        for step in [step for step in surgery.Step.known.values() if step.__module__ == "__main__"]:
+            del surgery.Step.known[step.__name__]
     return printed
 
 
