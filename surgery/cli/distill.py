@@ -21,7 +21,6 @@ from surgery.cli.runs import one_after_the_other, under_way
 from surgery.errors import UsageError
 from surgery.settings import DistillSettings, Settings, TrainSettings, option
 from surgery.storage.folders import refuse_folder, staged_folder
-from surgery.training.history_file import write_history
 from surgery.units import mebibytes, quantity
 
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ def distill(
             for name, module in written.items():
                 surgery.save(module, staging / name)
             (staging / MARKER).write_text(json.dumps(content, indent=1) + "\n")
-            write_history({"teacher": taught, "hints": found.hints, "distill": found.history}, staging)
+            surgery.write_history({"teacher": taught, "hints": found.hints, "distill": found.history}, staging)
             write_config(context, staging)
     emit(
         {**content, "out": str(run.out)},

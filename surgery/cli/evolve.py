@@ -27,7 +27,6 @@ from surgery.cli.runs import one_after_the_other, under_way
 from surgery.errors import UsageError, unknown_name
 from surgery.settings import EvolveSettings, Settings, option
 from surgery.storage.folders import refuse_folder, staged_folder
-from surgery.training.history_file import write_history
 from surgery.units import counted, mebibytes, quantity
 
 if TYPE_CHECKING:
@@ -135,7 +134,7 @@ def evolve(
                 surgery.save(module, staging / name)
             surgery.draw_generations(found, tickets, staging / "generations.png", title=title)
             (staging / MARKER).write_text(json.dumps(content, indent=1) + "\n")
-            write_history(_histories(found, tickets), staging)
+            surgery.write_history(_histories(found, tickets), staging)
             write_config(context, staging)
     emit(
         {**content, "out": str(run.out)},

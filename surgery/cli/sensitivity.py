@@ -14,7 +14,6 @@ from surgery.cli.options import DataOptions, Model, RunOptions, Weights, load_if
 from surgery.cli.output import Bars, emit, table
 from surgery.settings import IMPORTANCE, KEEPS, Settings, TimingSettings, option
 from surgery.storage.folders import refuse_folder, staged_folder
-from surgery.training.history_file import write_history
 
 if TYPE_CHECKING:
     from surgery import Sensitivity
@@ -74,7 +73,7 @@ def sensitivity(
         )
     with staged_folder(run.out, marker=MARKER, force=run.force) as folder:
         surgery.write_sensitivity(result, folder)
-        write_history({"train": history}, folder)
+        surgery.write_history({"train": history}, folder)
         write_config(context, folder)
     written = f"written to {run.out}: sensitivity.png, sensitivity.csv and sensitivity.json"
     content = {**result.to_dict(), "out": str(run.out)}

@@ -21,6 +21,13 @@ def write_history(trainings: Mapping[str, History | None], folder: Path) -> None
     """Write ``history.csv`` into ``folder``: a row for each epoch of each training, named by task.
 
     Nothing is written where nothing was trained. ``accuracy`` is empty where an epoch was not scored.
+
+    Args:
+        trainings: records by task; None for a task that was left out.
+        folder: it must exist.
+
+    Example:
+        >>> surgery.write_history({"train": surgery.train(model, data, epochs=3)}, Path("runs/mine"))
     """
     rows = [
         {"task": task, "epoch": number, **dict.fromkeys(_COLUMNS), **epoch.figures}
