@@ -131,6 +131,7 @@ from surgery.training.evolve import evolve as evolve
 from surgery.training.growth import Growth as Growth
 from surgery.training.history import History as History
 from surgery.training.history import Score as Score
+from surgery.training.history_file import write_history as write_history
 from surgery.training.loop import train as train
 from surgery.training.lottery import Lottery as Lottery
 from surgery.training.lottery import Ticket as Ticket

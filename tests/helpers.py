@@ -26,6 +26,11 @@ def same_tensors(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.T
     return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+def without_epochs(stderr: str) -> list[str]:
+    """The lines that a command prints to stderr, but for those of epochs."""
+    return [line for line in stderr.splitlines() if ", epoch " not in line]
+
+
 def interrupt(monkeypatch: pytest.MonkeyPatch, task: str, step: int) -> None:
     """Interrupt the next command when that many steps of a task are done."""
 

@@ -76,8 +76,8 @@ def distill(
 ) -> None:
     """Let a student learn from a teacher: hints from its middle first, then its outputs and the labels (FitNets).
 
-    Writes the student, distill.json, and the teacher where it was trained. An interrupted run resumes when the same
-    command is given again. Runs in several processes as well: accelerate launch -m surgery distill ...
+    Writes the student, distill.json, history.csv, and the teacher where it was trained. An interrupted run resumes when
+    the same command is given again. Runs in several processes as well: accelerate launch -m surgery distill ...
     """
     if layers.joint and not is_given(context, "hint_epochs"):
         settings = replace(settings, hint_epochs=0)
@@ -128,6 +128,7 @@ def distill(
             for name, module in written.items():
                 surgery.save(module, staging / name)
             (staging / MARKER).write_text(json.dumps(content, indent=1) + "\n")
+            surgery.write_history({"teacher": taught, "hints": found.hints, "distill": found.history}, staging)
             write_config(context, staging)
     emit(
         {**content, "out": str(run.out)},
@@ -217,4 +218,4 @@ def _notes(found: Distillation, taught: History | None, data: Data, out: Path, w
         lines.append("the teacher is no better than guessing: train it (--teacher-epochs)")
     seconds = found.seconds + (taught.seconds if taught else 0)
     folders = ", ".join(f"{name}/" for name in written)
-    return "\n".join([*lines, f"{seconds:.0f} s; written to {out}: {folders} and {MARKER}"])
+    return "\n".join([*lines, f"{seconds:.0f} s; written to {out}: {folders}, history.csv and {MARKER}"])

@@ -32,7 +32,7 @@ from surgery.units import counted, mebibytes, quantity
 if TYPE_CHECKING:
     from torch import nn
 
-    from surgery import Cost, Data, Evolution, Lottery, Score
+    from surgery import Cost, Data, Evolution, History, Lottery, Score
 
 MARKER = "evolve.json"
 """The file that marks a folder as a result of ``evolve``."""
@@ -80,8 +80,8 @@ def evolve(
     """Train a model in generations, in which a slim one grows up (Knowledge Evolution).
 
     Each generation keeps a part of every layer and draws the rest again. Writes the model, the slim one inside of it,
-    evolve.json, and a picture. An interrupted run resumes when the same command is given again. Runs in several
-    processes as well: accelerate launch -m surgery evolve ...
+    evolve.json, history.csv, and a picture. An interrupted run resumes when the same command is given again. Runs in
+    several processes as well: accelerate launch -m surgery evolve ...
     """
     generations = options.generations
     rate = parse_one_or_per_layer("--split-rate", options.split_rate or ["0.5"], float, float)
@@ -134,6 +134,7 @@ def evolve(
                 surgery.save(module, staging / name)
             surgery.draw_generations(found, tickets, staging / "generations.png", title=title)
             (staging / MARKER).write_text(json.dumps(content, indent=1) + "\n")
+            surgery.write_history(_histories(found, tickets), staging)
             write_config(context, staging)
     emit(
         {**content, "out": str(run.out)},
@@ -153,6 +154,16 @@ def _shares(generations: int, *, long: bool, tickets: bool) -> dict[str, float]:
     if tickets:
         shares |= dict.fromkeys(["dense", *(f"ticket-{number}" for number in range(1, generations))], 1.0)
     return shares
+
+
+def _histories(found: Evolution, tickets: Lottery | None) -> dict[str, History]:
+    """The record of each training, by its task."""
+    histories = {f"generation-{number}": one.history for number, one in enumerate(found.generations, 1)}
+    if found.long is not None:
+        histories["long"] = found.long.history
+    for number, ticket in enumerate(tickets.tickets if tickets else ()):
+        histories[f"ticket-{number}" if number else "dense"] = ticket.history
+    return histories
 
 
 def _scores(title: str, found: Evolution, tickets: Lottery | None) -> Any:
@@ -190,5 +201,5 @@ def _notes(found: Evolution, tickets: Lottery | None, data: Data, out: Path, wri
     trained = [one.history for one in (*found.generations, *([found.long] if found.long else []))]
     trained += [ticket.history for ticket in tickets.tickets] if tickets else []
     seconds = sum(history.seconds for history in trained)
-    folders = ", ".join(f"{name}/" for name in written)
-    return "\n".join([*lines, f"{seconds:.0f} s; written to {out}: {folders}, generations.png and {MARKER}"])
+    files = ", ".join([*(f"{name}/" for name in written), "generations.png", "history.csv"])
+    return "\n".join([*lines, f"{seconds:.0f} s; written to {out}: {files} and {MARKER}"])

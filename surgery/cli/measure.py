@@ -151,9 +151,9 @@ def tradeoff(
 ) -> None:
     """Train a model, make candidates of it, export and measure each: the speed/accuracy curve.
 
-    Writes tradeoff.png, tradeoff.html, tradeoff.csv, tradeoff.json, report.md, and a folder with the checkpoint and the
-    ONNX file of each model. An interrupted run resumes when the same command is given again; with --force, what the
-    last run into the folder trained with the same settings is taken over.
+    Writes tradeoff.png, tradeoff.html, tradeoff.csv, tradeoff.json, report.md, history.csv, and a folder with the
+    checkpoint and the ONNX file of each model. An interrupted run resumes when the same command is given again; with
+    --force, what the last run into the folder trained with the same settings is taken over.
     """
     rates, others = options.plan()
     refuse_folder(run.out, marker=MARKER, force=run.force)

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from surgery.cli.tables import Table
 from surgery.progress import Progress as Told
+from surgery.progress import tell_epoch
 
 
 def emit(result: Any, as_json: bool, *tables: Table, note: str = "") -> None:
@@ -100,6 +101,11 @@ class Bars:
         label = label if len(label) <= room else f"{label[: room - 1]}…"
         self._tasks[task] = self._progress.add_task(f"{label:<{min(28, room)}}", total=None)
 
+    def epoch(self, task: str, number: int, figures: Mapping[str, float]) -> None:
+        """Print the loss, the accuracy where it is known, and the learning rate."""
+        accuracy = f", accuracy {figures['accuracy']:.2%}" if "accuracy" in figures else ""
+        self.say(f"{task}, epoch {number}: loss {figures['loss']:.4g}{accuracy}, rate {figures['lr']:.3g}")
+
     def say(self, line: str) -> None:
         """Print a line, above the bars where they are drawn."""
         self._console.print(Text(line), soft_wrap=True)
@@ -127,3 +133,7 @@ class Whole:
         before = sum(self._shares[name] for name in names[: names.index(task)])
         whole = (before + self._shares[task] * done / total) / sum(self._shares.values())
         self._progress("all", round(1000 * whole), 1000)
+
+    def epoch(self, task: str, number: int, figures: Mapping[str, float]) -> None:
+        """Pass on the figures of an epoch."""
+        tell_epoch(self._progress, task, number, figures)

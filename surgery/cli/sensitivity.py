@@ -52,7 +52,7 @@ def sensitivity(
 ) -> None:
     """Slim each part of a trained model alone: how much accuracy that loses, and how much time it saves.
 
-    Writes sensitivity.png, sensitivity.csv and sensitivity.json.
+    Writes sensitivity.png, sensitivity.csv and sensitivity.json, and history.csv if it trains the model.
     """
     refuse_folder(run.out, marker=MARKER, force=run.force)
     epochs = options.epochs
@@ -63,14 +63,17 @@ def sensitivity(
     images = surgery.data_for({"the model": source}, **vars(data))
     module = surgery.classifier(source, images, weights=options.weights, trust=run.trust, seed=settings.seed)
     slimming: dict[str, Any] = {name: getattr(options, name) for name in ("by", "importance", "round_to")}
+    history = None
     with Bars() as bars:
         if epochs:
-            module = surgery.train(module, images, epochs=epochs, seed=settings.seed, progress=bars).module
+            history = surgery.train(module, images, epochs=epochs, seed=settings.seed, progress=bars)
+            module = history.module
         result = surgery.sensitivity(
             module, images, rate=options.split_rate, **slimming, settings=settings, progress=bars
         )
     with staged_folder(run.out, marker=MARKER, force=run.force) as folder:
         surgery.write_sensitivity(result, folder)
+        surgery.write_history({"train": history}, folder)
         write_config(context, folder)
     written = f"written to {run.out}: sensitivity.png, sensitivity.csv and sensitivity.json"
     content = {**result.to_dict(), "out": str(run.out)}

@@ -19,7 +19,11 @@ from surgery.errors import CheckpointError, UsageError
 from surgery.graph.traced import TensorSpec
 from surgery.storage.documents import check_signature, check_type, digest_file, read_object, refuse_special
 
-RECIPE, WEIGHTS = "recipe.json", "weights.safetensors"
+RECIPE = "recipe.json"
+"""The file in the folder of a saved model that says how it is rebuilt."""
+
+WEIGHTS = "weights.safetensors"
+"""The file next to it with the tensors."""
 
 DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 """torch's dtypes by the names that files hold."""

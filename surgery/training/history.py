@@ -50,6 +50,12 @@ class Epoch:
     score: Score | None
     seconds: float
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """The epoch as numbers by name; ``accuracy`` only where it was scored."""
+        scored = {} if self.score is None else {"accuracy": self.score.accuracy}
+        return {"images": self.images, "loss": self.loss, "lr": self.lr, **scored, "seconds": self.seconds}
+
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Epoch:
         """Read an epoch from the plain JSON data of `History.to_dict`."""

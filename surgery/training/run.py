@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from surgery.progress import Progress
+from surgery.progress import Progress, tell_epoch
 from surgery.settings import TrainSettings
 from surgery.training.data.data import Data, Images, count
 from surgery.training.data.loading import EpochOrder, loader
@@ -121,6 +121,7 @@ class Run:
                 self.at.epochs.append(Epoch(count(phase.images), loss, self._rate(), score, seconds))
                 self.at.within, self.at.counted, self.at.summed, self.at.seconds = 0, 0, 0.0, 0.0
                 self._save()
+                tell_epoch(self.progress, self.task, len(self.at.epochs), self.at.epochs[-1].figures)
 
     def _steps(self, batches: Iterator[Batch], step: Callable[..., float], count: int, started: float) -> None:
         """Take the remaining steps of an epoch."""

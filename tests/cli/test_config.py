@@ -61,7 +61,7 @@ def test_options_of_a_file_are_those_of_the_command(run, given):
 
 
 def test_the_file_of_the_guide_is_one(run, given):
-    guide = (Path(surgery.__file__).parents[1] / "docs" / "guide.md").read_text()
+    guide = (Path(surgery.__file__).parents[1] / "docs" / "guide" / "shell.md").read_text()
     (block,) = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
     Path("run.yaml").write_text(block)
     assert run("tradeoff", "--config", "run.yaml", "--device", "cpu", "--out", "made")[0] == 0

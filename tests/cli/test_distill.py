@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from surgery.cli.losses import LOSSES, LossOptions, objectives
 from surgery.cli.output import Bars
 from surgery.errors import UsageError
 from surgery.training.distilling.objectives import DKD, KD, RKD, AttentionTransfer, Hint, ReviewKD
-from tests.helpers import interrupt, same_tensors
+from tests.helpers import interrupt, same_tensors, without_epochs
 
 NETS = """
     import torch
@@ -65,11 +66,12 @@ def test_a_run_writes_the_student_the_teacher_it_trained_and_what_happened(run, 
     rows = {name: cells for name, *cells in lines if len(cells) == 5 and name}
     assert list(rows) == ["teacher", "student before", "student after"]
     assert "hint: 6 learned 0" in out
-    assert "written to runs/made: student/, teacher/ and distill.json" in out
-    assert err.split("\n")[:-1] == ["teacher …", "hints: cache …", "hints …", "distill: cache …", "distill …"]
+    assert "written to runs/made: student/, teacher/, history.csv and distill.json" in out
+    assert without_epochs(err) == ["teacher …", "hints: cache …", "hints …", "distill: cache …", "distill …"]
     assert sorted(path.relative_to("runs").as_posix() for path in Path("runs").rglob("*")) == [
         "made",
         "made/distill.json",
+        "made/history.csv",
         "made/run.yaml",
         *(
             f"made/{who}{file}"
@@ -87,6 +89,18 @@ def test_a_run_writes_the_student_the_teacher_it_trained_and_what_happened(run, 
     assert said["names"] == [["6", "0"]]
     assert [len(said[name]["epochs"]) for name in ("teacher_history", "hints", "history")] == [3, 1, 2]
     assert said["history"]["epochs"][-1]["score"] == said["score"]
+    table = list(csv.DictReader(Path("runs/made/history.csv").read_text().splitlines()))
+    assert list(table[0]) == ["task", "epoch", "images", "loss", "lr", "accuracy", "seconds"]
+    assert [(row["task"], row["epoch"]) for row in table] == [
+        *(("teacher", "1"), ("teacher", "2"), ("teacher", "3")),
+        *(("hints", "1"), ("distill", "1"), ("distill", "2")),
+    ]
+    assert [row["accuracy"] == "" for row in table] == [False, False, False, True, False, False]
+    last = said["history"]["epochs"][-1]
+    assert [float(table[-1][name]) for name in ("loss", "lr")] == [last["loss"], last["lr"]]
+    assert float(table[-1]["accuracy"]) == last["score"]["correct"] / 300
+    accuracy = f"accuracy {last['score']['correct'] / 300:.2%}, rate {last['lr']:.3g}"
+    assert f"distill, epoch 2: loss {last['loss']:.4g}, {accuracy}" in err.splitlines()
     assert said["student"]["params"] == sum(
         p.numel() for p in surgery.load("runs/made/student", trust=True).parameters()
     )
@@ -107,7 +121,12 @@ def test_a_saved_teacher_is_taken_as_it_is_and_not_written_again(run):
     first, second = (json.loads(Path(name, "distill.json").read_text()) for name in ("first", "second"))
     assert first["teacher_score"] == second["teacher_score"]
     assert second["teacher_history"] is None
-    assert sorted(path.name for path in Path("second").iterdir()) == ["distill.json", "run.yaml", "student"]
+    assert sorted(path.name for path in Path("second").iterdir()) == [
+        "distill.json",
+        "history.csv",
+        "run.yaml",
+        "student",
+    ]
 
 
 def test_a_student_that_was_saved_goes_on_learning_and_keeps_its_recipe(run):
@@ -134,8 +153,8 @@ def test_an_interrupted_run_says_how_to_resume_and_ends_with_the_same_student(ru
     with monkeypatch.context() as patched:
         interrupt(patched, task, step)
         code, out, err = run(*ONCE, "--out", "cut", "--checkpoint-every", "1")
-    said = "what is done is kept in cut.unfinished: give the same command again to go on\n"
-    assert (code, out, err) == (130, "", said)
+    said = "what is done is kept in cut.unfinished: give the same command again to go on"
+    assert (code, out, without_epochs(err)) == (130, "", [said])
     assert not Path("cut").exists()
     steps = []
     monkeypatch.setattr(Bars, "__call__", lambda bars, at, done, total: steps.append((at, done)))
@@ -187,7 +206,7 @@ def test_force_replaces_an_earlier_result_but_no_other_folder(run, empty_folder)
 def test_a_cache_in_a_folder_serves_later_runs_and_changes_nothing(run):
     base = ["distill", STUDENT, "first/teacher", *ON_DIGITS, "--hint-epochs", "1", "--epochs", "2"]
     assert run(*ONCE, "--out", "first")[0] == 0
-    told = [run(*base, "--out", out, "--cache", cache)[2].split("\n")[:-1]
+    told = [without_epochs(run(*base, "--out", out, "--cache", cache)[2])
             for out, cache in (("a", "kept"), ("b", "kept"), ("c", "none"))]  # fmt: skip
     assert told[0] == ["hints: cache …", "hints …", "distill: cache …", "distill …"]
     assert told[1] == told[2] == ["hints …", "distill …"]

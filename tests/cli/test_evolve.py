@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 import surgery
 from surgery.cli.output import Bars
 from surgery.storage.folders import unfinished_folder
-from tests.helpers import interrupt, same_tensors
+from tests.helpers import interrupt, same_tensors, without_epochs
 
 NETS = """
     import torch
@@ -80,12 +81,21 @@ def test_a_run_writes_both_models_a_picture_and_what_happened(run):
     assert rows["dense"][0] == f"{said['model']['dense']['params'] / 1000:.2f} k"
     assert rows["slim"][0] == f"{said['model']['slim']['params'] / 1000:.2f} k"
     assert "300 training and 300 test images of 8 x 8" in out
-    assert "written to runs/made: dense/, slim/, generations.png and evolve.json" in out
-    assert err.split("\n")[:-1] == ["generation-1 …", "generation-2 …", "long …", "dense …", "ticket-1 …"]
+    assert "written to runs/made: dense/, slim/, generations.png, history.csv and evolve.json" in out
+    assert without_epochs(err) == ["generation-1 …", "generation-2 …", "long …", "dense …", "ticket-1 …"]
+    table = list(csv.DictReader(Path("runs/made/history.csv").read_text().splitlines()))
+    trainings = [("generation-1", 2), ("generation-2", 2), ("long", 4), ("dense", 2), ("ticket-1", 2)]
+    assert [(row["task"], row["epoch"]) for row in table] == [
+        (task, str(number)) for task, epochs in trainings for number in range(1, epochs + 1)
+    ]
+    histories = [generation["history"] for generation in (*said["generations"], said["long"], *said["lottery"])]
+    assert [float(row["loss"]) for row in table] == [e["loss"] for history in histories for e in history["epochs"]]
     assert Path("runs/made/generations.png").read_bytes().startswith(b"\x89PNG")
     files = [f"made/{who}{file}" for who in ("dense", "slim") for file in ("", "/recipe.json", "/weights.safetensors")]
     found = sorted(path.relative_to("runs").as_posix() for path in Path("runs").rglob("*"))
-    assert found == sorted(["made", "made/evolve.json", "made/generations.png", "made/run.yaml", *files])
+    assert found == sorted(
+        ["made", *(f"made/{name}" for name in ("evolve.json", "generations.png", "history.csv", "run.yaml")), *files]
+    )
 
 
 def test_the_slim_model_serves_the_other_verbs(run):
@@ -116,6 +126,7 @@ def test_scattered_weights_give_no_slim_model(run):
         "dense",
         "evolve.json",
         "generations.png",
+        "history.csv",
         "run.yaml",
     ]
 
@@ -127,8 +138,8 @@ def test_an_interrupted_run_says_how_to_resume_and_ends_with_the_same_models(run
     with monkeypatch.context() as patched:
         interrupt(patched, task, step)
         code, out, err = run(*command, "--out", "cut", "--checkpoint-every", "1")
-    said = "what is done is kept in cut.unfinished: give the same command again to go on\n"
-    assert (code, out, err) == (130, "", said)
+    said = "what is done is kept in cut.unfinished: give the same command again to go on"
+    assert (code, out, without_epochs(err)) == (130, "", [said])
     assert not Path("cut").exists()
     steps = []
     monkeypatch.setattr(Bars, "__call__", lambda bars, at, done, total: steps.append((at, done)))

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from surgery.cli.output import Bars, emit, table
+from surgery.cli.output import Bars, Whole, emit, table
+from surgery.deploy.curve.run_progress import PartProgress, RunProgress
 from surgery.units import counted
 
 BENCH = ["model", "p50 ms", "p90 ms", "p99 ms", "samples/s", "relative", "memory", "file", "parameters", "MACs"]
@@ -196,3 +197,20 @@ def test_on_a_narrow_terminal_bars_shorten_names_and_no_figures(monkeypatch):
 @pytest.mark.parametrize(("count", "said"), [(0, "0 epochs"), (1, "1 epoch"), (2, "2 epochs")])
 def test_one_is_no_plural(count, said):
     assert counted(count, "epoch") == said
+
+
+def test_an_epoch_is_a_line_with_its_loss_its_accuracy_if_known_and_its_rate(capsys):
+    with Bars() as bars:
+        whole = Whole({"train": 1.0}, bars)
+        whole.epoch("train", 1, {"loss": 0.123456, "lr": 0.002, "images": 5, "seconds": 1.0})
+        run = RunProgress({"rate-1: fine-tune": 1.0}, whole)
+        part = PartProgress(run, "rate-1: fine-tune", ["hints", "distill"])
+        part.epoch("distill", 2, {"loss": 1.0, "lr": 1e-5, "accuracy": 0.91234})
+    assert capsys.readouterr().err.splitlines() == [
+        "train, epoch 1: loss 0.1235, rate 0.002",
+        "rate-1: fine-tune, distill, epoch 2: loss 1, accuracy 91.23%, rate 1e-05",
+    ]
+
+
+def test_progress_that_is_a_function_is_not_told_of_epochs():
+    RunProgress({"train": 1.0}, lambda task, done, total: None).epoch("train", 1, {"loss": 1.0})

@@ -233,3 +233,40 @@ def test_gradients_and_precision_do_not_depend_on_the_context_of_the_call(digits
 def test_a_loss_that_is_not_finite_stops_the_training(digits):
     with pytest.raises(FloatingPointError, match=r"the loss of fit is nan after 22 steps: lower lr"):
         train(small_net(), digits, epochs=2, loss_fn=lambda net, *_: net[0].weight.sum() * float("nan"), task="fit")
+
+
+class Heard(list):
+    """Progress that keeps what it is told of epochs."""
+
+    def __call__(self, task, done, total):
+        self.done = done
+
+    def epoch(self, task, number, figures):
+        self.append((task, number, self.done, figures))
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_progress_hears_of_each_epoch_when_it_ends(digits, scored):
+    heard = Heard()
+    history = train(small_net(), digits, epochs=2, progress=heard, task="mine", test_each_epoch=scored)
+    assert [one[:3] for one in heard] == [("mine", 1, 22), ("mine", 2, 44)]
+    for (*_, figures), epoch in zip(heard, history.epochs, strict=True):
+        told = {"images": 1438, "loss": epoch.loss, "lr": epoch.lr, "seconds": epoch.seconds}
+        assert figures == told | ({"accuracy": epoch.score.correct / epoch.score.total} if scored else {})
+    assert heard[0][3]["lr"] > heard[1][3]["lr"] == 0  # one cycle
+
+
+def test_an_epoch_is_told_once_however_often_a_training_is_cut_off(digits, tmp_path):
+    class Cut(Heard):
+        def __call__(self, task, done, total):
+            super().__call__(task, done, total)
+            if done == 30:
+                raise KeyboardInterrupt
+
+    first, second, third = Cut(), Heard(), Heard()
+    common = {"epochs": 3, "checkpoint": tmp_path / "model.pt"}
+    with pytest.raises(KeyboardInterrupt):
+        train(small_net(), digits, progress=first, **common)
+    train(small_net(), digits, progress=second, **common)
+    train(small_net(), digits, progress=third, **common)
+    assert [[number for _, number, *_ in heard] for heard in (first, second, third)] == [[1], [2, 3], []]

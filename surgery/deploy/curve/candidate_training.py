@@ -17,7 +17,7 @@ from surgery.deploy.budget.budget import refuse_unreachable, slim_to_budget
 from surgery.deploy.budget.clock import Clock
 from surgery.deploy.curve.candidates import Budget, Candidate
 from surgery.deploy.curve.control import control_settings, from_scratch
-from surgery.deploy.curve.run_progress import RunProgress, parts_of
+from surgery.deploy.curve.run_progress import PartProgress, RunProgress
 from surgery.deploy.curve.store import NOTE, Kept, Store, data_identity, key_of, write_note
 from surgery.deploy.curve.teaching import Lesson
 from surgery.deploy.measure.environment import environment, usable_cores
@@ -192,7 +192,7 @@ class CandidateTraining:
             found = self.store.find_note(key)
             if found is None:
                 names = [*(["probe"] if candidate.what == "latency" else []), "damage", "search"]
-                told = parts_of(progress, f"{candidate.folder}: search", names)
+                told = PartProgress(progress, f"{candidate.folder}: search", names)
                 limits: dict[str, Any] = {LIMITS[candidate.what]: candidate.limit}
                 result = slim_to_budget(
                     dense,

@@ -10,16 +10,28 @@ from surgery.deploy.curve.plot import draw
 from surgery.deploy.curve.points import Point, Tradeoff
 from surgery.settings import IMPORTANCE, TEACHERS, TradeoffSettings
 from surgery.storage.folders import write_table
+from surgery.training.history import History
+from surgery.training.history_file import write_history
 from surgery.units import counted, mebibytes, quantity, sentence
 
 
 def write_report(result: Tradeoff, folder: Path) -> None:
-    """Write ``tradeoff.csv``, ``.json``, ``.png`` and ``.html``, and ``report.md``, into ``folder``."""
+    """Write ``tradeoff.csv``, ``.json``, ``.png`` and ``.html``, ``report.md`` and ``history.csv``, into ``folder``."""
     write_table(result.rows(), folder / "tradeoff.csv")
     (folder / "tradeoff.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
     draw(result, folder / "tradeoff.png")
     (folder / "tradeoff.html").write_text(page(result))
     (folder / "report.md").write_text(_markdown(result))
+    write_history(_histories(result), folder)
+
+
+def _histories(result: Tradeoff) -> dict[str, History | None]:
+    """The record of each training of a run, by its task."""
+    histories = {"dense": result.history}
+    for point in result.points:
+        histories |= {f"{point.folder}: {stage}": history for stage, history in point.training.items()}
+        histories[f"{point.folder}: from scratch"] = point.control_history
+    return histories
 
 
 def _markdown(result: Tradeoff) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from surgery.progress import Progress
+from surgery.progress import Progress, tell_epoch
 
 
 class RunProgress:
@@ -31,11 +32,22 @@ class RunProgress:
             whole = self._finished + self._weights[task] * done / total
             self._progress("all", round(1000 * whole / self._total), 1000)
 
+    def epoch(self, task: str, number: int, figures: Mapping[str, float]) -> None:
+        """Pass on the figures of an epoch."""
+        tell_epoch(self._progress, task, number, figures)
 
-def parts_of(progress: Progress, whole: str, names: list[str]) -> Progress:
-    """Report the progress of ``whole`` from the progress of its parts, with equal weights."""
 
-    def part(task: str, done: int, total: int) -> None:
-        progress(whole, round(1000 * (names.index(task) + done / total) / len(names)), 1000)
+@dataclass(frozen=True)
+class PartProgress:
+    """Reports the progress of ``whole`` from the progress of its parts, with equal weights."""
 
-    return part
+    progress: Progress
+    whole: str
+    names: Sequence[str]
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        self.progress(self.whole, round(1000 * (self.names.index(task) + done / total) / len(self.names)), 1000)
+
+    def epoch(self, task: str, number: int, figures: Mapping[str, float]) -> None:
+        """Pass on the figures of an epoch of a part."""
+        tell_epoch(self.progress, f"{self.whole}, {task}", number, figures)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from surgery.deploy.curve.candidates import Budget, Candidate
-from surgery.deploy.curve.run_progress import parts_of
+from surgery.deploy.curve.run_progress import PartProgress
 from surgery.errors import UsageError
 from surgery.operations.masks import split_masks
 from surgery.operations.reset import reset_hypothesis
@@ -99,7 +99,7 @@ class Lesson:
                 self.settings.generations,
                 EvolveSettings.of(settings, {"recalibrate": True}),
                 checkpoint=checkpoint,
-                progress=parts_of(progress, task, names),
+                progress=PartProgress(progress, task, names),
             )
             assert evolution.slim is not None
             return evolution.slim, {n: g.history for n, g in zip(names, evolution.generations, strict=True)}
@@ -113,7 +113,7 @@ class Lesson:
             data,
             DistillSettings.of(settings, {"hint_epochs": self.settings.hint_epochs if teach == "hints" else 0}),
             checkpoint=checkpoint,
-            progress=parts_of(progress, task, ["hints: cache", "hints", "distill: cache", "distill"]),
+            progress=PartProgress(progress, task, ["hints: cache", "hints", "distill: cache", "distill"]),
         )
         stages = {"hints": found.hints, "distill": found.history}
         return found.module, {name: history for name, history in stages.items() if history is not None}

@@ -70,8 +70,9 @@ def tradeoff(
             for each class of the data; a torchvision model is built so.
         dataset: a name for `surgery.load_data`, or what `surgery.as_data` takes.
         rates: split rates in (0, 1], or a rate for each of some layers, containers or globs (``{"layer4": 0.5}``).
-        directory: the folder to write: ``tradeoff.png``, ``.html``, ``.csv``, ``.json``, ``report.md``, and a folder
-            for each candidate and for the dense model. It is written whole, at the end, or not at all.
+        directory: the folder to write: ``tradeoff.png``, ``.html``, ``.csv``, ``.json``, ``report.md``,
+            ``history.csv``, and a folder for each candidate and for the dense model. It is written whole, at the end,
+            or not at all.
         candidates: further candidates, as `surgery.deploy.curve.candidates.parse` reads them: ``"widen=1.5"``; or
             budgets for `surgery.slim_to_budget` of the dense model: ``"latency=5ms"``, ``"macs=300M"``.
         settings: see `surgery.TradeoffSettings`; its fields may be given as keywords. ``teach`` says what candidates

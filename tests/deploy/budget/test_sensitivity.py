@@ -186,7 +186,7 @@ def test_the_command_prints_a_table_and_writes_the_files(run, module_in_folder):
     told = json.loads((folder / "found" / "sensitivity.json").read_text())
     assert out.splitlines()[-1 - len(told["doubts"]) : -1] == told["doubts"]
     written = {path.name for path in (folder / "found").iterdir()}
-    assert written == {"run.yaml", "sensitivity.csv", "sensitivity.json", "sensitivity.png"}
+    assert written == {"history.csv", "run.yaml", "sensitivity.csv", "sensitivity.json", "sensitivity.png"}
     code, out, _ = run("sensitivity", *model, *timing, "--out", "found", "--force", "--json")
     assert code == 0
     assert [part["part"] for part in json.loads(out)["parts"]] == ["0"]

@@ -60,6 +60,7 @@ def run(tmp_path_factory):
 def test_a_run_writes_the_picture_the_tables_the_report_and_a_folder_for_each_rate(run):
     _, out, _ = run
     assert {path.relative_to(out).as_posix() for path in out.rglob("*")} == {
+        "history.csv",
         "report.md",
         *(f"tradeoff.{kind}" for kind in ("csv", "html", "json", "png")),
         *("dense", "rate-1", "rate-0.5", "rate-1/model.onnx", "rate-0.5/model.onnx"),
@@ -70,6 +71,17 @@ def test_a_run_writes_the_picture_the_tables_the_report_and_a_folder_for_each_ra
         ),
     }
     assert list(out.parent.iterdir()) == [out]
+
+
+def test_the_table_of_epochs_has_those_of_each_training(run):
+    result, out, _ = run
+    table = list(csv.DictReader((out / "history.csv").read_text().splitlines()))
+    assert [(row["task"], row["epoch"]) for row in table] == [
+        *(("dense", "1"), ("dense", "2"), ("dense", "3")),
+        *(("rate-1: train", "1"), ("rate-0.5: train", "1")),
+    ]
+    told = [result.history, *(point.training["train"] for point in result.points)]
+    assert [float(row["loss"]) for row in table] == [epoch.loss for history in told for epoch in history.epochs]
 
 
 def test_points_are_in_order_of_falling_rate_and_slim_ones_are_smaller(run):
