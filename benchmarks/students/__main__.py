@@ -86,7 +86,7 @@ def markdown(document: dict[str, Any]) -> Iterator[str]:
     )
     yield f"Made with torch {env['versions']['torch']} on {env['cpu']} by `{document['command']}`.\n"
     yield "| rate | channels by | " + " | ".join(KINDS) + " |"
-    yield "| ---: | --- | " + "---: | " * len(KINDS)
+    yield "| ---: | --- |" + " ---: |" * len(KINDS)
     for rate in RATES:
         for importance in IMPORTANCES:
             same = [row for row in rows if (row["rate"], row["importance"]) == (rate, importance)]

@@ -84,8 +84,8 @@ def _rows(grid: Grid, axis: int | None) -> list[Row]:
 
 
 def _tie(a: Ids, b: Ids) -> Tie:
-    x, y = np.broadcast_arrays(a, b)
-    return x.ravel(), y.ravel()
+    shape = np.broadcast_shapes(a.shape, b.shape)
+    return np.broadcast_to(a, shape).ravel(), np.broadcast_to(b, shape).ravel()
 
 
 _SHARED = "{} shares it among heads, or other parts of an axis"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import surgery
+from surgery.axes.factored import settle
+from surgery.axes.ledger import Findings, Grid
 
 
 class Generator(nn.Module):
@@ -49,3 +52,10 @@ def test_a_linear_layer_viewed_as_a_map_is_edited_channel_by_channel(spelling):
         torch.testing.assert_close(permuted(z), model(z), rtol=1e-10, atol=1e-14)
         torch.testing.assert_close(slim(z), masked(z), rtol=1e-10, atol=1e-14)
         torch.testing.assert_close(wide(z), model(z), rtol=1e-10, atol=1e-14)
+
+
+def test_axes_of_which_neither_must_stay_are_settled_in_an_array_that_is_closed():
+    ids = np.arange(8).reshape(2, 4)
+    grid = Grid(ids[:], "view")
+    ids.flags.writeable = False  # as the analysis hands its arrays on
+    assert settle(Findings(count=8), [grid]).component.reshape(2, 4).tolist() == [[0, 1, 2, 3]] * 2
