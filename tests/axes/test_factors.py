@@ -55,7 +55,7 @@ def test_a_linear_layer_viewed_as_a_map_is_edited_channel_by_channel(spelling):
 
 
 def test_axes_of_which_neither_must_stay_are_settled_in_an_array_that_is_closed():
-    ids = np.arange(8).reshape(2, 4)
+    ids = np.arange(8).reshape(2, 4).copy()
     grid = Grid(ids[:], "view")
     ids.flags.writeable = False  # as the analysis hands its arrays on
     assert settle(Findings(count=8), [grid]).component.reshape(2, 4).tolist() == [[0, 1, 2, 3]] * 2
