@@ -65,6 +65,8 @@ FAST: dict[str, set[str]] = {
     # detectors: one of them
     "test_a_detector_holds_the_oracle_in_both_modes": {"ssdlite320_mobilenet_v3_large"},
     "test_a_traced_detector_detects_and_loses_what_the_model_does": {"fcos_resnet50_fpn"},
+    "test_only_a_detectors_ends_are_left_alone": {"fcos_resnet50_fpn", "ssdlite320_mobilenet_v3_large"},
+    "test_a_detector_is_deepened_inside_its_parts": {"fcos_resnet50_fpn"},
     "test_a_detector_is_saved_and_rebuilt": set(),
     "test_a_detection_backbone_gets_blocks": set(),
     "test_where_nothing_is_detected_the_comparison_is_made_without_a_threshold": set(),

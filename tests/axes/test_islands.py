@@ -380,6 +380,7 @@ DETECTORS = {
         **{"rpn_post_nms_top_n_train": 10, "rpn_post_nms_top_n_test": 10, "box_batch_size_per_image": 8},
     },
     "fcos_resnet50_fpn": {"min_size": 64, "max_size": 96, "score_thresh": 0.0, "detections_per_img": 3},
+    "retinanet_resnet50_fpn": {"min_size": 64, "max_size": 96, "score_thresh": 0.0, "detections_per_img": 3},
     "ssdlite320_mobilenet_v3_large": {"score_thresh": 0.0, "detections_per_img": 3},
 }
 ENDS = {
@@ -391,6 +392,7 @@ ENDS = {
         *("head.classification_head.cls_logits", "head.regression_head.bbox_reg"),
         "head.regression_head.bbox_ctrness",
     },
+    "retinanet_resnet50_fpn": {"head.classification_head.cls_logits", "head.regression_head.bbox_reg"},
     "ssdlite320_mobilenet_v3_large": {
         f"head.{kind}_head.module_list.{k}.1" for kind in ("classification", "regression") for k in range(6)
     },
@@ -398,6 +400,7 @@ ENDS = {
 PLACES = {
     "maskrcnn_resnet50_fpn": ["backbone.body.layer3", "roi_heads.box_head"],
     "fcos_resnet50_fpn": ["backbone.body.layer2", "backbone.fpn.layer_blocks.0.0"],
+    "retinanet_resnet50_fpn": ["backbone.body.layer2"],
     "ssdlite320_mobilenet_v3_large": ["backbone.features.0"],
 }
 
