@@ -15,16 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from surgery.edit.read_rows import Layer
+from surgery.graph.rule_table import rule_of_function
 from surgery.graph.traced import named_tensors
-
-CONVOLUTIONS: Mapping[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
-TRANSPOSED: Mapping[Any, int] = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,36 +65,24 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        given = _given(func, args, kwargs)
-        if given is not None:
+        rule = rule_of_function(func)
+        if rule.contracts:
+            given = rule.bound(args, kwargs)
             part = self.book.find(given["weight"])
             if part is not None:
                 weight, bias = given["weight"], given.get("bias")
-                self.read(Read(part, weight, bias, _layer(func, given), given["input"], result))
+                self.read(Read(part, weight, bias, _layer(rule.contracts, given), given["input"], result))
                 return result
         if self.other is not None:
             self.other(func, args, kwargs, result)
         return result
 
 
-def _given(func: Any, args: Any, kwargs: Any) -> dict[str, Any] | None:
-    """The arguments of a layer by name; None where it is none."""
-    if func is F.linear:
-        names: tuple[str, ...] = ("input", "weight", "bias")
-    elif func in CONVOLUTIONS:
-        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    elif func in TRANSPOSED:
-        names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-    else:
-        return None
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _layer(func: Any, given: Mapping[str, Any]) -> Layer:
-    if func is F.linear:
+def _layer(contracts: str, given: Mapping[str, Any]) -> Layer:
+    if contracts == "linear":
         return Layer()
-    transposed = func in TRANSPOSED
-    spatial = (TRANSPOSED if transposed else CONVOLUTIONS)[func]
+    transposed = contracts == "transposed convolution"
+    spatial = given["weight"].ndim - 2
 
     def each(name: str, default: int) -> tuple[int, ...]:
         value = given.get(name, default)

@@ -35,6 +35,8 @@ class Rule:
     """The op only moves data: its output can be had from its input by selecting positions."""
     linear: str = ""
     """How the op is linear, beyond only moving data: one of the keys of `LINEAR`, or empty."""
+    contracts: str = ""
+    """How the op reads its argument ``input`` by its parameter ``weight``: one of the keys of `CONTRACTS`, or empty."""
     zeros: tuple[str, ...] = ()
     """Parameters, as the layer or ``relate`` names them, with which all of the op's first output is 0: those of what
     it does last. An affine op needs an input that is 0 as well."""
@@ -101,6 +103,12 @@ class Rule:
                 given.update(given.pop(kind.name, {}))
         return given
 
+
+CONTRACTS = {
+    "linear": "the last axis, by the columns of the weight: Linear",
+    "convolution": "the channels of a patch, with ``stride``, ``padding``, ``dilation`` and ``groups``",
+    "transposed convolution": "likewise, the input spread; ``output_padding`` besides",
+}
 
 LINEAR = {
     "sum": "jointly linear in its operands, and alike for every channel: add, sub",
@@ -180,6 +188,7 @@ class Words(TypedDict, total=False):
     rewrite: Callable[[NodeEdit], None] | None
     movement: bool
     linear: str
+    contracts: str
     zeros: tuple[str, ...]
     pole: int | None
     within: bool | tuple[float, float]
@@ -215,7 +224,11 @@ def oprule(*targets: Any, **words: Unpack[Words]) -> Callable[[Relate], Relate]:
         UsageError: an unknown word.
     """
     kind = words.get("kind", "")
-    for what, word, known in (("how an op is linear", words.get("linear"), LINEAR), ("the kind of an op", kind, KINDS)):
+    for what, word, known in (
+        ("how an op is linear", words.get("linear"), LINEAR),
+        ("how an op contracts", words.get("contracts"), CONTRACTS),
+        ("the kind of an op", kind, KINDS),
+    ):
         if word and word not in known:
             raise UsageError(f"unknown word {word!r} for {what}: one of {', '.join(map(repr, known))}")
 
@@ -256,6 +269,15 @@ def rule_for(node: fx.Node, leaf: nn.Module | None) -> Rule:
     table: dict[Any, Rule] = _METHODS if node.op == "call_method" else _FUNCTIONS
     try:
         return table.get(node.target, UNKNOWN)
+    except TypeError:  # an unhashable callable
+        return UNKNOWN
+
+
+def rule_of_function(function: Any) -> Rule:
+    """The rule of a function; `UNKNOWN` where there is none."""
+    _load()
+    try:
+        return _FUNCTIONS.get(function, UNKNOWN)
     except TypeError:  # an unhashable callable
         return UNKNOWN
 

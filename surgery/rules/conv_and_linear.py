@@ -28,8 +28,8 @@ def linear_macs(out: Shape, *, weight: Shape, **given: Any) -> int:
     return math.prod(out) * math.prod(weight[1:])
 
 
-@oprule(nn.Linear, F.linear, rewrite=_resize_linear, linear="writes", zeros=WEIGHT_AND_BIAS, python="always",
-        macs=linear_macs)  # fmt: skip
+@oprule(nn.Linear, F.linear, rewrite=_resize_linear, linear="writes", contracts="linear", zeros=WEIGHT_AND_BIAS,
+        python="always", macs=linear_macs)  # fmt: skip
 def _linear(op: Op, input: Labelled, weight: Labelled | None = None, bias: Labelled | None = None) -> Fields:
     """Rows of the weight are written, its columns are contracted with the last axis of the input."""
     weight, bias = op.param("weight", weight), op.param("bias", bias)
@@ -80,7 +80,7 @@ def _ungrouped(given: Mapping[str, Any]) -> bool:
 
 
 @oprule(nn.Conv1d, nn.Conv2d, nn.Conv3d, F.conv1d, F.conv2d, F.conv3d, rewrite=resize_conv, linear="writes",
-        zeros=WEIGHT_AND_BIAS, python=_ungrouped, macs=linear_macs)  # fmt: skip
+        contracts="convolution", zeros=WEIGHT_AND_BIAS, python=_ungrouped, macs=linear_macs)  # fmt: skip
 def _conv(
     op: Op,
     input: Labelled,
@@ -97,7 +97,7 @@ def _conv(
 
 @oprule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
         F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, rewrite=_resize_conv_transpose, linear="writes",
-        zeros=WEIGHT_AND_BIAS, python=_ungrouped,
+        contracts="transposed convolution", zeros=WEIGHT_AND_BIAS, python=_ungrouped,
         macs=lambda out, *, input, weight, **given: math.prod(input) * math.prod(weight[1:]))  # fmt: skip
 def _conv_transpose(
     op: Op,

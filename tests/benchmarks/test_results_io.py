@@ -30,6 +30,7 @@ SCRIPTS = [
     "net2net",
     "random_graphs",
     "reliability",
+    "students",
     "versions",
 ]
 
