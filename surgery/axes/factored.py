@@ -11,7 +11,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from surgery.axes.labels import Ids
-from surgery.axes.ledger import Findings, Grid, Row
+from surgery.axes.ledger import Findings, Grid, Row, pair
 
 Tie = tuple[Ids, Ids]
 
@@ -46,14 +46,14 @@ def settle(findings: Findings, grids: Sequence[Grid] = ()) -> Settled:
         for grid, axes in zip(undecided, free, strict=True):
             if len(axes) <= 1:
                 axis = axes[0] if axes else None
-                ties += [_tie(np.moveaxis(grid.ids, axis, -1), ids) for n, ids in grid.partners if n == axis]
+                ties += [pair(np.moveaxis(grid.ids, axis, -1), ids) for n, ids in grid.partners if n == axis]
                 frozen += [(ids, _SHARED.format(grid.what)) for n, ids in grid.partners if n != axis]
                 rows += _rows(grid, axis)
         if len(left) == len(undecided):
             for grid, axes in zip(undecided, free, strict=True):
                 front = np.moveaxis(grid.ids, axes[-1], -1)
                 lines = front.reshape(-1, front.shape[-1])
-                ties.append(_tie(lines[:1], lines))
+                ties.append(pair(lines[:1], lines))
         undecided = left
         component = find_components(ties, findings.count)
     return Settled(component, tuple(frozen), tuple(rows))
@@ -81,11 +81,6 @@ def _rows(grid: Grid, axis: int | None) -> list[Row]:
         return []
     rows = grid.ids.reshape(before, -1)
     return [(rows[:-1, -1], rows[1:, 0], rows[:-1, 0], f"{grid.what} reads parts of it that cannot be told apart")]
-
-
-def _tie(a: Ids, b: Ids) -> Tie:
-    shape = np.broadcast_shapes(a.shape, b.shape)
-    return np.broadcast_to(a, shape).ravel(), np.broadcast_to(b, shape).ravel()
 
 
 _SHARED = "{} shares it among heads, or other parts of an axis"

@@ -143,6 +143,13 @@ class Findings:
             ids.flags.writeable = False
 
 
+def pair(a: Ids, b: Ids) -> tuple[Ids, Ids]:
+    """Both arrays flat, in the shape that they broadcast to. (`numpy.broadcast_arrays` does not take those of which
+    `Findings.close` has closed the array that they are a view of.)"""
+    shape = np.broadcast_shapes(a.shape, b.shape)
+    return np.broadcast_to(a, shape).ravel(), np.broadcast_to(b, shape).ravel()
+
+
 class Ledger:
     """Receives what rules say and writes it into the findings."""
 
@@ -173,8 +180,7 @@ class Ledger:
         self.edge(a.key, b.key, why)
 
     def tie_ids(self, a: Ids, b: Ids) -> None:
-        x, y = np.broadcast_arrays(a, b)
-        self.findings.ties.append((x.ravel(), y.ravel()))
+        self.findings.ties.append(pair(a, b))
 
     def freeze(self, ids: Ids, reason: str) -> None:
         self.findings.frozen.append((ids.ravel(), Reason.at(reason, self.line)))

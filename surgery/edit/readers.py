@@ -23,9 +23,6 @@ from surgery.errors import UsageError
 from surgery.graph.traced import named_tensors
 from surgery.layers.attention import HeadAttention
 
-_CHOICES = {"topk", "sort", "argsort", "argmax", "argmin", "nonzero", "nms", "unique"}
-"""Functions that choose values by their size: behind them, rows of two networks need not correspond."""
-
 
 @dataclass(frozen=True, eq=False)
 class Reader:
@@ -245,7 +242,8 @@ class Survey:
         self.normalised: dict[str, int] = {}
         """How often each running mean is used."""
         self.choices: list[tuple[int, Tensor]] = []
-        """What was chosen by the values of tensors, and how many calls there were before that."""
+        """Whole numbers that were made of others (`topk`, `argmax`, `nonzero`, `nms`), and how many calls there were
+    before that. Where two networks differ in them, rows behind them need not correspond."""
         self._trail = Trail()
         self._calls = 0
 
@@ -284,8 +282,8 @@ class Survey:
             mean = "" if part is None else part.name
             self.normalised[mean] = self.normalised.get(mean, 0) + 1
         self._use(given, mean)
-        if getattr(func, "__name__", "") in _CHOICES:
-            self.choices += [(self._calls, t) for t in made if not t.is_floating_point()]
+        if any(t.is_floating_point() or t.dtype == torch.bool for t in given):
+            self.choices += [(self._calls, t) for t in made if not t.dtype.is_floating_point and t.dtype != torch.bool]
         for tensor in given:
             holder = self.book.holder(tensor)
             if holder is not None and any(self.book.holder(t) != holder for t in made):

@@ -220,19 +220,26 @@ def keep_off_poles(module: nn.Module, analysis: Analysis, keep: NDArray[np.bool_
         owner = module.get_submodule(path)
         for node in graph.nodes:
             pole = rule_for(node, called_layer(owner, node)).pole if node.op.startswith("call") else None
-            for source in () if pole is None else (*node.args, *node.kwargs.values())[pole : pole + 1]:
-                gone = [flags for _, flags in _flags_of(analysis, keep, scope, source) if not flags.all()]
-                if gone:
-                    kept = functools.reduce(operator.and_, gone)
-                    _replace_by_one(module, analysis, (scope, node.name), str(source), kept)
+            operands = (*node.args, *node.kwargs.values())
+            if pole is None or pole >= len(operands):
+                continue
+            gone = [flags for _, flags in _flags_of(analysis, keep, scope, operands[pole]) if not flags.all()]
+            if gone:
+                _replace_by_one(module, analysis, (scope, node.name), pole, functools.reduce(operator.and_, gone))
 
 
-def _replace_by_one(module: nn.Module, analysis: Analysis, key: tuple[str, str], operand: str, keep: Tensor) -> None:
+def _replace_by_one(module: nn.Module, analysis: Analysis, key: tuple[str, str], place: int, keep: Tensor) -> None:
+    """Only in that operand: another one may be the same tensor, which the op changes in place."""
     owner, node = in_copy(module, analysis, *key)
-    source = next(n for n in node.all_input_nodes if n.name == operand)
+    name = list(node.kwargs)[place - len(node.args)] if place >= len(node.args) else ""
+    source = node.kwargs[name] if name else node.args[place]
     with node.graph.inserting_before(node):
         mask = _constant(module, owner, node.graph, keep)
-        node.replace_input_with(source, node.graph.call_function(torch.where, (mask, source, 1)))
+        other = node.graph.call_function(torch.where, (mask, source, 1))
+    if name:
+        node.update_kwarg(name, other)
+    else:
+        node.update_arg(place, other)
     owner.recompile()
 
 

@@ -106,7 +106,7 @@ def run_custom_operator(operator: Any, args: Any, kwargs: Any, device: torch.dev
             raise RuntimeError(
                 f"{_overload(operator).name()} writes into its arguments and has no fake: torch.library.register_fake"
             ) from error
-    with _disable_current_modes():
+    with _disable_current_modes(), torch.random.fork_rng(devices=[]):
         zeros, ones = (_run_filled(operator, args, kwargs, device, value) for value in (0, 1))
     like = partial(pytree.tree_map_only, torch.Tensor, lambda t: (t.shape, t.dtype))
     if like(zeros) != like(ones):

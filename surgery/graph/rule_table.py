@@ -266,11 +266,7 @@ def rule_for(node: fx.Node, leaf: nn.Module | None) -> Rule:
     _load()
     if leaf is not None:
         return _module_rule(leaf) or UNKNOWN
-    table: dict[Any, Rule] = _METHODS if node.op == "call_method" else _FUNCTIONS
-    try:
-        return table.get(node.target, UNKNOWN)
-    except TypeError:  # an unhashable callable
-        return UNKNOWN
+    return _METHODS.get(str(node.target), UNKNOWN) if node.op == "call_method" else rule_of_function(node.target)
 
 
 def rule_of_function(function: Any) -> Rule:

@@ -253,6 +253,7 @@ POLES = {
     "remainder": lambda y: y % y.mul(2).exp() + y % y.abs(),
     "by itself": lambda y: y * (y / y),
     "addcdiv": lambda y: torch.addcdiv(y, y, y),
+    "in place, by its own length": lambda y: (y * 2).div_(y.norm(dim=1, keepdim=True)),
 }
 """What is not finite where a channel is 0, or has no gradient there."""
 
@@ -282,3 +283,18 @@ def test_a_channel_that_is_divided_by_itself_can_be_switched_off(between):
     torch.testing.assert_close(given.grad, expected.grad, rtol=1e-9, atol=1e-12)
     for name, parameter in masked.named_parameters():
         assert bool(parameter.grad.isfinite().all()), name
+
+
+def test_what_is_divided_in_place_by_itself_is_known_by_its_old_name():
+    def between(y):
+        z = y * 2
+        z.div_(z)  # torch has no gradient for it
+        return z * y
+
+    model = Pole(between).double()
+    traced = surgery.trace(model, torch.randn(2, 5, 4, dtype=torch.float64))
+    slim, masked = surgery.slim(traced, 0.5), surgery.masked(traced, surgery.split_masks(traced, 0.5))
+    with torch.no_grad():
+        for batch in (1, 3):
+            x = torch.randn(batch, 5, 4, dtype=torch.float64)
+            torch.testing.assert_close(slim(x), masked(x), rtol=1e-10, atol=0)
