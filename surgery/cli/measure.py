@@ -173,16 +173,20 @@ def tradeoff(
             progress=bars,
         )
     write_config(context, run.out)
+    written = [name for name in _FILES if (run.out / name).exists()] + [point.folder for point in result.points]
     emit(
         {**result.to_dict(), "out": str(run.out)},
         run.as_json,
         _curve_table(result),
         note="".join(f"{doubt}\n" for doubt in result.doubts)
-        + f"{result.seconds:.0f} s; written to {run.out}: tradeoff.png, tradeoff.html, tradeoff.csv, tradeoff.json, "
-        f"report.md and {', '.join(point.folder for point in result.points)}"
+        + f"{result.seconds:.0f} s; written to {run.out}: {', '.join(written)}"
         + "".join(f"\n{point.name} is above its budget: {point.takes:g}" for point in result.points if point.over)
         + (f"\ntaken over from an earlier run: {', '.join(result.reused)}" if result.reused else ""),
     )
+
+
+_FILES = ("tradeoff.png", "tradeoff.html", "tradeoff.csv", "tradeoff.json", "report.md", "history.csv")
+"""What a run may write besides the folders of its models."""
 
 
 def _rates(text: str) -> list[Any]:
