@@ -243,7 +243,8 @@ def test_tradeoff_prints_a_table_and_keeps_the_exact_command(run, empty_folder):
     code, out, err = run("tradeoff", *TINY, *options, *short)
     assert code == 0
     assert "split rate" in out
-    assert "written to runs/demo: tradeoff.png, tradeoff.html, tradeoff.csv, tradeoff.json, report.md, history.csv, " in out
+    files = ("tradeoff.png", "tradeoff.html", "tradeoff.csv", "tradeoff.json", "report.md", "history.csv")
+    assert f"written to runs/demo: {', '.join(files)}, rate-1" in out
     assert "train dense …" in err
     command = "surgery tradeoff cli_factory:tiny --trust --dataset digits --split-rates 1.0,0.5 --limit 64"
     assert command in (empty_folder / "runs" / "demo" / "report.md").read_text()
