@@ -53,6 +53,8 @@ class Interpreter(Ledger):
         self.twins = Twins(root)
         self.views: dict[int, list[tuple[fx.Node, Labelled]]] = {}
         """Values by the storage that they share."""
+        self.bare: dict[int, tuple[str, int]] = {}
+        """Attributes with axes of size 1: where they were read last, and how often they are used. -1: in two places."""
 
     # ---- interpretation
 
@@ -81,7 +83,7 @@ class Interpreter(Ledger):
                 output = fx.map_arg(node.args[0], env.__getitem__)
                 continue
             elif node.op == "get_attr":
-                env[node] = self._attribute(module, path, str(node.target))
+                env[node] = self._attribute(module, path, node)
             else:
                 place = f"{path}.{node.target}".lstrip(".") if callee is not None else ""
                 given = _mutable(fx.map_arg((node.args, node.kwargs), env.__getitem__))
@@ -253,13 +255,39 @@ class Interpreter(Ledger):
             fields.append(Field((dim,), ids, ("input", "", dim)))
         return Labelled(value.to("meta"), tuple(fields))
 
-    def _attribute(self, module: nn.Module, path: str, target: str) -> Any:
+    def _attribute(self, module: nn.Module, path: str, node: fx.Node) -> Any:
+        target = str(node.target)
         value = operator.attrgetter(target)(module)
         if not isinstance(value, torch.Tensor):
             return value
         owner = module.get_submodule(target.rpartition(".")[0])
         whole = has_module_rule(owner)  # the layer may be called too, and its axes of size 1 are channels
+        if not whole and 1 in value.shape:
+            same = [n for n in node.graph.nodes if n.op == "get_attr" and n.target == target]
+            place, _ = self.bare.setdefault(id(value), (path, 0))
+            self.bare[id(value)] = (path, sum(len(n.users) for n in same) if place == path else -1)
+            if place != path:
+                self._freeze_bare(value)
         return self.tensor(value, [d for d, size in enumerate(value.shape) if size > 1 or whole])
+
+    def parameter(self, given: Labelled, dims: int) -> Labelled:
+        _, uses = self.bare.get(id(given.constant), ("", 0))
+        if given.constant is None or not uses:
+            return given
+        known = {d for f in given.fields for d in f.dims}
+        value = self.tensor(given.constant, sorted(known | set(range(min(given.ndim, dims)))))
+        assert value is not None
+        if uses != 1:
+            self._freeze_bare(given.constant)
+        return value
+
+    def _freeze_bare(self, value: torch.Tensor) -> None:
+        """Axes of size 1 of an attribute stay as they are where a function takes them for channels, and another does
+        not, or may not."""
+        for dim, size in enumerate(value.shape):
+            axis = self.findings.axes.get((self.names.get(id(value), ""), dim))
+            if size == 1 and axis is not None:
+                self.freeze(axis.ids, "an attribute with one number is a parameter for it, and is used elsewhere")
 
     def tensor(self, value: torch.Tensor | None, dims: Iterable[int] | None = None) -> Labelled | None:
         """A parameter or buffer with its axes (all, or ``dims``) labelled; the same ids wherever it is used."""

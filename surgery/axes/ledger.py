@@ -166,6 +166,11 @@ class Ledger:
         """A parameter or buffer, with as many of its axes labelled as this ledger knows."""
         return None if value is None else Labelled(value)
 
+    def parameter(self, given: Labelled, dims: int) -> Labelled:
+        """What a function is given as a parameter. Its axes of size 1, which other functions spread over whatever they
+        meet, are channels here, as a layer's are: the first ``dims`` are labelled."""
+        return given
+
     def unmerged(self, fields: Fields) -> Fields:
         """The fields of a reshape's input that its output holds, as far as that is known."""
         return fields

@@ -74,7 +74,7 @@ class Op:
         """The layer's parameter or buffer, its first ``dims`` axes labelled (those after two are kernels); for a
         function ``given``, its argument."""
         if self.module is None:
-            return given
+            return None if given is None else self._ledger.parameter(given, dims)
         path, _, own = name.rpartition(".")
         owner = self.module.get_submodule(path)
         value: torch.Tensor | None
@@ -243,13 +243,13 @@ class Op:
         self._ledger.findings.grids.append(Grid(f.ids, self.name, along))
 
     def per_position(self, x: Labelled, dim: int, *vectors: Field | None) -> Field | None:
-        """The field along ``dim``, for which ``vectors`` have an entry for each position."""
+        """The field along ``dim``, for which ``vectors`` have an entry for each position; None: one of no channels."""
         f = x.at(dim)
         for vector in vectors:
             self.per_channel(vector)
-            if f is None or len(f.dims) == 1:
+            if f is None or vector is None or len(f.dims) == 1:
                 self.tie(f, vector)
-            elif vector is not None:
+            else:
                 self.grid(f, (dim % x.ndim, vector))
         return f
 

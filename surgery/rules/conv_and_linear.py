@@ -212,10 +212,11 @@ def _grouped_conv(op: Op, read: Field, outs: Field, ins: Field | None, groups: i
 
 
 def per_channel(op: Op, x: Labelled, dim: int, *vectors: Labelled | None) -> None:
-    """Vectors with one entry per channel of ``x``'s ``dim``."""
+    """Vectors with one entry per channel of ``x``'s ``dim``. The entries of some hold no channels, as those of
+    ``torch.ones(x.shape[1])``: then ``dim`` stays."""
     for vector in vectors:
         if vector is not None:
-            op.per_position(x, dim, *vector.fields)
+            op.per_position(x, dim, *(vector.fields or (None,)))
 
 
 def add_field(fields: Fields, f: Field | None, shape: tuple[int, ...], dim: int) -> Fields:
@@ -283,7 +284,7 @@ def _resize_prelu(edit: NodeEdit) -> None:
 
 @oprule(nn.PReLU, F.prelu, torch.prelu, rewrite=_resize_prelu, python="always", kind="learned activation")
 def _prelu(op: Op, input: Labelled, weight: Labelled | None = None) -> Fields:
-    weight = op.param("weight", weight)
-    if weight is not None and (op.module is None or weight.shape[0] > 1):
+    weight = weight if op.module is None else op.param("weight")
+    if weight is not None and weight.value.numel() > 1:
         per_channel(op, input, 1, weight)
     return op.elementwise(input)

@@ -91,6 +91,10 @@ def _last_axes(op: Op, x: Labelled, rank: int, *vectors: Labelled | None) -> Fie
                 how = "shares it among heads, or other parts of an axis" if shared else "has positions in it"
                 op.freeze(g, f"{op.name} {how}")
                 own[dim] = g
+        for dim in () if vector is None else range(vector.ndim):
+            for f in fields if vector.at(dim) is None else ():
+                if first + dim in f.dims:
+                    op.freeze(f, f"{op.name} relates it to an axis that holds no channels")
     return tuple(fields)
 
 
@@ -124,7 +128,7 @@ def _group_norm(
     along = op.keep(input, range(2, input.ndim), f"{op.name} computes statistics over it")
     others = tuple(g for g in along if 1 not in g.dims)
     for vector in (op.param("weight", weight), op.param("bias", bias)):
-        for g in () if vector is None else vector.fields:
+        for g in () if vector is None else vector.fields or (None,):
             op.per_channel(g)
             op.tie(f, g)
     if f is None:
