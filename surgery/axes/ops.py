@@ -224,11 +224,13 @@ class Op:
                     self.meet(result, f)
         return tuple(self.beside(f, tensors, len(shape)) for f in result)
 
-    def beside(self, f: Field, tensors: list[Labelled], rank: int) -> Field:
-        """``f`` in an op that needs it to be a grid, and its dims to be as long in all of ``tensors``."""
+    def beside(self, f: Field, tensors: list[Labelled], rank: int, *, spreads: bool = True) -> Field:
+        """``f`` in an op that needs it to be a grid, and its dims to be as long in all of ``tensors``; or of length 1,
+        if it ``spreads`` these."""
         for tensor in tensors:
-            shift = rank - tensor.ndim
-            bare = {d for d in f.dims if d >= shift and tensor.shape[d - shift] > 1 and tensor.at(d - shift) is None}
+            shift, least = rank - tensor.ndim, 2 if spreads else 1
+            bare = {d for d in f.dims if d >= shift and tensor.shape[d - shift] >= least}
+            bare = {d for d in bare if tensor.at(d - shift) is None}
             if bare == set(f.dims):
                 self.freeze(f, f"{self.name} combines it with an axis that holds no channels")
             elif bare:
@@ -306,7 +308,7 @@ class Op:
             others.append(Labelled(t.value, rest))
             for g in rest:
                 self.meet(fields, g)
-        fields = [self.beside(f, others, rank) for f in fields]
+        fields = [self.beside(f, others, rank, spreads=False) for f in fields]
         if any(part is not None for part in parts):
             for f in along:
                 self._ledger.edge(f.key, self.key, self.name)

@@ -180,7 +180,7 @@ def _stack(op: Op, tensors: Any, dim: int = 0) -> Fields:
     for t in tensors:  # which have one shape, so their channels are chosen alike
         for f in t.fields:
             op.meet(fields, f)
-    return _shifted(tuple(op.beside(f, list(tensors), rank - 1) for f in fields), dim)
+    return _shifted(tuple(op.beside(f, list(tensors), rank - 1, spreads=False) for f in fields), dim)
 
 
 def _shifted(fields: Fields, dim: int) -> Fields:

@@ -51,6 +51,7 @@ def _recurrent_layer(op: Op, input: Any, hx: Any = None) -> Any:
                 op.tie(known, new)
             units = units or found
             written.append(found[0])
+        op.together(np.stack([f.ids for f in written]))
         read = Field((0,), np.concatenate([f.ids for f in written]), written[0].key)
     for state, f in zip(states, (units[0], units[-1]), strict=False):
         if state is not None:

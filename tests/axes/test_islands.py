@@ -563,3 +563,44 @@ def test_what_changes_nothing_at_this_size_alone_is_left_alone(name):
     pairs = [(slim, masked), *((surgery.widen(traced, factor), traced) for factor in (1.5, 2.0))]
     for edited, reference in pairs:
         assert surgery.verify(edited, reference, X, train=True).max_rel <= EXACT
+
+
+NEXT_TO_ONE = {
+    "stack": lambda one, y: torch.stack([one, y], 2).sum(2),
+    "stack in front": lambda one, y: torch.stack([one, y], 1).sum(1),
+    "cat of positions": lambda one, y: torch.cat([one, y], 2),
+    "cat of images": lambda one, y: torch.cat([one, y], 0).mean(0, keepdim=True),
+    "rows": lambda one, y: torch.vstack([one, y]).mean(0, keepdim=True),
+    "columns": lambda one, y: torch.cat([one.flatten(2), y.flatten(2)], -1)[..., None],
+}
+SPREADS = {
+    "sum": lambda one, y: one + y,
+    "choice": lambda one, y: torch.where(one > 0, y, 2 * y),
+}
+
+
+class _NextToOne(nn.Module):
+    """A single channel that was written, and one axis of size 1 that holds no channels."""
+
+    def __init__(self, join, traced):
+        super().__init__()
+        self.join, self.traced = join, traced
+        self.write, self.read = nn.Conv2d(6, 1, 1), nn.Conv2d(1, 2, 1)
+
+    def forward(self, x):
+        y, one = self.write(x), x.mean(1, keepdim=True)
+        if not self.traced and x.abs().max() > 1e9:
+            y = y + 1
+        return self.read(self.join(one, y))
+
+
+@pytest.mark.filterwarnings("ignore::surgery.errors.NothingChangedWarning")
+@pytest.mark.parametrize("traced", [True, False])
+@pytest.mark.parametrize("name", [*NEXT_TO_ONE, *SPREADS])
+def test_a_channel_next_to_one_number_stays_one_unless_that_is_spread(name, traced):
+    net = _NextToOne({**NEXT_TO_ONE, **SPREADS}[name], traced).double()
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
+    module = surgery.trace(net, x)
+    wide = surgery.widen(module, 2.0)
+    assert wide.write.out_channels == (2 if name in SPREADS else 1)
+    assert surgery.verify(wide, net, x, train=True).max_rel <= EXACT

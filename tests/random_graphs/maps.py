@@ -34,7 +34,8 @@ class MapSteps(Planning):
         self.layer(name, nn.ConvTranspose2d(self.widths[a], width, 3, padding=1, groups=groups), a, width)
 
     def plan_norm(self, name, a, b, m, n):
-        self.layer(name, nn.BatchNorm2d(self.widths[a]), a, self.widths[a])
+        self.add_module(name, nn.BatchNorm2d(self.widths[a]))
+        self.call("norm", name, [a], [self.widths[a]])
 
     def plan_activation(self, name, a, b, m, n):
         self.layer(name, [nn.SiLU(), nn.Sigmoid(), nn.PReLU(self.widths[a])][m % 3], a, self.widths[a])
@@ -103,6 +104,11 @@ class MapSteps(Planning):
 
     def run_layer(self, name, maps, extra):
         return self.get_submodule(name)(maps[0])
+
+    def run_norm(self, name, maps, extra):
+        """Of maps in the usual order: in torch 2.14.1 the gradients of a batch norm are wrong on a CPU where its one
+        image has its channels innermost and the gradient that comes back has not."""
+        return self.get_submodule(name)(maps[0].contiguous())
 
     def run_add(self, name, maps, multiply):
         return maps[0] * maps[1] if multiply else maps[0] + maps[1]

@@ -53,7 +53,7 @@ class PythonSteps(Planning):
     # ---- running
 
     def run_folded(self, name, maps, how):
-        (form, heads, size), x = how, self.get_submodule(f"{name}_in")(maps[0])
+        (form, heads, size), x = how, self.get_submodule(f"{name}_in")(maps[0]).contiguous()
         n, c, h, w = x.shape
         if form == "attention":
             q = x.reshape(n * heads, size, h * w)

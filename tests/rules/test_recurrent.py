@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.errors import EditError
+from surgery.errors import EditError, NothingChangedWarning
 
 
 class Reader(nn.Module):
@@ -127,3 +127,23 @@ def test_a_state_made_of_constants_follows_the_hidden_units():
     assert slim.get_parameter("layer.weight_hh_l0").shape == (12, 4)
     for edited, reference in ((slim, masked), (surgery.widen(traced, 2.0), traced)):
         surgery.verify(edited, reference, x, train=True).raise_if_different()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bias": False}], ids=["plain", "two layers", "no bias"])
+@pytest.mark.parametrize("cls", [nn.RNN, nn.GRU, nn.LSTM])
+def test_one_unit_in_each_direction_is_left_alone(cls, options):
+    """Copies of the two would not be told apart where their outputs lie side by side."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.read = cls(3, 1, bidirectional=True, **options), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.read(self.layer(x)[0])
+
+    net, x = Net().double(), torch.rand(4, 2, 3, dtype=torch.float64)
+    with pytest.warns(NothingChangedWarning, match="cannot be told apart"):
+        wide = surgery.widen(surgery.trace(net, x), 3.0, seed=1)
+    assert (wide.layer.hidden_size, wide.read.in_features) == (1, 2)
+    assert surgery.verify(wide, net, x, train=True).max_rel <= 1e-12
