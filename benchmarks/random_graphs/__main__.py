@@ -2,6 +2,7 @@
 
     python -m benchmarks.random_graphs                 # 2,000: benchmarks/results/random-graphs.{json,md}
     python -m benchmarks.random_graphs --graphs 5000   # goes on to 5,000
+    python -m benchmarks.random_graphs --again         # tries those that were wrong once more, after they were mended
     python -m benchmarks.random_graphs --only 17 --shrink
 
 A network is drawn from its number. `tests.random_graphs.check` says what is tried and compared. A run that was stopped
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--graphs", type=int, default=2000, help="how many, those of earlier runs included")
     parser.add_argument("--only", type=int, help="try one network, by its number, and write nothing")
     parser.add_argument("--shrink", action="store_true", help="with --only: find a smaller network that is wrong too")
+    parser.add_argument("--again", action="store_true", help="try those that were wrong once more")
     parser.add_argument("--out", type=Path, default=RESULTS / "random-graphs.json", help="the JSON file")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -43,6 +45,9 @@ def main() -> None:
     new = {"graphs": 0, "seconds": 0.0, "worst": 0.0, "counts": {}, "kinds": {}, "refused": {}, "wrong": []}
     document = read_document(out) if out.exists() else {"runs": [], **new}
     document["runs"].append({**new_document("random_graphs"), "first": document["graphs"]})
+    if options.again:
+        try_again(document)
+        options.graphs = 0
     while document["graphs"] < options.graphs:
         started = time.process_time()
         for number in range(document["graphs"], min(document["graphs"] + EVERY, options.graphs)):
@@ -51,14 +56,33 @@ def main() -> None:
         write_document(out, document)
         out.with_suffix(".md").write_text(markdown(document))
         print(f"{document['graphs']} networks, {len(document['wrong'])} wrong, {document['seconds']:.0f} s", flush=True)
+    write_document(out, document)
+    out.with_suffix(".md").write_text(markdown(document))
+
+
+def try_again(document: dict[str, Any]) -> None:
+    """Try the wrong networks once more; those that are right now are kept as ``mended``, with what was wrong."""
+    before, document["wrong"] = document["wrong"], []
+    for row in before:
+        known = len(document["wrong"])
+        count(document, row["network"])
+        if len(document["wrong"]) == known:
+            document.setdefault("mended", []).append(row)
 
 
 def add(document: dict[str, Any], number: int) -> None:
+    """Try one network, and count what it holds and what came of it."""
+    steps, output = draw(number)
+    document["counts"][f"output: {output}"] = document["counts"].get(f"output: {output}", 0) + 1
+    document["kinds"] = dict(sorted((Counter(document["kinds"]) + Counter({kind for kind, _, _ in steps})).items()))
+    count(document, number)
+    document["graphs"] = number + 1
+
+
+def count(document: dict[str, Any], number: int) -> None:
     """Try one network, and count what came of it."""
     steps, output = draw(number)
-    counts, kinds, refused = (Counter(document[key]) for key in ("counts", "kinds", "refused"))
-    counts[f"output: {output}"] += 1
-    kinds.update({kind for kind, _, _ in steps})
+    counts, refused = (Counter(document[key]) for key in ("counts", "refused"))
     try:
         outcome = check(steps, output)
     except WrongError as error:
@@ -72,7 +96,7 @@ def add(document: dict[str, Any], number: int) -> None:
         counts["comparisons that show nothing"] += len(outcome.vacuous)
         refused.update(f"{what}: {plain(reason)}" for what, reason in outcome.refused.items())
         document["worst"] = max(document["worst"], outcome.worst)
-    document.update(graphs=number + 1, counts=dict(counts), kinds=dict(sorted(kinds.items())))
+    document["counts"] = dict(counts)
     document["refused"] = dict(refused.most_common())
 
 
