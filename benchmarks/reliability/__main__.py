@@ -3,8 +3,9 @@
     python -m benchmarks.reliability                        # benchmarks/results/reliability.{json,md}
     python -m benchmarks.reliability --trials 100 --chains 20 --kills 30
 
-Each trial damages one file of an artefact and reads it. A writer is killed before each of its system calls that change
-files, in turn; what is there afterwards is read, and the writer runs again. Chains are compared at two batch sizes.
+Each trial damages one file of an artefact and reads it. A writer is killed before its system calls that change files,
+in turn, a command at some of them, spread over its run; what is there afterwards is read, and it runs again. Chains are
+compared at two batch sizes. ``--only commands`` and the like make a part anew and keep the others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ from torch import nn
 import surgery
 from benchmarks.reliability.artefacts import ARTEFACTS, Artefact
 from benchmarks.reliability.chains import run_chain
+from benchmarks.reliability.commands import COMMANDS, kill_often
 from benchmarks.reliability.killer import can_trace, kill_at
 from benchmarks.reliability.trial import attempt
-from benchmarks.results_io import RESULTS, new_document, write_document
+from benchmarks.results_io import RESULTS, new_document, read_document, write_document
+
+PARTS = ("damaged", "killed", "commands", "chains")
 
 SLOW, LARGE = 5.0, 500.0
 """Seconds and MiB above which a trial is counted."""
@@ -35,23 +39,35 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=4000, help="damaged files of each artefact")
     parser.add_argument("--chains", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=100, help="system calls of each writer at most")
+    parser.add_argument("--command-kills", type=int, default=30, help="system calls of each command at most")
+    parser.add_argument("--only", choices=PARTS, action="append", help="a part; may be repeated")
     parser.add_argument("--out", type=Path, default=RESULTS / "reliability.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    document = new_document("reliability", damaged=[], killed=[], chains={})
+    document = read_document(options.out) if options.out.exists() else {"runs": []}
+    document["runs"].append({**new_document("reliability"), "parts": options.only or PARTS})
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for artefact in ARTEFACTS:
-            document["damaged"].append(damage(artefact, folder / artefact.name.replace(" ", "-"), options.trials))
-            print(document["damaged"][-1], flush=True)
-        for writer, force in (("save", False), ("save --force", True)):
-            document["killed"].append(kill(writer, force, folder / writer.replace(" ", ""), options.kills))
-            print(document["killed"][-1], flush=True)
-        wrong = [said for seed in range(options.chains) if (said := run_chain(seed, folder / "chains"))]
-        document["chains"] = {"chains": options.chains, "wrong": wrong}
-        print(document["chains"], flush=True)
-    write_document(options.out, document)
-    options.out.with_suffix(".md").write_text(markdown(document))
+        for part in options.only or PARTS:
+            document[part] = []
+            for row in _rows(part, options, Path(name) / part):
+                document[part].append(row)
+                print(row, flush=True)
+                write_document(options.out, document)
+                options.out.with_suffix(".md").write_text(markdown(document))
+
+
+def _rows(part: str, options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of one part, as they are done."""
+    if part == "damaged":
+        yield from (damage(one, folder / one.name.replace(" ", "-"), options.trials) for one in ARTEFACTS)
+    elif part == "killed":
+        writers = {"save": False, "save --force": True}
+        yield from (kill(name, force, folder / name, options.kills) for name, force in writers.items())
+    elif part == "commands":
+        yield from (kill_often(command, folder / command.name, options.command_kills) for command in COMMANDS)
+    else:
+        wrong = [said for seed in range(options.chains) if (said := run_chain(seed, folder))]
+        yield {"chains": options.chains, "wrong": wrong}
 
 
 def damage(artefact: Artefact, folder: Path, trials: int) -> dict[str, Any]:
@@ -120,17 +136,31 @@ def _is(folder: Path, module: nn.Module) -> bool:
 def markdown(document: dict[str, Any]) -> str:
     """The counts as tables."""
     kinds = ("refused", "same", "other", "silent", "raw", "fetched", "slow", "large")
-    lines = ["# Damaged files, killed writers, random chains", "", f"`{document['command']}`", ""]
-    lines += [f"| artefact | trials | {' | '.join(kinds)} |", f"|---|{'---:|' * (1 + len(kinds))}"]
-    for row in document["damaged"]:
+    versions = document["runs"][-1]["environment"]["versions"]
+    lines = ["# Damaged files, killed writers, random chains", ""]
+    lines += [f"Made by `python -m benchmarks.reliability` with torch {versions['torch']}.", ""]
+    lines += [
+        "## Damaged files",
+        "",
+        f"| artefact | trials | {' | '.join(kinds)} |",
+        f"|---|{'---:|' * (1 + len(kinds))}",
+    ]
+    for row in document.get("damaged", ()):
         lines.append(f"| {row['artefact']} | {row['trials']} | {' | '.join(str(row.get(k, 0)) for k in kinds)} |")
-    lines += ["", "| writer | kills | lost | torn | reruns that did not end whole |", "|---|---:|---:|---:|---:|"]
-    for row in document["killed"]:
-        lines.append(f"| {row['writer']} | {row['kills']} | {row['lost']} | {row['torn']} | {row['unfinished']} |")
-    chains = document["chains"]
-    lines += ["", f"{chains['chains']} chains at two batch sizes, {len(chains['wrong'])} wrong.", ""]
-    lines += [f"- {said}" for row in document["damaged"] for said in row["bad"]] + [f"- {s}" for s in chains["wrong"]]
-    return "\n".join(lines).rstrip() + "\n"
+    lines += ["", "## Killed at system calls", ""]
+    lines += [
+        "| writer | kills | kinds of calls | lost | torn | reruns that did not end whole |",
+        f"|---|{'---:|' * 5}",
+    ]
+    for row in (*document.get("killed", ()), *document.get("commands", ())):
+        counts = (row["kills"], len(row["calls"]), row["lost"], row["torn"], row["unfinished"])
+        lines.append(f"| {row['writer']} | {' | '.join(map(str, counts))} |")
+    lines += ["", "## Random chains of edits", ""]
+    for row in document.get("chains", ()):
+        lines.append(f"{row['chains']} chains at two batch sizes, {len(row['wrong'])} wrong.")
+    bad = [said for row in document.get("damaged", ()) for said in row["bad"]]
+    bad += [said for row in document.get("chains", ()) for said in row["wrong"]]
+    return "\n".join([*lines, *(["", *(f"- {said}" for said in bad)] if bad else [])]).rstrip() + "\n"
 
 
 if __name__ == "__main__":

@@ -60,17 +60,25 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
     """Parse the text of one JSON object; ``where`` says in errors what the text is.
 
     Raises:
-        CheckpointError: it is too long, holds too many values or is not a JSON object.
+        CheckpointError: it is too long, holds too many values or half a character, or is not a JSON object.
     """
-    refuse_long(text, where)
     try:
+        refuse_long(text, where)
         content = json.loads(text)
     except RecursionError:
         raise CheckpointError(f"{where} cannot be read: it is nested too deeply") from None
     except ValueError as error:
         raise CheckpointError(f"{where} cannot be read: {error}") from error
     _refuse_deep(content, where)
+    try:  # an escape such as \ud800 is JSON, but no text
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{where} cannot be read: {_half(error)}") from error
     return check_type(content, dict[str, Any], where)
+
+
+def _half(error: UnicodeEncodeError) -> str:
+    return f"{error.object[error.start : error.end]!r} is half a character"
 
 
 def _refuse_deep(content: Any, where: str) -> None:
@@ -105,6 +113,8 @@ def check_type(value: Any, kind: type[T], where: str) -> T:
     """
     try:
         return msgspec.convert(value, kind, strict=True)
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{where}: {_half(error)}") from error
     except (msgspec.ValidationError, OverflowError) as error:
         found = re.fullmatch(r"(.*?)(?: - at `\$\.?(.*)`)?", str(error), re.DOTALL)
         said, field = found.groups() if found else (str(error), None)

@@ -42,6 +42,26 @@ def test_what_comes_of_each_network_is_counted(monkeypatch, document):
     assert "- network 2: slim, in training at batch 3: off by 0.5" in page
 
 
+def test_what_was_wrong_is_tried_again_and_kept_as_mended(monkeypatch, document):
+    document.update(graphs=9, wrong=[{"network": 2, "problem": "off by 0.5"}, {"network": 5, "problem": "off by 1"}])
+    outcomes = [Outcome(traced=True, edits=7), WrongError("slim: off by 2")]
+
+    def check(steps, output):
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(random_graphs, "check", check)
+    random_graphs.try_again(document)
+    assert (document["graphs"], document["kinds"], document["counts"]["traced"]) == (9, {}, 1)
+    assert document["mended"] == [{"network": 2, "problem": "off by 0.5"}]
+    assert document["wrong"] == [{"network": 5, "problem": "slim: off by 2"}]
+    page = markdown(document)
+    assert "9 networks drawn, 1 traced and edited, 1 wrong." in page
+    assert page.index("- network 5: slim: off by 2") < page.index("mended") < page.index("- network 2: off by 0.5")
+
+
 def test_a_wrong_network_is_made_smaller_while_it_is_wrong(monkeypatch):
     def check(steps, output):
         if any(kind == "glu" and b >= 7 for kind, _, b in steps):

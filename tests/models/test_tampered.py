@@ -144,6 +144,9 @@ def test_folders_of_versions_without_digests_are_loaded(saved):
         ({"more": 3}, "object contains unknown field 'more'"),
         ({"tensors": {"a": {"dtype": "float32", "shape": [-1]}}}, "'tensors.*': expected 'int' >= 0"),
         ({"tensors": {}}, r"weights\.safetensors does not fit its recipe"),
+        ({"source": "\ud800"}, r"'\\ud800' is half a character"),
+        ({"frozen": ["a\udc00"]}, r"'\\udc00' is half a character"),
+        ({"\ud800": 3}, r"'\\ud800' is half a character"),
     ],
 )
 def test_a_malformed_recipe_names_the_field(saved, change, message):
@@ -204,12 +207,31 @@ def test_a_step_that_cannot_be_carried_out_is_one_line(saved, step):
         b"[" * 200_000,
         b'{"a": ' + b"1" * 5000 + b"}",
         b'{"a": [' + b"[]," * 1_000_000 + b"1]}",
+        b'{"schema": 2, "a": ["\\ud800"]}',
     ],
-    ids=["empty", "no text", "a number", "nested lists", "nested objects", "open lists", "a long number", "many lists"],
+    ids=[
+        "empty",
+        "no text",
+        "a number",
+        "nested lists",
+        "nested objects",
+        "open lists",
+        "a long number",
+        "many lists",
+        "half a character",
+    ],
 )
 def test_what_is_no_json_object_is_refused(saved, text):
     (saved / RECIPE).write_bytes(text)
     refuse(saved, r"recipe\.json")
+
+
+@pytest.mark.parametrize("field", [{"source": "\ud800"}, {"steps": [{"step": "\ud800"}]}, {"\ud800": 1}])
+def test_half_a_character_is_refused_in_a_recipe_of_ones_own(field):
+    data = {"schema": 2, "source": None, "steps": [], **field}
+    for read in (lambda: surgery.Recipe.from_json(json.dumps(data)), lambda: surgery.Recipe.from_json(str(data))):
+        with pytest.raises(surgery.CheckpointError, match="half a character|cannot be read"):
+            read()
 
 
 def test_a_recipe_that_is_too_long_is_not_read(saved):
