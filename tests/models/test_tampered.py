@@ -230,7 +230,7 @@ def test_what_is_no_json_object_is_refused(saved, text):
 def test_half_a_character_is_refused_in_a_recipe_of_ones_own(field):
     data = {"schema": 2, "source": None, "steps": [], **field}
     for read in (lambda: surgery.Recipe.from_json(json.dumps(data)), lambda: surgery.Recipe.from_json(str(data))):
-        with pytest.raises(surgery.CheckpointError, match="half a character|cannot be read"):
+        with pytest.raises(surgery.CheckpointError, match=r"half a character|cannot be read"):
             read()
 
 
