@@ -89,6 +89,7 @@ from surgery.operations.deepen import deepen as deepen
 from surgery.operations.masks import masked as masked
 from surgery.operations.masks import split_masks as split_masks
 from surgery.operations.reset import reset_hypothesis as reset_hypothesis
+from surgery.operations.shorten import shorten as shorten
 from surgery.operations.slim import slim as slim
 from surgery.operations.tickets import hold_masked as hold_masked
 from surgery.operations.tickets import magnitude_masks as magnitude_masks

@@ -72,6 +72,37 @@ def block_of(flow: Flow, end: fx.Node, like: str) -> Block | None:
     return next((b for b in _find_blocks(flow, end, like) if filled == set(b.nodes) & set(flow.operations)), None)
 
 
+def block_between(flow: Flow, entry: fx.Node, end: fx.Node) -> Block | None:
+    """The block that makes the one value of the other."""
+    return next((block for block in _find_blocks(flow, end) if block.entry is entry), None)
+
+
+def branch_of(flow: Flow, end: fx.Node, name: str) -> tuple[fx.Node, fx.Node, frozenset[Zero]] | None:
+    """At the end of a container, the sum of a branch and of a skip connection that has layers of its own: the sum, the
+    skip, and what to set to 0 for the one to equal the other. Of two that could be either, the branch is the one with
+    more ops that compute with parameters."""
+    node = end
+    while (not name or is_inside(node, name)) and (flow.rule(node).movement or flow.rule(node).kind == "idempotent"):
+        read = flow.tensors(node)
+        if len(read) != 1:
+            return None
+        node = read[0]
+    operands = [n for n in node.all_input_nodes if flow.holds_tensors(n)]
+    if flow.rule(node).linear != "sum" or len(operands) != 2 or len(node.args) != 2:
+        return None
+    if any(name and not is_inside(operand, name) for operand in operands):
+        return None
+    ways = [flow.before(operand) for operand in operands]
+    counts = [sum(bool(flow.rule(n).contracts) for n in way - other) for way, other in (ways, ways[::-1])]
+    if counts[0] == counts[1]:
+        return None
+    branch, skip = operands if counts[0] > counts[1] else operands[::-1]
+    zeros = _zeros_of(flow, branch)
+    if zeros is None or not _are_read_once(flow, tuple(flow.before(branch) - flow.before(skip)), zeros):
+        return None
+    return node, skip, zeros
+
+
 def _parts(flow: Flow, name: str) -> tuple[list[str], list[str]]:
     """Containers with the same ops, from ``name`` inwards, and the children of the last that run."""
     chain = [name]
@@ -128,11 +159,8 @@ def _step_back(flow: Flow, node: fx.Node) -> list[tuple[fx.Node, frozenset[Zero]
 
 def _zeros_inside(flow: Flow, node: fx.Node) -> frozenset[Zero] | None:
     """What to set to 0 for a traced module that a node calls to hand on what it is given."""
-    found = [
-        next((block.zeros for block in _find_blocks(inner, end) if block.entry is entry), None)
-        for inner, entry, end in flow.called(node)
-    ]
-    inside = _all(found)
+    found = [block_between(inner, entry, end) for inner, entry, end in flow.called(node)]
+    inside = _all(None if block is None else block.zeros for block in found)
     return None if inside is None else frozenset(Zero(f"{node.target}.{z.holder}", z.tensor) for z in inside)
 
 

@@ -231,6 +231,16 @@ def awake(module: nn.Module) -> nn.Module:
     return module
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_what_was_deepened_is_shortened_to_what_it_was(case, train):
+    traced, x, *_, name, _, deep, _ = case
+    short = surgery.shorten(deep, [name])
+    assert surgery.verify(short, traced, x, train=train).max_rel == 0
+    ours, theirs = short.state_dict(), traced.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
 def test_blocks_are_replayed_from_json(case):
     traced, *_, deep, _ = case
     again = surgery.apply(traced, surgery.Recipe.from_json(surgery.recipe(deep).to_json()))

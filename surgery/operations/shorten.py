@@ -1,0 +1,118 @@
+"""Fewer blocks: the inverse of `surgery.deepen`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.axes.analysis import Analysis, analyse
+from surgery.edit.apply import apply, carry_out
+from surgery.edit.blocks import find_block
+from surgery.edit.flow import Flow
+from surgery.edit.names import find_places
+from surgery.edit.remove_block import RemoveBlock, find_removals
+from surgery.edit.sites import local_name, output_sites
+from surgery.edit.step import Step
+from surgery.errors import EditError, UsageError, whole_number
+from surgery.graph.outputs import tensors_in
+from surgery.graph.tracing import info
+from surgery.selectors import Where
+
+
+def shorten(module: nn.Module, places: Mapping[Any, int] | Where, *, calibration: Any = None) -> nn.Module:
+    """Remove blocks: the result is the network in which the last layers of these blocks are 0, without the blocks.
+
+    A block adds a branch to a skip connection: a ResNet's or an inverted residual block, a layer of a Transformer,
+    whatever `deepen` finds. Where the skip has layers of its own, as at the start of a ResNet's stage, they stay, and
+    the branch goes. Blocks that `deepen` has put in, and that were not trained since, are removed exactly:
+    ``shorten(deepen(m))`` computes what ``m`` computes.
+
+    Args:
+        module: a traced module.
+        places: blocks (`surgery.selectors`), or how many to remove from a container of several:
+            ``{"layer3": 2}``.
+        calibration: a batch of the model's inputs (a tensor, or a tuple of positional inputs). Of a container's blocks
+            those go that change the outputs least, one after the other, in ``eval()``; by default the last ones.
+
+    Returns:
+        a new module.
+
+    Raises:
+        UsageError: an unknown name, or a count below 1.
+        EditError: a container that is no block, or has fewer blocks than are to be removed.
+
+    Example:
+        >>> short = surgery.shorten(traced, {"layer3": 2}, calibration=images)
+        >>> surgery.shorten(surgery.deepen(traced, ["layer3"]), ["layer3.2"])
+    """
+    return apply(module, shorten_plan(module, places, calibration=calibration))
+
+
+def shorten_plan(
+    module: nn.Module, places: Mapping[Any, int] | Where, *, calibration: Any = None
+) -> tuple[RemoveBlock, ...]:
+    """The steps that `shorten` takes."""
+    info(module)
+    counted = isinstance(places, Mapping)
+    wanted = find_places(module, places.items() if isinstance(places, Mapping) else [(places, 1)])
+    steps: list[RemoveBlock] = []
+    for name, count in wanted.items():
+        if not counted:
+            find_removals(module, analyse(module), name)
+            steps.append(RemoveBlock(name))
+            continue
+        count = whole_number(f"the number of blocks to remove from {name!r}", count, 1)
+        names = list(_blocks_in(module, analyse(module), name))
+        if len(names) < count:
+            raise EditError(f"{name!r} has {len(names)} blocks that can be removed, not {count}")
+        chosen = names[-count:] if calibration is None else _least_damage(module, names, count, calibration)
+        steps += [RemoveBlock(block) for block in chosen]
+    return tuple(steps)
+
+
+def _blocks_in(module: nn.Module, analysis: Analysis, name: str) -> Iterator[str]:
+    """The outermost containers in ``name`` that are blocks, and no row of blocks, in order."""
+    for child, _ in module.get_submodule(name).named_children():
+        inner = f"{name}.{child}".lstrip(".")
+        if _is_block(module, analysis, inner):
+            yield inner
+        else:
+            yield from _blocks_in(module, analysis, inner)
+
+
+def _is_block(module: nn.Module, analysis: Analysis, name: str) -> bool:
+    try:
+        sites = list(output_sites(module, name))
+    except (EditError, UsageError):  # several outputs, or it runs more than once
+        return False
+    found = [find_block(Flow(analysis, s), s.node, local_name(name, s.path)) for s in sites]
+    return bool(found) and all(
+        one is not None and one[0] == local_name(name, site.path) != "" for one, site in zip(found, sites, strict=True)
+    )
+
+
+def _least_damage(module: nn.Module, names: list[str], count: int, calibration: Any) -> list[str]:
+    """The blocks whose removal, one after the other, changes the outputs least: by the mean square of the change."""
+    inputs = calibration if isinstance(calibration, tuple) else (calibration,)
+    wanted = _outputs(copy.deepcopy(module), inputs)
+    left, chosen = list(names), list[str]()
+    for _ in range(count):
+        damage = {}
+        for name in left:
+            steps: list[Step] = [RemoveBlock(other) for other in (*chosen, name)]
+            found = _outputs(carry_out(module, steps), inputs)
+            damage[name] = sum(float((a - b).square().mean()) for a, b in zip(found, wanted, strict=True))
+        best = min(left, key=damage.__getitem__)
+        chosen.append(best)
+        left.remove(best)
+    return sorted(chosen, key=names.index)
+
+
+def _outputs(module: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+    """The outputs of a copy, which may stay in ``eval()``."""
+    with torch.no_grad():
+        return [t.double() for _, t in tensors_in(module.eval()(*inputs)) if t.is_floating_point()]
