@@ -60,6 +60,7 @@ from surgery.edit.recipe import Recipe as Recipe
 from surgery.edit.recipe import recipe as recipe
 from surgery.edit.reindex import Reindex as Reindex
 from surgery.edit.reindex import reindex as reindex
+from surgery.edit.remove_block import RemoveBlock as RemoveBlock
 from surgery.edit.step import AxisOrigin as AxisOrigin
 from surgery.edit.step import Inserted as Inserted
 from surgery.edit.step import Origin as Origin

@@ -1,9 +1,10 @@
-"""Verbs that make a new model from a model: widen, deepen, slim (in `surgery.cli.slim`)."""
+"""Verbs that make a new model from a model: widen, deepen, shorten, slim (in `surgery.cli.slim`)."""
 
 from __future__ import annotations
 
 import copy
-from typing import Annotated
+import operator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +23,9 @@ from surgery.cli.options import (
 from surgery.cli.slim import slim
 from surgery.cli.writing import Writing, compare_exactly, finish
 
+if TYPE_CHECKING:
+    from torch import nn
+
 RoundTo = Annotated[int, typer.Option(help="Round numbers of channels up to a multiple of this.")]
 
 
@@ -29,6 +33,7 @@ def register(app: typer.Typer) -> None:
     """Add the verbs of this file to ``app``."""
     app.command(epilog="Example: surgery widen resnet18 --width 1.5 --out wide")(widen)
     app.command(epilog="Example: surgery deepen resnet18 --at layer3=2 --at layer1.0.conv1 --out deep")(deepen)
+    app.command(epilog="Example: surgery shorten resnet50 --at layer3=2 --at layer4.2 --out short")(shorten)
     app.command(epilog="Example: surgery slim resnet18 --macs 0.5 --importance magnitude --out slim")(slim)
 
 
@@ -116,3 +121,36 @@ def deepen(
     before = opening.open(model)
     after = surgery.deepen(before, places, form=form, kernel=parse_kernel(kernel), seed=opening.seed)
     finish(before, after, writing, lambda: compare_exactly(after, before))
+
+
+@takes_fields()
+def shorten(
+    model: Model,
+    at: Annotated[
+        list[str],
+        typer.Option(
+            metavar="PLACE",
+            help="What to remove: BLOCK, or STAGE=COUNT for the last blocks of a stage, as often as you like.",
+        ),
+    ],
+    *,
+    opening: Opening,
+    writing: Writing,
+) -> None:
+    """Remove residual blocks or layers of a Transformer: the model whose last layers of them are 0."""
+    writing.refuse()
+    counts = parse_per_layer("--at", [item for item in at if "=" in item], int)
+    before = after = opening.open(model)
+    for places in ([item for item in at if "=" not in item], counts):
+        after = surgery.shorten(after, places) if places else after
+    finish(before, after, writing, lambda: compare_exactly(after, _silenced(before, after)))
+
+
+def _silenced(before: nn.Module, after: nn.Module) -> nn.Module:
+    """The model before, with 0 in the last layers of the blocks that were removed."""
+    silenced = copy.deepcopy(before)
+    known = len(surgery.recipe(before).steps)
+    for step in surgery.recipe(after).steps[known:]:
+        for name in getattr(step, "zeros", ()):
+            operator.attrgetter(name)(silenced).data.zero_()
+    return silenced

@@ -28,6 +28,10 @@ class Removal:
     idle: frozenset[fx.Node]
     """Numbers that the block computes and nobody reads, such as sizes."""
 
+    def zero_names(self) -> tuple[str, ...]:
+        """Qualified names of what is 0."""
+        return tuple(sorted(f"{self.site.path}.{z.holder}.{z.tensor}".strip(".") for z in self.zeros))
+
 
 @dataclass(frozen=True)
 class RemoveBlock(Step):
@@ -37,9 +41,11 @@ class RemoveBlock(Step):
 
     Attributes:
         name: qualified name of the container that is the block.
+        zeros: qualified names of its tensors that the result takes for 0.
     """
 
     name: str
+    zeros: tuple[str, ...]
 
     def apply(self, module: nn.Module) -> nn.Module:
         """See `Step.apply`."""
@@ -48,6 +54,8 @@ class RemoveBlock(Step):
     def apply_in_place(self, module: nn.Module) -> nn.Module:
         """See `Step.apply_in_place`."""
         removals = find_removals(module, analyse(module), self.name)
+        if any(removal.zero_names() != self.zeros for removal in removals):
+            raise EditError(f"{self.name!r} adds more than nothing where {list(self.zeros)} are 0")
         before = {id(r.site.owner): _targets(r.site.owner) for r in removals}
         for removal in removals:
             _remove(removal, local_name(self.name, removal.site.path))
@@ -83,11 +91,23 @@ def find_removals(module: nn.Module, analysis: Analysis, name: str) -> list[Remo
         branch = branch_of(flow, site.node, local)
         if branch is None:
             raise EditError(
-                f"{name!r} is not a block: that takes a skip connection, to which nothing but layers whose last one can "
-                "be 0 is added"
+                f"{name!r} is not a block: that takes a skip connection, to which nothing but layers whose last one "
+                "can be 0 is added"
             )
         found.append(Removal(site, *branch, idle))
     return found
+
+
+def removal_step(module: nn.Module, analysis: Analysis, name: str) -> RemoveBlock:
+    """The step that removes a block.
+
+    Raises:
+        UsageError, EditError: as `find_removals` does; or the block ends in other layers in training.
+    """
+    zeros = {removal.zero_names() for removal in find_removals(module, analysis, name)}
+    if len(zeros) != 1:
+        raise EditError(f"{name!r} ends in other layers in training than in evaluation")
+    return RemoveBlock(name, zeros.pop())
 
 
 def _targets(owner: TracedModule) -> set[str]:

@@ -14,9 +14,8 @@ from surgery.edit.apply import apply, carry_out
 from surgery.edit.blocks import find_block
 from surgery.edit.flow import Flow
 from surgery.edit.names import find_places
-from surgery.edit.remove_block import RemoveBlock, find_removals
+from surgery.edit.remove_block import RemoveBlock, removal_step
 from surgery.edit.sites import local_name, output_sites
-from surgery.edit.step import Step
 from surgery.errors import EditError, UsageError, whole_number
 from surgery.graph.outputs import tensors_in
 from surgery.graph.tracing import info
@@ -62,15 +61,14 @@ def shorten_plan(
     steps: list[RemoveBlock] = []
     for name, count in wanted.items():
         if not counted:
-            find_removals(module, analyse(module), name)
-            steps.append(RemoveBlock(name))
+            steps.append(removal_step(module, analyse(module), name))
             continue
         count = whole_number(f"the number of blocks to remove from {name!r}", count, 1)
         names = list(_blocks_in(module, analyse(module), name))
         if len(names) < count:
             raise EditError(f"{name!r} has {len(names)} blocks that can be removed, not {count}")
-        chosen = names[-count:] if calibration is None else _least_damage(module, names, count, calibration)
-        steps += [RemoveBlock(block) for block in chosen]
+        blocks = [removal_step(module, analyse(module), block) for block in names]
+        steps += blocks[-count:] if calibration is None else _least_damage(module, blocks, count, calibration)
     return tuple(steps)
 
 
@@ -95,21 +93,20 @@ def _is_block(module: nn.Module, analysis: Analysis, name: str) -> bool:
     )
 
 
-def _least_damage(module: nn.Module, names: list[str], count: int, calibration: Any) -> list[str]:
+def _least_damage(module: nn.Module, blocks: list[RemoveBlock], count: int, calibration: Any) -> list[RemoveBlock]:
     """The blocks whose removal, one after the other, changes the outputs least: by the mean square of the change."""
     inputs = calibration if isinstance(calibration, tuple) else (calibration,)
     wanted = _outputs(copy.deepcopy(module), inputs)
-    left, chosen = list(names), list[str]()
+    left, chosen = list(blocks), list[RemoveBlock]()
     for _ in range(count):
         damage = {}
-        for name in left:
-            steps: list[Step] = [RemoveBlock(other) for other in (*chosen, name)]
-            found = _outputs(carry_out(module, steps), inputs)
-            damage[name] = sum(float((a - b).square().mean()) for a, b in zip(found, wanted, strict=True))
+        for block in left:
+            found = _outputs(carry_out(module, (*chosen, block)), inputs)
+            damage[block] = sum(float((a - b).square().mean()) for a, b in zip(found, wanted, strict=True))
         best = min(left, key=damage.__getitem__)
         chosen.append(best)
         left.remove(best)
-    return sorted(chosen, key=names.index)
+    return sorted(chosen, key=blocks.index)
 
 
 def _outputs(module: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:

@@ -15,8 +15,8 @@ from surgery.cli import main
 from surgery.deploy.measure.ratios import fewest_sessions
 
 VERBS = [
-    "models", "inspect", "widen", "deepen", "slim", "distill", "evolve", "export", "bench", "tradeoff", "sensitivity",
-    "verify",
+    "models", "inspect", "widen", "deepen", "shorten", "slim", "distill", "evolve", "export", "bench", "tradeoff",
+    "sensitivity", "verify",
 ]  # fmt: skip
 SMALL = "squeezenet1_1?num_classes=10"
 PIXELS = ["--input-shape", "2,3,32,32"]
@@ -120,6 +120,15 @@ def test_an_operation_writes_a_verified_model_that_loads(run, arguments, grows):
     loaded = surgery.load("made", trust=True)
     assert sum(p.numel() for p in loaded.parameters()) == result["after"]["params"]
     assert surgery.recipe(loaded).steps
+
+
+def test_shorten_removes_blocks_by_name_and_by_number(run):
+    options = ("resnet18?num_classes=3", "--input-shape", "1,3,32,32")
+    code, out, err = run("shorten", *options, "--at", "layer1=1", "--at", "layer3.0", "--out", "made", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["verification"]["ok"]
+    removed = [step.name for step in surgery.recipe(surgery.load("made")).steps]
+    assert removed == ["layer3.0", "layer1.1"]
 
 
 def test_an_operation_says_what_it_did(run):

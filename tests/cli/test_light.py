@@ -16,8 +16,8 @@ FILES = sorted(Path(surgery.__file__).parent.glob("cli/*.py"))
 
 
 VERBS = [
-    *("models", "inspect", "widen", "deepen", "slim", "distill", "evolve", "export", "bench", "tradeoff"),
-    *("sensitivity", "verify"),
+    *("models", "inspect", "widen", "deepen", "shorten", "slim", "distill", "evolve", "export", "bench"),
+    *("tradeoff", "sensitivity", "verify"),
 ]
 
 

@@ -11,7 +11,6 @@ from torch import nn
 from torchvision import models
 
 import surgery
-from surgery.edit.remove_block import RemoveBlock
 from tests.zoo import randomised
 
 
@@ -82,7 +81,7 @@ def test_a_stage_loses_its_last_blocks_or_those_that_matter_least():
     module = without(traced(), "stage.1.b")
     assert surgery.verify(surgery.shorten(module, {"stage": 2}), surgery.shorten(module, ["stage.1", "stage.2"]), X).ok
     chosen = surgery.recipe(surgery.shorten(module, {"stage": 1}, calibration=X)).steps
-    assert chosen == (RemoveBlock("stage.1"),)
+    assert chosen == (surgery.RemoveBlock("stage.1", ("stage.1.b.bias", "stage.1.b.weight")),)
     twice = surgery.shorten(module, {"stage": 2}, calibration=(X,))
     other = min(("stage.0", "stage.2"), key=lambda name: difference(surgery.shorten(module, ["stage.1", name]), module))
     assert {step.name for step in surgery.recipe(twice).steps} == {"stage.1", other}
