@@ -91,8 +91,9 @@ def _last_axes(op: Op, x: Labelled, rank: int, *vectors: Labelled | None) -> Fie
                 how = "shares it among heads, or other parts of an axis" if shared else "has positions in it"
                 op.freeze(g, f"{op.name} {how}")
                 own[dim] = g
-        for dim in () if vector is None else range(vector.ndim):
-            for f in fields if vector.at(dim) is None else ():
+        bare = set() if vector is None else {d for d in range(vector.ndim) if vector.at(d) is None}
+        for dim in bare:
+            for f in fields:
                 if first + dim in f.dims:
                     op.freeze(f, f"{op.name} relates it to an axis that holds no channels")
     return tuple(fields)
