@@ -94,7 +94,7 @@ def evolve(
     engine = surgery.Engine(parse_device(run.device), settings.precision)
     opened = load_if_saved(model, run)
     with one_after_the_other(engine):  # the first may have to fetch what the others then read
-        images = surgery.data_for({"the model": opened}, **vars(data), augment=run.augment)
+        images = surgery.data_for({"the model": opened}, **vars(data))
         network = surgery.classifier(opened, images, weights=options.weights, trust=run.trust, seed=settings.seed)
     reset: dict[str, Any] = {
         **dict.fromkeys(options.keep or (), False), "initialiser": options.initialiser, "trust": run.trust

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.progress import Progress, tell_epoch
 from surgery.settings import TrainSettings
+from surgery.training.data.augmented import Augmentation
 from surgery.training.data.data import Data, Images, count
 from surgery.training.data.loading import EpochOrder, loader
 from surgery.training.engine import Engine
@@ -27,7 +28,8 @@ from surgery.training.phases import Phase
 from surgery.training.resume import Checkpoint, Progressed, Saved
 
 Batch = tuple[Any, ...]
-"""Images (N, C, H, W), labels (N,), and further parts of items; or what ``Data.collate`` makes."""
+"""Images (N, C, H, W), labels (N,), and further parts of items; or what ``Data.collate`` makes. With ``mixup`` or
+``cutmix``, labels are probabilities (N, classes)."""
 
 LossFn = Callable[[nn.Module, Batch, float], Tensor]
 """From a model in training mode, a batch on its device, and the number of epochs done (a fraction within an epoch) to
@@ -51,6 +53,7 @@ class Run:
     progress: Progress | None
     task: str
     saved: Saved | None
+    augmentation: Augmentation
 
     def complete(self, plan: Sequence[Phase]) -> History:
         """Run from the beginning, or from the checkpoint, to the end."""
@@ -105,10 +108,9 @@ class Run:
 
     def _train(self, phase: Phase) -> None:
         """Train the remaining epochs of a phase."""
-        order = EpochOrder(phase.images, self.settings.seed)
-        whole = loader(
-            phase.images, self.settings.batch_size, self.settings.workers, order=order, collate=self.data.collate
-        )
+        images = self.augmentation.over(phase.images)
+        order = EpochOrder(images, self.settings.seed, seeds=images is not phase.images)
+        whole = loader(images, self.settings.batch_size, self.settings.workers, order=order, collate=self.data.collate)
         batches = self.engine.share(whole)
         step = self.engine.make_step(_Objective(self.model, self.loss_fn), self.descent)
         with in_mode(self.model, training=True):
@@ -130,6 +132,7 @@ class Run:
         while self.at.within < count and not self.over:
             seed_everything(seed, rank, self.at.steps)
             batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), tuple(next(batches)))
+            batch = self.augmentation.mix(batch, seed, rank, self.at.steps)
             set_rate(self.descent, self._rate())
             self.at.summed += step(batch, self.at.epoch + self.at.within / count)
             self.at.steps += 1

@@ -246,7 +246,7 @@ def _describe_optimiser(settings: TradeoffSettings) -> str:
         f"weight decay {settings.decay:g}",
         *([f"label smoothing {settings.label_smoothing:g}"] if settings.label_smoothing else []),
         *([f"precision {settings.precision}"] if settings.precision not in (None, "no") else []),
-        *([f"images augmented by {settings.augment}"] if settings.augment != "none" else []),
+        *([f"images augmented by {settings.augmented}"] if settings.augmented else []),
     ]
     return ", ".join(said)
 

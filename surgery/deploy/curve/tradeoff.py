@@ -108,7 +108,7 @@ def tradeoff(
     weights = settings.weights
     if not catalogue.is_weights_file(weights):
         weights = catalogue.parse(source, weights=weights).weights if isinstance(source, str) else "as given"
-    shared = ("data_root", "image_size", "limit", "augment", "skip_bad", "strict")
+    shared = ("data_root", "image_size", "limit", "skip_bad", "strict")
     data = data_for({"the model": source}, dataset, **{name: getattr(settings, name) for name in shared})
     dense = classifier(source, data, weights=settings.weights, trust=trust, seed=settings.seed)
     plan = tuple(one.of(dense) if isinstance(one, Budget) else one for one in plan)

@@ -134,6 +134,7 @@ def distill(
     objectives = (objectives,) if isinstance(objectives, Objective) else tuple(objectives)
     if settings.epochs and not objectives and not settings.label_weight:
         raise UsageError("no objectives, and label_weight is 0: there is nothing to learn in stage 2")
+    settings.refuse_mixed(objectives)
     check_data(data)
     check_trainable(student)
     engine = Engine(next(student.parameters()).device, settings.precision)
@@ -267,7 +268,7 @@ class _Teaching:
 
     def _where(self, teacher: nn.Module, task: str) -> str | os.PathLike[str] | None:
         cache = self.settings.cache
-        if cache == "none":
+        if cache == "none" or (cache == "auto" and self.settings.augments):
             return None
         if cache == "auto":
             images = self.pairs.train
