@@ -325,6 +325,11 @@ class TradeoffSettings(TrainSettings):
         "labels", f"What candidates learn from: {', '.join(TEACHERS)}; the dense model teaches.", choices=TEACHERS
     )
     hint_epochs: int = option(1, "For hints: passes over the data for stage 1.", least=1)
+    seeds: int = option(
+        1,
+        "Train each candidate with so many seeds, from --seed on: accuracies are means, with intervals over seeds.",
+        least=1,
+    )
     generations: int = option(3, "For evolve: number of generations, of --finetune-epochs each.", least=1)
     control: str = option(
         "none",
@@ -348,6 +353,16 @@ class TradeoffSettings(TrainSettings):
     skip_bad: bool = option(False, "Leave out images that cannot be read.", result=False)
     strict: bool = option(False, "Identify data by the content of every file, not by size and date.", result=False)
     threads: int | None = option(None, "Threads of one query. [default: all usable cores]", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seeds > 1 and not self.finetune_epochs:
+            raise UsageError(f"seeds is {self.seeds}, and finetune_epochs 0: without training all seeds give the same")
+
+    @property
+    def every_seed(self) -> range:
+        """The seeds that each candidate is trained with."""
+        return range(self.seed, self.seed + self.seeds)
 
 
 P = ParamSpec("P")
