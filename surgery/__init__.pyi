@@ -137,4 +137,5 @@ from surgery.training.lottery import Lottery as Lottery
 from surgery.training.lottery import Ticket as Ticket
 from surgery.training.lottery import lottery as lottery
 from surgery.training.optimizer_state import transfer_optimizer as transfer_optimizer
+from surgery.training.tracking import follow as follow
 from surgery.version import __version__ as __version__

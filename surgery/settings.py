@@ -51,6 +51,9 @@ AUGMENTATIONS: Mapping[str, str] = {
 }
 """Random changes of training images, in words: see `surgery.training.data.augment.AUGMENTATIONS`."""
 
+TRACKERS: Mapping[str, str] = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+"""Where the epochs of a training can be followed, and the package that is needed: see `surgery.training.tracking`."""
+
 DEVICES = ("auto", "cpu", "cuda")
 """Where a command trains; ``auto`` is a GPU where there is one."""
 
@@ -172,6 +175,18 @@ class TrainSettings(Settings):
     checkpoint_every: int | None = option(
         None, "Steps between checkpoints; there is one after each epoch too.", result=False, least=1, metavar="STEPS"
     )
+    tracker: str | None = option(
+        None,
+        f"Log epochs to {', '.join(TRACKERS)}; with a folder (tensorboard), project or experiment: tensorboard:DIR.",
+        result=False,
+        metavar="NAME[:WHERE]",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = None if self.tracker is None else self.tracker.partition(":")[0]
+        if name is not None and name not in TRACKERS:
+            raise unknown_name("tracker", name, TRACKERS)
 
     @property
     def peak_lr(self) -> float:

@@ -103,6 +103,7 @@ def test_the_identity_has_what_the_weights_depend_on_and_the_rate_that_is_used()
         "evaluation_batch",
         "test_each_epoch",
         "checkpoint_every",
+        "tracker",
     } == changed.to_dict().keys() - changed.identity().keys()
     assert changed.identity().keys() - one.identity().keys() == {"augment", "erase", "mixup", "cutmix"}
     assert one.identity() != surgery.TrainSettings(seed=1).identity()

@@ -101,7 +101,7 @@ def distill(
         _rehearse(pupil, master, images, settings, hints, learned)
     costs = {"teacher": surgery.cost(master), "student": surgery.cost(pupil)}
     shares = _shares(costs, teaching.teacher_epochs, settings)
-    with under_way(engine, run.out, settings_of(context), shares, force=run.force) as (folder, progress):
+    with under_way(engine, run.out, settings_of(context), shares, settings, force=run.force) as (folder, progress):
         pupil, master = pupil.to(engine.device), master.to(engine.device)
         taught = None
         if teacher_settings is not None:

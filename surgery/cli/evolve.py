@@ -102,7 +102,7 @@ def evolve(
     if options.lottery is not None:
         surgery.magnitude_masks(network, options.lottery)  # refused before the generations, and not after them
     shares = _shares(generations, long=settings.long, tickets=options.lottery is not None)
-    with under_way(engine, run.out, settings_of(context), shares, force=run.force) as (folder, progress):
+    with under_way(engine, run.out, settings_of(context), shares, settings, force=run.force) as (folder, progress):
         network.to(engine.device)
         common: dict[str, Any] = {"checkpoint": folder, "progress": progress}
         found = surgery.evolve(network, images, rate, generations, settings, reset=reset, **common)

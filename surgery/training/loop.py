@@ -30,9 +30,11 @@ from surgery.training.optimizers import OPTIMIZERS, check_data, check_trainable,
 from surgery.training.phases import Phase, plan_phases, rehearse
 from surgery.training.resume import Checkpoint
 from surgery.training.run import Batch, LossFn, Run, steps_of_epoch
+from surgery.training.tracking import followed
 
 
 @accepts(TrainSettings)
+@followed
 @plain_modes()
 def train(
     model: nn.Module,

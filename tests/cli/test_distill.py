@@ -291,7 +291,7 @@ def test_every_option_reaches_the_distillation(run, monkeypatch):
         "label_smoothing": 0.1, "optimizer": "sgd", "lr": 0.2, "hint_lr": 0.3, "schedule": "constant",
         "batch_size": 50, "cache": "none", "precision": "bf16", "workers": 1, "checkpoint_every": 11, "seed": 3,
         "test_each_epoch": True, "checkpoint": Path("made.unfinished"), "augment": "flip", "image_size": 8,
-        "erase": 0.25, "mixup": 0.2, "cutmix": 0.5,
+        "erase": 0.25, "mixup": 0.2, "cutmix": 0.5, "tracker": None,
         "images": 300, "channels_last": True, "momentum": 0.9, "weight_decay": None,
         "evaluation_batch": 70,
     }  # fmt: skip

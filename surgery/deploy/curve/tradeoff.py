@@ -33,7 +33,9 @@ from surgery.settings import TimingSettings, TradeoffSettings, accepts
 from surgery.storage.folders import refuse_folder, staged_folder, unfinished_folder
 from surgery.training.data.adapt import AnyData
 from surgery.training.data.data import Data
+from surgery.training.history_file import HISTORY
 from surgery.training.modes import pick_device
+from surgery.training.tracking import follow
 
 MARKER = "tradeoff.json"
 """The file that marks a folder as a result of `tradeoff`."""
@@ -115,8 +117,12 @@ def tradeoff(
     dense = classifier(source, data, weights=settings.weights, trust=trust, seed=settings.seed)
     plan = tuple(one.of(dense) if isinstance(one, Budget) else one for one in plan)
     settings = replace(settings, weights=weights, threads=settings.threads or usable_cores())
-    run = RunProgress(_task_weights(dense, plan, data, settings, trust=trust), progress)
-    with unfinished_folder(directory, {"command": "tradeoff"}) as folder:
+    weighted = _task_weights(dense, plan, data, settings, trust=trust)
+    with (
+        unfinished_folder(directory, {"command": "tradeoff"}) as folder,
+        follow(settings, progress, history=folder / HISTORY) as told,
+    ):
+        run = RunProgress(weighted, told)
         store = Store(folder, [*([directory] if directory.is_dir() else []), *reuse])
         training = CandidateTraining(store, data, settings, run, trust=trust)
         training.refuse_unreachable(plan, dense)

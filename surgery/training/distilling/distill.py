@@ -33,6 +33,7 @@ from surgery.training.modes import plain_modes
 from surgery.training.optimizers import check_data, check_trainable
 from surgery.training.resume import is_finished
 from surgery.training.run import Batch, LossFn
+from surgery.training.tracking import followed
 
 MEMORY_LIMIT = 2 * 2**30
 """Bytes that a teacher's outputs may take with ``cache="auto"``."""
@@ -81,6 +82,7 @@ class Distillation:
 
 
 @accepts(DistillSettings)
+@followed
 @plain_modes()
 def distill(
     student: nn.Module,

@@ -50,6 +50,8 @@ def seeded(tmp_path_factory):
     options = {**OPTIONS, "control": "scratch", "seeds": 3, "directory": out}
     with pytest.raises(KeyboardInterrupt):
         tradeoff(tiny(), progress=first, **options)
+    table = (out.parent / "out.unfinished" / "history.csv").read_text().splitlines()
+    assert list(dict.fromkeys(row["task"] for row in csv.DictReader(table))) == list(first.trained())[:-1]
     result = tradeoff(tiny(), progress=second, **options)
     return result, out, first, second
 
