@@ -169,6 +169,11 @@ class TrainSettings(Settings):
     precision: str | None = option(
         None, "no, bf16 or fp16. [default: no, or what accelerate launch says]", choices=PRECISIONS
     )
+    compile: bool = option(
+        False,
+        "Train and score under torch.compile: faster steps after a while; other rounding and dropout.",
+        added=True,
+    )
     workers: int = option(0, "Processes that read images; 0 reads them in this one.", result=False, least=0)
     evaluation_batch: int = option(250, "Images of one call that scores.", result=False, least=1)
     test_each_epoch: bool = option(False, "Score on the test images after each epoch.", result=False)

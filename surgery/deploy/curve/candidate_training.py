@@ -62,6 +62,14 @@ class Trial:
         assert self.model.score is not None
         return self.model.score
 
+    @property
+    def control_score(self) -> Score | None:
+        return None if self.control is None else self.control.score
+
+    @property
+    def control_history(self) -> History | None:
+        return None if self.control is None else self.control.training["scratch"]
+
 
 @dataclass(frozen=True)
 class Measured:

@@ -202,15 +202,15 @@ def _point(measured: Measured, comparison: Comparison) -> Point:
         speedup=ratio and ratio.inverse,
         training=first.model.training,
         budget=measured.budget,
-        control=first.control and first.control.score,
-        control_history=first.control and first.control.training["scratch"],
+        control=first.control_score,
+        control_history=first.control_history,
         repeats=tuple(
             Repeat(
                 one.seed,
                 one.score,
                 one.model.training,
-                one.control and one.control.score,
-                one.control and one.control.training["scratch"],
+                one.control_score,
+                one.control_history,
             )
             for one in others
         ),
