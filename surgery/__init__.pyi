@@ -112,6 +112,7 @@ from surgery.taps.stages import stages as stages
 from surgery.training.data.adapt import as_data as as_data
 from surgery.training.data.cache import cache_bytes as cache_bytes
 from surgery.training.data.data import Data as Data
+from surgery.training.data.data import Normalisation as Normalisation
 from surgery.training.data.data import load_data as load_data
 from surgery.training.distilling.distill import Distillation as Distillation
 from surgery.training.distilling.distill import distill as distill

@@ -93,7 +93,7 @@ class _Pixels(torch.nn.Module):
             raise UsageError(
                 f"an image has pixels from {low:.2g} to {high:.2g} where its data say how it is normalised, and they "
                 "must be from 0 to 1: give the data their own, dataclasses.replace(surgery.as_data(...), "
-                "normalisation=...)"
+                "normalisation=surgery.Normalisation(mean, std))"
             )
         return (255 * values).round().clamp(0, 255).to(torch.uint8)
 
