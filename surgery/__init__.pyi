@@ -114,6 +114,7 @@ from surgery.taps.stages import stages as stages
 from surgery.training.data.adapt import as_data as as_data
 from surgery.training.data.cache import cache_bytes as cache_bytes
 from surgery.training.data.data import Data as Data
+from surgery.training.data.data import Normalisation as Normalisation
 from surgery.training.data.data import load_data as load_data
 from surgery.training.distilling.distill import Distillation as Distillation
 from surgery.training.distilling.distill import distill as distill
@@ -139,4 +140,5 @@ from surgery.training.lottery import Lottery as Lottery
 from surgery.training.lottery import Ticket as Ticket
 from surgery.training.lottery import lottery as lottery
 from surgery.training.optimizer_state import transfer_optimizer as transfer_optimizer
+from surgery.training.tracking import follow as follow
 from surgery.version import __version__ as __version__

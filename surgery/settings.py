@@ -11,7 +11,7 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, Self, TypeVar, overload
@@ -40,6 +40,20 @@ SCHEDULES = ("one-cycle", "cosine", "warmup-cosine", "constant")
 PRECISIONS = ("no", "bf16", "fp16")
 """Mixed precision: none, or the dtype of layers where it is safe. Weights and losses stay in float32."""
 
+AUGMENTATIONS: Mapping[str, str] = {
+    "none": "nothing",
+    "flip": "flips",
+    "flip-crop": "crops and flips",
+    "randaugment": "RandAugment",
+    "trivialaugment": "TrivialAugment",
+    "autoaugment": "AutoAugment",
+    "augmix": "AugMix",
+}
+"""Random changes of training images, in words: see `surgery.training.data.augment.AUGMENTATIONS`."""
+
+TRACKERS: Mapping[str, str] = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+"""Where the epochs of a training can be followed, and the package that is needed: see `surgery.training.tracking`."""
+
 DEVICES = ("auto", "cpu", "cuda")
 """Where a command trains; ``auto`` is a GPU where there is one."""
 
@@ -58,6 +72,12 @@ IMPORTANCE: Mapping[str, str] = {"prefix": "the first", "magnitude": "those with
 
 KEEPS = f"Which channels are kept: {', '.join(f'{name} ({words})' for name, words in IMPORTANCE.items())}."
 
+CHANGING = (
+    "the images change from one reading to the next (augmentation), so the teacher's outputs cannot be cached: compute "
+    "them in each step, or leave out the augmentation"
+)
+"""Why a teacher's outputs are not kept."""
+
 TEACHERS: Mapping[str, str] = {
     "labels": "on labels",
     "kd": "on labels and the dense model's softened outputs (KD, equation 2 of FitNets)",
@@ -73,7 +93,9 @@ def option(default: Any, help: str, *, result: bool = True, **rule: Any) -> Any:
     Args:
         help: one sentence, for the command line and the documentation.
         result: whether the result depends on it. Other fields may change when a run is resumed.
-        rule: ``least``, ``above``, ``most``, ``below`` or ``choices``; ``metavar`` for the command line.
+        rule: ``least``, ``above``, ``most``, ``below`` or ``choices``; ``joined``, the text that joins several choices;
+            ``added`` for a field that identities leave out at its default, so that runs from before it resume;
+            ``metavar`` for the command line.
     """
     return field(default=default, metadata={"help": help, "result": result, **rule})
 
@@ -102,8 +124,13 @@ class Settings:
 
     def identity(self) -> dict[str, Any]:
         """The fields that the result depends on, as plain JSON data. A resumed run must have the same."""
-        kept = {one.name for one in _fields(self) if one.metadata["result"]}
-        return {name: value for name, value in self.to_dict().items() if name in kept}
+        values = self.to_dict()
+        kept = [
+            one.name
+            for one in _fields(self)
+            if one.metadata["result"] and not (one.metadata.get("added") and values[one.name] == one.default)
+        ]
+        return {name: values[name] for name in kept}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +151,28 @@ class TrainSettings(Settings):
     )
     label_smoothing: float = option(0.0, "Smoothing of the labels, from 0 to 1.", least=0, most=1)
     schedule: str = option("one-cycle", f"{', '.join(SCHEDULES)}.", choices=SCHEDULES)
+    augment: str = option(
+        "none", f"Training images: {', '.join(AUGMENTATIONS)}; several joined by +.", choices=AUGMENTATIONS, joined="+",
+        what="augmentation", added=True,
+    )  # fmt: skip
+    erase: float = option(
+        0.0, "Probability that a part of a training image is erased (RandomErasing).", least=0, most=1, added=True
+    )
+    mixup: float = option(
+        0.0, "Alpha of MixUp, which mixes training images and labels; 0.2 is usual, 0: none.", least=0, added=True
+    )
+    cutmix: float = option(
+        0.0, "Alpha of CutMix; with --mixup too, each batch takes one of both. 1 is usual, 0: none.", least=0,
+        added=True,
+    )  # fmt: skip
     seed: int = option(0, "Seed of everything random.", least=0)
     precision: str | None = option(
         None, "no, bf16 or fp16. [default: no, or what accelerate launch says]", choices=PRECISIONS
+    )
+    compile: bool = option(
+        False,
+        "Train and score under torch.compile: faster steps after a while; other rounding and dropout.",
+        added=True,
     )
     workers: int = option(0, "Processes that read images; 0 reads them in this one.", result=False, least=0)
     evaluation_batch: int = option(250, "Images of one call that scores.", result=False, least=1)
@@ -134,6 +180,18 @@ class TrainSettings(Settings):
     checkpoint_every: int | None = option(
         None, "Steps between checkpoints; there is one after each epoch too.", result=False, least=1, metavar="STEPS"
     )
+    tracker: str | None = option(
+        None,
+        f"Log epochs to {', '.join(TRACKERS)}; with a folder (tensorboard), project or experiment: tensorboard:DIR.",
+        result=False,
+        metavar="NAME[:WHERE]",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = None if self.tracker is None else self.tracker.partition(":")[0]
+        if name is not None and name not in TRACKERS:
+            raise unknown_name("tracker", name, TRACKERS)
 
     @property
     def peak_lr(self) -> float:
@@ -144,6 +202,23 @@ class TrainSettings(Settings):
     def decay(self) -> float:
         """The weight decay: ``weight_decay``, or the default of the optimizer."""
         return OPTIMIZERS[self.optimizer].weight_decay if self.weight_decay is None else self.weight_decay
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed, so that a label is a probability for each class."""
+        return bool(self.mixup or self.cutmix)
+
+    @property
+    def augments(self) -> bool:
+        """Whether training images are changed at random."""
+        return bool(self.augment != "none" or self.erase or self.mixes)
+
+    @property
+    def augmented(self) -> str:
+        """What training images are changed by, in words; empty for nothing."""
+        named = [AUGMENTATIONS[name] for name in self.augment.split("+") if name != "none"]
+        values = {"RandomErasing": self.erase, "MixUp": self.mixup, "CutMix": self.cutmix}
+        return ", ".join([*named, *(f"{name} {value:g}" for name, value in values.items() if value)])
 
     @property
     def scoring(self) -> dict[str, Any]:
@@ -183,6 +258,14 @@ class DistillSettings(TrainSettings):
         super().__post_init__()
         if not self.epochs and not self.hint_epochs:
             raise UsageError("hint_epochs and epochs are 0: there is nothing to train")
+        if self.augments and self.cache not in ("auto", "none"):
+            raise UsageError(CHANGING)
+
+    def refuse_mixed(self, objectives: Iterable[Any]) -> None:
+        """Raise `UsageError` for an objective that needs the class of each image, where images are mixed."""
+        hard = [type(one).__name__ for one in objectives if not getattr(one, "takes_mixed", True)]
+        if self.mixes and self.epochs and hard:
+            raise UsageError(f"{hard[0]} needs one class for each image: leave out mixup and cutmix")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +345,11 @@ class TradeoffSettings(TrainSettings):
         "labels", f"What candidates learn from: {', '.join(TEACHERS)}; the dense model teaches.", choices=TEACHERS
     )
     hint_epochs: int = option(1, "For hints: passes over the data for stage 1.", least=1)
+    seeds: int = option(
+        1,
+        "Train each candidate with so many seeds, from --seed on: accuracies are means, with intervals over seeds.",
+        least=1,
+    )
     generations: int = option(3, "For evolve: number of generations, of --finetune-epochs each.", least=1)
     control: str = option(
         "none",
@@ -272,7 +360,6 @@ class TradeoffSettings(TrainSettings):
     device: str = option(
         "auto", "To train on: auto (a GPU where there is one), cpu or cuda.", choices=DEVICES, result=False
     )
-    augment: str = option("none", "Training images: none, flip or flip-crop.")
     image_size: int | None = option(None, "Side in pixels. [default: the data's own]", least=1)
     weights: str | None = option(
         None,
@@ -286,6 +373,16 @@ class TradeoffSettings(TrainSettings):
     skip_bad: bool = option(False, "Leave out images that cannot be read.", result=False)
     strict: bool = option(False, "Identify data by the content of every file, not by size and date.", result=False)
     threads: int | None = option(None, "Threads of one query. [default: all usable cores]", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seeds > 1 and not self.finetune_epochs:
+            raise UsageError(f"seeds is {self.seeds}, and finetune_epochs 0: without training all seeds give the same")
+
+    @property
+    def every_seed(self) -> range:
+        """The seeds that each candidate is trained with."""
+        return range(self.seed, self.seed + self.seeds)
 
 
 P = ParamSpec("P")
@@ -364,8 +461,10 @@ def _check_field(one: Field[Any], name: str, value: Any) -> Any:
     kind, *others = str(one.type).split(" | ")
     if value is None and "None" in others:
         return None
-    if "choices" in one.metadata and value not in one.metadata["choices"]:
-        raise unknown_name(name.replace("_", " "), value, one.metadata["choices"])
+    if "choices" in one.metadata:
+        parts = value.split(one.metadata["joined"]) if "joined" in one.metadata and isinstance(value, str) else [value]
+        for part in (part for part in parts if part not in one.metadata["choices"]):
+            raise unknown_name(one.metadata.get("what", name.replace("_", " ")), part, one.metadata["choices"])
     if kind == "bool" and not isinstance(value, bool):
         raise UsageError(f"{name} must be True or False, not {value!r}")
     if kind == "str" and not (isinstance(value, (str, os.PathLike)) and os.fspath(value)):

@@ -97,12 +97,15 @@ def test_settings_of_a_procedure_contain_those_of_its_trainings():
 def test_the_identity_has_what_the_weights_depend_on_and_the_rate_that_is_used():
     one, other = surgery.TrainSettings(), surgery.TrainSettings(lr=0.02, workers=2, checkpoint_every=5)
     assert one.identity() == other.identity()
+    changed = surgery.TrainSettings(augment="flip", erase=0.1, mixup=0.1, cutmix=0.1, compile=True)
     assert {
         "workers",
         "evaluation_batch",
         "test_each_epoch",
         "checkpoint_every",
-    } == one.to_dict().keys() - one.identity().keys()
+        "tracker",
+    } == changed.to_dict().keys() - changed.identity().keys()
+    assert changed.identity().keys() - one.identity().keys() == {"augment", "erase", "mixup", "cutmix", "compile"}
     assert one.identity() != surgery.TrainSettings(seed=1).identity()
     assert surgery.TrainSettings(lr=np.float32(0.5), seed=np.int64(1)) == surgery.TrainSettings(lr=0.5, seed=1)
 

@@ -88,6 +88,7 @@ def distill(
     learned, label_weight = objectives(losses, joint)
     settings = settings if label_weight is None else replace(settings, label_weight=label_weight)
     settings = replace(settings, test_each_epoch=True)
+    settings.refuse_mixed(learned)
     teacher_settings = _teacher_settings(teaching, settings)
     refuse_folder(run.out, marker=MARKER, force=run.force)
     if not teaching.teacher_epochs:
@@ -100,7 +101,7 @@ def distill(
         _rehearse(pupil, master, images, settings, hints, learned)
     costs = {"teacher": surgery.cost(master), "student": surgery.cost(pupil)}
     shares = _shares(costs, teaching.teacher_epochs, settings)
-    with under_way(engine, run.out, settings_of(context), shares, force=run.force) as (folder, progress):
+    with under_way(engine, run.out, settings_of(context), shares, settings, force=run.force) as (folder, progress):
         pupil, master = pupil.to(engine.device), master.to(engine.device)
         taught = None
         if teacher_settings is not None:
@@ -150,7 +151,7 @@ def _open(
     """Load the data, and both networks for it."""
     sources = {"student": student, "teacher": teacher}
     opened = {w: load_if_saved(s, run) for w, s in sources.items()}
-    images = surgery.data_for(opened, **vars(data), augment=run.augment)
+    images = surgery.data_for(opened, **vars(data))
     build: dict[str, Any] = {"trust": run.trust, "seed": seed}
     pupil = surgery.classifier(opened["student"], images, what="the student", weights=teaching.weights, **build)
     master = surgery.classifier(

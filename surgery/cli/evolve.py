@@ -94,7 +94,7 @@ def evolve(
     engine = surgery.Engine(parse_device(run.device), settings.precision)
     opened = load_if_saved(model, run)
     with one_after_the_other(engine):  # the first may have to fetch what the others then read
-        images = surgery.data_for({"the model": opened}, **vars(data), augment=run.augment)
+        images = surgery.data_for({"the model": opened}, **vars(data))
         network = surgery.classifier(opened, images, weights=options.weights, trust=run.trust, seed=settings.seed)
     reset: dict[str, Any] = {
         **dict.fromkeys(options.keep or (), False), "initialiser": options.initialiser, "trust": run.trust
@@ -102,7 +102,7 @@ def evolve(
     if options.lottery is not None:
         surgery.magnitude_masks(network, options.lottery)  # refused before the generations, and not after them
     shares = _shares(generations, long=settings.long, tickets=options.lottery is not None)
-    with under_way(engine, run.out, settings_of(context), shares, force=run.force) as (folder, progress):
+    with under_way(engine, run.out, settings_of(context), shares, settings, force=run.force) as (folder, progress):
         network.to(engine.device)
         common: dict[str, Any] = {"checkpoint": folder, "progress": progress}
         found = surgery.evolve(network, images, rate, generations, settings, reset=reset, **common)

@@ -174,6 +174,8 @@ def tradeoff(
         )
     write_config(context, run.out)
     written = [name for name in _FILES if (run.out / name).exists()] + [point.folder for point in result.points]
+    if result.seeded:
+        written.append("a folder of each for every further seed")
     emit(
         {**result.to_dict(), "out": str(run.out)},
         run.as_json,
@@ -203,6 +205,7 @@ def _curve_table(result: Tradeoff) -> Any:
     header = [
         "split rate" if rates else "candidate",
         "accuracy",
+        *([f"over {result.settings.seeds} seeds"] if result.seeded else []),
         *(["from scratch"] if result.controlled else []),
         "p50 ms",
         "p90 ms",
@@ -215,8 +218,9 @@ def _curve_table(result: Tradeoff) -> Any:
     rows = [
         [
             point.name,
-            f"{point.score.accuracy:.1%}",
-            *([f"{point.control.accuracy:.1%}" if point.control else ""] if result.controlled else []),
+            f"{point.accuracy:.1%}",
+            *(["{:.1%} – {:.1%}".format(*point.interval)] if result.seeded else []),
+            *([f"{point.control_accuracy:.1%}" if point.control else ""] if result.controlled else []),
             f"{point.latency.p50_ms:.3f}",
             f"{point.latency.p90_ms:.3f}",
             f"{point.speedup.value:.2f}" if point.speedup else "1",

@@ -138,7 +138,6 @@ class RunOptions:
 
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")]
     config: Config = None
-    augment: Annotated[str, typer.Option(help="Training images: none, flip or flip-crop.")] = "none"
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")] = "auto"
     trust: Trust = False
     allow_changed_weights: ChangedWeights = False

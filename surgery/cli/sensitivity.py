@@ -12,7 +12,7 @@ from surgery.cli.config import write_config
 from surgery.cli.fields import takes_fields
 from surgery.cli.options import DataOptions, Model, RunOptions, Weights, load_if_saved, refuse_untrained
 from surgery.cli.output import Bars, emit, table
-from surgery.settings import IMPORTANCE, KEEPS, Settings, TimingSettings, option
+from surgery.settings import IMPORTANCE, KEEPS, TimingSettings, TrainSettings, option
 from surgery.storage.folders import refuse_folder, staged_folder
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SensitivityOptions(Settings):
+class SensitivityOptions(TrainSettings):
     """Which parts are slimmed, how far, and how the model is trained before."""
 
     split_rate: float = option(0.5, "Split rate in (0, 1] of the part that is slimmed.", name="--split-rate/--rate")
@@ -41,7 +41,7 @@ class SensitivityOptions(Settings):
     weights: Weights = "none"
 
 
-@takes_fields("augment", "batch_size", "device", "memory", "confidence")
+@takes_fields("batch_size", "checkpoint_every", "device", "memory", "confidence")
 def sensitivity(
     context: typer.Context,
     model: Model,
@@ -66,7 +66,7 @@ def sensitivity(
     history = None
     with Bars() as bars:
         if epochs:
-            history = surgery.train(module, images, epochs=epochs, seed=settings.seed, progress=bars)
+            history = surgery.train(module, images, options.training(), progress=bars)
             module = history.module
         result = surgery.sensitivity(
             module, images, rate=options.split_rate, **slimming, settings=settings, progress=bars

@@ -34,6 +34,7 @@ from surgery.training.modes import device_of, in_mode, mixed_seed, plain_modes, 
 from surgery.training.optimizers import check_scored
 from surgery.training.resume import plain_identity
 from surgery.training.run import LossFn
+from surgery.training.tracking import followed
 
 PAPER = EvolveSettings(
     epochs=200, lr=0.256, weight_decay=1e-4, schedule="warmup-cosine", batch_size=32, label_smoothing=0.1
@@ -105,6 +106,7 @@ class Evolution:
 
 
 @accepts(EvolveSettings, model="module", split_rate="rate")
+@followed
 @plain_modes()
 def evolve(
     module: nn.Module,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,3 +38,13 @@ def write_history(trainings: Mapping[str, History | None], folder: Path) -> None
     ]
     if rows:
         write_table(rows, folder / HISTORY)
+
+
+def append_epoch(path: Path, task: str, number: int, figures: Mapping[str, float]) -> None:
+    """Append an epoch to a table as `write_history` writes it; a new one begins with the names of its columns."""
+    row = {"task": task, "epoch": number, **dict.fromkeys(_COLUMNS), **figures}
+    with path.open("a", newline="") as file:
+        table = csv.DictWriter(file, list(row))
+        if not file.tell():
+            table.writeheader()
+        table.writerow(row)

@@ -19,6 +19,7 @@ from surgery.errors import UsageError, whole_number
 from surgery.progress import Progress
 from surgery.settings import TrainSettings, accepts
 from surgery.training.data.adapt import AnyData, as_data
+from surgery.training.data.augmented import Augmentation
 from surgery.training.data.data import Data, count
 from surgery.training.data.fingerprint import module_digest, training_digest
 from surgery.training.engine import Engine
@@ -29,9 +30,11 @@ from surgery.training.optimizers import OPTIMIZERS, check_data, check_trainable,
 from surgery.training.phases import Phase, plan_phases, rehearse
 from surgery.training.resume import Checkpoint
 from surgery.training.run import Batch, LossFn, Run, steps_of_epoch
+from surgery.training.tracking import followed
 
 
 @accepts(TrainSettings)
+@followed
 @plain_modes()
 def train(
     model: nn.Module,
@@ -65,10 +68,12 @@ def train(
             An impossible growth is refused before the training.
         first_step, last_step: train only these steps of the whole training, with its images and learning rates. The
             optimizer begins without state.
-        loss_fn: the loss; by default `classification_loss`.
+        loss_fn: the loss; by default `classification_loss`. With ``mixup`` or ``cutmix`` its labels are probabilities
+            (N, classes); in several processes each mixes its share of a batch.
         after_step: called with the model in training after each step, such as `surgery.hold_masked`.
         checkpoint: a file, written after each epoch, from which an interrupted training resumes to the same weights; a
-            finished training is not repeated. If it resumes within an epoch, images that ``workers`` augment differ.
+            finished training is not repeated. If it resumes within an epoch, random changes that the data set makes by
+            itself in ``workers`` differ; those of the settings do not.
         identity: extra JSON data that distinguishes checkpoints, such as the settings of ``loss_fn``.
         progress: called after each step, with ``task``.
 
@@ -87,6 +92,7 @@ def train(
     settings = settings.training()
     check_data(data)
     check_trainable(model)
+    augmentation = Augmentation.of(data, settings)
     plan = plan_phases(data, settings.epochs, grow or {}, settings.seed)
     total = sum(phase.epochs * steps_of_epoch(phase.images, settings.batch_size) for phase in plan)
     steps = _steps(first_step, last_step, total, grows=bool(grow))
@@ -98,7 +104,7 @@ def train(
     file = None
     if checkpoint is not None:
         own = {**settings.identity(), "steps": list(steps), "precision": engine.precision}
-        file = Checkpoint(Path(checkpoint), {**own, **_identity(model, data, plan), **(identity or {})})
+        file = Checkpoint(Path(checkpoint), {**_identity(model, data, plan), **own, **(identity or {})})
     saved = None if file is None else file.read()
     engine.wait()  # no process may write before all have read
     model = copy.deepcopy(model).to(engine.device)
@@ -117,6 +123,7 @@ def train(
         progress=progress if engine.main else None,
         task=task,
         saved=saved,
+        augmentation=augmentation,
     )
     with file.hold() if file is not None and engine.main else nullcontext(), random_state(engine.device):
         return run.complete(plan)
@@ -147,8 +154,13 @@ def classification_loss(label_smoothing: float = 0.0) -> LossFn:
 
 
 def label_loss(output: Any, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """`classification_loss` of a model's output: logits (N, classes), or a tuple of them and auxiliary logits."""
+    """`classification_loss` of a model's output: logits (N, classes), or a tuple of them and auxiliary logits.
+
+    Labels are classes (N,) or probabilities (N, some of the classes); those of the last classes are 0 then.
+    """
     logits, *others = output if isinstance(output, tuple) else (output,)
+    if labels.is_floating_point() and labels.ndim == 2:
+        labels = functional.pad(labels, (0, logits.shape[1] - labels.shape[1]))
     auxiliary = [other for other in others if other is not None]
     weight = 0.4 if len(auxiliary) == 1 else 0.3
     loss = functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)

@@ -27,6 +27,7 @@ from surgery.training.modes import plain_modes
 from surgery.training.optimizers import check_scored
 from surgery.training.resume import plain_identity
 from surgery.training.run import LossFn, steps_of_epoch
+from surgery.training.tracking import followed
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Lottery:
 
 
 @accepts(LotterySettings, model="module")
+@followed
 @plain_modes()
 def lottery(
     module: nn.Module,

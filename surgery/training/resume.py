@@ -118,7 +118,11 @@ class Checkpoint:
             return None
         state = _load(self.path)
         before = parse_object(state.identity, f"{self.path}: 'identity'")
-        other = [f"{key} {before.get(key)} and not {now.get(key)}" for key in now if before.get(key) != now.get(key)]
+        other = [
+            f"{key} {before.get(key)} and not {now.get(key)}"
+            for key in {**now, **before}
+            if before.get(key) != now.get(key)
+        ]
         if other or set(before) != set(now):
             raise UsageError(
                 f"{self.path} is the checkpoint of another training, with {', '.join(other) or 'other settings'}: "

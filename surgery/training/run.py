@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 
 from surgery.progress import Progress, tell_epoch
 from surgery.settings import TrainSettings
+from surgery.training.compiling import compiling
+from surgery.training.data.augmented import Augmentation
 from surgery.training.data.data import Data, Images, count
 from surgery.training.data.loading import EpochOrder, loader
 from surgery.training.engine import Engine
@@ -27,7 +29,8 @@ from surgery.training.phases import Phase
 from surgery.training.resume import Checkpoint, Progressed, Saved
 
 Batch = tuple[Any, ...]
-"""Images (N, C, H, W), labels (N,), and further parts of items; or what ``Data.collate`` makes."""
+"""Images (N, C, H, W), labels (N,), and further parts of items; or what ``Data.collate`` makes. With ``mixup`` or
+``cutmix``, labels are probabilities (N, classes)."""
 
 LossFn = Callable[[nn.Module, Batch, float], Tensor]
 """From a model in training mode, a batch on its device, and the number of epochs done (a fraction within an epoch) to
@@ -51,6 +54,7 @@ class Run:
     progress: Progress | None
     task: str
     saved: Saved | None
+    augmentation: Augmentation
 
     def complete(self, plan: Sequence[Phase]) -> History:
         """Run from the beginning, or from the checkpoint, to the end."""
@@ -96,7 +100,7 @@ class Run:
     def _grow(self, phase: Phase, growth: Growth) -> None:
         started, before = time.perf_counter(), self.model
         self._take(grow_model(before, growth, self.settings.seed), growth)
-        score = self._score() if self.settings.test_each_epoch else None
+        score = self._score(self.model) if self.settings.test_each_epoch else None
         batch, *_ = next(iter(loader(phase.images, self.settings.batch_size, collate=self.data.collate)))
         record = record_growth(
             phase.first, count(phase.images), before, self.model, batch.to(self.engine.device), score, started
@@ -105,18 +109,17 @@ class Run:
 
     def _train(self, phase: Phase) -> None:
         """Train the remaining epochs of a phase."""
-        order = EpochOrder(phase.images, self.settings.seed)
-        whole = loader(
-            phase.images, self.settings.batch_size, self.settings.workers, order=order, collate=self.data.collate
-        )
+        images = self.augmentation.over(phase.images)
+        order = EpochOrder(images, self.settings.seed, seeds=images is not phase.images)
+        whole = loader(images, self.settings.batch_size, self.settings.workers, order=order, collate=self.data.collate)
         batches = self.engine.share(whole)
-        step = self.engine.make_step(_Objective(self.model, self.loss_fn), self.descent)
-        with in_mode(self.model, training=True):
+        with compiling(self.model, self.settings.compile) as forward, in_mode(self.model, training=True):
+            step = self.engine.make_step(_Objective(forward, self.loss_fn), self.descent)
             while self.at.epoch < phase.first + phase.epochs and not self.over:
                 started = time.perf_counter() - self.at.seconds
                 order.begin(self.at.epoch, self.at.within * (whole.batch_size or 1), whole)
                 self._steps(iter(batches), step, steps_of_epoch(phase.images, self.settings.batch_size), started)
-                score = self._score() if self.settings.test_each_epoch else None
+                score = self._score(forward) if self.settings.test_each_epoch else None
                 loss, seconds = self.at.summed / self.at.counted, time.perf_counter() - started
                 self.at.epochs.append(Epoch(count(phase.images), loss, self._rate(), score, seconds))
                 self.at.within, self.at.counted, self.at.summed, self.at.seconds = 0, 0, 0.0, 0.0
@@ -130,6 +133,7 @@ class Run:
         while self.at.within < count and not self.over:
             seed_everything(seed, rank, self.at.steps)
             batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), tuple(next(batches)))
+            batch = self.augmentation.mix(batch, seed, rank, self.at.steps)
             set_rate(self.descent, self._rate())
             self.at.summed += step(batch, self.at.epoch + self.at.within / count)
             self.at.steps += 1
@@ -147,8 +151,8 @@ class Run:
     def _rate(self) -> float:
         return float(self.settings.peak_lr * SCHEDULES[self.settings.schedule](self.at.steps / self.total))
 
-    def _score(self) -> Score:
-        return evaluate(self.model, self.data.test, **self.settings.scoring, engine=self.engine)
+    def _score(self, model: nn.Module) -> Score:
+        return evaluate(model, self.data.test, **self.settings.scoring, engine=self.engine)
 
     def _save(self) -> None:
         self._check()

@@ -273,7 +273,7 @@ def test_every_option_reaches_the_distillation(run, monkeypatch):
     asked = {}
 
     def take(student, teacher, data, settings, **options):
-        asked.update(settings.to_dict(), **options, augment=data.augment)
+        asked.update(settings.to_dict(), **options)
         asked.update(image_size=data.image_size, images=data.counts[0])
         raise UsageError("enough")
 
@@ -282,7 +282,8 @@ def test_every_option_reaches_the_distillation(run, monkeypatch):
         "--guided 0 --guided 3 --hint 3 --hint 0 --regressor fc --hint-epochs 7 --epochs 9 --joint --loss rkd "
         "--weight labels=0.3 --label-smoothing 0.1 --optimizer sgd --lr 0.2 --hint-lr 0.3 --schedule constant "
         "--batch-size 50 --augment flip --cache none --image-size 8 --precision bf16 --workers 1 "
-        "--checkpoint-every 11 --seed 3 --channels-last --evaluation-batch 70"
+        "--compile --erase 0.25 --mixup 0.2 --cutmix 0.5 --checkpoint-every 11 --seed 3 --channels-last "
+        "--evaluation-batch 70"
     )
     assert run("distill", STUDENT, TEACHER, *ON_DIGITS, *options.split(), "--out", "made")[2] == "error: enough\n"
     layers = {"guided": ["0", "3"], "hint": ["3", "0"], "regressor": "fc"}
@@ -291,6 +292,7 @@ def test_every_option_reaches_the_distillation(run, monkeypatch):
         "label_smoothing": 0.1, "optimizer": "sgd", "lr": 0.2, "hint_lr": 0.3, "schedule": "constant",
         "batch_size": 50, "cache": "none", "precision": "bf16", "workers": 1, "checkpoint_every": 11, "seed": 3,
         "test_each_epoch": True, "checkpoint": Path("made.unfinished"), "augment": "flip", "image_size": 8,
+        "erase": 0.25, "mixup": 0.2, "cutmix": 0.5, "tracker": None, "compile": True,
         "images": 300, "channels_last": True, "momentum": 0.9, "weight_decay": None,
         "evaluation_batch": 70,
     }  # fmt: skip

@@ -170,6 +170,41 @@ def test_a_killed_run_resumes_in_another_process(run, empty_folder):
     assert all(map(same_tensors, weights("whole"), weights("cut")))
 
 
+def test_epochs_are_followed_while_a_run_goes_on_and_all_of_them_in_one_run_of_a_tracker(run, monkeypatch):
+    told = []
+
+    class Tracker:
+        name = "mlflow"
+
+        def __init__(self, where):
+            told.append(where)
+
+        def start(self): ...
+
+        def store_init_configuration(self, values): ...
+
+        def log(self, values, step):
+            told.append((next(iter(values)), step))
+
+        def finish(self):
+            told.append("finish")
+
+    monkeypatch.setattr("accelerate.tracking.MLflowTracker", Tracker)
+    monkeypatch.setattr("accelerate.utils.is_mlflow_available", lambda: True)
+    command = [*ONCE, "--lottery", "0.5", "--tracker", "mlflow:mine", "--out", "made"]
+    with monkeypatch.context() as patched:
+        interrupt(patched, "ticket-1", 5)
+        assert run(*command)[0] == 130
+    trainings = ["generation-1", "generation-2", "dense", "ticket-1"]
+    epochs = [(task, number) for task in trainings for number in (1, 2)][:-1]
+    table = Path("made.unfinished/history.csv").read_text().splitlines()
+    assert [(row["task"], int(row["epoch"])) for row in csv.DictReader(table)] == epochs
+    assert told == ["mine", *((f"{task}/images", number) for task, number in epochs), "finish"]
+    assert run(*command)[0] == 0
+    assert told[-3:] == ["mine", ("ticket-1/images", 2), "finish"]
+    assert Path("made/run.yaml").read_text().count("tracker: mlflow:mine") == 1
+
+
 def test_a_command_with_other_settings_does_not_resume_an_earlier_run(run, monkeypatch):
     with monkeypatch.context() as patched:
         interrupt(patched, "generation-2", 1)

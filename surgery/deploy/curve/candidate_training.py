@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +49,57 @@ class Dense:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A candidate that was trained with one seed, saved, exported and scored."""
+
+    seed: int
+    model: Kept
+    control: Kept | None
+    """The same sizes, trained from scratch."""
+
+    @property
+    def score(self) -> Score:
+        assert self.model.score is not None
+        return self.model.score
+
+    @property
+    def control_score(self) -> Score | None:
+        return None if self.control is None else self.control.score
+
+    @property
+    def control_history(self) -> History | None:
+        return None if self.control is None else self.control.training["scratch"]
+
+
+@dataclass(frozen=True)
 class Measured:
-    """A model of the curve that is trained, saved, exported and scored, but not timed."""
+    """A model of the curve that is trained, saved, exported and scored, but not timed.
+
+    Attributes:
+        trials: one for each seed; the first is timed.
+        budget: how its widths were found, if it was slimmed to a budget.
+    """
 
     candidate: Candidate | Budget
-    folder: Path
     cost: Cost
-    score: Score
-    training: Mapping[str, History]
+    trials: tuple[Trial, ...]
     budget: Mapping[str, Any] | None
-    """How its widths were found, if it was slimmed to a budget."""
-    control: Kept | None = None
-    """The same sizes, trained from scratch."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the first seed's model."""
+        return self.trials[0].model.folder
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The folders of all models by their names in the results."""
+        found: dict[str, Path] = {}
+        for number, trial in enumerate(self.trials):
+            seed = f"-seed-{trial.seed}" if number else ""
+            found[f"{self.candidate.folder}{seed}"] = trial.model.folder
+            if trial.control is not None:
+                found[f"{self.candidate.folder}-scratch{seed}"] = trial.control.folder
+        return found
 
 
 class CandidateTraining:
@@ -71,7 +110,6 @@ class CandidateTraining:
     ) -> None:
         self.store, self.data, self.settings, self.progress = store, data, settings, progress
         self.trust = trust
-        self.lesson = Lesson(settings)
         self.device = pick_device(settings.device)
         self.identity = data_identity(data)
         self.reused: list[str] = []
@@ -114,22 +152,39 @@ class CandidateTraining:
             return Dense(trained, history, self.store.keep(key, {"train": history}, None, made_by).folder)
 
     def candidate(self, candidate: Candidate | Budget, dense: nn.Module) -> Measured:
-        """Make the candidate from the trained dense model and train it, or load it from an earlier run."""
+        """Make the candidate from the trained dense model and train it with each seed, or load what an earlier run
+        trained."""
         start, found = self._start(candidate, dense)
+        trials = []
+        for seed in self.settings.every_seed:
+            model = self._trained(candidate, start, dense, found, seed)
+            trials.append(Trial(seed, model, self._control(candidate, start, seed)))
+        return Measured(candidate, cost(start), tuple(trials), found)
+
+    def _trained(
+        self,
+        candidate: Candidate | Budget,
+        start: nn.Module,
+        dense: nn.Module,
+        found: Mapping[str, Any] | None,
+        seed: int,
+    ) -> Kept:
+        """Train the candidate ``start`` with one seed, export and score it, or load it from an earlier run."""
+        lesson = Lesson(replace(self.settings, seed=seed))
         made_by = {
             "model": module_digest(start),
             "dense": module_digest(dense),
             "data": self.identity,
-            **self.lesson.identity(),
+            **lesson.identity(),
         }
-        key = key_of(made_by)
-        tune, export = (f"{candidate.folder}: {stage}" for stage in ("fine-tune", "export and score"))
-        kept = self._kept(key, candidate.name)
+        key, also = key_of(made_by), also_seed(self.settings, seed)
+        tune, export = (f"{candidate.folder}: {stage}{also}" for stage in ("fine-tune", "export and score"))
+        kept = self._kept(key, f"{candidate.name}{also}")
         place = self.store.place(key)
         with self.progress.task(tune) as progress:
             if kept is None:
                 checkpoint = self.store.unfinished(key)
-                module, training = self.lesson.give(
+                module, training = lesson.give(
                     candidate,
                     self._moved(start),
                     self._moved(dense),
@@ -148,20 +203,19 @@ class CandidateTraining:
                 classify = _onnx_classifier(place / ONNX_FILE, self.settings.threads or usable_cores())
                 score = evaluate(classify, self.data.test, **self.settings.scoring)
                 kept = self.store.keep(key, training, score, made_by)
-        assert kept.score is not None
-        control = self._control(candidate, start)
-        return Measured(candidate, kept.folder, cost(start), kept.score, kept.training, found, control)
+        return kept
 
-    def _control(self, candidate: Candidate | Budget, start: nn.Module) -> Kept | None:
+    def _control(self, candidate: Candidate | Budget, start: nn.Module, seed: int) -> Kept | None:
         """Train a model of the candidate's sizes from scratch, or load it from an earlier run; None: no controls."""
-        settings = control_settings(self.settings)
+        settings = control_settings(replace(self.settings, seed=seed))
         if settings is None:
             return None
         fresh = from_scratch(start, seed=settings.seed, trust=self.trust)
         made_by = {"model": module_digest(fresh), "data": self.identity, "settings": settings.identity()}
-        key, task = key_of(made_by), f"{candidate.folder}: from scratch"
+        also = also_seed(self.settings, seed)
+        key, task = key_of(made_by), f"{candidate.folder}: from scratch{also}"
         with self.progress.task(task) as progress:
-            kept = self._kept(key, f"{candidate.name} from scratch")
+            kept = self._kept(key, f"{candidate.name} from scratch{also}")
             if kept is None:
                 checkpoint = self.store.unfinished(key) / "model.pt"
                 done = train(
@@ -218,6 +272,11 @@ class CandidateTraining:
         if kept is not None:
             self.reused.append(name)
         return kept
+
+
+def also_seed(settings: TradeoffSettings, seed: int) -> str:
+    """The end of the name of a task: nothing for the first seed."""
+    return "" if seed == settings.seed else f", seed {seed}"
 
 
 def _onnx_classifier(path: Path, threads: int) -> Callable[[Tensor], Tensor]:

@@ -40,7 +40,7 @@ def page(result: Tradeoff) -> str:
 def _content(result: Tradeoff) -> dict[str, Any]:
     data, here = result.data, result.environment
     front = result.front
-    points = [_point(point, on_front=point in front) for point in result.points]
+    points = [_point(result, point, on_front=point in front) for point in result.points]
     threads = counted(result.points[0].latency.threads, "thread")
     facts = {
         "model": result.source,
@@ -55,6 +55,7 @@ def _content(result: Tradeoff) -> dict[str, Any]:
         "title": f"{result.name} on {data.source}: speed and accuracy",
         "noise": " ".join(map(sentence, result.doubts)),
         "said": result.conditions,
+        "bars": f"accuracy (bars: 95% interval{' over seeds' if result.seeded else ''})",
         "area": asdict(_AREA),
         "radius": _RADIUS,
         "axes": {key: _axis(key, points) for key in _AXES if any(p[key]["at"] is not None for p in points)},
@@ -92,8 +93,8 @@ def _axis(key: str, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _point(point: Point, *, on_front: bool) -> dict[str, Any]:
-    low, high = point.score.interval()
+def _point(result: Tradeoff, point: Point, *, on_front: bool) -> dict[str, Any]:
+    low, high = point.interval
     memory, file = point.latency.peak_memory_bytes, point.latency.file_bytes
     what = point.name if point.rate is None else f"split rate {point.name}"
     return {
@@ -101,7 +102,7 @@ def _point(point: Point, *, on_front: bool) -> dict[str, Any]:
         "label": short(point.name),
         "title": what if on_front else f"{what} (dominated)",
         "pareto": on_front,
-        "accuracy": {"at": point.score.accuracy, "low": low, "high": high},
+        "accuracy": {"at": point.accuracy, "low": low, "high": high},
         "latency": {"at": point.latency.p50_ms, "low": point.quantile_ms(0.25), "high": point.quantile_ms(0.75)},
         "macs": _exact(point.macs),
         "params": _exact(point.params),
@@ -109,33 +110,34 @@ def _point(point: Point, *, on_front: bool) -> dict[str, Any]:
         "memory": _exact(memory and memory / 2**20),
         "cells": [
             point.name,
-            f"{point.score.accuracy:.2%}",
+            f"{point.accuracy:.2%}",
             f"{point.latency.p50_ms:.3f}",
             point.gain,
             quantity(point.params),
             quantity(point.macs),
             mebibytes(file),
         ],
-        "told": _figures(point),
+        "told": _figures(result, point),
     }
 
 
-def _figures(point: Point) -> list[tuple[str, str]]:
+def _figures(result: Tradeoff, point: Point) -> list[tuple[str, str]]:
     """All figures of a point, as text."""
-    low, high = point.score.interval()
+    low, high = point.interval
     budget = []
     if point.budget is not None:
         limit, *found = (point.budget_text(float(point.budget[name])) for name in ("limit", "predicted", "measured"))
         budget = [("budget", limit), ("predicted, measured", ", ".join(found))]
     control = []
-    if point.control is not None:
-        bounds = "{:.2%} – {:.2%}".format(*point.control.interval())
-        control = [("from scratch", f"{point.control.accuracy:.2%} ({bounds})")]
+    if point.control_accuracy is not None and point.control_interval is not None:
+        bounds = "{:.2%} – {:.2%}".format(*point.control_interval)
+        control = [("from scratch", f"{point.control_accuracy:.2%} ({bounds})")]
     stages = [f"{stage}: {counted(len(history.epochs), 'epoch')}" for stage, history in point.training.items()]
     return [
-        ("accuracy", f"{point.score.accuracy:.2%}"),
+        ("accuracy", f"{point.accuracy:.2%}"),
         ("95% interval", f"{low:.2%} – {high:.2%}"),
         ("correct", f"{point.score.correct} of {point.score.total}"),
+        *_over_seeds(result, point),
         *control,
         ("latency p50", f"{point.latency.p50_ms:.3f} ms"),
         ("p25 – p75", f"{point.quantile_ms(0.25):.3f} – {point.quantile_ms(0.75):.3f} ms"),
@@ -150,6 +152,19 @@ def _figures(point: Point) -> list[tuple[str, str]]:
         ("trained", ", ".join(stages) or "no more"),
         ("files", point.folder),
     ]
+
+
+def _over_seeds(result: Tradeoff, point: Point) -> list[tuple[str, str]]:
+    """What a point with several seeds has besides."""
+    if not point.repeats:
+        return []
+    accuracies = ", ".join(f"{score.accuracy:.2%}" for score in point.scores)
+    found = [(f"with {len(point.scores)} seeds", accuracies)]
+    apart = result.difference(point)
+    if apart is not None:
+        bounds = f"{100 * apart.low:+.2f} – {100 * apart.high:+.2f}"
+        found.append((f"points to {result.points[0].name}", f"{100 * apart.mean:+.2f} ({bounds})"))
+    return found
 
 
 def _exact(value: float | None) -> dict[str, float | None]:

@@ -40,7 +40,7 @@ def _chart(axes: Axes, result: Tradeoff) -> None:
     limit = reach([p.latency.p50_ms for p in result.points], [p.quantile_ms(0.75) for p in result.points])
     axes.plot(
         [p.latency.p50_ms for p in front],
-        [p.score.accuracy for p in front],
+        [p.accuracy for p in front],
         color=_FRONT,
         alpha=0.45,
         linewidth=2,
@@ -49,8 +49,8 @@ def _chart(axes: Axes, result: Tradeoff) -> None:
     )
     for point in result.points:
         _point(axes, point, limit, on_front=point in front)
-        if point.control is not None:
-            at = ([point.latency.p50_ms], [point.control.accuracy])
+        if point.control_accuracy is not None:
+            at = ([point.latency.p50_ms], [point.control_accuracy])
             axes.plot(*at, "o", color=_FAINT, markersize=_MARKER - 2, markerfacecolor="none", zorder=6)
     axes.set_xlim(0, limit)
     _frame(axes, result)
@@ -59,8 +59,8 @@ def _chart(axes: Axes, result: Tradeoff) -> None:
 def _point(axes: Axes, point: Point, limit: float, *, on_front: bool) -> None:
     """Draw a dot with its bars; an arrow where a bar exceeds the ``limit`` of the axis."""
     colour = _FRONT if on_front else _DOMINATED
-    x, y = point.latency.p50_ms, point.score.accuracy
-    low, high = point.score.interval()
+    x, y = point.latency.p50_ms, point.accuracy
+    low, high = point.interval
     axes.errorbar(
         [x],
         [y],
@@ -84,7 +84,7 @@ def _names(figure: Figure, axes: Axes, result: Tradeoff) -> None:
     labels = [
         axes.annotate(
             short(point.name),
-            (point.latency.p50_ms, point.score.accuracy),
+            (point.latency.p50_ms, point.accuracy),
             xytext=(0, 0),
             textcoords="offset pixels",
             ha="center",
@@ -137,7 +137,7 @@ def _frame(axes: Axes, result: Tradeoff) -> None:
         pad=12 + 12 * len(lines),
     )
     axes.set_xlabel("latency, ms (median; bars: 25th to 75th percentile)")
-    axes.set_ylabel("accuracy (bars: 95% interval)")
+    axes.set_ylabel(f"accuracy ({'mean; ' if result.seeded else ''}bars: 95% interval{_over(result)})")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
     axes.margins(y=0.12)
     axes.grid(alpha=0.25)
@@ -149,6 +149,10 @@ def _frame(axes: Axes, result: Tradeoff) -> None:
         label = "the same sizes from scratch"
         handles += axes.plot([], [], "o", color=_FAINT, markerfacecolor="none", label=label)
     axes.legend(handles=handles, loc="lower right", frameon=False)
+
+
+def _over(result: Tradeoff) -> str:
+    return f" over {result.settings.seeds} seeds" if result.seeded else ""
 
 
 def _what(result: Tradeoff) -> str:
@@ -163,7 +167,7 @@ def _table(axes: Axes, result: Tradeoff) -> None:
     cells = [
         [
             short(p.name, 24),
-            f"{p.score.accuracy:.1%}",
+            f"{p.accuracy:.1%}",
             f"{p.latency.p50_ms:.2f} ms",
             p.gain,
             quantity(p.params),

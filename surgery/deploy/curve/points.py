@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from surgery.deploy.curve.seeds import Estimate, Repeat, estimate, paired
 from surgery.deploy.measure.benchmark import BenchmarkResult, Ratio
 from surgery.deploy.measure.environment import Environment
 from surgery.deploy.measure.ratios import noise
@@ -22,6 +23,8 @@ from surgery.units import counted, quantity
 class Point:
     """One model of the curve. Accuracy and latency are measured on its ONNX file.
 
+    With several seeds ``score``, ``latency``, ``training`` and ``control`` are of the first, ``repeats`` of the rest.
+
     Attributes:
         name: the operations on the dense model, as `candidates.parse` reads them: ``0.5`` for a split rate.
         rate: the split rate; None unless it is one number for the whole model.
@@ -32,6 +35,7 @@ class Point:
         budget: how its widths were found, as data of `surgery.Budgeted`, if it was slimmed to a budget.
         control: the score of a model of the same sizes that was trained from scratch, with ``control="scratch"``;
             ``control_history`` is the record of its training.
+        repeats: the same candidate, trained with further seeds.
     """
 
     name: str
@@ -46,6 +50,37 @@ class Point:
     budget: Mapping[str, Any] | None = None
     control: Score | None = None
     control_history: History | None = None
+    repeats: tuple[Repeat, ...] = ()
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """The score with each seed."""
+        return (self.score, *(one.score for one in self.repeats))
+
+    @property
+    def accuracy(self) -> float:
+        """The accuracy, or its mean over seeds."""
+        return _mean(self.scores)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the accuracy: Wilson's, or Student's over seeds."""
+        return _interval(self.scores)
+
+    @property
+    def controls(self) -> tuple[Score, ...]:
+        """The score of the control with each seed."""
+        return tuple(one for one in (self.control, *(one.control for one in self.repeats)) if one is not None)
+
+    @property
+    def control_accuracy(self) -> float | None:
+        """The accuracy of the control, or its mean over seeds."""
+        return _mean(self.controls) if self.controls else None
+
+    @property
+    def control_interval(self) -> tuple[float, float] | None:
+        """Its 95 % interval, as ``interval``."""
+        return _interval(self.controls) if self.controls else None
 
     @property
     def takes(self) -> float | None:
@@ -85,10 +120,9 @@ class Point:
         return float(np.quantile(self.latency.samples_ms, q))
 
     def to_row(self) -> dict[str, Any]:
-        """The point as one flat row, for tables; accuracies are fractions."""
-        low, high = self.score.interval()
-        control = self.control
-        scratch_low, scratch_high = (None, None) if control is None else control.interval()
+        """The point as one flat row, for tables; accuracies are fractions, and images are counted over all seeds."""
+        low, high = self.interval
+        scratch_low, scratch_high = self.control_interval or (None, None)
         return {
             "candidate": self.name,
             "split_rate": self.rate,
@@ -97,12 +131,12 @@ class Point:
             "macs": self.macs,
             "onnx_bytes": self.latency.file_bytes,
             "peak_memory_bytes": self.latency.peak_memory_bytes,
-            "correct": self.score.correct,
-            "tested": self.score.total,
-            "accuracy": self.score.accuracy,
+            "correct": sum(score.correct for score in self.scores),
+            "tested": sum(score.total for score in self.scores),
+            "accuracy": self.accuracy,
             "accuracy_low": low,
             "accuracy_high": high,
-            "scratch_accuracy": control and control.accuracy,
+            "scratch_accuracy": self.control_accuracy,
             "scratch_low": scratch_low,
             "scratch_high": scratch_high,
             **{f"p{p}_ms": self.quantile_ms(p / 100) for p in (10, 25, 50, 75, 90, 99)},
@@ -162,7 +196,8 @@ class Tradeoff:
     def doubts(self) -> tuple[str, ...]:
         """What a reader should know before the figures: which cannot be told apart, and which models only guess."""
         found = [self.too_noisy] if self.too_noisy else []
-        guess = [point.name for point in self.points if point.score.guessed(len(self.data.classes))]
+        classes = len(self.data.classes)
+        guess = [point.name for point in self.points if all(score.guessed(classes) for score in point.scores)]
         if guess:
             whom = "every model" if len(guess) == len(self.points) else f"at {', '.join(guess)} the model"
             chance = f"{1 / len(self.data.classes):.1%}"
@@ -180,21 +215,52 @@ class Tradeoff:
         return any(point.control is not None for point in self.points)
 
     @property
+    def seeded(self) -> bool:
+        """Whether candidates were trained with several seeds."""
+        return any(point.repeats for point in self.points)
+
+    def difference(self, point: Point) -> Estimate | None:
+        """The accuracy of ``point`` less that of the first one, paired by seed; None of the first, or for one seed."""
+        first = self.points[0]
+        if point is first or not point.repeats:
+            return None
+        return paired([score.accuracy for score in point.scores], [score.accuracy for score in first.scores])
+
+    @property
     def conditions(self) -> str:
         """How points were timed and scored, in a line."""
         side, threads = self.data.image_size, counted(self.points[0].latency.threads, "thread")
-        return f"ONNX Runtime, CPU, {threads}, one {side} x {side} image at a time; {self.data.test_images} test images"
+        over = f", {self.settings.seeds} seeds" if self.seeded else ""
+        return (
+            f"ONNX Runtime, CPU, {threads}, one {side} x {side} image at a time; {self.data.test_images} test images"
+            f"{over}"
+        )
 
     @property
     def front(self) -> tuple[Point, ...]:
         """The Pareto front, from fast to slow: points that no other beats in both median latency and accuracy."""
-        found = pareto([(p.latency.p50_ms, p.score.accuracy) for p in self.points])
+        found = pareto([(p.latency.p50_ms, p.accuracy) for p in self.points])
         return tuple(sorted((self.points[i] for i in found), key=lambda p: p.latency.p50_ms))
 
     def rows(self) -> list[dict[str, Any]]:
-        """A flat row for each point; ``pareto`` says whether it is on the front."""
+        """A flat row for each point; ``pareto`` says whether it is on the front.
+
+        With several seeds, ``difference`` is the accuracy less that of the first point, paired by seed.
+        """
         front = self.front
-        return [{**point.to_row(), "pareto": point in front} for point in self.points]
+        return [
+            {**point.to_row(), "pareto": point in front, **(self._over_seeds(point) if self.seeded else {})}
+            for point in self.points
+        ]
+
+    def _over_seeds(self, point: Point) -> dict[str, Any]:
+        found = self.difference(point)
+        return {
+            "seeds": len(point.scores),
+            "difference": found and found.mean,
+            "difference_low": found and found.low,
+            "difference_high": found and found.high,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """All data, raw latency samples included, as plain JSON data."""
@@ -204,6 +270,7 @@ class Tradeoff:
                 "budget": point.budget and {**point.budget, "takes": point.takes},
                 "training": {stage: history.to_dict() for stage, history in point.training.items()},
                 "scratch": point.control_history and point.control_history.to_dict(),
+                **({"repeats": [_repeat(one) for one in point.repeats]} if point.repeats else {}),
                 "benchmark": point.latency.to_dict(),
             }
             for row, point in zip(self.rows(), self.points, strict=True)
@@ -223,6 +290,28 @@ class Tradeoff:
             "too_noisy": self.too_noisy or None,
             "doubts": list(self.doubts),
         }
+
+
+def _mean(scores: Sequence[Score]) -> float:
+    return scores[0].accuracy if len(scores) == 1 else estimate([score.accuracy for score in scores]).mean
+
+
+def _interval(scores: Sequence[Score]) -> tuple[float, float]:
+    if len(scores) == 1:
+        return scores[0].interval()
+    found = estimate([score.accuracy for score in scores])
+    return max(0.0, found.low), min(1.0, found.high)
+
+
+def _repeat(one: Repeat) -> dict[str, Any]:
+    """As plain JSON data."""
+    return {
+        "seed": one.seed,
+        "score": asdict(one.score),
+        "training": {stage: history.to_dict() for stage, history in one.training.items()},
+        "scratch_score": one.control and asdict(one.control),
+        "scratch": one.control_history and one.control_history.to_dict(),
+    }
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

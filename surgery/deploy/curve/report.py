@@ -8,6 +8,7 @@ from pathlib import Path
 from surgery.deploy.curve.html import page
 from surgery.deploy.curve.plot import draw
 from surgery.deploy.curve.points import Point, Tradeoff
+from surgery.deploy.curve.seeds import Estimate
 from surgery.settings import IMPORTANCE, TEACHERS, TradeoffSettings
 from surgery.storage.folders import write_table
 from surgery.training.history import History
@@ -31,6 +32,10 @@ def _histories(result: Tradeoff) -> dict[str, History | None]:
     for point in result.points:
         histories |= {f"{point.folder}: {stage}": history for stage, history in point.training.items()}
         histories[f"{point.folder}: from scratch"] = point.control_history
+        for one in point.repeats:
+            name = f"{point.folder}, seed {one.seed}"
+            histories |= {f"{name}: {stage}": history for stage, history in one.training.items()}
+            histories[f"{name}: from scratch"] = one.control_history
     return histories
 
 
@@ -63,22 +68,27 @@ def _finding(result: Tradeoff) -> str:
     first, fastest = result.points[0], result.front[0]
     what = f"At {first.name} the model" if first.rate is None else f"At split rate {first.rate:g} the model"
     said = (
-        f"{what} classifies {first.score.accuracy:.1%} of the test images correctly, "
+        f"{what} classifies {first.accuracy:.1%} of the test images correctly, "
         f"in {first.latency.p50_ms:.2f} ms an image."
     )
     if fastest is first:
         return said + " None of the others is faster."
     return said + (
-        f" At {fastest.name} it is {fastest.score.accuracy:.1%} in {fastest.latency.p50_ms:.2f} ms: "
+        f" At {fastest.name} it is {fastest.accuracy:.1%} in {fastest.latency.p50_ms:.2f} ms: "
         f"{fastest.gain_with_interval} times as fast, with {fastest.params / first.params:.1%} of the parameters."
     )
 
 
 def _control(point: Point) -> str:
     """The accuracy of the control, with its interval."""
-    if point.control is None:
+    if point.control_accuracy is None or point.control_interval is None:
         return ""
-    return "{:.2%} ({:.1%} – {:.1%})".format(point.control.accuracy, *point.control.interval())
+    return "{:.2%} ({:.1%} – {:.1%})".format(point.control_accuracy, *point.control_interval)
+
+
+def _difference(found: Estimate | None) -> str:
+    """A difference of accuracies in points, with its interval."""
+    return "" if found is None else f"{100 * found.mean:+.2f} ({100 * found.low:+.1f} – {100 * found.high:+.1f})"
 
 
 def _points_table(result: Tradeoff) -> str:
@@ -87,8 +97,9 @@ def _points_table(result: Tradeoff) -> str:
     rows = [
         [
             f"{point.name}{'' if point in front else ' (dominated)'}",
-            f"{point.score.accuracy:.2%}",
-            "{:.1%} – {:.1%}".format(*point.score.interval()),
+            f"{point.accuracy:.2%}",
+            "{:.1%} – {:.1%}".format(*point.interval),
+            *([_difference(result.difference(point))] if result.seeded else []),
             *([_control(point)] if controlled else []),
             f"{point.latency.p50_ms:.3f}",
             f"{point.quantile_ms(0.25):.3f} – {point.quantile_ms(0.75):.3f}",
@@ -106,6 +117,7 @@ def _points_table(result: Tradeoff) -> str:
         "split rate" if all(point.rate is not None for point in result.points) else "candidate",
         "accuracy",
         "95% interval",
+        *([f"points to {result.points[0].name}"] if result.seeded else []),
         *(["from scratch"] if controlled else []),
         "p50 ms",
         "p25 – p75 ms",
@@ -162,7 +174,7 @@ def _method(result: Tradeoff) -> str:
     how = (
         f"The dense model was {trained} on {data.train_images} images of {data.image_size} x {data.image_size}. "
         f"{slimmed}, and the result was {_describe_tuning(settings)}; at 1 nothing is removed. Accuracy is measured on "
-        f"the ONNX file, in ONNX Runtime, on {data.test_images} unseen test images, with Wilson's interval."
+        f"the ONNX file, in ONNX Runtime, on {data.test_images} unseen test images, {_describe_interval(result)}."
     )
     if result.controlled:
         control = next(point.control_history for point in result.points if point.control_history is not None)
@@ -182,6 +194,18 @@ def _method(result: Tradeoff) -> str:
         "least as accurate."
     )
     return "\n\n".join(["## How it was measured", how, timing, *(["\n".join(notes)] if notes else [])])
+
+
+def _describe_interval(result: Tradeoff) -> str:
+    """How accuracies were counted, as the end of a sentence."""
+    if not result.seeded:
+        return "with Wilson's interval"
+    seeds, first = result.settings.every_seed, result.points[0].name
+    return (
+        f"as the mean over {len(seeds)} trainings of each candidate, with seeds {seeds[0]} to {seeds[-1]}, all from "
+        f"the same dense model, with Student's 95% interval over seeds; differences to {first}, in percentage points, "
+        "are paired by seed. Files and latencies are those of the first seed"
+    )
 
 
 def _sessions(result: Tradeoff) -> str:
@@ -226,6 +250,7 @@ def _settings_table(result: Tradeoff) -> str:
         "channels that are kept": IMPORTANCE[settings.importance],
         "optimiser": _describe_optimiser(settings),
         "seed": str(settings.seed),
+        **({"seeds of each candidate": ", ".join(map(str, settings.every_seed))} if settings.seeds > 1 else {}),
         "time for the whole run": f"{result.seconds:.0f} s",
         "reused from earlier runs": ", ".join(result.reused) or "nothing",
     }
@@ -246,7 +271,7 @@ def _describe_optimiser(settings: TradeoffSettings) -> str:
         f"weight decay {settings.decay:g}",
         *([f"label smoothing {settings.label_smoothing:g}"] if settings.label_smoothing else []),
         *([f"precision {settings.precision}"] if settings.precision not in (None, "no") else []),
-        *([f"images augmented by {settings.augment}"] if settings.augment != "none" else []),
+        *([f"images augmented by {settings.augmented}"] if settings.augmented else []),
     ]
     return ", ".join(said)
 

@@ -14,12 +14,13 @@ from torch import nn
 from surgery import models as catalogue
 from surgery.counting.cost import cost
 from surgery.deploy.classifiers import classifier, data_for
-from surgery.deploy.curve.candidate_training import CHECK, ONNX_FILE, CandidateTraining, Measured
+from surgery.deploy.curve.candidate_training import CHECK, ONNX_FILE, CandidateTraining, Measured, also_seed
 from surgery.deploy.curve.candidates import Budget, Candidate, plan_candidates
 from surgery.deploy.curve.control import control_settings, from_scratch
 from surgery.deploy.curve.points import DataSummary, Point, Tradeoff
 from surgery.deploy.curve.report import write_report
 from surgery.deploy.curve.run_progress import RunProgress
+from surgery.deploy.curve.seeds import Repeat
 from surgery.deploy.curve.store import Store, link_folder
 from surgery.deploy.curve.teaching import Lesson
 from surgery.deploy.measure.benchmark import Comparison, compare
@@ -32,7 +33,9 @@ from surgery.settings import TimingSettings, TradeoffSettings, accepts
 from surgery.storage.folders import refuse_folder, staged_folder, unfinished_folder
 from surgery.training.data.adapt import AnyData
 from surgery.training.data.data import Data
+from surgery.training.history_file import HISTORY
 from surgery.training.modes import pick_device
+from surgery.training.tracking import follow
 
 MARKER = "tradeoff.json"
 """The file that marks a folder as a result of `tradeoff`."""
@@ -78,8 +81,9 @@ def tradeoff(
         settings: see `surgery.TradeoffSettings`; its fields may be given as keywords. ``teach`` says what candidates
             learn from: ``labels``; ``kd`` or ``hints`` (`surgery.distill`, with the dense model as teacher); ``evolve``
             (`surgery.evolve` of the dense model). ``control="scratch"`` also trains each candidate's sizes from
-            scratch, with the epochs of the dense model and the candidate together. With a latency budget,
-            ``round_to=1`` means the fastest multiple.
+            scratch, with the epochs of the dense model and the candidate together. ``seeds`` trains each candidate
+            with several seeds, from the same dense model; accuracies are means then, with intervals over seeds. With a
+            latency budget, ``round_to=1`` means the fastest multiple.
         reuse: folders of other runs whose trained models are reused.
         trust: allow ``source`` to import and run code.
         force: replace ``directory`` if it is the result of an earlier run.
@@ -108,13 +112,17 @@ def tradeoff(
     weights = settings.weights
     if not catalogue.is_weights_file(weights):
         weights = catalogue.parse(source, weights=weights).weights if isinstance(source, str) else "as given"
-    shared = ("data_root", "image_size", "limit", "augment", "skip_bad", "strict")
+    shared = ("data_root", "image_size", "limit", "skip_bad", "strict")
     data = data_for({"the model": source}, dataset, **{name: getattr(settings, name) for name in shared})
     dense = classifier(source, data, weights=settings.weights, trust=trust, seed=settings.seed)
     plan = tuple(one.of(dense) if isinstance(one, Budget) else one for one in plan)
     settings = replace(settings, weights=weights, threads=settings.threads or usable_cores())
-    run = RunProgress(_task_weights(dense, plan, data, settings, trust=trust), progress)
-    with unfinished_folder(directory, {"command": "tradeoff"}) as folder:
+    weighted = _task_weights(dense, plan, data, settings, trust=trust)
+    with (
+        unfinished_folder(directory, {"command": "tradeoff"}) as folder,
+        follow(settings, progress, history=folder / HISTORY) as told,
+    ):
+        run = RunProgress(weighted, told)
         store = Store(folder, [*([directory] if directory.is_dir() else []), *reuse])
         training = CandidateTraining(store, data, settings, run, trust=trust)
         training.refuse_unreachable(plan, dense)
@@ -140,9 +148,8 @@ def tradeoff(
             if trained.folder is not None:
                 link_folder(trained.folder, staging / "dense")
             for one in measured:
-                link_folder(one.folder, staging / one.candidate.folder)
-                if one.control is not None:
-                    link_folder(one.control.folder, staging / f"{one.candidate.folder}-scratch")
+                for name, made in one.folders.items():
+                    link_folder(made, staging / name)
             write_report(result, staging)
     return result
 
@@ -169,17 +176,20 @@ def _task_weights(
             module = candidate.apply(dense, **common, seed=settings.seed)
         lesson.refuse(candidate, module, dense)
         macs = whole if settings.teach == "evolve" else cost(module).macs
-        weights[f"{candidate.folder}: fine-tune"] = lesson.passes * macs * epoch_of_one_mac
-        weights[f"{candidate.folder}: export and score"] = export
         control = control_settings(settings)
         if control is not None:
             from_scratch(module, seed=control.seed, trust=trust)  # refuses weights that nothing initialises
-            weights[f"{candidate.folder}: from scratch"] = control.epochs * cost(module).macs * epoch_of_one_mac
+        for also in (also_seed(settings, seed) for seed in settings.every_seed):
+            weights[f"{candidate.folder}: fine-tune{also}"] = lesson.passes * macs * epoch_of_one_mac
+            weights[f"{candidate.folder}: export and score{also}"] = export
+            if control is not None:
+                scratch = control.epochs * cost(module).macs * epoch_of_one_mac
+                weights[f"{candidate.folder}: from scratch{also}"] = scratch
     return {**weights, "measure": measurement * len(plan)}
 
 
 def _point(measured: Measured, comparison: Comparison) -> Point:
-    candidate = measured.candidate
+    candidate, (first, *others) = measured.candidate, measured.trials
     ratio = comparison.ratios.get(candidate.folder)
     return Point(
         name=candidate.name,
@@ -187,13 +197,23 @@ def _point(measured: Measured, comparison: Comparison) -> Point:
         folder=candidate.folder,
         params=measured.cost.params,
         macs=measured.cost.macs,
-        score=measured.score,
+        score=first.score,
         latency=comparison.results[candidate.folder],
         speedup=ratio and ratio.inverse,
-        training=measured.training,
+        training=first.model.training,
         budget=measured.budget,
-        control=None if measured.control is None else measured.control.score,
-        control_history=None if measured.control is None else measured.control.training["scratch"],
+        control=first.control_score,
+        control_history=first.control_history,
+        repeats=tuple(
+            Repeat(
+                one.seed,
+                one.score,
+                one.model.training,
+                one.control_score,
+                one.control_history,
+            )
+            for one in others
+        ),
     )
 
 

@@ -24,6 +24,7 @@ from surgery.errors import CheckpointError, DamageWarning, UsageError
 from surgery.graph.traced import named_tensors
 from surgery.models.saved import DTYPES
 from surgery.progress import Progress
+from surgery.settings import CHANGING
 from surgery.storage.documents import (
     DIGEST,
     check_signature,
@@ -298,10 +299,7 @@ def _describe(teacher: nn.Module, images: Images) -> list[_Output]:
     if not count(images):
         raise UsageError("there are no images to compute the teacher's outputs for")
     if not is_deterministic(images):
-        raise UsageError(
-            "the images change from one reading to the next (augmentation), so the teacher's outputs cannot be cached: "
-            "compute them in each step, or leave out the augmentation"
-        )
+        raise UsageError(CHANGING)
     batch = torch.stack([torch.as_tensor(images[k][0]) for k in range(min(2, count(images)))])
     with in_mode(teacher, training=False), torch.inference_mode():
         return [_Output(output.cpu()) for output in _run_teacher(teacher, batch)]

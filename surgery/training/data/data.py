@@ -21,7 +21,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from surgery.errors import UsageError, unknown_name
-from surgery.training.data.augment import Transform, augmentation
+from surgery.training.data.augment import Pixels, Transform, augmentation
 from surgery.training.data.image_folder import ImageFiles, open_folder
 
 Images = Dataset[tuple[Any, ...]]
@@ -113,8 +113,10 @@ def load_data(
         at_least: see ``image_size``.
         seed: draws the test part, a fifth of each class, where the set has none; and the images that ``limit`` keeps.
         limit: most training, and most test, images to keep.
-        augment: random changes of training images: ``"flip"`` mirrors half of them, ``"flip-crop"`` also pads them by
-            an eighth of their side and crops them back.
+        augment: random changes of training images, one or several joined by ``+``: ``"flip"`` mirrors half of them,
+            ``"flip-crop"`` also pads them by an eighth of their side and crops them back; ``"randaugment"`` and others
+            (`surgery.training.data.augment.AUGMENTATIONS`). The setting ``augment`` of a training does the same to
+            any data, in a way that resumes exactly.
         channels: 3, or 1 for the luminance of the normalised colours.
         skip_bad: leave out the images of a folder that cannot be read, instead of refusing the folder.
         strict: tell data of a resumed run from others by the content of every file, not by path, size and date.
@@ -390,12 +392,20 @@ def _make_grey(data: Data) -> Data:
 
 
 def _augment(data: Data, name: str) -> Data:
-    norm = data.normalisation
-    black = [-mean / std for mean, std in zip(norm.mean, norm.std, strict=True)]
-    if data.channels == 1:
-        black = [sum(share * value for share, value in zip(_LUMINANCE.flatten().tolist(), black, strict=True))]
-    transform = augmentation(name, data.image_size, black)
+    transform = augmentation(name, pixels_of(data))
     return data if transform is None else replace(data, train=_Augmented(data.train, transform), augment=name)
+
+
+def pixels_of(data: Data, height: int | None = None, width: int | None = None) -> Pixels:
+    """What an augmentation must know of the images; they are squares of ``image_size`` where nothing else is given."""
+    norm = data.normalisation
+    mean, std = list(norm.mean), list(norm.std)
+    if data.channels == 1:  # a weighted sum of normalised colours: for a grey pixel of value p, (p - mean) / std
+        shares = _LUMINANCE.flatten().tolist()
+        black = sum(share * -m / s for share, m, s in zip(shares, mean, std, strict=True))
+        std = [1 / sum(share / s for share, s in zip(shares, std, strict=True))]
+        mean = [-black * std[0]]
+    return Pixels(height or data.image_size, width or data.image_size, mean, std)
 
 
 def labels_of(images: Images) -> NDArray[np.int64]:

@@ -11,17 +11,21 @@ from torch.utils.data import DataLoader, Sampler
 from surgery.training.data.data import Images, count
 from surgery.training.modes import mixed_seed
 
+_IMAGES = 1
+"""Keeps the seeds of images apart from others."""
 
-class EpochOrder(Sampler[int]):
-    """A random order of the images, a different one in each epoch.
+
+class EpochOrder(Sampler[Any]):
+    """A random order of the images, a different one in each epoch; with ``seeds``, pairs of an image's position and a
+    seed for its augmentation.
 
     Attributes:
         epoch: counted from 0.
         start: images to skip at the beginning of this epoch, which have been seen.
     """
 
-    def __init__(self, images: Images, seed: int) -> None:
-        self._count, self._seed = count(images), seed
+    def __init__(self, images: Images, seed: int, *, seeds: bool = False) -> None:
+        self._count, self._seed, self._seeds = count(images), seed, seeds
         self.epoch = self.start = 0
 
     def begin(self, epoch: int, start: int, loader: DataLoader[Any]) -> None:
@@ -30,9 +34,10 @@ class EpochOrder(Sampler[int]):
         assert loader.generator is not None
         loader.generator.manual_seed(mixed_seed(self._seed, epoch))
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(mixed_seed(self._seed, self.epoch))
-        yield from torch.randperm(self._count, generator=generator)[self.start :].tolist()
+        for index in torch.randperm(self._count, generator=generator)[self.start :].tolist():
+            yield (index, mixed_seed(self._seed, self.epoch, index, _IMAGES)) if self._seeds else index
 
     def __len__(self) -> int:
         return self._count - self.start

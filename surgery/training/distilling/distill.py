@@ -33,6 +33,7 @@ from surgery.training.modes import plain_modes
 from surgery.training.optimizers import check_data, check_trainable
 from surgery.training.resume import is_finished
 from surgery.training.run import Batch, LossFn
+from surgery.training.tracking import followed
 
 MEMORY_LIMIT = 2 * 2**30
 """Bytes that a teacher's outputs may take with ``cache="auto"``."""
@@ -81,6 +82,7 @@ class Distillation:
 
 
 @accepts(DistillSettings)
+@followed
 @plain_modes()
 def distill(
     student: nn.Module,
@@ -134,6 +136,7 @@ def distill(
     objectives = (objectives,) if isinstance(objectives, Objective) else tuple(objectives)
     if settings.epochs and not objectives and not settings.label_weight:
         raise UsageError("no objectives, and label_weight is 0: there is nothing to learn in stage 2")
+    settings.refuse_mixed(objectives)
     check_data(data)
     check_trainable(student)
     engine = Engine(next(student.parameters()).device, settings.precision)
@@ -267,7 +270,7 @@ class _Teaching:
 
     def _where(self, teacher: nn.Module, task: str) -> str | os.PathLike[str] | None:
         cache = self.settings.cache
-        if cache == "none":
+        if cache == "none" or (cache == "auto" and self.settings.augments):
             return None
         if cache == "auto":
             images = self.pairs.train

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -46,6 +47,9 @@ class Objective(ABC):
 
     A subclass that is a frozen dataclass can have checked settings (`surgery.settings.option`).
 
+    Attributes:
+        takes_mixed: whether ``loss`` can be given labels as probabilities (N, classes), as ``mixup`` and ``cutmix`` do.
+
     Example:
         >>> class Logits(surgery.Objective):
         ...     def compare(self, student, teacher, seed):
@@ -53,6 +57,8 @@ class Objective(ABC):
         ...     def loss(self, ours, theirs, labels, epoch, epochs):
         ...         return torch.nn.functional.mse_loss(ours[0], theirs[0])
     """
+
+    takes_mixed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self, f" of {type(self).__name__}")
@@ -68,7 +74,7 @@ class Objective(ABC):
         Args:
             ours: the student's values of each pair, or the head's outputs for them.
             theirs: the teacher's values.
-            labels: class indices (N,).
+            labels: class indices (N,); probabilities (N, classes) where a training mixes images.
             epoch: number of epochs done, a fraction within an epoch.
             epochs: number of all epochs.
         """
@@ -111,6 +117,7 @@ class KD(Objective):
 class DKD(Objective):
     """Decoupled distillation (Zhao et al., CVPR 2022): see `losses.dkd`. The defaults are the authors'."""
 
+    takes_mixed: ClassVar[bool] = False
     alpha: float = option(1.0, "Weight of the label's class against all others.", least=0)
     beta: float = option(8.0, "Weight of the others among each other.", least=0)
     temperature: float = option(4.0, "Tau, the divisor of both logits.", above=0)

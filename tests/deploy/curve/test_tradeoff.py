@@ -19,7 +19,7 @@ from surgery.errors import UsageError
 from surgery.models.saving import load
 from surgery.settings import TrainSettings
 from surgery.storage.folders import staged_folder
-from surgery.training.data.data import Data, load_data
+from surgery.training.data.data import load_data
 
 
 def tiny(classes: int = 10) -> nn.Module:
@@ -172,6 +172,7 @@ def test_every_training_has_the_settings_that_are_given(tmp_path, monkeypatch):
     trained, scored = [], []
     given = {"optimizer": "adamw", "schedule": "cosine", "momentum": 0.8, "weight_decay": 0.02, "label_smoothing": 0.1}
     given |= {"precision": "bf16", "batch_size": 32, "evaluation_batch": 40, "workers": 0, "test_each_epoch": True}
+    given |= {"augment": "flip", "erase": 0.25, "mixup": 0.2, "cutmix": 0.5}
 
     def record(module, name, told):
         original = getattr(module, name)
@@ -186,16 +187,15 @@ def test_every_training_has_the_settings_that_are_given(tmp_path, monkeypatch):
     record(teaching, "distill", trained)
     record(candidate_training, "evaluate", scored)
     options = {"dataset": "digits", "rates": [0.5], "epochs": 2, "finetune_epochs": 1, "limit": 64, "threads": 1}
-    result = tradeoff(tiny(), directory=tmp_path / "out", teach="kd", augment="flip", **options, **given)
+    result = tradeoff(tiny(), directory=tmp_path / "out", teach="kd", **options, **given)
     settings = [next(one for one in arguments if isinstance(one, TrainSettings)) for arguments, _ in trained]
     assert [one.epochs for one in settings] == [2, 1]
     assert all({name: getattr(one, name) for name in given} == given for one in settings)
     assert [told for _, told in scored] == [{"batch_size": 40, "workers": 0}]
-    images = [next(one for one in arguments if isinstance(one, Data)) for arguments, _ in trained]
-    assert [one.augment for one in images] == ["flip", "flip"]
     assert (
         "AdamW, first beta 0.8, cosine, peak rate 0.001, batch 32, weight decay 0.02, label smoothing 0.1, "
-        "precision bf16, images augmented by flip |" in (tmp_path / "out" / "report.md").read_text()
+        "precision bf16, images augmented by flips, RandomErasing 0.25, MixUp 0.2, CutMix 0.5 |"
+        in (tmp_path / "out" / "report.md").read_text()
     )
     assert [epoch.score is not None for epoch in result.history.epochs] == [True, True]
 

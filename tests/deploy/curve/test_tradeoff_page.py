@@ -59,12 +59,17 @@ def point(name: str, correct: int, p50: float) -> Point:
     return Point(name, rate, f"rate-{name}", 10**5, 10**6, Score(correct, 1000), latency, ratio, training)
 
 
-@pytest.fixture(scope="module")
-def result():
+def curve() -> Tradeoff:
+    """Three points, the last of which is dominated and has a name that HTML must escape."""
     settings = surgery.TradeoffSettings(epochs=2, finetune_epochs=2, lr=0.1, threads=1)
     data = DataSummary("digits", 100, 1000, tuple("0123456789"), 8, Normalisation())
     points = (point("1", 950, 4.0), point("0.5", 930, 2.0), point("</script><b>=2", 900, 3.0))
     return Tradeoff("resnet18", data, settings, points, None, (), environment(), 1.0, "surgery tradeoff <&>")
+
+
+@pytest.fixture(scope="module")
+def result():
+    return curve()
 
 
 def content(text: str):
