@@ -63,21 +63,21 @@ def main() -> None:
 
     for guided, hint in taught.names:
         say(f"hint: {args.student}'s {guided} learns to predict {args.teacher}'s {hint}")
-    scores = {
-        "teacher": taught.teacher_score,
-        "student, taught": taught.score,
-        "student, labels alone": surgery.evaluate(alone, data.test),
+    scored = {
+        "teacher": (teacher, taught.teacher_score),
+        "student, taught": (taught.module, taught.score),
+        "student, labels alone": (alone, surgery.evaluate(alone, data.test)),
     }
-    sizes = {"teacher": teacher, "student, taught": taught.module, "student, labels alone": alone}
-    for name, score in scores.items():
+    for name, (model, score) in scored.items():
         low, high = score.interval()
-        say(f"{name:>22}: {score.accuracy:6.1%} ({low:.1%} to {high:.1%}), {surgery.cost(sizes[name]).params:,} parameters")
+        size = surgery.cost(model).params / 1e6
+        say(f"{name:>22}: {score.accuracy:6.1%} ({low:.1%} to {high:.1%}), {size:.1f} M parameters")
 
     if args.out is not None and PartialState().is_main_process:
         args.out.mkdir(parents=True)
         surgery.save(taught.module, args.out / "student")
         results = {"processes": PartialState().num_processes, "names": taught.names}
-        results["accuracy"] = {name: score.accuracy for name, score in scores.items()}
+        results["accuracy"] = {name: score.accuracy for name, (_, score) in scored.items()}
         (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
 

@@ -59,7 +59,7 @@ def main() -> None:
     if images is None:
         images = args.out / "images"
         make_folder(images, args.per_class)
-    data = surgery.load_data(f"imagefolder:{images}", image_size=args.image_size, augment="none")
+    data = surgery.load_data(f"imagefolder:{images}", image_size=args.image_size)
     print(f"{images}: {data.counts[0]} images to train on and {data.counts[1]} to test on, {len(data.classes)} classes")
 
     source = surgery.models.canonical(args.model, num_classes=len(data.classes))
@@ -67,9 +67,8 @@ def main() -> None:
     inputs = surgery.models.example_inputs(source, image_size=args.image_size)
     dense = surgery.trace(model, inputs, source=source)
 
-    found = surgery.evolve(
-        dense, data, args.rate, args.generations, epochs=args.epochs, batch_size=32, recalibrate=True
-    )  # fmt: skip
+    settings = surgery.EvolveSettings(epochs=args.epochs, batch_size=32, recalibrate=True)
+    found = surgery.evolve(dense, data, args.rate, args.generations, settings)
     for number, generation in enumerate(found.generations, 1):
         print(f"generation {number}: dense {generation.dense.accuracy:6.1%}, slim {generation.slim.accuracy:6.1%}")
     surgery.draw_generations(found, None, args.out / "generations.png", title=f"{args.model} on {images.name}")

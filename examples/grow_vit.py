@@ -61,7 +61,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", default="digits", help="a name that surgery.load_data takes [digits]")
     parser.add_argument("--image-size", type=int, default=32, help="side of the images, a multiple of 8 [32]")
     parser.add_argument("--limit", type=int, help="most training, and most test, images")
-    parser.add_argument("--epochs", type=int, default=6, help="before the growth, and after it [6]")
+    parser.add_argument("--epochs", type=int, default=4, help="before the growth, and after it [4]")
     parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW [0.001]")
     parser.add_argument("--quick", action="store_true", help="200 images, one epoch")
     parser.add_argument("--out", type=Path, help="a folder, in which the figures are written as results.json")

@@ -94,8 +94,8 @@ def compare(model: nn.Module, dense: nn.Module, images: Tensor) -> dict[str, flo
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=float, default=0.75, help="part of the inner channels that is kept [0.75]")
-    parser.add_argument("--crops", type=int, default=64, help="crops to compensate with, and as many to judge [64]")
-    parser.add_argument("--image-size", type=int, default=160, help="side of the images in pixels [160]")
+    parser.add_argument("--crops", type=int, default=32, help="crops to compensate with, and as many to judge [32]")
+    parser.add_argument("--image-size", type=int, default=128, help="side of the images in pixels [128]")
     parser.add_argument("--quick", action="store_true", help="16 crops of 96 pixels")
     parser.add_argument("--out", type=Path, help="a folder, in which the figures are written as results.json")
     args = parser.parse_args()

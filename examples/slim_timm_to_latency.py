@@ -53,19 +53,27 @@ def main() -> None:
     accuracy = {"dense": surgery.evaluate(dense, data.test).accuracy}
     print(f"{args.model}: {accuracy['dense']:.1%} of {data.counts[1]} test images, {surgery.cost(dense).macs:,} MACs")
 
-    # One thread, so that what is measured depends less on what else runs on the machine.
-    budget = args.latency or 0.5 * surgery.benchmark(dense, threads=1, memory=False).p50_ms
-    found = surgery.slim_to_budget(dense, latency_ms=budget, importance="magnitude", threads=1)
+    # One thread: what is measured depends less on what else the machine does. Short measurements: this is an example.
+    timing = {"threads": 1, "min_seconds": 0.2, "memory": False}
+    budget = args.latency or 0.5 * surgery.benchmark(dense, **timing).p50_ms
+    found = surgery.slim_to_budget(
+        dense,
+        latency_ms=budget,
+        importance="magnitude",
+        round_to=8,
+        by="stage",
+        on_figure=lambda figure: print(f"  {figure.what} {figure.name}: {figure.measured:.2f} ms", flush=True),
+        **timing,
+    )
     print(
-        f"{found.before:.2f} ms an image; {found.measured:.2f} ms after slimming to {found.limit:.2f} ms, "
-        f"with {surgery.cost(found.module).macs:,} MACs and widths in multiples of {found.round_to}"
+        f"from {found.before:.2f} ms an image to {found.measured:.2f} ms, for a budget of {found.limit:.2f} ms: "
+        f"{surgery.cost(found.module).macs:,} MACs"
     )
     accuracy["carved"] = surgery.evaluate(found.module, data.test).accuracy
 
     # The budget says which widths; with calibration the channels that stay take over what the others said.
-    slim = surgery.slim(
-        dense, found.rates, round_to=found.round_to, importance=found.importance, calibration=data
-    )  # fmt: skip
+    options = {"round_to": found.round_to, "importance": found.importance}
+    slim = surgery.slim(dense, found.rates, **options, calibration=data)
     accuracy["compensated"] = surgery.evaluate(slim, data.test).accuracy
     taught = surgery.distill(slim, dense, data, hint_epochs=0, epochs=args.epochs, lr=5e-4)
     slim = taught.module
@@ -77,7 +85,7 @@ def main() -> None:
     files = {"dense": args.out / "dense.onnx", "slim": args.out / "slim.onnx"}
     for name, network in (("dense", dense), ("slim", slim)):
         surgery.export_onnx(network, files[name])
-    timed = surgery.compare(files, threads=1, memory=False)
+    timed = surgery.compare(files, **timing)
     ratio = timed.ratios["slim"]
     print(
         f"ONNX Runtime: {timed.results['slim'].p50_ms:.2f} ms for {timed.results['dense'].p50_ms:.2f}, "

@@ -22,10 +22,15 @@ EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 
 
+def python_path() -> str:
+    """The repository before whatever else is on the path."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
 def run_script(name: str, out: Path, launcher: tuple[str, ...] = ()) -> dict:
     """Run a script with ``--quick``, and return its figures."""
     command = [sys.executable, *launcher, str(EXAMPLES / name), "--quick", "--out", str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=out.parent, env=environment, capture_output=True, text=True, timeout=1800, check=False
     )
@@ -112,7 +117,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     pytest.importorskip("ipykernel", reason="needs pip install '.[examples]'")
     for name in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    monkeypatch.setenv("PYTHONPATH", python_path())
     work = tmp_path / "work"
     work.mkdir()
     notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
@@ -134,7 +139,12 @@ def test_the_notebook_is_kept_without_outputs():
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_says_what_it_is_for_and_is_in_the_table(script):
     said = ast.get_docstring(ast.parse(script.read_text())) or ""
-    assert re.findall(r"^(Shows|Needs|Takes|Prints) ", said, flags=re.MULTILINE) == ["Shows", "Needs", "Takes", "Prints"]
+    assert re.findall(r"^(Shows|Needs|Takes|Prints) ", said, flags=re.MULTILINE) == [
+        "Shows",
+        "Needs",
+        "Takes",
+        "Prints",
+    ]
     assert f"python examples/{script.name}" in said
     table = (EXAMPLES / "README.md").read_text()
     assert f"]({script.name})" in table
