@@ -12,7 +12,7 @@ Prints   which layers are paired, and the test accuracy of the teacher and of bo
     python examples/distill_resnet.py
     python examples/distill_resnet.py --dataset torchvision:CIFAR10 --image-size 64 --weights DEFAULT --epochs 30
     accelerate launch --num_processes 4 examples/distill_resnet.py
-    accelerate launch --cpu --num_processes 2 examples/distill_resnet.py --quick
+    ACCELERATE_USE_CPU=1 torchrun --standalone --nproc-per-node 2 examples/distill_resnet.py --quick
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def main() -> None:
     def open_source(name: str, weights: str | None = None) -> nn.Module:
         """The same network in each process: the weights are drawn from a seed."""
         source = surgery.models.canonical(name, num_classes=len(data.classes))
-        model = surgery.models.build(source, weights=weights, seed=0).eval()
-        return surgery.trace(model, surgery.models.example_inputs(source, image_size=args.image_size), source=source)
+        shape = (2, 3, args.image_size, args.image_size)
+        return surgery.models.open_model(source, input_shape=shape, weights=weights, seed=0)
 
     teacher, student = open_source(args.teacher, args.weights), open_source(args.student)
     teacher = surgery.train(teacher, data, epochs=args.epochs, optimizer="adamw").module

@@ -63,9 +63,7 @@ def main() -> None:
     print(f"{images}: {data.counts[0]} images to train on and {data.counts[1]} to test on, {len(data.classes)} classes")
 
     source = surgery.models.canonical(args.model, num_classes=len(data.classes))
-    model = surgery.models.build(source, seed=0).eval()
-    inputs = surgery.models.example_inputs(source, image_size=args.image_size)
-    dense = surgery.trace(model, inputs, source=source)
+    dense = surgery.models.open_model(source, input_shape=(2, 3, args.image_size, args.image_size), seed=0)
 
     settings = surgery.EvolveSettings(epochs=args.epochs, batch_size=32, recalibrate=True)
     found = surgery.evolve(dense, data, args.rate, args.generations, settings)

@@ -47,9 +47,9 @@ def main() -> None:
     data = surgery.load_data(args.dataset, image_size=args.image_size, limit=args.limit)
 
     source = f"timm:{args.model}?num_classes={len(data.classes)}"
-    model = surgery.models.build(source, weights=args.weights, seed=0).eval()
-    inputs = surgery.models.example_inputs(source, image_size=args.image_size)
-    dense = surgery.train(surgery.trace(model, inputs, source=source), data, epochs=args.epochs).module
+    shape = (2, 3, args.image_size, args.image_size)
+    traced = surgery.models.open_model(source, input_shape=shape, weights=args.weights, seed=0)
+    dense = surgery.train(traced, data, epochs=args.epochs).module
     accuracy = {"dense": surgery.evaluate(dense, data.test).accuracy}
     print(f"{args.model}: {accuracy['dense']:.1%} of {data.counts[1]} test images, {surgery.cost(dense).macs:,} MACs")
 
@@ -96,7 +96,10 @@ def main() -> None:
 
     results = {
         "accuracy": accuracy,
-        "macs": {"dense": surgery.cost(dense).macs, "slim": surgery.cost(slim).macs},
+        "macs": {
+            name: surgery.cost(network).macs
+            for name, network in (("dense", dense), ("carved", found.module), ("slim", slim))
+        },
         "budget": found.to_dict(),
         "onnx": {"p50_ms": {name: result.p50_ms for name, result in timed.results.items()}, "ratio": ratio.value},
     }
