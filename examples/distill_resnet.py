@@ -6,7 +6,7 @@ Shows    the two stages of FitNets on two networks of torchvision that have noth
          processes: `accelerate launch`.
 Needs    nothing but the package: MNIST digits that a package carries, and random weights. In earnest,
          `--weights DEFAULT` (ImageNet's, downloaded) or a .pth file for the teacher, and your own images.
-Takes    about three minutes on one CPU core; with `--quick` half of one.
+Takes    about three minutes on one CPU core; with `--quick` about half a minute.
 Prints   which layers are paired, and the test accuracy of the teacher and of both students, with 95 % intervals.
 
     python examples/distill_resnet.py

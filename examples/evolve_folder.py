@@ -4,7 +4,7 @@ Shows    `surgery.evolve` where images are few: generation by generation the sli
          dense one catches up with it. The slim network is then exported.
 Needs    nothing but the package. `--images DIR` is a folder of class folders, or of `train` and `val` folders of these.
          Without it, one is made of scikit-learn's digits, so that you can see what such a folder looks like.
-Takes    about two minutes on one CPU core; with `--quick` a few seconds.
+Takes    about two minutes on one CPU core; with `--quick` about half a minute.
 Prints   the test accuracy of the dense and of the slim network after each generation. `--out` gets the folder of images
          (if one was made), `generations.png`, `slim/`, `slim.onnx` and `results.json`.
 

@@ -3,9 +3,9 @@
 Shows    `surgery.slim_to_budget` with a latency, measured on this machine; the same widths compensated
          (`surgery.slim(..., calibration=)`); what the dense network can still teach the slim one
          (`surgery.distill`); and both as ONNX files, checked against torch and timed in turns.
-Needs    `pip install '.[timm]'`. By default timm's `resnet18` with weights of its own making, trained here on 5,000
+Needs    `pip install '.[timm]'`. By default timm's `resnet18` with weights of its own making, trained here on
          MNIST digits that a package carries. Your own: `--weights best.pth --dataset imagefolder:DIR`.
-Takes    about two minutes on one CPU core; with `--quick` half of one.
+Takes    a few minutes on one CPU core; most of it is measuring, with `--quick` too.
 Prints   the latency of the dense and the slim network, the accuracy of the slim one after each step, and the ratio of
          the ONNX files' latencies with its interval. `--out` gets `dense.onnx`, `slim.onnx`, `slim/` (for
          `surgery.load`) and `results.json`.
@@ -30,14 +30,14 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--weights", help="DEFAULT or a tag of timm's (downloaded), or a .pth or .safetensors file")
     parser.add_argument("--dataset", default="mnist5k", help="a name that surgery.load_data takes [mnist5k]")
     parser.add_argument("--image-size", type=int, default=32, help="side of the images in pixels [32]")
-    parser.add_argument("--limit", type=int, help="most training, and most test, images")
+    parser.add_argument("--limit", type=int, default=1500, help="most training, and most test, images [1500]")
     parser.add_argument("--latency", help="the budget of one image, such as 5ms [half of the dense model's]")
-    parser.add_argument("--epochs", type=int, default=2, help="for the dense model, and for the slim one [2]")
-    parser.add_argument("--quick", action="store_true", help="300 images, one epoch")
+    parser.add_argument("--epochs", type=int, default=3, help="for the dense model, and for the slim one [3]")
+    parser.add_argument("--quick", action="store_true", help="300 images")
     parser.add_argument("--out", type=Path, default=Path("shipped"), help="a folder that does not exist yet [shipped]")
     args = parser.parse_args()
     if args.quick:
-        args.limit, args.epochs = 300, 1
+        args.limit = 300
     return args
 
 
@@ -49,12 +49,12 @@ def main() -> None:
     source = f"timm:{args.model}?num_classes={len(data.classes)}"
     shape = (2, 3, args.image_size, args.image_size)
     traced = surgery.models.open_model(source, input_shape=shape, weights=args.weights, seed=0)
-    dense = surgery.train(traced, data, epochs=args.epochs).module
+    dense = surgery.train(traced, data, epochs=args.epochs, optimizer="adamw").module
     accuracy = {"dense": surgery.evaluate(dense, data.test).accuracy}
     print(f"{args.model}: {accuracy['dense']:.1%} of {data.counts[1]} test images, {surgery.cost(dense).macs:,} MACs")
 
     # One thread: what is measured depends less on what else the machine does. Short measurements: this is an example.
-    timing = {"threads": 1, "min_seconds": 0.2, "memory": False}
+    timing = {"threads": 1, "min_seconds": 0.2, "min_runs": 30, "memory": False}
     budget = args.latency or 0.5 * surgery.benchmark(dense, **timing).p50_ms
     found = surgery.slim_to_budget(
         dense,
@@ -62,6 +62,8 @@ def main() -> None:
         importance="magnitude",
         round_to=8,
         by="stage",
+        rounds=4,
+        tolerance=0.1,
         on_figure=lambda figure: print(f"  {figure.what} {figure.name}: {figure.measured:.2f} ms", flush=True),
         **timing,
     )
