@@ -21,6 +21,7 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from torch import nn
 
@@ -47,14 +48,15 @@ def read_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = read_arguments()
-    say = print if PartialState().is_main_process else lambda *_: None
+    state = PartialState(cpu=not torch.cuda.is_available())
+    say = print if state.is_main_process else lambda *_: None
     data = surgery.load_data(args.dataset, image_size=args.image_size, limit=args.limit)
 
     def open_source(name: str, weights: str | None = None) -> nn.Module:
         """The same network in each process: the weights are drawn from a seed."""
         source = surgery.models.canonical(name, num_classes=len(data.classes))
         shape = (2, 3, args.image_size, args.image_size)
-        return surgery.models.open_model(source, input_shape=shape, weights=weights, seed=0)
+        return surgery.models.open_model(source, input_shape=shape, weights=weights, seed=0).to(state.device)
 
     teacher, student = open_source(args.teacher, args.weights), open_source(args.student)
     teacher = surgery.train(teacher, data, epochs=args.epochs, optimizer="adamw").module
@@ -73,10 +75,10 @@ def main() -> None:
         size = surgery.cost(model).params / 1e6
         say(f"{name:>22}: {score.accuracy:6.1%} ({low:.1%} to {high:.1%}), {size:.1f} M parameters")
 
-    if args.out is not None and PartialState().is_main_process:
+    if args.out is not None and state.is_main_process:
         args.out.mkdir(parents=True)
         surgery.save(taught.module, args.out / "student")
-        results = {"processes": PartialState().num_processes, "names": taught.names}
+        results = {"processes": state.num_processes, "names": taught.names}
         results["accuracy"] = {name: score.accuracy for name, (_, score) in scored.items()}
         (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 

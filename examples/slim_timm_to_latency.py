@@ -3,7 +3,7 @@
 Shows    `surgery.slim_to_budget` with a latency, measured on this machine; the same widths compensated
          (`surgery.slim(..., calibration=)`); what the dense network can still teach the slim one
          (`surgery.distill`); and both as ONNX files, checked against torch and timed in turns.
-Needs    `pip install '.[timm]'`. By default timm's `resnet18` with weights of its own making, trained here on
+Needs    `pip install '.[timm]'`. By default timm's `resnet18` with random weights, trained here on
          MNIST digits that a package carries. Your own: `--weights best.pth --dataset imagefolder:DIR`.
 Takes    a few minutes on one CPU core; most of it is measuring, with `--quick` too.
 Prints   the latency of the dense and the slim network, the accuracy of the slim one after each step, and the ratio of
