@@ -11,7 +11,8 @@ from typing import Any
 import surgery
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+_APART = ("README.md", "CONTRIBUTING.md", "examples/README.md")
+PAGES = sorted([*(ROOT / name for name in _APART), *(ROOT / "docs").rglob("*.md")])
 _SAYS = "# → "
 
 

@@ -41,7 +41,8 @@ class Engine:
             precision: one of `surgery.settings.PRECISIONS`; by default the one of ``accelerate launch``, or none.
 
         Raises:
-            UsageError: an unknown precision, one that the device lacks, or a launch that shards the model.
+            UsageError: an unknown precision, one that the device lacks, a launch that shards the model, or several
+                processes of which accelerate does not know.
         """
         if precision is not None and precision not in PRECISIONS:
             raise unknown_name("precision", precision, PRECISIONS)
@@ -53,6 +54,12 @@ class Engine:
         if self._accelerator.distributed_type not in _DATA_PARALLEL:
             name = self._accelerator.distributed_type.value
             raise UsageError(f"accelerate launch is set to {name}: only plain data parallelism is supported")
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched > 1 and self.processes == 1:  # each process would train alone, on all images, and report
+            raise UsageError(
+                f"{launched} processes were launched, but accelerate was set up for one before this call: "
+                "on CPUs make its state with accelerate.PartialState(cpu=True), or leave that to surgery"
+            )
         if self.precision == "fp16" and self.device.type == "cpu":
             raise UsageError("the precision fp16 needs a GPU: on a CPU use bf16")
 

@@ -141,6 +141,13 @@ def test_a_launch_that_shards_the_model_is_refused(monkeypatch):
         Engine(torch.device("cpu"))
 
 
+def test_processes_that_would_each_train_alone_are_refused(monkeypatch):
+    Engine(torch.device("cpu"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(surgery.UsageError, match=r"2 processes were launched, .*PartialState\(cpu=True\)"):
+        Engine(torch.device("cpu"))
+
+
 def test_a_plain_process_is_the_main_one():
     assert is_main_process()
     assert Engine(torch.device("cpu")).main
