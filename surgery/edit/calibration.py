@@ -18,6 +18,8 @@ IMAGES = 512
 """The most items of a data set that are read."""
 _BATCH = 32
 """The most inputs that run at once, where they can be split."""
+_FEW = 8
+"""Of how many inputs a network is told to have what kinds of calls."""
 _KEPT = 2**26
 """The most bytes of a data set that are kept from one reading to the next."""
 _HELD_OUT = 4
@@ -50,16 +52,34 @@ class Calibration:
             raise UsageError("calibration has no inputs: pass a batch of them, batches or a data set")
         if self._size is not None and sum(-(-n // self._size) for n in counts) < _HELD_OUT:
             self._size = max(1, math.ceil(max(counts) / math.ceil(_HELD_OUT / len(counts))))
+        self._most = max(counts)
         self.count = sum(1 for _ in self.batches())
 
-    def batches(self, *, held_out: bool | None = None) -> Iterator[tuple[int, Inputs]]:
-        """The batches with their numbers; those held out, the others, or all."""
-        number = -1
-        for inputs in self._read():
-            for part in _split(inputs, self._size):
-                number += 1
-                if held_out is None or held_out == (number % _HELD_OUT == _HELD_OUT - 1):
-                    yield number, part
+    def few(self) -> tuple[Inputs, int]:
+        """The first inputs, few if they can be split, and their number; 1 where it is not known."""
+        _, first = next(self.batches())
+        (few, *_) = _split(first, _FEW if self._known.batched else None)
+        return few, _count(few)
+
+    def limit(self, size: int) -> None:
+        """Run no more than so many inputs at once, if they can be split."""
+        if self._size is not None and size < min(self._size, self._most):
+            self._size = max(1, size)
+            self.count = sum(1 for _ in self.batches())
+
+    def batch(self, number: int) -> Inputs:
+        """The batch of that number."""
+        return next(inputs for at, inputs in self.batches() if at == number)
+
+    def batches(self) -> Iterator[tuple[int, Inputs]]:
+        """The batches with their numbers."""
+        parts = (part for inputs in self._read() for part in _split(inputs, self._size))
+        yield from enumerate(parts)
+
+    @staticmethod
+    def held_out(number: int) -> bool:
+        """Whether the batch of that number is held out."""
+        return number % _HELD_OUT == _HELD_OUT - 1
 
     def _read(self) -> Iterator[Inputs]:
         for batch in self._given:
