@@ -47,7 +47,7 @@ _LEAST_ROWS = 8192
 """Rows that are looked at in any case, if there are so many."""
 _NUMBERS = 2**20
 """The most numbers of the rows that are added up at once."""
-_AT_ONCE = 2**25
+_AT_ONCE = 2**24
 """The most bytes that a call is given and gives, where inputs can be split."""
 _DEFAULT = 1e-3
 """The damping where there are too few inputs to hold some out."""
@@ -118,6 +118,7 @@ def compensate(
     inputs = Calibration(dense, calibration)
     with torch.random.fork_rng(), torch.no_grad(), Shelf() as shelf:
         teacher = Network(dense)
+        inputs.split_if_alike(teacher.module)
         few, number = inputs.few()
         read, reads = teacher.survey(few), Network(slim).survey(few)
         plan = find_readers(analysis, origins, read, reads, slim)
@@ -251,24 +252,22 @@ def _rows(
         layer, other = found.layer, given.get(found.number)
         places = layer.places(found.x, tuple(found.weight.shape[2:]))
         sizes = layer.sizes(places)
-        if other is None or layer.channels_last(_given(other)).shape[:-1] != sizes:
+        y = None if other is None else layer.channels_last(_given(other))
+        if y is None or y.shape[:-1] != sizes:
             continue
-        target = _target(reader, other, found)
         at = torch.randperm(sizes.numel(), generator=torch.Generator().manual_seed(number))[:limit]
         width = places.numel() // max(sizes.numel(), 1)
-        for part in torch.split(at.to(target.device), max(1, _NUMBERS // width)):
-            yield gather_rows(layer, places, target, part)
+        for part in torch.split(at.to(y.device), max(1, _NUMBERS // width)):
+            read, wanted = gather_rows(places, y, part)
+            wanted = _pick(reader, wanted)
+            if found.bias is not None and reader.constant is None:  # it stays
+                wanted -= found.bias
+            yield read, wanted
 
 
 def _given(found: Seen) -> Tensor:
     assert found.y is not None
     return found.y
-
-
-def _target(reader: Reader, dense: Seen, slim: Seen) -> Tensor:
-    """What the student's layer is to give, apart from a bias that stays: what the teacher's gave, channels last."""
-    target = _pick(reader, dense.layer.channels_last(_given(dense)))
-    return target - slim.bias if slim.bias is not None and reader.constant is None else target
 
 
 def _pick(reader: Reader, y: Tensor) -> Tensor:

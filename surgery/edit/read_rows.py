@@ -79,7 +79,7 @@ def _spread(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     return x
 
 
-def gather_rows(layer: Layer, places: Tensor, y: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+def gather_rows(places: Tensor, y: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of a call: what is read, (n, groups * inputs), and what is given, (n, channels).
 
     Args:

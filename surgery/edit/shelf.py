@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +40,7 @@ class Shelf:
         self._files: dict[str, Path] = {}
         self._held: dict[str, int] = {}
         self._used = 0
+        self._numbers = itertools.count()
 
     def __enter__(self) -> Self:
         return self
@@ -69,7 +71,7 @@ class Shelf:
     def _file(self, name: str) -> Path:
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="surgery-")
-        return self._files.setdefault(name, Path(self._folder.name) / str(len(self._files)))
+        return self._files.setdefault(name, Path(self._folder.name) / str(next(self._numbers)))
 
     def _write(self, path: Path, tensor: Tensor) -> Kept:
         whole = tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
