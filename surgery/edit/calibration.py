@@ -54,8 +54,6 @@ class Calibration:
         self._counts = [_count(inputs) for inputs in self._read()]
         if not self._counts:
             raise UsageError("calibration has no inputs: pass a batch of them, batches or a data set")
-        if self._known.batched:
-            self._split()
 
     @property
     def count(self) -> int:
@@ -75,7 +73,7 @@ class Calibration:
             run: the network; it may write to what it is given.
         """
         _, first = next(self.batches())
-        if self._size is not None or _count(first) < 2:
+        if _count(first) < 2:
             return
         parts = [
             pytree.tree_map_only(Tensor, partial(_rows, first=k, count=n), first) for k, n in ((0, 2), (0, 1), (1, 1))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from surgery.axes.analysis import Analysis
 from surgery.edit.calibration import Inputs
@@ -160,7 +161,7 @@ class Network:
         """What is read in the course of a run on these inputs."""
         found = Survey(self.book)
         torch.manual_seed(0)
-        args, kwargs = inputs
+        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, inputs)  # a model may write to what it is given
         try:
             with Watch(self.book, found.read, found.other):
                 self.module(*args, **kwargs)
