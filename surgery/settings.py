@@ -331,6 +331,12 @@ class BudgetSettings(TimingSettings):
     least: float = option(0.125, "Lowest rate at which a part is slimmed.", above=0, most=1)
     tolerance: float = option(0.05, "Stop at a model that takes at least 1 - tolerance of the budget.", above=0, most=1)
     rounds: int = option(8, "Models to make and measure on the way, at most.", least=1)
+    round_to: int | None = option(
+        None,
+        "Round numbers of channels up to a multiple of this. [default: 1; with --latency 1, 8, 16 or 32, what is "
+        "measured to be faster]",
+        least=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

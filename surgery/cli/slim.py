@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 
     from surgery import Budgeted, Figure
 
+_TEST = 64
+"""Test images on which a fitted model is compared with the dense one, at the most."""
 _MOST_RATES = 8
 """Groups of which the terminal shows the rates, at the most; --json lists all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetOptions(Settings):
-    """The budget to slim to, one of four, and what the search looks at."""
+    """The budget to slim to, one of four, and the data that are looked at."""
 
     macs: str | None = option(
         None, "Slim to so many MACs an input, as in 300M, or to a share of the model's own, as in 0.5.", metavar="N"
@@ -47,7 +49,23 @@ class BudgetOptions(Settings):
         "weights that go, which needs no data]",
         metavar="DATA",
     )
+    calibrate: str | None = option(
+        None,
+        "Fit the layers that read removed channels to what the dense model gives on 512 training images of this data "
+        "set, so that the kept channels take over.",
+        metavar="DATA",
+    )
+    image_size: int | None = option(None, "Side in pixels of the data's images. [default: the model's]", least=1)
     data_root: Path | None = option(None, "Where torchvision's data sets are kept.", metavar="DIR")
+    limit: int | None = option(None, "Use so many training and test images at most.")
+    skip_bad: bool = option(False, "Leave out images that cannot be read.")
+
+    def load(self, model: nn.Module, dataset: str | None) -> surgery.Data | None:
+        """Load a data set for the model; None where there is none."""
+        if dataset is None:
+            return None
+        options: dict[str, Any] = {one: getattr(self, one) for one in ("image_size", "data_root", "limit", "skip_bad")}
+        return surgery.data_for({"the model": model}, dataset, **options)
 
     def find(self) -> tuple[str, str] | None:
         """Return the one budget that is given and its text; None if there is none."""
@@ -75,13 +93,6 @@ def slim(
     importance: Annotated[
         str, typer.Option(metavar="WHICH", help=KEEPS, autocompletion=completion(IMPORTANCE))
     ] = "prefix",
-    round_to: Annotated[
-        int | None,
-        typer.Option(
-            help="Round numbers of channels up to a multiple of this. [default: 1; with --latency 1, 8, 16 or 32, "
-            "what is measured to be faster]"
-        ),
-    ] = None,
     outputs: OutputNames = None,
     opening: Opening,
     settings: BudgetSettings,
@@ -92,7 +103,8 @@ def slim(
     At a rate, every layer keeps the same part of its channels. To a budget, each part gets its own rate: channels go
     where most is saved for the least damage. Give one: --rate, --macs, --params, --bytes or --latency.
 
-    The result is compared with the dense model whose other channels are switched off.
+    The result is compared with the dense model whose other channels are switched off. With --calibrate, this is said of
+    the model as carved; then its layers are fitted, and the difference to the dense model on test images is shown.
     """
     wanted = budget.find()
     if (wanted is None) == (not rate):
@@ -106,15 +118,20 @@ def slim(
             raise UsageError("--dataset is for a budget: a rate needs no data")
         wish = parse_one_or_per_layer("--rate", rate, float, float)
         before = opening.open(model)
-        free = name_outputs(outputs)
-        after = surgery.slim(before, wish, round_to=round_to or 1, importance=importance, outputs=free)
-        finish(before, after, writing, _switched_off(before, after, wish, round_to or 1, importance, free))
+        images = budget.load(before, budget.calibrate)
+        how: dict[str, Any] = {"round_to": settings.round_to or 1, "importance": importance}
+        how["outputs"] = name_outputs(outputs)
+        carved = after = surgery.slim(before, wish, **how)
+        compare = _switched_off(before, carved, wish, **how)
+        if images is not None:
+            after = surgery.slim(before, wish, **how, calibration=images)
+        finish(before, after, writing, compare, **_tell_fit(before, carved, after, images, budget.calibrate))
         return
     if outputs:
         raise UsageError("--outputs goes with --rate: to a budget, what the model returns stays as it is")
     assert wanted is not None
     parse_amount(*wanted)
-    _to_budget(opening.open(model), *wanted, budget, importance, round_to, settings, writing)
+    _to_budget(opening.open(model), *wanted, budget, importance, settings, writing)
 
 
 _NEITHER = (
@@ -129,14 +146,12 @@ def _to_budget(
     text: str,
     budget: BudgetOptions,
     importance: str,
-    round_to: int | None,
     settings: BudgetSettings,
     writing: Writing,
 ) -> None:
     """Search for the model that keeps to a budget, and write it."""
-    images = None
-    if budget.dataset is not None:
-        images = surgery.data_for({"the model": before}, budget.dataset, data_root=budget.data_root)
+    images, calibration = budget.load(before, budget.dataset), budget.load(before, budget.calibrate)
+    if images is not None:
         before = surgery.classifier(before, images)
     limit: dict[str, Any] = {LIMITS[what]: text}
     with Bars() as bars:
@@ -147,13 +162,38 @@ def _to_budget(
             **limit,
             data=images,
             importance=importance,
-            round_to=round_to,
+            calibration=calibration,
             settings=settings,
             progress=bars,
             on_figure=lambda figure: bars.say(_tell(figure)),
         )
-    compare = _switched_off(before, found.module, found.rates, found.round_to, importance)
-    finish(before, found.module, writing, compare, more={"budget": found.to_dict()}, said=_describe(found))
+    carved = found.module
+    if calibration is not None:
+        carved = surgery.slim(before, found.rates, round_to=found.round_to, importance=importance)
+    fit = _tell_fit(before, carved, found.module, calibration, budget.calibrate)
+    said = [*_describe(found), *fit.get("said", ())]
+    compare = _switched_off(before, carved, found.rates, found.round_to, importance)
+    finish(before, found.module, writing, compare, more={"budget": found.to_dict(), **fit.get("more", {})}, said=said)
+
+
+def _tell_fit(
+    before: nn.Module, carved: nn.Module, after: nn.Module, images: surgery.Data | None, name: str | None
+) -> dict[str, Any]:
+    """What a fit to images did, for `finish`: as JSON and as lines."""
+    import torch
+
+    fits = [step for step in surgery.recipe(after).steps if isinstance(step, surgery.Compensate)]
+    if images is None or not fits:
+        return {}
+    count = len(images.test)
+    batch = torch.stack([images.test[k * count // min(count, _TEST)][0] for k in range(min(count, _TEST))])
+    apart = {kind: surgery.verify(one, before, batch).max_rel for kind, one in (("carved", carved), ("fitted", after))}
+    said = [
+        f"then fitted to {name}: on {counted(len(batch), 'test image')} outputs differ from the dense model's by "
+        f"{apart['fitted']:.2g} of their largest, as carved by {apart['carved']:.2g}",
+        *(f"left as carved: {layer}, {why}" for layer, why in fits[-1].left.items()),
+    ]
+    return {"more": {"fit": {"dataset": name, "difference": apart, **fits[-1].to_dict()}}, "said": said}
 
 
 def _switched_off(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, default_collate
@@ -18,10 +19,15 @@ IMAGES = 512
 """The most items of a data set that are read."""
 _BATCH = 32
 """The most inputs that run at once, where they can be split."""
+_FEW = 2
+"""Of how many inputs a network is told to have what kinds of calls."""
 _KEPT = 2**26
 """The most bytes of a data set that are kept from one reading to the next."""
 _HELD_OUT = 4
 """Of so many batches the last is held out."""
+
+_ROUNDING = 1e-3
+"""Relative difference up to which outputs are the same."""
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named inputs of one call."""
@@ -44,22 +50,67 @@ class Calibration:
         self._known = info(module)
         self._like = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
         self._given = _open(given)
-        self._size = _BATCH if self._known.batched else None
-        counts = [_count(inputs) for inputs in self._read()]
-        if not counts:
+        self._size: int | None = None
+        self._counts = [_count(inputs) for inputs in self._read()]
+        if not self._counts:
             raise UsageError("calibration has no inputs: pass a batch of them, batches or a data set")
-        if self._size is not None and sum(-(-n // self._size) for n in counts) < _HELD_OUT:
-            self._size = max(1, math.ceil(max(counts) / math.ceil(_HELD_OUT / len(counts))))
-        self.count = sum(1 for _ in self.batches())
 
-    def batches(self, *, held_out: bool | None = None) -> Iterator[tuple[int, Inputs]]:
-        """The batches with their numbers; those held out, the others, or all."""
-        number = -1
-        for inputs in self._read():
-            for part in _split(inputs, self._size):
-                number += 1
-                if held_out is None or held_out == (number % _HELD_OUT == _HELD_OUT - 1):
-                    yield number, part
+    @property
+    def count(self) -> int:
+        """The number of batches."""
+        return sum(1 if self._size is None else -(-n // self._size) for n in self._counts)
+
+    def few(self) -> tuple[Inputs, int]:
+        """The first inputs, few if they can be split, and their number; 1 where it is not known."""
+        _, first = next(self.batches())
+        (few, *_) = _split(first, None if self._size is None else _FEW)
+        return few, _count(few)
+
+    def split_if_alike(self, run: Callable[..., Any]) -> None:
+        """Split batches where a network gives for two inputs what it gives for each of them.
+
+        Args:
+            run: the network; it may write to what it is given.
+        """
+        _, first = next(self.batches())
+        if _count(first) < 2:
+            return
+        parts = [
+            pytree.tree_map_only(Tensor, partial(_rows, first=k, count=n), first) for k, n in ((0, 2), (0, 1), (1, 1))
+        ]
+        try:
+            both, *each = (
+                [leaf for leaf in pytree.tree_leaves(run(*args, **kwargs)) if isinstance(leaf, Tensor)]
+                for args, kwargs in pytree.tree_map_only(Tensor, torch.clone, parts)
+            )
+        except Exception:  # the model's own Python, which may raise anything: another batch than it was made for
+            return
+        if all(len(one) == len(both) for one in each) and all(map(_are_parts, both, *each)):
+            self._split()
+
+    def limit(self, size: int) -> None:
+        """Run no more than so many inputs at once, if they can be split."""
+        if self._size is not None:
+            self._size = max(1, min(self._size, size))
+
+    def _split(self) -> None:
+        self._size = _BATCH
+        if self.count < _HELD_OUT:
+            self._size = max(1, math.ceil(max(self._counts) / math.ceil(_HELD_OUT / len(self._counts))))
+
+    def batch(self, number: int) -> Inputs:
+        """The batch of that number."""
+        return next(inputs for at, inputs in self.batches() if at == number)
+
+    def batches(self) -> Iterator[tuple[int, Inputs]]:
+        """The batches with their numbers."""
+        parts = (part for inputs in self._read() for part in _split(inputs, self._size))
+        yield from enumerate(parts)
+
+    @staticmethod
+    def held_out(number: int) -> bool:
+        """Whether the batch of that number is held out."""
+        return number % _HELD_OUT == _HELD_OUT - 1
 
     def _read(self) -> Iterator[Inputs]:
         for batch in self._given:
@@ -131,6 +182,16 @@ def _count(inputs: Inputs) -> int:
     leaves = pytree.tree_leaves(inputs)
     sizes = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
     return sizes.pop() if len(sizes) == 1 and all(isinstance(leaf, Tensor) and leaf.ndim for leaf in leaves) else 1
+
+
+def _are_parts(both: Tensor, one: Tensor, other: Tensor) -> bool:
+    """Whether two outputs make up that of both inputs, to rounding."""
+    if both.shape[:1] != (2,) or one.shape[:1] != (1,) or other.shape[:1] != (1,):
+        return False
+    if any(part.shape[1:] != both.shape[1:] for part in (one, other)):
+        return False
+    apart = (both - torch.cat([one, other])).abs().double()
+    return bool(apart.max() <= _ROUNDING * both.abs().max()) if both.numel() else True
 
 
 def _split(inputs: Inputs, size: int | None) -> Iterator[Inputs]:

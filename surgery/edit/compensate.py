@@ -11,17 +11,20 @@ with ``d`` the mean variance of its inputs (for a convolution, of the patches th
 layers before it are fitted already, errors do not add up. The damping is the one of a few with the smallest error on
 every fourth batch, which is held out; the carved layer as it was is one of the choices.
 
-The layers that read an edited axis are fitted, one after the other: both networks run again for each, so that no
-activation is stored, and there is one matrix of sums (`surgery.edit.ridge`) at a time. Of the same kind are the least
-squares of channel pruning (He, Zhang and Sun, ICCV 2017, section 3.1) and of OSSCAR (Meng et al., ICML 2024).
+The layers that read an edited axis are fitted, one after the other. Both networks run side by side on all inputs, up to
+the layer, and wait there (`surgery.edit.streams`): each runs once in all. Of the values that wait, what does not fit
+into a small part of the memory is in temporary files. There is one matrix of sums (`surgery.edit.ridge`) at a time. Of
+the same kind are the least squares of channel pruning (He, Zhang and Sun, ICCV 2017, section 3.1) and of OSSCAR (Meng
+et al., ICML 2024).
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,19 +32,23 @@ from torch import Tensor, nn
 
 from surgery.axes.analysis import Analysis
 from surgery.edit.apply import apply
-from surgery.edit.calibration import Calibration, Inputs
-from surgery.edit.read_rows import gather_rows
-from surgery.edit.readers import Network, Reader, Seen, find_readers, takes_bias
-from surgery.edit.ridge import DAMPINGS, Fit, Sums, solve
+from surgery.edit.calibration import Calibration
+from surgery.edit.read_rows import Layer, gather_rows, split_groups
+from surgery.edit.readers import Network, Reader, find_readers, takes_bias
+from surgery.edit.ridge import DAMPINGS, Fit, Problems, Sums
+from surgery.edit.shelf import Kept, Shelf
 from surgery.edit.step import MEAN, Origin, Step
+from surgery.edit.streams import Run, Runner, Seen
 from surgery.errors import EditError, UsageError
 
 _ROWS = 16
 """Rows for each weight of an output that are looked at, at most."""
 _LEAST_ROWS = 8192
 """Rows that are looked at in any case, if there are so many."""
-_NUMBERS = 2**22
+_NUMBERS = 2**20
 """The most numbers of the rows that are added up at once."""
+_AT_ONCE = 2**24
+"""The most bytes that a call is given and gives, where inputs can be split."""
 _DEFAULT = 1e-3
 """The damping where there are too few inputs to hold some out."""
 
@@ -109,53 +116,107 @@ def compensate(
         UsageError: no inputs, inputs that the network does not take, or activations that are not finite.
     """
     inputs = Calibration(dense, calibration)
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad(), Shelf() as shelf:
         teacher = Network(dense)
-        _, first = next(inputs.batches())
-        plan = find_readers(analysis, origins, teacher.survey(first), Network(slim).survey(first), slim)
+        inputs.split_if_alike(teacher.module)
+        few, number = inputs.few()
+        read, reads = teacher.survey(few), Network(slim).survey(few)
+        plan = find_readers(analysis, origins, read, reads, slim)
+        if next(iter(teacher.tensors.values())).device.type == "cpu":
+            inputs.limit(_AT_ONCE * number // max(read.most, reads.most))
         fitted = tuple(dict.fromkeys(reader.name for reader in plan.readers))
         result = apply(slim, Compensate(fitted, plan.biases, plan.left))
         student = Network(result, {reader.constant[0] for reader in plan.readers if reader.constant is not None})
+        pairs = _Pairs(teacher, student, inputs, shelf)
         for reader in plan.readers:
-            _fit(reader, teacher, student, inputs)
+            _fit(reader, student.tensors, pairs)
     return result
 
 
-def _fit(reader: Reader, teacher: Network, student: Network, inputs: Calibration) -> None:
+class _Pairs:
+    """A run of the dense network and one of the slim one, for each batch."""
+
+    def __init__(self, teacher: Network, student: Network, inputs: Calibration, shelf: Shelf) -> None:
+        self.inputs, self.shelf = inputs, shelf
+        self._runners = [Runner(network.module, network.book) for network in (teacher, student)]
+        self._waiting: list[list[Run]] = []
+
+    def rows(self, reader: Reader, most: int) -> Iterator[tuple[bool, Tensor, Tensor]]:
+        """What the student's layer is given, and what it is to give, in some ``most`` rows.
+
+        Yields:
+            whether they are held out, (n, groups * inputs), (n, channels).
+        """
+        limit = most // (self.inputs.count * len(reader.calls)) + 1
+        for number, runs in self._runs():
+            again = partial(self.inputs.batch, number)
+            dense, slim = (
+                run.look(reader.name, reader.calls, again, after=after)
+                for run, after in zip(runs, (True, False), strict=True)
+            )
+            for x, y in _rows(reader, dense, slim, number, limit):
+                yield self.inputs.held_out(number), x, y
+
+    def _runs(self) -> Iterator[tuple[int, list[Run]]]:
+        """The runs of each batch in turn; those of the others are set aside."""
+        waiting = self._waiting
+        begun = len(waiting) > 0
+        for number, given in enumerate(waiting) if begun else self.inputs.batches():
+            if begun:
+                runs = waiting[number]
+                for run in runs:
+                    run.take_up()
+            else:
+                runs = [Run(runner, given) for runner in self._runners]
+                waiting.append(runs)
+            self.shelf.clear(f"runs {number}")
+            yield number, runs
+            for run in runs:
+                run.set_aside(self.shelf, f"runs {number}")
+
+
+def _fit(reader: Reader, tensors: Mapping[str, Tensor], pairs: _Pairs) -> None:
     """Fit one layer of the student, in place."""
-    weight = student.tensors[reader.name].narrow(0, reader.first, reader.shape[0])
+    weight = tensors[reader.name].narrow(0, reader.first, reader.shape[0])
     carved = reader.layer.matrix(weight.double())
     groups, p, o = carved.shape
     target = None
     if reader.constant is not None:
         name, first, sign = reader.constant
-        target = student.tensors[name].narrow(0, first, groups * o)
+        target = tensors[name].narrow(0, first, groups * o)
     own = Fit(carved, carved.new_zeros(groups, o))
     if target is not None and sign > 0:
         own = Fit(carved, target.double().view(groups, o))
-    sums = Sums.zeros(groups, p, o, carved.device)
-    limit = max(_LEAST_ROWS, _ROWS * p) // (inputs.count * len(reader.calls)) + 1
-    for number, batch in inputs.batches(held_out=False):
-        for x, y in _rows(reader, teacher, student, batch, number, limit):
-            sums.add(x, y)
+    sums, held = Sums.zeros(groups, p, o, carved.device), _Rows(reader.layer, pairs.shelf)
+    for held_out, x, y in pairs.rows(reader, max(_LEAST_ROWS, _ROWS * p)):
+        if held_out:
+            held.add(x, y)
+        else:
+            sums.add(split_groups(reader.layer, x), split_groups(reader.layer, y))
     if not sums.finite():
         raise UsageError(f"the calibration inputs give {reader.name} values that are not finite")
     if not sums.count:
         return
     dampings = [*DAMPINGS, math.inf] if target is not None else [*DAMPINGS]
-    fits = [own, *(solve(sums, carved, _each(sums, d), constant=target is not None) for d in dampings)]
-    errors = carved.new_zeros(len(fits), groups)
     spread = sums.spread()
-    held_out = ((number, batch) for number, batch in inputs.batches(held_out=True))
-    for x, y in (rows for number, batch in held_out for rows in _rows(reader, teacher, student, batch, number, limit)):
-        errors += torch.stack([(fit.errors(x, y) / spread).sum(1) for fit in fits])
-        sums.add(x, y)
+    problems = Problems(sums, carved, constant=target is not None, shelf=pairs.shelf)
+    errors = carved.new_zeros(1 + len(dampings), groups)
+    if held.filled:
+        for number, damping in enumerate((None, *dampings)):
+            fit = own if damping is None else problems.solve(carved.new_full((groups,), damping))
+            for x, y in held:
+                errors[number] += (fit.errors(x, y) / spread).sum(1)
     chosen = errors.nan_to_num(nan=math.inf).argmin(0)
     if not errors.any():  # nothing was held out
         chosen.fill_(1 + dampings.index(_DEFAULT))
-    del fits
     damping = errors.new_tensor([math.inf, *dampings])[chosen]
-    best = solve(sums, carved, damping, constant=target is not None)
+    problems.put_back()
+    for x, y in held:
+        sums.add(x, y)
+    held.clear()
+    problems = Problems(sums, carved, constant=target is not None, shelf=pairs.shelf)
+    best = problems.solve(damping, last=True)
+    problems.close()
     keep = (chosen == 0) | ~best.finite()
     matrix = carved.where(keep.view(-1, 1, 1), best.weight)
     weight.copy_(reader.layer.weight(matrix, reader.shape))
@@ -164,32 +225,49 @@ def _fit(reader: Reader, teacher: Network, student: Network, inputs: Calibration
         target.copy_(constant if sign > 0 else target - constant)
 
 
-def _each(sums: Sums, damping: float) -> Tensor:
-    return sums.x.new_full((len(sums.x),), damping)
+class _Rows:
+    """Rows that are held out. They can be read again and again."""
+
+    def __init__(self, layer: Layer, shelf: Shelf) -> None:
+        self.layer, self.shelf = layer, shelf
+        self.filled: list[tuple[Kept, Kept]] = []
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        self.filled.append((self.shelf.put("rows", x), self.shelf.put("rows", y)))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((split_groups(self.layer, x()), split_groups(self.layer, y())) for x, y in self.filled)
+
+    def clear(self) -> None:
+        self.shelf.clear("rows")
+        self.filled = []
 
 
 def _rows(
-    reader: Reader, teacher: Network, student: Network, batch: Inputs, number: int, limit: int
+    reader: Reader, dense: Sequence[Seen], slim: Sequence[Seen], number: int, limit: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """What the student's layer is given and what the teacher's gave, in rows, at most ``limit`` of a call."""
-    given = {found.number: found for found in teacher.watch(reader, batch)}
-    for found in student.watch(reader, batch):
+    """What the student's layer is given and what it is to give, in rows, at most ``limit`` of a call."""
+    given = {found.number: found for found in dense}
+    for found in slim:
         layer, other = found.layer, given.get(found.number)
-        sizes = layer.channels_last(found.y).shape[:-1]
-        if other is None or layer.channels_last(other.y).shape[:-1] != sizes:
+        places = layer.places(found.x, tuple(found.weight.shape[2:]))
+        sizes = layer.sizes(places)
+        y = None if other is None else layer.channels_last(_given(other))
+        if y is None or y.shape[:-1] != sizes:
             continue
-        target = _target(reader, other, found)
         at = torch.randperm(sizes.numel(), generator=torch.Generator().manual_seed(number))[:limit]
-        width = layer.groups * layer.matrix(found.weight).shape[1]
-        for part in torch.split(at.to(target.device), max(1, _NUMBERS // width)):
-            x, y = gather_rows(layer, found.x, target, tuple(found.weight.shape[2:]), part)
-            yield x, y.reshape(len(y), layer.groups, -1).transpose(0, 1)
+        width = places.numel() // max(sizes.numel(), 1)
+        for part in torch.split(at.to(y.device), max(1, _NUMBERS // width)):
+            read, wanted = gather_rows(places, y, part)
+            wanted = _pick(reader, wanted)
+            if found.bias is not None and reader.constant is None:  # it stays
+                wanted -= found.bias
+            yield read, wanted
 
 
-def _target(reader: Reader, dense: Seen, slim: Seen) -> Tensor:
-    """What the student's layer is to give, apart from a bias that stays: what the teacher's gave, channels last."""
-    target = _pick(reader, dense.layer.channels_last(dense.y))
-    return target - slim.bias if slim.bias is not None and reader.constant is None else target
+def _given(found: Seen) -> Tensor:
+    assert found.y is not None
+    return found.y
 
 
 def _pick(reader: Reader, y: Tensor) -> Tensor:

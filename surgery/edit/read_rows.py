@@ -59,6 +59,10 @@ class Layer:
             x = x[(slice(None),) * (2 + self.spatial + k) + (slice(None, None, step),)]
         return x.movedim(1, 1 + self.spatial)
 
+    def sizes(self, places: Tensor) -> torch.Size:
+        """The sizes of the output, without its channels, for an input as `places` gives it."""
+        return places.shape[: 1 + self.spatial] if self.spatial else places.shape[:-1]
+
     def channels_last(self, y: Tensor) -> Tensor:
         """The output as (n, *sizes, channels), or as it is for a linear layer."""
         if self.spatial and y.ndim == self.spatial + 1:
@@ -75,15 +79,19 @@ def _spread(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     return x
 
 
-def gather_rows(layer: Layer, x: Tensor, y: Tensor, kernel: tuple[int, ...], at: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of a call in float64: what is read, (groups, n, p), and what is given, (n, channels).
+def gather_rows(places: Tensor, y: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of a call: what is read, (n, groups * inputs), and what is given, (n, channels).
 
     Args:
-        x: the input.
+        places: the input, as `Layer.places` gives it.
         y: the output, as `Layer.channels_last` gives it.
         at: numbers of places of the output, (n,).
     """
     sizes = y.shape[:-1]
     index = torch.unravel_index(at, sizes) if sizes else ()
-    read = layer.places(x, kernel)[index].double().reshape(len(at), layer.groups, -1)
-    return read.transpose(0, 1), y[index].double().reshape(len(at), -1)
+    return places[index].reshape(len(at), -1), y[index].reshape(len(at), -1)
+
+
+def split_groups(layer: Layer, rows: Tensor) -> Tensor:
+    """Rows of `gather_rows` in float64, for each group: (groups, n, inputs or channels of one)."""
+    return rows.double().reshape(len(rows), layer.groups, -1).transpose(0, 1)

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from surgery.axes.analysis import Analysis
 from surgery.edit.calibration import Inputs
 from surgery.edit.read_rows import Layer
 from surgery.edit.step import MEAN, Origin
-from surgery.edit.watch import Book, Done, Read, Trail, Watch, batch_norm, tensors
+from surgery.edit.watch import Book, Read, Trail, Watch, batch_norm, tensors
 from surgery.errors import UsageError
 from surgery.graph.traced import named_tensors
 from surgery.layers.attention import HeadAttention
@@ -143,18 +144,6 @@ def takes_bias(layer: nn.Module) -> bool:
     return held.get("bias", layer) is None and isinstance(held.get("weight"), nn.Parameter)
 
 
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """A call of a layer that is fitted: which of all calls of its weight, and what it is given and gives."""
-
-    number: int
-    layer: Layer
-    weight: Tensor
-    bias: Tensor | None
-    x: Tensor
-    y: Tensor
-
-
 class Network:
     """A copy of ``module`` in ``eval()``, to watch. It shares the parameters and the buffers that are ``written``, by
     name, and no others: some models write to theirs when they run."""
@@ -168,45 +157,18 @@ class Network:
                 part.__class__ = HeadAttention  # the same numbers, by layers that can be watched
         self.book = Book(self.module)
 
-    def run(self, inputs: Inputs, watch: Watch) -> None:
-        """Run the network on a batch, while ``watch`` looks on."""
-        torch.manual_seed(0)
-        args, kwargs = inputs
-        try:
-            with watch:
-                self.module(*args, **kwargs)
-        except Done:
-            pass
-
     def survey(self, inputs: Inputs) -> Survey:
-        """What is read in the course of a run."""
+        """What is read in the course of a run on these inputs."""
         found = Survey(self.book)
+        torch.manual_seed(0)
+        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, inputs)  # a model may write to what it is given
         try:
-            self.run(inputs, Watch(self.book, found.read, other=found.other))
+            with Watch(self.book, found.read, found.other):
+                self.module(*args, **kwargs)
         except Exception as error:
             said = (str(error).splitlines() or [""])[0]
             raise UsageError(f"the network does not run on the calibration inputs: {said}") from error
         return found
-
-    def watch(self, reader: Reader, inputs: Inputs) -> list[Seen]:
-        """Run the network up to the last call of ``reader``: its calls."""
-        number = -1
-        seen: list[Seen] = []
-
-        def read(found: Read) -> None:
-            nonlocal number
-            if found.part.name != reader.name:
-                return
-            number += 1
-            last = number == reader.calls[-1]
-            if number in reader.calls:
-                x, y = (found.x, found.y) if last else (found.x.clone(), found.y.clone())  # others may write to them
-                seen.append(Seen(number, found.layer, found.weight, found.bias, x, y))
-            if last:
-                raise Done
-
-        self.run(inputs, Watch(self.book, read))
-        return seen
 
 
 @dataclass(eq=False)
@@ -244,14 +206,17 @@ class Survey:
         self.choices: list[tuple[int, Tensor]] = []
         """Whole numbers that were made of others (`topk`, `argmax`, `nonzero`, `nms`), and how many calls there were
     before that. Where two networks differ in them, rows behind them need not correspond."""
+        self.most = 0
+        """The most bytes that one call was given and gave."""
         self._trail = Trail()
         self._calls = 0
 
-    def read(self, found: Read) -> None:
+    def read(self, found: Read, y: Tensor) -> None:
         self._calls += 1
         self._use([found.x], "")
+        self.most = max(self.most, found.x.nbytes + y.nbytes)
         name, first = found.part.name, found.part.first
-        outputs = found.layer.channels_last(found.y).shape[-1]
+        outputs = found.layer.channels_last(y).shape[-1]
         calls = self.calls.setdefault(
             (name, first, outputs), Calls(name, first, found.layer, found.weight.shape, outputs)
         )
@@ -263,7 +228,7 @@ class Survey:
         calls.biases.add(self._bias(found.bias))
         if calls.layer != found.layer:
             self.otherwise[name] = "calls with different settings"
-        self._trail.mark(found.y, calls)
+        self._trail.mark(y, calls)
 
     def _bias(self, bias: Tensor | None) -> tuple[str, int] | str | None:
         if bias is None:
@@ -275,6 +240,7 @@ class Survey:
         given, made = tensors((args, kwargs)), tensors(result)
         if not made:
             return
+        self.most = max(self.most, sum(t.nbytes for t in (*given, *made)))
         mean = ""
         if func is F.batch_norm:
             held = batch_norm(args, kwargs)["running_mean"]

@@ -41,7 +41,18 @@ class Read:
     bias: Tensor | None
     layer: Layer
     x: Tensor
-    y: Tensor
+
+
+def find_read(book: Book, func: Any, args: Any, kwargs: Any) -> Read | None:
+    """A call of torch as a layer that reads by a weight in ``book``; None where it is something else."""
+    rule = rule_of_function(func)
+    if not rule.contracts:
+        return None
+    given = rule.bound(args, kwargs)
+    part = book.find(given["weight"])
+    if part is None:
+        return None
+    return Read(part, given["weight"], given.get("bias"), _layer(rule.contracts, given), given["input"])
 
 
 class Watch(TorchFunctionMode):
@@ -49,15 +60,15 @@ class Watch(TorchFunctionMode):
 
     Args:
         book: the tensors of the network that runs.
-        read: called with each `Read` of a weight that is in ``book``.
+        read: called with each `Read` of a weight that is in ``book``, and with what it gives.
         other: called with the function, its arguments and what it gives, after each call that is no `Read`.
     """
 
     def __init__(
         self,
         book: Book,
-        read: Callable[[Read], None],
-        other: Callable[[Any, Any, Any, Any], None] | None = None,
+        read: Callable[[Read, Tensor], None],
+        other: Callable[[Any, Any, Any, Any], None],
     ) -> None:
         super().__init__()
         self.book, self.read, self.other = book, read, other
@@ -65,15 +76,10 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        rule = rule_of_function(func)
-        if rule.contracts:
-            given = rule.bound(args, kwargs)
-            part = self.book.find(given["weight"])
-            if part is not None:
-                weight, bias = given["weight"], given.get("bias")
-                self.read(Read(part, weight, bias, _layer(rule.contracts, given), given["input"], result))
-                return result
-        if self.other is not None:
+        found = find_read(self.book, func, args, kwargs)
+        if found is not None:
+            self.read(found, result)
+        else:
             self.other(func, args, kwargs, result)
         return result
 
@@ -104,10 +110,6 @@ def _layer(contracts: str, given: Mapping[str, Any]) -> Layer:
     else:
         padding = tuple((p, p) for p in each("padding", 0))
     return Layer(spatial, transposed, groups, stride, padding, dilation)
-
-
-class Done(BaseException):
-    """Ends a run early. Python of the model that catches every `Exception` does not catch it."""
 
 
 def batch_norm(args: Any, kwargs: Any) -> dict[str, Any]:

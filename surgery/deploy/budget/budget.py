@@ -28,7 +28,7 @@ from surgery.deploy.budget.predict import Array, Latency, Layers, Linear
 from surgery.deploy.budget.search import KINDS, Figure, Search, Told, Trial, unreachable
 from surgery.deploy.budget.widths import Widths
 from surgery.deploy.measure.jobs import Runner
-from surgery.errors import UsageError, whole_number
+from surgery.errors import UsageError
 from surgery.operations.slim import fit_units, slim
 from surgery.progress import Progress
 from surgery.settings import BudgetSettings, accepts
@@ -97,7 +97,7 @@ def slim_to_budget(
     bytes: float | str | None = None,
     data: Data | None = None,
     importance: str = "prefix",
-    round_to: int | None = None,
+    calibration: Any = None,
     settings: BudgetSettings = BudgetSettings(),
     timer: Timer | None = None,
     progress: Progress | None = None,
@@ -115,9 +115,12 @@ def slim_to_budget(
         data: damage is the increase of the loss on up to 512 *training* images when a part is slimmed alone; without
             data, the share of the part's squared weights that is removed.
         importance: which channels are kept, as in `surgery.slim`; ``"magnitude"`` suits a trained model.
-        round_to: widths are rounded up to a multiple of it. By default 1; for latency 8, 16 or 32 if models of such
-            widths are measured to be faster for their size.
+        calibration: inputs on which the layers of the result are fitted to what the dense network gave, as in
+            `surgery.slim`. The biases that some layers get by it are within a budget of parameters or bytes; latency is
+            measured without them.
         settings: how models are timed and searched, see `surgery.BudgetSettings`; its fields may be given as keywords.
+            Of them ``round_to`` is a multiple that widths are rounded up to: by default 1; for latency 8, 16 or 32 if
+            models of such widths are measured to be faster for their size.
         timer: from modules by name to ms by name; replaces the measurement, for example by one on another machine.
         progress: called with ``"probe"`` (for latency), ``"damage"`` and ``"search"``, in this order.
         on_figure: called with each figure (`surgery.deploy.budget.search.Figure`) as soon as it is known.
@@ -126,7 +129,7 @@ def slim_to_budget(
         The slim model as ``.module``, with predictions and measurements.
 
     Raises:
-        UsageError: no budget or several, or a setting out of range.
+        UsageError: no budget or several, or a setting out of range; calibration inputs as for `surgery.slim`.
         EditError: no model with rates of at least ``least`` keeps to the budget; says what the smallest takes.
 
     Example:
@@ -137,8 +140,8 @@ def slim_to_budget(
     told = on_figure or (lambda figure: None)
     found = find_parts(module, settings.by)
     clock = Clock(settings.timing(), timer)
-    least, multiple = settings.least, 1 if round_to is None else whole_number("round_to", round_to, 1)
-    space = Widths(module, found, least, multiple, importance)
+    least, round_to = settings.least, settings.round_to
+    space = Widths(module, found, least, round_to or 1, importance)
 
     before = _measure(module, kind, clock)
     told(Figure("dense", kind, limit, before))
@@ -159,17 +162,26 @@ def slim_to_budget(
             predict, measure = _predict_count(space.layers, module, kind), partial(_count, kind=kind)
         damage = _measure_damage(module, found, data, space, tell)
         space.prepare(damage)
-        search = Search(space, predict, measure, limit, settings.tolerance, kind, told)
-        levels, trial = search.run(settings.rounds, tell)
+        trials: list[Trial] = []
+        further = 0.0  # what the biases take that a fit adds
+        while True:
+            search = Search(space, predict, measure, limit - further, settings.tolerance, kind, told)
+            levels, trial = search.run(settings.rounds, tell)
+            trials += search.trials
+            result = space.make(levels, calibration)
+            added = _count(result, kind) - trial.measured if calibration is not None and kind != "latency_ms" else 0.0
+            if trial.measured + added <= limit:
+                break
+            further = added
     return Budgeted(
-        module=space.make(levels),
+        module=result,
         before=before,
         predicted=trial.predicted,
-        measured=trial.measured,
+        measured=trial.measured + added,
         rates=space.rates(levels),
         round_to=space.round_to,
         damage=damage,
-        trials=tuple(search.trials),
+        trials=tuple(trials),
         **common,
     )
 

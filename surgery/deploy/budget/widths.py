@@ -86,9 +86,10 @@ class Widths:
         """The rate of each group that is slimmed."""
         return {g.name: self.levels[levels[p]] for g, p in zip(self.groups, self._part, strict=True) if levels[p]}
 
-    def make(self, levels: Levels) -> nn.Module:
-        """Make the model of these widths."""
-        return slim(self._module, self.rates(levels), round_to=self.round_to, importance=self.importance)
+    def make(self, levels: Levels, calibration: Any = None) -> nn.Module:
+        """Make the model of these widths, fitted where there are inputs for it."""
+        options: dict[str, Any] = {"round_to": self.round_to, "importance": self.importance}
+        return slim(self._module, self.rates(levels), **options, calibration=calibration)
 
     def fit(self, predict: Callable[[Array], Array], target: float) -> Levels:
         """Find levels for which the prediction is at most ``target``, or the highest levels.
