@@ -49,7 +49,7 @@ def main() -> None:
     source = f"timm:{args.model}?num_classes={len(data.classes)}"
     shape = (2, 3, args.image_size, args.image_size)
     traced = surgery.models.open_model(source, input_shape=shape, weights=args.weights, seed=0)
-    dense = surgery.train(traced, data, epochs=args.epochs, optimizer="adamw").module
+    dense = surgery.train(traced, data, epochs=args.epochs, batch_size=32, optimizer="adamw").module
     accuracy = {"dense": surgery.evaluate(dense, data.test).accuracy}
     print(f"{args.model}: {accuracy['dense']:.1%} of {data.counts[1]} test images, {surgery.cost(dense).macs:,} MACs")
 
@@ -62,7 +62,6 @@ def main() -> None:
         importance="magnitude",
         round_to=8,
         by="stage",
-        rounds=4,
         tolerance=0.1,
         on_figure=lambda figure: print(f"  {figure.what} {figure.name}: {figure.measured:.2f} ms", flush=True),
         **timing,
