@@ -49,8 +49,9 @@ def build(source: Source) -> nn.Module:
     name = source.name
     if source.weights not in (None, "DEFAULT"):
         name = f"{name.partition('.')[0]}.{source.weights}"
+    keywords: dict[str, Any] = dict(source.keywords)
     try:
-        module = timm.create_model(name, pretrained=source.weights is not None, **source.keywords)
+        module = timm.create_model(name, pretrained=source.weights is not None, **keywords)
     except Exception as error:  # the library's own code, on any keywords; and whatever a download may raise
         what = ", ".join(f"{k}={text(v)}" for k, v in source.keywords.items()) or "no keywords"
         reason = " ".join(f"{type(error).__name__}: {error}".split())
