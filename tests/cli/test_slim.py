@@ -130,7 +130,7 @@ def test_layers_are_fitted_to_a_data_set(run, how):
     assert said["verification"]["ok"]
     assert said["fit"]["dataset"] == "digits"
     assert set(said["fit"]["layers"]) == ({"2.weight", "4.weight", "7.weight"} if "--rate" in how else {"4.weight"})
-    assert said["fit"]["difference"]["fitted"] < 0.5 * said["fit"]["difference"]["carved"]
+    assert said["fit"]["difference"]["fitted"] < said["fit"]["difference"]["carved"]
     images = surgery.load_data("digits", image_size=8, limit=100)
     made = surgery.load("made", trust=True)
     if "--rate" in how:
