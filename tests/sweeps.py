@@ -62,6 +62,10 @@ FAST: dict[str, set[str]] = {
         *(f"{name}-True" for name in ("alexnet", "squeezenet1_1", "resnet18", "swin", "vision transformer")),
         *(f"{name}-False" for name in ("resnet18", "vision transformer", "swin")),
     },
+    # fits of whole models, which take seconds to minutes
+    "test_a_fitted_model_of_a_family_is_nearer_to_the_dense_one": set(),
+    "test_a_fitted_model_of_timm_is_nearer_to_the_dense_one": set(),
+    "test_a_detector_is_fitted_up_to_what_it_chooses": set(),
     # detectors: one of them
     "test_a_detector_holds_the_oracle_in_both_modes": {"ssdlite320_mobilenet_v3_large"},
     "test_a_traced_detector_detects_and_loses_what_the_model_does": {"fcos_resnet50_fpn"},

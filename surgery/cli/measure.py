@@ -183,7 +183,7 @@ def tradeoff(
         note="".join(f"{doubt}\n" for doubt in result.doubts)
         + f"{result.seconds:.0f} s; written to {run.out}: {', '.join(written)}"
         + "".join(f"\n{point.name} is above its budget: {point.takes:g}" for point in result.points if point.over)
-        + (f"\ntaken over from an earlier run: {', '.join(result.reused)}" if result.reused else ""),
+        + (f"\ntaken over from an earlier run: {'; '.join(result.reused)}" if result.reused else ""),
     )
 
 

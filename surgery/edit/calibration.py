@@ -78,13 +78,14 @@ class Calibration:
         parts = [
             pytree.tree_map_only(Tensor, partial(_rows, first=k, count=n), first) for k, n in ((0, 2), (0, 1), (1, 1))
         ]
+        found = []
         try:
-            both, *each = (
-                [leaf for leaf in pytree.tree_leaves(run(*args, **kwargs)) if isinstance(leaf, Tensor)]
-                for args, kwargs in pytree.tree_map_only(Tensor, torch.clone, parts)
-            )
+            for args, kwargs in pytree.tree_map_only(Tensor, torch.clone, parts):
+                torch.manual_seed(0)
+                found.append([leaf for leaf in pytree.tree_leaves(run(*args, **kwargs)) if isinstance(leaf, Tensor)])
         except Exception:  # the model's own Python, which may raise anything: another batch than it was made for
             return
+        both, *each = found
         if all(len(one) == len(both) for one in each) and all(map(_are_parts, both, *each)):
             self._split()
 

@@ -58,7 +58,7 @@ def slim(
             (`surgery.edit.compensate`), so that kept channels take over what removed ones said: a tensor, a tuple of
             positional inputs or a mapping of named ones, an iterable of batches, or a data set as for
             `surgery.as_data`, of which 512 training images are taken. What a batch holds behind the inputs is left out.
-            All of it is read once for each layer. By default nothing is fitted.
+            Both networks run once on all of it; values that wait are in temporary files. By default nothing is fitted.
 
     Returns:
         a new module.

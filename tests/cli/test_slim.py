@@ -121,6 +121,32 @@ def test_a_latency_is_a_budget_and_every_figure_is_told_as_it_comes(run, monkeyp
     assert re.fullmatch(r"as it is: [0-9.]+ ms", second)
 
 
+@pytest.mark.parametrize("how", [["--rate", "0.5"], ["--macs", "0.5"]], ids=["rate", "budget"])
+def test_layers_are_fitted_to_a_data_set(run, how):
+    data = ["--calibrate", "digits", "--limit", "100"]
+    code, out, _ = run("slim", *MODEL, *how, *data, "--out", "made", "--json")
+    assert code == 0
+    said = json.loads(out)
+    assert said["verification"]["ok"]
+    assert said["fit"]["dataset"] == "digits"
+    assert set(said["fit"]["layers"]) == ({"2.weight", "4.weight", "7.weight"} if "--rate" in how else {"4.weight"})
+    assert said["fit"]["difference"]["fitted"] < said["fit"]["difference"]["carved"]
+    images = surgery.load_data("digits", image_size=8, limit=100)
+    made = surgery.load("made", trust=True)
+    if "--rate" in how:
+        expected = surgery.slim(dense(), 0.5, calibration=images)
+        assert all(torch.equal(tensor, made.state_dict()[name]) for name, tensor in expected.state_dict().items())
+    assert isinstance(surgery.recipe(made).steps[-1], surgery.Compensate)
+
+
+def test_what_a_fit_did_is_said(run):
+    code, out, _ = run("slim", *MODEL, "--rate", "0.5", "--calibrate", "digits", "--limit", "40", "--out", "made")
+    assert code == 0
+    assert re.search(
+        r"^then fitted to digits: on 40 test images outputs differ from the dense model's by 0\.\d+ of", out, re.M
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -136,7 +136,7 @@ def test_what_is_written_to_while_a_run_waits_is_followed(make, room, monkeypatc
     assert torch.equal(x, given)
     test, outputs = torch.randn(9, 4, dtype=torch.float64), []
     for one in (back, net):
-        torch.manual_seed(3)
+        torch.manual_seed(0)  # as for calibration: a channel that is always 0 there says nothing about other noise
         outputs.append(one(test.clone()))
     assert error(lambda _: outputs[0], lambda _: outputs[1], test) < EXACT
 

@@ -294,3 +294,23 @@ def test_a_model_without_channels_to_choose_is_refused():
     module = surgery.trace(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.zeros(2, 3, 2, 2))
     with pytest.raises(EditError, match="no dimension group of the model can be edited"):
         surgery.slim_to_budget(module, macs=1)
+
+
+@pytest.mark.parametrize("kind", ["params", "macs"])
+def test_a_fitted_model_keeps_to_its_budget_with_the_biases_that_it_gets(kind):
+    torch.manual_seed(0)
+    sizes = [(3, 12), (12, 12), (12, 12)]
+    layers = [layer for i, o in sizes for layer in (nn.Conv2d(i, o, 3, padding=1, bias=False), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4))
+    net = surgery.trace(model.double().eval(), torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+    images = torch.randn(80, 3, 8, 8, dtype=torch.float64)
+    limit = 0.5 * getattr(surgery.cost(net), kind)
+    carved = surgery.slim_to_budget(net, **{kind: limit}, tolerance=0.01)
+    fitted = surgery.slim_to_budget(net, **{kind: limit}, tolerance=0.01, calibration=images[:64])
+    step = surgery.recipe(fitted.module).steps[-1]
+    assert isinstance(step, surgery.Compensate)
+    assert step.biases
+    assert getattr(surgery.cost(fitted.module), kind) == fitted.measured <= limit
+    test = images[64:]
+    apart = [float((found.module(test) - net(test)).detach().norm()) for found in (carved, fitted)]
+    assert apart[1] < 0.5 * apart[0]
