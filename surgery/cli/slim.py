@@ -185,7 +185,7 @@ def _tell_fit(
     fits = [step for step in surgery.recipe(after).steps if isinstance(step, surgery.Compensate)]
     if images is None or not fits:
         return {}
-    count = len(images.test)
+    count = images.counts[1]
     batch = torch.stack([images.test[k * count // min(count, _TEST)][0] for k in range(min(count, _TEST))])
     apart = {kind: surgery.verify(one, before, batch).max_rel for kind, one in (("carved", carved), ("fitted", after))}
     said = [

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from surgery.axes.analysis import Analysis
 from surgery.edit.apply import apply
-from surgery.edit.calibration import Calibration
+from surgery.edit.calibration import Calibration, Inputs
 from surgery.edit.read_rows import Layer, gather_rows, split_groups
 from surgery.edit.readers import Network, Reader, find_readers, takes_bias
 from surgery.edit.ridge import DAMPINGS, Fit, Problems, Sums
@@ -159,20 +159,21 @@ class _Pairs:
 
     def _runs(self) -> Iterator[tuple[int, list[Run]]]:
         """The runs of each batch in turn; those of the others are set aside."""
-        waiting = self._waiting
-        begun = len(waiting) > 0
-        for number, given in enumerate(waiting) if begun else self.inputs.batches():
-            if begun:
-                runs = waiting[number]
-                for run in runs:
-                    run.take_up()
-            else:
-                runs = [Run(runner, given) for runner in self._runners]
-                waiting.append(runs)
+        if self._waiting:
+            begun = ((number, self._waiting[number]) for number in range(len(self._waiting)))
+        else:
+            begun = ((number, self._begin(inputs)) for number, inputs in self.inputs.batches())
+        for number, runs in begun:
+            for run in runs:
+                run.take_up()
             self.shelf.clear(f"runs {number}")
             yield number, runs
             for run in runs:
                 run.set_aside(self.shelf, f"runs {number}")
+
+    def _begin(self, inputs: Inputs) -> list[Run]:
+        self._waiting.append([Run(runner, inputs) for runner in self._runners])
+        return self._waiting[-1]
 
 
 def _fit(reader: Reader, tensors: Mapping[str, Tensor], pairs: _Pairs) -> None:
@@ -202,8 +203,8 @@ def _fit(reader: Reader, tensors: Mapping[str, Tensor], pairs: _Pairs) -> None:
     problems = Problems(sums, carved, constant=target is not None, shelf=pairs.shelf)
     errors = carved.new_zeros(1 + len(dampings), groups)
     if held.filled:
-        for number, damping in enumerate((None, *dampings)):
-            fit = own if damping is None else problems.solve(carved.new_full((groups,), damping))
+        for number in range(len(errors)):
+            fit = problems.solve(carved.new_full((groups,), dampings[number - 1])) if number else own
             for x, y in held:
                 errors[number] += (fit.errors(x, y) / spread).sum(1)
     chosen = errors.nan_to_num(nan=math.inf).argmin(0)

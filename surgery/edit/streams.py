@@ -146,6 +146,13 @@ class Run(TorchFunctionMode):
     def __init__(self, runner: Runner, inputs: Inputs) -> None:
         super().__init__()
         self.runner = runner
+        self.frames: list[_Frame] = []
+        self.counts: dict[str, int] = {}
+        """How many calls of each weight have run."""
+        self._aside: list[_Frame] = []
+        self._seen: list[Seen] = []
+        self._position = 0
+        self._opaque = False
         self._restart(inputs)
 
     def look(self, name: str, numbers: Sequence[int], again: Callable[[], Inputs], *, after: bool) -> list[Seen]:
@@ -181,8 +188,9 @@ class Run(TorchFunctionMode):
 
     def take_up(self) -> None:
         """Take the values up again."""
-        self._resume(self._aside)
-        self._aside = []
+        if self._aside:
+            self._resume(self._aside)
+            self._aside = []
 
     def enter(self, part: TracedModule, args: Any, kwargs: Any) -> Any:
         """A graph is called by Python: what it gave, or it is to run now."""
@@ -230,8 +238,7 @@ class Run(TorchFunctionMode):
         return True, _copies(value) if self._opaque else value
 
     def _restart(self, inputs: Inputs) -> None:
-        self.counts: dict[str, int] = {}
-        self._aside: list[_Frame] = []
+        self.counts = {}
         part = self.runner.module
         if isinstance(part, TracedModule) and not _has_hooks(part):
             plan = self.runner.plan(part)
@@ -244,7 +251,7 @@ class Run(TorchFunctionMode):
     def _go(self, name: str, numbers: Sequence[int], after: bool) -> list[Seen]:
         """Run until the last of these calls, or to the end."""
         self._wanted, self._numbers, self._after = name, numbers, after
-        self._seen: list[Seen] = []
+        self._seen = []
         self.runner.run = self
         try:
             with self:
