@@ -31,7 +31,7 @@ def markdown(document: dict[str, Any]) -> str:
         "",
         "## Wrong before, and mended",
         "",
-        *([f"- network {row['network']}: {row['problem']}" for row in document.get("mended", ())] or ["None."]),
+        *([_mended(row) for row in document.get("mended", ())] or ["None."]),
         "",
         "## Refused",
         "",
@@ -45,3 +45,9 @@ def markdown(document: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _mended(row: dict[str, Any]) -> str:
+    """What was wrong; and why, where somebody has found it and written it into the file as ``cause``."""
+    cause = f" ({row['cause']})" if "cause" in row else ""
+    return f"- network {row['network']}: {row['problem']}{cause}"
