@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 import random
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import torch
 from torch import Tensor, nn
 
 import surgery
+
+EXPORTED = 25
+"""The last network of every so many chains is exported: an export takes as long as twenty chains."""
+
+
+class Block(nn.Module):
+    """A branch that is added to what came in."""
+
+    def __init__(self, wide: int, inner: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(wide, inner, 1), nn.Conv2d(inner, wide, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(self.down(x).relu())
 
 
 class Body(nn.Module):
@@ -18,13 +36,13 @@ class Body(nn.Module):
         super().__init__()
         wide, inner = draw.choice((4, 6, 8)), draw.choice((3, 5))
         self.stem = nn.Sequential(nn.Conv2d(3, wide, 3, padding=1), nn.BatchNorm2d(wide), nn.ReLU())
-        self.down, self.up = nn.Conv2d(wide, inner, 1), nn.Conv2d(inner, wide, 1)
+        self.block = Block(wide, inner)
         self.side = nn.Conv2d(wide, 4, 3, padding=1)
         self.first, self.last = nn.Linear(wide + 4, 7), nn.Linear(7, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        x = x + self.up(self.down(x).relu())
+        x = self.block(x)
         x = torch.cat([x, self.side(x).relu()], 1)
         return self.last(self.first(x.mean((2, 3))).relu())
 
@@ -47,14 +65,24 @@ def run_chain(seed: int, folder: Path, length: int = 5) -> str:
     module = surgery.trace(original, batches[0])
     done = []
     for number in range(length):
-        name = draw.choice(("widen", "slim", "deepen", "save", "save"))
+        name = draw.choice(("widen", "slim", "deepen", "shorten", "save", "save"))
         done.append(name)
         expected = module
         try:
             if name == "widen":
                 module = surgery.widen(module, draw.choice((1.25, 1.5, 2.0)), seed=seed + number)
             elif name == "deepen":
-                module = surgery.deepen(module, draw.choice((["stem.0"], ["first"], ["side"])), seed=seed)
+                there = dict(module.named_modules())
+                place = draw.choice([name for name in ("stem.0", "first", "side", "block") if name in there])
+                module = surgery.deepen(module, [place], seed=seed)
+            elif name == "shorten":
+                blocks = [n for n, part in module.named_modules() if n.startswith("block") and hasattr(part, "up")]
+                if not blocks:
+                    continue
+                module = surgery.shorten(module, [draw.choice(blocks)])
+                expected = copy.deepcopy(expected)
+                for zero in surgery.recipe(module).steps[-1].zeros:
+                    operator.attrgetter(zero)(expected).data.zero_()
             elif name == "slim":
                 module = surgery.slim(module, 0.75)
                 masks = surgery.split_masks(expected, 0.75)
@@ -70,4 +98,16 @@ def run_chain(seed: int, folder: Path, length: int = 5) -> str:
                 found, wanted = module.eval()(batch), expected.eval()(batch)
             if not torch.allclose(found, wanted, rtol=1e-9, atol=1e-11):
                 return f"seed {seed}: {' > '.join(done)}: off by {float((found - wanted).abs().max()):.1e}"
+    return "" if seed % EXPORTED else _compare_export(module.float(), batches, folder / "last.onnx", done)
+
+
+def _compare_export(module: nn.Module, batches: list[Tensor], file: Path, done: list[str]) -> str:
+    surgery.export_onnx(module, file, force=True)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for batch in batches:
+        with torch.no_grad():
+            wanted = module(batch.float()).numpy()
+        (found,) = session.run(None, {session.get_inputs()[0].name: batch.float().numpy()})
+        if not np.allclose(found, wanted, rtol=1e-3, atol=1e-4 * max(1.0, float(np.abs(wanted).max()))):
+            return f"{' > '.join(done)} > export: off by {float(np.abs(found - wanted).max()):.1e}"
     return ""
