@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from surgery.edit.ridge import Sums, solve
+from surgery.edit.ridge import Problems, Sums
+from surgery.edit.shelf import Shelf
 
 
 def draw(groups, n, p, o, seed=0):
@@ -22,6 +23,11 @@ def add(x, y, *, batches=3):
     for rows in np.array_split(np.arange(x.shape[1]), batches):
         sums.add(torch.from_numpy(x[:, rows]), torch.from_numpy(y[:, rows]))
     return sums
+
+
+def solve(sums, carved, damping, *, constant):
+    with Shelf() as shelf:
+        return Problems(sums, carved, constant=constant, shelf=shelf).solve(damping)
 
 
 def least_squares(x, y, carved, damping, constant):
@@ -74,7 +80,8 @@ def test_errors_are_the_squared_errors_over_rows():
 def test_a_problem_without_a_solution_is_not_finite_and_leaves_the_others():
     x, y, carved = draw(2, 30, 4, 3)
     sums = add(x, y)
-    sums.xx[0] = -sums.xx[0]
+    for rows in sums.xx:
+        rows[0] *= -1
     fit = solve(sums, torch.from_numpy(carved), torch.tensor([1e-6, 1e-6]), constant=False)
     assert not fit.weight[0].isfinite().any()
     assert fit.weight[1].isfinite().all()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from surgery.edit.read_rows import gather_rows
+from surgery.edit.read_rows import gather_rows, split_groups
 from surgery.edit.watch import Book, Watch
 from surgery.layers.attention import HeadAttention
 
@@ -32,7 +32,7 @@ LAYERS = {
 
 def reads_of(layer, *inputs):
     found = []
-    with torch.no_grad(), Watch(Book(layer), found.append):
+    with torch.no_grad(), Watch(Book(layer), lambda read, _: found.append(read), lambda *_: None):
         layer(*inputs)
     return found
 
@@ -48,8 +48,10 @@ def test_rows_times_the_matrix_are_the_output(name):
     y = read.layer.channels_last(layer(x))
     matrix = read.layer.matrix(layer.weight)
     at = torch.randperm(y[..., 0].numel())
-    rows, given = gather_rows(read.layer, read.x, y, tuple(layer.weight.shape[2:]), at)
-    product = (rows @ matrix).transpose(0, 1).flatten(1) + layer.bias
+    places = read.layer.places(read.x, tuple(layer.weight.shape[2:]))
+    assert read.layer.sizes(places) == y.shape[:-1]
+    rows, given = gather_rows(places, y, at)
+    product = (split_groups(read.layer, rows) @ matrix).transpose(0, 1).flatten(1) + layer.bias
     torch.testing.assert_close(product, given, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(given, y.reshape(-1, y.shape[-1])[at], rtol=0, atol=0)
     assert torch.equal(read.layer.weight(matrix, layer.weight.shape), layer.weight)
