@@ -129,11 +129,13 @@ def convolve(
 ) -> Fields:
     """Output fields of a convolution. With ``mixed`` it reads any position for any other."""
     groups = op.setting("groups", groups)
-    depthwise = op.module is not None and groups > 1 and groups == op.module.in_channels
+    held = weight if op.module is None else op.module.weight
+    assert held is not None
+    spatial = held.ndim - 2
+    dim = x.ndim - spatial - 1
+    depthwise = 1 < groups == x.shape[dim]
     weight, bias = op.param("weight", weight, dims=1 if depthwise else 2), op.param("bias", bias)
     assert weight is not None
-    spatial = weight.ndim - 2
-    dim = x.ndim - spatial - 1
     outs, ins = (weight.at(1), weight.at(0)) if transposed else (weight.at(0), weight.at(1))
     for k in range(2, weight.ndim):
         op.freeze(weight.at(k), "kernel size")
