@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from surgery.axes.labels import Field, Fields, Labelled
-from surgery.axes.ledger import Findings, Ledger, ParamAxis, labelled_leaves
+from surgery.axes.ledger import Findings, Ledger, ParamAxis, Uses, labelled_leaves
 from surgery.axes.network_outputs import NetworkOutput, output_name
 from surgery.axes.ops import Op
 from surgery.errors import TraceError, UsageError
@@ -53,8 +53,6 @@ class Interpreter(Ledger):
         self.twins = Twins(root)
         self.views: dict[int, list[tuple[fx.Node, Labelled]]] = {}
         """Values by the storage that they share."""
-        self.bare: dict[int, tuple[str, int]] = {}
-        """Attributes with axes of size 1: where they were read last, and how often they are used. -1: in two places."""
 
     # ---- interpretation
 
@@ -263,31 +261,18 @@ class Interpreter(Ledger):
         owner = module.get_submodule(target.rpartition(".")[0])
         whole = has_module_rule(owner)  # the layer may be called too, and its axes of size 1 are channels
         if not whole and 1 in value.shape:
-            same = [n for n in node.graph.nodes if n.op == "get_attr" and n.target == target]
-            place, _ = self.bare.setdefault(id(value), (path, 0))
-            self.bare[id(value)] = (path, sum(len(n.users) for n in same) if place == path else -1)
-            if place != path:
-                self._freeze_bare(value)
+            self.findings.ones.setdefault(self.names.get(id(value), ""), Uses()).all += len(node.users)
         return self.tensor(value, [d for d, size in enumerate(value.shape) if size > 1 or whole])
 
     def parameter(self, given: Labelled, dims: int) -> Labelled:
-        _, uses = self.bare.get(id(given.constant), ("", 0))
-        if given.constant is None or not uses:
+        uses = self.findings.ones.get(self.names.get(id(given.constant), ""))
+        if given.constant is None or uses is None:
             return given
+        uses.as_parameter += 1
         known = {d for f in given.fields for d in f.dims}
         value = self.tensor(given.constant, sorted(known | set(range(min(given.ndim, dims)))))
         assert value is not None
-        if uses != 1:
-            self._freeze_bare(given.constant)
         return value
-
-    def _freeze_bare(self, value: torch.Tensor) -> None:
-        """Axes of size 1 of an attribute stay as they are where a function takes them for channels, and another does
-        not, or may not."""
-        for dim, size in enumerate(value.shape):
-            axis = self.findings.axes.get((self.names.get(id(value), ""), dim))
-            if size == 1 and axis is not None:
-                self.freeze(axis.ids, "an attribute with one number is a parameter for it, and is used elsewhere")
 
     def tensor(self, value: torch.Tensor | None, dims: Iterable[int] | None = None) -> Labelled | None:
         """A parameter or buffer with its axes (all, or ``dims``) labelled; the same ids wherever it is used."""

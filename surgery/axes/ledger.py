@@ -77,6 +77,14 @@ class ParamAxis:
     roles: set[str] = field(default_factory=set)
 
 
+@dataclass
+class Uses:
+    """How often an attribute with axes of size 1 is used: in all, and as a parameter, whose axes are channels."""
+
+    all: int = 0
+    as_parameter: int = 0
+
+
 @dataclass(frozen=True)
 class Called:
     """A call of a layer by Python that is not traced."""
@@ -122,6 +130,8 @@ class Findings:
     values: set[ParamKey] = field(default_factory=set)
     """Parameter axes that are used other than in a role."""
     axes: dict[ParamKey, ParamAxis] = field(default_factory=dict)
+    ones: dict[str, Uses] = field(default_factory=dict)
+    """By name, attributes with axes of size 1, which most functions spread over whatever they meet."""
     buffers: frozenset[str] = frozenset()
     """Names of the tensors that are no parameters."""
     edges: list[tuple[Any, Any, str]] = field(default_factory=list)
@@ -137,7 +147,13 @@ class Findings:
     """Layers that Python outside the graphs calls, as far as their attributes follow an edit."""
 
     def close(self) -> None:
-        """Make the arrays read-only that are handed on."""
+        """Freeze axes of size 1 that are channels for some functions alone; make the arrays read-only that are handed
+        on."""
+        for (name, _), axis in self.axes.items():
+            uses = self.ones.get(name)
+            if uses is not None and uses.all != uses.as_parameter and len(axis.ids) == 1:
+                why = "an attribute with one number is a parameter for it, and is used elsewhere"
+                self.frozen.append((axis.ids, Reason(why)))
         fields = (f.ids for value in labelled_leaves(list(self.nodes.values())) for f in value.fields)
         for ids in (*fields, *(ids for _, ids in self.sums), *(norm.ids for norm in self.norms)):
             ids.flags.writeable = False

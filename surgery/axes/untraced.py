@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from surgery.axes.interpret import Interpreter, propagate
 from surgery.axes.labels import Field, Ids, Labelled
-from surgery.axes.ledger import Called, Findings, labelled_leaves
+from surgery.axes.ledger import Called, Findings, Uses, labelled_leaves
 from surgery.axes.network_outputs import NetworkOutput, output_name
 from surgery.axes.ops import Op
 from surgery.axes.untraced_ops import (
@@ -391,6 +391,8 @@ class _Recording(TorchFunctionMode):
             if source is None:
                 self.remember(tensor, Labelled(tensor.detach().to("meta")))
             else:
+                if 1 in source.shape:
+                    self.run.findings.ones.setdefault(self.run.names.get(id(source), ""), Uses()).all += 1
                 label = self.run.tensor(source, [d for d, size in enumerate(source.shape) if size > 1])
                 assert label is not None
                 self.remember(tensor, label)

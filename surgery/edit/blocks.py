@@ -77,10 +77,10 @@ def block_between(flow: Flow, entry: fx.Node, end: fx.Node) -> Block | None:
     return next((block for block in _find_blocks(flow, end) if block.entry is entry), None)
 
 
-def branch_of(flow: Flow, end: fx.Node, name: str) -> tuple[fx.Node, fx.Node, frozenset[Zero]] | None:
-    """At the end of a container, the sum of a branch and of a skip connection that has layers of its own: the sum, the
-    skip, and what to set to 0 for the one to equal the other. Of two that could be either, the branch is the one with
-    more ops that compute with parameters."""
+def branch_of(flow: Flow, end: fx.Node, name: str) -> Block | None:
+    """At the end of a container, a branch that is added to a skip connection with layers of its own, as a block from
+    the skip's value to the sum; its nodes are the branch's. Of two operands that could be either, the branch is the
+    one with more layers that contract."""
     node = end
     while (not name or is_inside(node, name)) and (flow.rule(node).movement or flow.rule(node).kind == "idempotent"):
         read = flow.tensors(node)
@@ -97,10 +97,11 @@ def branch_of(flow: Flow, end: fx.Node, name: str) -> tuple[fx.Node, fx.Node, fr
     if counts[0] == counts[1]:
         return None
     branch, skip = operands if counts[0] > counts[1] else operands[::-1]
-    zeros = _zeros_of(flow, branch)
-    if zeros is None or not _are_read_once(flow, tuple(flow.before(branch) - flow.before(skip)), zeros):
+    zeros, kept = _zeros_of(flow, branch), flow.before(skip)
+    nodes = tuple(flow.before(branch) - kept)
+    if zeros is None or not _is_identity(flow, skip, (node,)) or not _are_read_once(flow, nodes, zeros):
         return None
-    return node, skip, zeros
+    return None if _overwrites(flow, nodes, tuple(kept), skip) else Block(skip, node, nodes, zeros)
 
 
 def _parts(flow: Flow, name: str) -> tuple[list[str], list[str]]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from surgery.axes.analysis import Analysis, analyse
-from surgery.edit.blocks import Zero, block_between, block_of, branch_of
+from surgery.edit.blocks import Block, block_between, block_of, branch_of
 from surgery.edit.flow import Flow
-from surgery.edit.sites import Site, is_inside, local_name, output_sites
+from surgery.edit.sites import Site, local_name, output_sites
 from surgery.edit.step import Step
 from surgery.errors import EditError
 from surgery.graph.traced import TracedModule
@@ -18,19 +18,14 @@ from surgery.graph.traced import TracedModule
 
 @dataclass(frozen=True)
 class Removal:
-    """How a graph does without a block: those who read ``end`` read ``instead``, which it equals where ``zeros`` are
-    0."""
+    """A block in a graph that runs it. Without it, those who read its end read its entry."""
 
     site: Site
-    end: fx.Node
-    instead: fx.Node
-    zeros: frozenset[Zero]
-    idle: frozenset[fx.Node]
-    """Numbers that the block computes and nobody reads, such as sizes."""
+    block: Block
 
     def zero_names(self) -> tuple[str, ...]:
-        """Qualified names of what is 0."""
-        return tuple(sorted(f"{self.site.path}.{z.holder}.{z.tensor}".strip(".") for z in self.zeros))
+        """Qualified names of what is 0 where the end equals the entry."""
+        return tuple(sorted(f"{self.site.path}.{z.holder}.{z.tensor}".strip(".") for z in self.block.zeros))
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,8 @@ class RemoveBlock(Step):
 
     Attributes:
         name: qualified name of the container that is the block.
-        zeros: qualified names of its tensors that the result takes for 0.
+        zeros: qualified names of its tensors that the result takes for 0, within this block: what is tied to them
+            elsewhere stays.
     """
 
     name: str
@@ -58,7 +54,7 @@ class RemoveBlock(Step):
             raise EditError(f"{self.name!r} adds more than nothing where {list(self.zeros)} are 0")
         before = {id(r.site.owner): _targets(r.site.owner) for r in removals}
         for removal in removals:
-            _remove(removal, local_name(self.name, removal.site.path))
+            _remove(removal.site.graph, removal.block)
         for owner, path in {id(r.site.owner): (r.site.owner, r.site.path) for r in removals}.values():
             _forget(owner, before[id(owner)], local_name(self.name, path))
             owner.recompile()
@@ -83,18 +79,13 @@ def find_removals(module: nn.Module, analysis: Analysis, name: str) -> list[Remo
             block = block_of(flow, site.node, local)
         else:  # a traced part of its own
             block = block_between(flow, next(iter(site.graph.nodes)), site.node)
-        inside = [n for n in site.graph.nodes if not local or is_inside(n, local)]
-        idle = frozenset(n for n in inside if n.op.startswith("call_") and not n.users and not flow.holds_tensors(n))
-        if block is not None:
-            found.append(Removal(site, block.end, block.entry, block.zeros, idle))
-            continue
-        branch = branch_of(flow, site.node, local)
-        if branch is None:
+        block = block or branch_of(flow, site.node, local)
+        if block is None:
             raise EditError(
                 f"{name!r} is not a block: that takes a skip connection, to which nothing but layers whose last one "
                 "can be 0 is added"
             )
-        found.append(Removal(site, *branch, idle))
+        found.append(Removal(site, block))
     return found
 
 
@@ -114,23 +105,16 @@ def _targets(owner: TracedModule) -> set[str]:
     return {str(n.target) for graph in owner.graphs for n in graph.nodes if n.op in ("call_module", "get_attr")}
 
 
-def _remove(removal: Removal, local: str) -> None:
-    graph = removal.site.graph
-    gone, left = {removal.end, *removal.idle}, [removal.end]
-    while left:  # what the block is computed by
-        for node in left.pop().all_input_nodes:
-            if node is not removal.instead and node not in gone and node.op != "placeholder":
-                gone.add(node)
-                left.append(node)
-    removal.end.replace_all_uses_with(removal.instead)
+def _remove(graph: fx.Graph, block: Block) -> None:
+    going = {*block.nodes, block.end}
+    for node in graph.nodes:  # and what reads them, such as sizes that nobody needs
+        if any(n in going and n is not block.end for n in node.all_input_nodes):
+            going.add(node)
+    block.end.replace_all_uses_with(block.entry)
     for node in reversed(list(graph.nodes)):
-        if node in gone and not node.users and (not local or node is removal.end or _is_of(node, local)):
+        if node in going and not node.users and node.op not in ("placeholder", "output"):
             graph.erase_node(node)
     graph.lint()
-
-
-def _is_of(node: fx.Node, local: str) -> bool:
-    return is_inside(node, local) or (node.op == "get_attr" and f"{node.target}.".startswith(f"{local}."))
 
 
 def _forget(owner: TracedModule, before: set[str], local: str) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from surgery.axes.analysis import Analysis, analyse
 from surgery.edit.apply import apply, carry_out
 from surgery.edit.blocks import find_block
+from surgery.edit.calibration import Calibration
 from surgery.edit.flow import Flow
 from surgery.edit.names import find_places
 from surgery.edit.remove_block import RemoveBlock, removal_step
@@ -34,14 +37,14 @@ def shorten(module: nn.Module, places: Mapping[Any, int] | Where, *, calibration
         module: a traced module.
         places: blocks (`surgery.selectors`), or how many to remove from a container of several:
             ``{"layer3": 2}``.
-        calibration: a batch of the model's inputs (a tensor, or a tuple of positional inputs). Of a container's blocks
-            those go that change the outputs least, one after the other, in ``eval()``; by default the last ones.
+        calibration: inputs, as for `surgery.slim`. Of a container's blocks those go that change the outputs least, one
+            after the other, in ``eval()``; by default the last ones.
 
     Returns:
         a new module.
 
     Raises:
-        UsageError: an unknown name, or a count below 1.
+        UsageError: an unknown name, a count below 1, or calibration without inputs.
         EditError: a container that is no block, or has fewer blocks than are to be removed.
 
     Example:
@@ -94,22 +97,26 @@ def _is_block(module: nn.Module, analysis: Analysis, name: str) -> bool:
 
 
 def _least_damage(module: nn.Module, blocks: list[RemoveBlock], count: int, calibration: Any) -> list[RemoveBlock]:
-    """The blocks whose removal, one after the other, changes the outputs least: by the mean square of the change."""
-    inputs = calibration if isinstance(calibration, tuple) else (calibration,)
-    wanted = _outputs(copy.deepcopy(module), inputs)
+    """The blocks whose removal, one after the other, changes the outputs least: by the sum of the squared changes."""
+    inputs = Calibration(module, calibration)
+    dense = copy.deepcopy(module)
     left, chosen = list(blocks), list[RemoveBlock]()
     for _ in range(count):
-        damage = {}
-        for block in left:
-            found = _outputs(carry_out(module, (*chosen, block)), inputs)
-            damage[block] = sum(float((a - b).square().mean()) for a, b in zip(found, wanted, strict=True))
-        best = min(left, key=damage.__getitem__)
+        best = min(left, key=lambda block: _damage(carry_out(module, (*chosen, block)), dense, inputs))
         chosen.append(best)
         left.remove(best)
     return sorted(chosen, key=blocks.index)
 
 
-def _outputs(module: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
-    """The outputs of a copy, which may stay in ``eval()``."""
-    with torch.no_grad():
-        return [t.double() for _, t in tensors_in(module.eval()(*inputs)) if t.is_floating_point()]
+def _damage(short: nn.Module, dense: nn.Module, inputs: Calibration) -> float:
+    """How far the outputs of copies are apart, which may stay in ``eval()``; infinity where that is no number."""
+    total = 0.0
+    with torch.random.fork_rng(), torch.no_grad():
+        for _, batch in inputs.batches():
+            outputs = []
+            for network in (short, dense):
+                torch.manual_seed(0)  # for networks that draw numbers in eval() too
+                args, kwargs = pytree.tree_map_only(Tensor, torch.clone, batch)
+                outputs.append([t for _, t in tensors_in(network.eval()(*args, **kwargs)) if t.is_floating_point()])
+            total += sum(float((a.double() - b.double()).square().sum()) for a, b in zip(*outputs, strict=True))
+    return math.inf if math.isnan(total) else total

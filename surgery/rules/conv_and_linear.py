@@ -129,9 +129,11 @@ def convolve(
 ) -> Fields:
     """Output fields of a convolution. With ``mixed`` it reads any position for any other."""
     groups = op.setting("groups", groups)
-    held = weight if op.module is None else op.module.weight
-    assert held is not None
-    spatial = held.ndim - 2
+    if op.module is None:
+        assert weight is not None
+        spatial = weight.ndim - 2
+    else:
+        spatial = len(op.module.kernel_size)
     dim = x.ndim - spatial - 1
     depthwise = 1 < groups == x.shape[dim]
     weight, bias = op.param("weight", weight, dims=1 if depthwise else 2), op.param("bias", bias)

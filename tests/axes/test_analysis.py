@@ -282,3 +282,12 @@ def test_all_arrays_of_the_findings_are_closed():
     assert ids
     assert not any(array.flags.writeable for array in ids)
     assert np.concatenate([found.unit_of[i] for i in ids]).max() < found.count
+
+
+def test_looking_computes_no_parametrised_weight():
+    """Spectral norm writes to its buffers when its weight is read in training."""
+    layer = torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3))
+    module = surgery.trace(nn.Sequential(layer, nn.Conv2d(4, 2, 1)).train(), torch.randn(2, 3, 6, 6))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    surgery.dimension_groups(module)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())

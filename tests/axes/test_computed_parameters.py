@@ -53,6 +53,10 @@ ONE_NUMBER: dict[str, tuple[Use, dict[str, tuple[int, ...]]]] = {
     "rms norm": (channels_last(lambda n, y: y + F.rms_norm(y, y.shape[-1:], n.w)), {"w": (1,)}),
     "group norm": (lambda n, y: y + F.group_norm(y, 1, n.w, n.b), {"w": (1,), "b": (1,)}),
     "batch norm": (lambda n, y: F.batch_norm(y, n.mean, n.var, n.w, n.b), {"w": (1,), "b": (1,)}),
+    "weight of two": (
+        channels_last(lambda n, y: F.rms_norm(F.rms_norm(y, y.shape[-1:], n.w).tanh() + y, y.shape[-1:], n.w)),
+        {"w": (1,)},
+    ),
     "embedding": (
         channels_last(lambda n, y: y + F.embedding(torch.zeros(1, 1, 1, dtype=torch.long), n.w)),
         {"w": (4, 1)},
@@ -65,8 +69,12 @@ OF_ALL_CHANNELS: dict[str, tuple[Use, dict[str, tuple[int, ...]]]] = {
 BOTH: dict[str, tuple[Use, dict[str, tuple[int, ...]]]] = {
     "weight, then factor": (channels_last(lambda n, y: F.rms_norm(y, y.shape[-1:], n.w) * n.w), {"w": (1,)}),
     "factor, then weight": (channels_last(lambda n, y: F.rms_norm(y * n.w, y.shape[-1:], n.w)), {"w": (1,)}),
-    "weight of two": (
-        channels_last(lambda n, y: F.rms_norm(F.rms_norm(y, y.shape[-1:], n.w).tanh() + y, y.shape[-1:], n.w)),
+    "by mode": (
+        channels_last(lambda n, y: y * n.w if n.training else y + F.rms_norm(y, y.shape[-1:], n.w)),
+        {"w": (1,)},
+    ),
+    "by mode, the other way": (
+        channels_last(lambda n, y: F.rms_norm(y, y.shape[-1:], n.w) + y if n.training else y * n.w),
         {"w": (1,)},
     ),
 }

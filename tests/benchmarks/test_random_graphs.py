@@ -16,13 +16,8 @@ def document():
     return {"runs": [{"environment": {"versions": {"torch": "2.14"}}}], **new}
 
 
-def test_what_comes_of_each_network_is_counted(monkeypatch, document):
-    outcomes = [
-        Outcome(traced=True, edits=7, worst=2e-13, groups=3, editable=2),
-        Outcome(traced=True, edits=3, refused={"widen": "step3.conv cannot grow to 17"}),
-        WrongError("slim, in training at batch 3: off by 0.5"),
-        Outcome(refused={"trace": "odd.py:12: the value is 3"}),
-    ]
+def give(monkeypatch, outcomes):
+    """Let the networks come out so, one after the other."""
 
     def check(steps, output):
         outcome = outcomes.pop(0)
@@ -31,6 +26,17 @@ def test_what_comes_of_each_network_is_counted(monkeypatch, document):
         return outcome
 
     monkeypatch.setattr(random_graphs, "check", check)
+
+
+def test_what_comes_of_each_network_is_counted(monkeypatch, document):
+    outcomes = [
+        Outcome(traced=True, edits=7, worst=2e-13, groups=3, editable=2),
+        Outcome(traced=True, edits=3, refused={"widen": "step3.conv cannot grow to 17"}),
+        WrongError("slim, in training at batch 3: off by 0.5"),
+        Outcome(refused={"trace": "odd.py:12: the value is 3"}),
+    ]
+
+    give(monkeypatch, outcomes)
     for number in range(4):
         random_graphs.add(document, number)
     assert document["wrong"] == [{"network": 2, "problem": "slim, in training at batch 3: off by 0.5"}]
@@ -46,13 +52,7 @@ def test_what_was_wrong_is_tried_again_and_kept_as_mended(monkeypatch, document)
     document.update(graphs=9, wrong=[{"network": 2, "problem": "off by 0.5"}, {"network": 5, "problem": "off by 1"}])
     outcomes = [Outcome(traced=True, edits=7), WrongError("slim: off by 2")]
 
-    def check(steps, output):
-        outcome = outcomes.pop(0)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    monkeypatch.setattr(random_graphs, "check", check)
+    give(monkeypatch, outcomes)
     random_graphs.try_again(document)
     assert (document["graphs"], document["kinds"], document["counts"]["traced"]) == (9, {}, 1)
     assert document["mended"] == [{"network": 2, "problem": "off by 0.5"}]

@@ -132,6 +132,68 @@ def test_what_cannot_be_removed_is_refused(places, error, message):
         surgery.shorten(traced(), places)
 
 
+class Ends(nn.Module):
+    """A branch beside a skip connection with a layer of its own, which end in some way."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.a, self.b, self.skip = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), nn.Conv2d(3, 5, 1)
+
+    def forward(self, x):
+        x = x * 1.5
+        return self.how(self, x)
+
+
+def in_place(net, x):
+    branch = net.b(net.a(torch.relu_(x)).relu())
+    return branch + net.skip(x)
+
+
+ENDS = {
+    "sum": (lambda n, x: n.b(n.a(x).relu()) + n.skip(x), True),
+    "sum, the other way": (lambda n, x: n.skip(x) + n.b(n.a(x).relu()), True),
+    "less the branch": (lambda n, x: n.skip(x) - n.b(n.a(x).relu()), True),
+    "unused sizes": (lambda n, x: n.skip(x) + n.b(n.a(x).relu() * 1.0).reshape(*x.shape[:1], -1, *x.shape[2:]), True),
+    "less the skip": (lambda n, x: n.b(n.a(x).relu()) - n.skip(x), False),
+    "a multiple of the skip": (lambda n, x: torch.add(n.b(n.a(x).relu()), n.skip(x), alpha=2), False),
+    "a skip that is spread": (lambda n, x: n.b(n.a(x).relu()) + n.skip(x).mean((2, 3), keepdim=True), False),
+    "a branch that writes to what the skip reads": (in_place, False),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_branch_goes_where_zeros_leave_the_skip_connection_alone(name):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.read = Ends(ENDS[name][0]), nn.Conv2d(5, 2, 1)
+
+        def forward(self, x):
+            return self.read(self.body(x).tanh())
+
+    torch.manual_seed(0)
+    module = surgery.trace(Net().double().eval(), X)
+    if not ENDS[name][1]:
+        with pytest.raises(surgery.EditError, match="'body' is not a block"):
+            surgery.shorten(module, ["body"])
+        return
+    short = surgery.shorten(module, ["body"])
+    assert surgery.verify(short, without(module, "body.b"), X, train=True).max_rel <= 1e-12
+    assert {n for n, _ in short.body.named_children()} == {"skip"}
+
+
+def test_calibration_may_be_what_slim_takes():
+    module = without(traced(), "stage.1.b")
+    batches = [X, X[:1]]
+    data = torch.utils.data.TensorDataset(X, torch.arange(2))
+    for calibration in (batches, data, {"x": X}):
+        steps = surgery.recipe(surgery.shorten(module, {"stage": 1}, calibration=calibration)).steps
+        assert [step.name for step in steps] == ["stage.1"]
+    with pytest.raises(surgery.UsageError, match="calibration"):
+        surgery.shorten(module, {"stage": 1}, calibration=[])
+
+
 def test_a_block_that_others_look_into_is_refused():
     class Looks(Net):
         def forward(self, x):
