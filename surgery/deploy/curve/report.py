@@ -252,7 +252,7 @@ def _settings_table(result: Tradeoff) -> str:
         "seed": str(settings.seed),
         **({"seeds of each candidate": ", ".join(map(str, settings.every_seed))} if settings.seeds > 1 else {}),
         "time for the whole run": f"{result.seconds:.0f} s",
-        "reused from earlier runs": ", ".join(result.reused) or "nothing",
+        "reused from earlier runs": "; ".join(result.reused) or "nothing",
     }
     return _table(["setting", "value"], [[key, value] for key, value in rows.items()])
 
