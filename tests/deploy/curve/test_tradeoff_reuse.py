@@ -104,7 +104,7 @@ def test_a_second_run_with_one_more_candidate_trains_only_that_one(whole, tmp_pa
     text = (out / "report.md").read_text()
     assert "| candidate | accuracy |" in text
     assert "the other candidates are named after what was done to it" in text
-    assert "| reused from earlier runs | dense, 1, 0.5 |" in text
+    assert "| reused from earlier runs | dense; 1; 0.5 |" in text
     # The folder itself is an earlier run, too, when it is replaced; other settings are another training.
     steps = Steps()
     options = {**OPTIONS, "finetune_epochs": 1}
