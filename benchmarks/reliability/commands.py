@@ -43,7 +43,7 @@ class Command:
 COMMANDS = (
     Command("export", ("export", *_MODEL, "--input-shape", "1,3,8,8"), ".onnx"),
     Command("slim", ("slim", *_MODEL, "--input-shape", "1,3,8,8", "--rate", "0.5")),
-    Command("distill", ("distill", *_MODEL, "--student", "killed_nets:net", *_DATA, "--epochs", "1",
+    Command("distill", ("distill", "killed_nets:net", *_MODEL, *_DATA, "--epochs", "1",
                         "--hint-epochs", "1")),
     Command("evolve", ("evolve", *_MODEL, *_DATA, "--generations", "2", "--epochs", "1")),
     Command("tradeoff", ("tradeoff", *_MODEL, *_DATA, "--split-rates", "0.5", "--epochs", "1",

@@ -159,7 +159,8 @@ def _text_at(child: int, address: int) -> str:
 
 
 def _end(child: int) -> None:
-    os.kill(child, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it ended of itself
+        os.kill(child, signal.SIGKILL)
     while True:
         try:
             _, status = os.waitpid(child, 0)
