@@ -4,7 +4,7 @@ Shows    `surgery.widen` and `surgery.deepen` on a ViT, exactly: more heads, a w
          same outputs; `surgery.transfer_optimizer`, with which AdamW's moments follow the weights; and that training
          goes on where it was. Beside it the same grown network with an optimizer that begins anew.
 Needs    nothing but the package. By default a small ViT of torchvision's class on scikit-learn's digits.
-Takes    about two minutes on one CPU core; with `--quick` about twenty seconds.
+Takes    two to four minutes on one CPU core; with `--quick` about twenty seconds.
 Prints   parameters before and after, the largest difference of outputs in float64, and loss and test accuracy after
          each epoch.
 
