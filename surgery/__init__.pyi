@@ -66,6 +66,7 @@ from surgery.edit.step import Inserted as Inserted
 from surgery.edit.step import Origin as Origin
 from surgery.edit.step import Step as Step
 from surgery.edit.switch_off import SwitchOff as SwitchOff
+from surgery.errors import BudgetWarning as BudgetWarning
 from surgery.errors import CheckpointError as CheckpointError
 from surgery.errors import DamageWarning as DamageWarning
 from surgery.errors import EditError as EditError

@@ -53,6 +53,10 @@ class NothingChangedWarning(UserWarning):
     """An operation on a whole model left it as it is, because nothing of it can be edited."""
 
 
+class BudgetWarning(UserWarning):
+    """A budget is kept by the smallest model that was allowed alone: channels may have been given up to noise."""
+
+
 class DamageWarning(UserWarning):
     """A stored part of a run was damaged, and is made again."""
 

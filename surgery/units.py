@@ -68,8 +68,8 @@ class Amount:
 def parse_amount(what: str, text: str) -> Amount:
     """Parse the amount of a budget: a number with a unit, or a share.
 
-    A count of at most 1 (``0.5``) and a percentage (``50%``) are shares of what the dense model takes. Latency has no
-    shares: the dense model's is not known before it is measured.
+    A percentage (``50%``) is a share of what the dense model takes, and so is a count of at most 1 (``0.5``); a latency
+    without a unit is in ms.
 
     Args:
         what: one of `LIMITS`.
@@ -85,14 +85,14 @@ def parse_amount(what: str, text: str) -> Amount:
     counted = what != "latency"
     try:
         number = float(match[1]) if match else 0.0
-        percent = bool(match and match[2] == "%" and counted)
+        percent = bool(match and match[2] == "%")
         share = percent or bool(match and match[2] == "" and counted and number <= 1)
         limit = number / 100 if percent else number * _UNITS[what][match[2]] if match else 0.0
     except (KeyError, ValueError):
         limit, share = 0.0, False
     if limit <= 0 or (share and limit > 1):
         units = ", ".join(unit for unit in _UNITS[what] if unit)
-        shares = ", or a share of the model's own, up to 1 or 100%" if counted else ""
-        allowed = f"a number above 0 with an optional unit ({units}){shares}"
+        most = "1 or 100%" if counted else "100%"
+        allowed = f"a number above 0 with an optional unit ({units}), or a share of the model's own, up to {most}"
         raise UsageError(f"a budget of {what} is {allowed}, not {text!r}")
     return Amount(what, limit, share)

@@ -16,6 +16,7 @@ from surgery.units import LIMITS, parse_amount
     [
         ("latency", "5ms", 5.0, False),
         ("latency", "0.5", 0.5, False),
+        ("latency", "50%", 0.5, True),
         ("macs", "300M", 3e8, False),
         ("macs", "2", 2.0, False),
         ("macs", "0.5M", 5e5, False),
@@ -45,8 +46,8 @@ def test_a_share_is_of_what_the_model_takes(what):
 @pytest.mark.parametrize(
     ("what", "text", "allowed"),
     [
-        ("latency", "50%", "(ms, s, us), not '50%'"),
-        ("latency", "fast", "(ms, s, us), not 'fast'"),
+        ("latency", "150%", "(ms, s, us), or a share of the model's own, up to 100%, not '150%'"),
+        ("latency", "fast", "up to 100%, not 'fast'"),
         ("macs", "101%", "(k, M, G), or a share of the model's own, up to 1 or 100%, not '101%'"),
         ("macs", "3ms", "not '3ms'"),
         ("params", "0%", "not '0%'"),

@@ -41,7 +41,7 @@ class BudgetOptions(Settings):
         None, "Slim to so many bytes of parameters and buffers, as in 12MB, or to a share.", metavar="N"
     )
     latency: str | None = option(
-        None, "Slim to this median latency of one query, as in 5ms, measured on this machine.", metavar="TIME"
+        None, "Slim to this median latency of one query, as in 5ms or 50%, measured on this machine.", metavar="TIME"
     )
     dataset: str | None = option(
         None,

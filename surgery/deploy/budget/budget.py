@@ -111,7 +111,8 @@ def slim_to_budget(
         module: a traced, trained module. It is not changed.
         latency_ms, macs, params, bytes: the budget, one of them: median latency of one query in ms, or a count of
             `surgery.cost` (``bytes`` of parameters and buffers). A count of at most 1 is a share of what the module
-            takes; text is read by `surgery.units.parse_amount`: ``"5ms"``, ``"300M"``, ``"40%"``.
+            takes; text is read by `surgery.units.parse_amount`: ``"5ms"``, ``"300M"``, ``"40%"``, the last one of
+            latency too: a share of the dense model's, as it is measured first.
         data: damage is the increase of the loss on up to 512 *training* images when a part is slimmed alone; without
             data, the share of the part's squared weights that is removed.
         importance: which channels are kept, as in `surgery.slim`; ``"magnitude"`` suits a trained model.
@@ -128,6 +129,10 @@ def slim_to_budget(
     Returns:
         The slim model as ``.module``, with predictions and measurements.
 
+    Warns:
+        BudgetWarning: of all models that were measured, the smallest that is allowed alone kept to a latency. A machine
+            with other work on it, or a model whose latency is not in its channels, is the usual cause.
+
     Raises:
         UsageError: no budget or several, or a setting out of range; calibration inputs as for `surgery.slim`.
         EditError: no model with rates of at least ``least`` keeps to the budget; says what the smallest takes.
@@ -135,7 +140,7 @@ def slim_to_budget(
     Example:
         >>> slim = surgery.slim_to_budget(traced, latency_ms=5.0, data=data, importance="magnitude").module
     """
-    kind, limit = _read_budget(module, latency_ms=latency_ms, macs=macs, params=params, bytes=bytes)
+    kind, amount = _read_budget(latency_ms=latency_ms, macs=macs, params=params, bytes=bytes)
     tell = progress or (lambda task, done, total: None)
     told = on_figure or (lambda figure: None)
     found = find_parts(module, settings.by)
@@ -144,6 +149,7 @@ def slim_to_budget(
     space = Widths(module, found, least, round_to or 1, importance)
 
     before = _measure(module, kind, clock)
+    limit = amount.of(before)
     told(Figure("dense", kind, limit, before))
     common: dict[str, Any] = {"kind": kind, "limit": limit, "importance": importance}
     if before <= limit:
@@ -186,8 +192,8 @@ def slim_to_budget(
     )
 
 
-def _read_budget(module: nn.Module, **given: float | str | None) -> tuple[str, float]:
-    """Return the kind and the limit of the one budget that is given."""
+def _read_budget(**given: float | str | None) -> tuple[str, Amount]:
+    """Return the kind and the amount of the one budget that is given."""
     budgets = {kind: value for kind, value in given.items() if value is not None}
     if len(budgets) != 1:
         raise UsageError(f"give one budget, of {', '.join(KINDS)}, not {len(budgets)}")
@@ -199,7 +205,7 @@ def _read_budget(module: nn.Module, **given: float | str | None) -> tuple[str, f
         amount = Amount(kind, value, share=not timed and value <= 1)
     if not 0 < amount.number <= math.inf:
         raise UsageError(f"{kind} is {value}: it must be above 0")
-    return kind, amount.of(_count(module, kind)) if amount.share else amount.number
+    return kind, amount
 
 
 def refuse_unreachable(

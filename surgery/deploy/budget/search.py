@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -9,8 +10,9 @@ from torch import nn
 
 from surgery.deploy.budget.predict import Latency, Linear
 from surgery.deploy.budget.widths import Levels, Widths
-from surgery.errors import EditError
+from surgery.errors import BudgetWarning, EditError
 from surgery.progress import Progress
+from surgery.units import counted
 
 KINDS: Mapping[str, str] = {"latency_ms": "ms", "macs": "MACs", "params": "parameters", "bytes": "bytes"}
 """Kinds of budgets, and their units."""
@@ -97,9 +99,25 @@ class Search:
             if trial.measured > self._limit:
                 raise unreachable(self._limit, trial.measured, self._kind, self._space.levels[-1])
             fitting.append((self._space.harm(levels), levels, trial))
+            self._warn()
         tell("search", rounds, rounds)
         _, levels, trial = min(fitting, key=lambda item: item[0])
         return levels, trial
+
+    def _warn(self) -> None:
+        """Say that only the smallest model is left, and what the others took."""
+        *others, last = self.trials
+        if not others:
+            return
+        unit = KINDS[self._kind]
+        taken = sorted(trial.measured for trial in others)
+        warnings.warn(
+            f"only the smallest model allowed was measured within {self._limit:.4g} {unit} (it takes "
+            f"{last.measured:.4g}); {counted(len(others), 'model')} before it, predicted to keep to it, took "
+            f"{taken[0]:.4g} to {taken[-1]:.4g}. Try again on a machine without other work, or allow more",
+            BudgetWarning,
+            stacklevel=4,
+        )
 
     def _try(self, levels: Levels) -> Trial:
         """Measure a model, and correct the prediction by it."""

@@ -117,8 +117,13 @@ class Budget:
 
 
 def parse_budget(what: str, text: str) -> Budget:
-    """Parse a budget, as in ``5ms``, ``300M``, ``12MB`` and ``0.5``: see `surgery.units.parse_amount`."""
+    """Parse a budget, as in ``5ms``, ``300M``, ``12MB`` and ``0.5``: see `surgery.units.parse_amount`.
+
+    Raises `UsageError` for a share of a latency too: an unfinished run could not be told from one on another machine.
+    """
     amount = parse_amount(what, text)
+    if amount.share and what == "latency":
+        raise UsageError(f"a budget of latency for a curve is a time, as in 5ms, not {text!r}")
     return Budget(what, amount.number, text.strip(), amount.share)
 
 

@@ -183,6 +183,30 @@ def test_one_slow_measurement_of_the_smallest_model_does_not_refuse_a_budget(net
     assert surgery.slim_to_budget(net, latency_ms=limit, by="stage", timer=device).measured <= limit
 
 
+def test_a_share_of_a_latency_is_of_the_dense_models(net):
+    device = Device()
+    found = surgery.slim_to_budget(net, latency_ms="60%", by="stage", timer=device)
+    assert found.limit == pytest.approx(0.6 * device.ms(net)) == pytest.approx(0.6 * found.before)
+    assert device.ms(found.module) <= found.limit
+
+
+def test_a_budget_that_only_the_smallest_model_keeps_to_is_warned_of(net):
+    class Noisy(Device):
+        """All but the dense and the smallest model take longer than they should."""
+
+        def __call__(self, modules):
+            smallest = surgery.cost(surgery.slim(net, 0.25)).params
+            usual = {surgery.cost(net).params, smallest}
+            times = super().__call__(modules)
+            return {name: ms * (1 if surgery.cost(modules[name]).params in usual else 3) for name, ms in times.items()}
+
+    device = Noisy()
+    limit = 0.6 * device.ms(net)
+    with pytest.warns(surgery.BudgetWarning, match=r"only the smallest model allowed .* models? before it, .* took"):
+        found = surgery.slim_to_budget(net, latency_ms=limit, by="stage", least=0.25, timer=device)
+    assert surgery.cost(found.module).params == surgery.cost(surgery.slim(net, 0.25)).params
+
+
 def test_progress_of_each_stage_reaches_its_end(net):
     told: dict[str, list[float]] = {}
 

@@ -118,7 +118,8 @@ def test_budgets_are_numbers_with_units(text, expected):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("latency=fast", "a budget of latency is a number above 0 with an optional unit (ms, s, us), not 'fast'"),
+        ("latency=fast", "a budget of latency is a number above 0 with an optional unit (ms, s, us), or a share"),
+        ("latency=50%", "a budget of latency for a curve is a time, as in 5ms, not '50%'"),
         ("macs=3ms", "a budget of macs is a number above 0 with an optional unit (k, M, G), or a share"),
         ("params=0", "a budget of params is a number above 0"),
         ("bytes=-3", "a budget of bytes is a number above 0"),
