@@ -155,7 +155,10 @@ def test_what_a_fit_did_is_said(run):
         (["--macs", "0.5", "--params", "0.1"], "--macs and --params are budgets of different kinds: give the one that"),
         (["--macs", "0.5", "--latency", "5ms", "--bytes", "1MB"], "--macs and --bytes and --latency are budgets of"),
         (["--macs", "5ms"], "a budget of macs is a number above 0 with an optional unit (k, M, G), or a share of the"),
-        (["--latency", "150%"], "a budget of latency is a number above 0 with an optional unit (ms, s, us), or a share of"),
+        (
+            ["--latency", "150%"],
+            "a budget of latency is a number above 0 with an optional unit (ms, s, us), or a share of",
+        ),
         (["--macs", "0.5", "--importance", "l1"], "unknown importance 'l1': one of 'magnitude', 'prefix'\n"),
         (["--rate", "0.5", "--importance", "l1"], "unknown importance 'l1': one of 'magnitude', 'prefix'\n"),
         (["--rate", "0.5", "--dataset", "digits"], "--dataset is for a budget: a rate needs no data\n"),
