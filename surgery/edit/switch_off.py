@@ -214,28 +214,33 @@ def sum_over(module: nn.Module, analysis: Analysis, keep: NDArray[np.bool_]) -> 
 
 
 def keep_off_poles(module: nn.Module, analysis: Analysis, keep: NDArray[np.bool_]) -> None:
-    """Give units that are not kept the value 1 where an op is not finite at 0, as a division by a channel's own length
-    is: their weights of 0 behind it would not make that 0 again, nor would those before it the gradient."""
+    """Give units that are not kept another value where an op is not finite at 0, as a division by a channel's own
+    length is: their weights of 0 behind it would not make that 0 again, nor would those before it the gradient."""
     for scope, (path, graph) in analysis.graphs.items():
         owner = module.get_submodule(path)
         for node in graph.nodes:
-            pole = rule_for(node, called_layer(owner, node)).pole if node.op.startswith("call") else None
-            operands = (*node.args, *node.kwargs.values())
+            if not node.op.startswith("call"):
+                continue
+            rule = rule_for(node, called_layer(owner, node))
+            pole, operands = rule.pole, (*node.args, *node.kwargs.values())
             if pole is None or pole >= len(operands):
                 continue
             gone = [flags for _, flags in _flags_of(analysis, keep, scope, operands[pole]) if not flags.all()]
             if gone:
-                _replace_by_one(module, analysis, (scope, node.name), pole, functools.reduce(operator.and_, gone))
+                kept = functools.reduce(operator.and_, gone)
+                _replace_by(rule.regular, module, analysis, (scope, node.name), pole, kept)
 
 
-def _replace_by_one(module: nn.Module, analysis: Analysis, key: tuple[str, str], place: int, keep: Tensor) -> None:
+def _replace_by(
+    value: float, module: nn.Module, analysis: Analysis, key: tuple[str, str], place: int, keep: Tensor
+) -> None:
     """Only in that operand: another one may be the same tensor, which the op changes in place."""
     owner, node = in_copy(module, analysis, *key)
     name = list(node.kwargs)[place - len(node.args)] if place >= len(node.args) else ""
     source = node.kwargs[name] if name else node.args[place]
     with node.graph.inserting_before(node):
         mask = _constant(module, owner, node.graph, keep)
-        other = node.graph.call_function(torch.where, (mask, source, 1))
+        other = node.graph.call_function(torch.where, (mask, source, value))
     if name:
         node.update_kwarg(name, other)
     else:

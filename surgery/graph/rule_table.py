@@ -42,6 +42,8 @@ class Rule:
     it does last. An affine op needs an input that is 0 as well."""
     pole: int | None = None
     """Which operand, by its place, must not be 0 if the result or its gradient is to be finite: 1 of a division."""
+    regular: float = 1
+    """A number at which that operand gives a finite result and gradient."""
     within: bool | tuple[float, float] = False
     """Bounds of the output's numbers. True: the least and the greatest of the input and 0, as in pooling."""
     kind: str = ""
@@ -191,6 +193,7 @@ class Words(TypedDict, total=False):
     contracts: str
     zeros: tuple[str, ...]
     pole: int | None
+    regular: float
     within: bool | tuple[float, float]
     kind: str
     over: Callable[..., Any] | None

@@ -57,6 +57,8 @@ for _layer, _functions, _in_place, _kind, _bounds in (
     (nn.Hardswish, (F.hardswish,), (), "activation", False),
     (nn.Hardtanh, (F.hardtanh,), (F.hardtanh_,), "activation", False),
     (nn.Tanhshrink, (F.tanhshrink,), (), "activation", False),
+    (nn.Softshrink, (F.softshrink,), (), "activation", False),
+    (nn.Hardshrink, (F.hardshrink, torch.hardshrink, "hardshrink"), (), "activation", False),
     (nn.Threshold, (F.threshold, torch.threshold), (torch.threshold_,), "activation", False),
 ):
     oprule(_layer, *_functions, in_place=_in_place, kind=_kind, within=_bounds)(_activation)
@@ -66,15 +68,44 @@ for _layer, _functions, _in_place, _kind, _bounds in (
 # Position by position
 
 
+_UNARY = (
+    "neg negative positive abs absolute exp exp2 expm1 log1p square sign sgn signbit ceil floor round trunc fix frac "
+    "sin cos tan asin acos atan arcsin arccos arctan sinh cosh asinh atanh arcsinh arctanh sinc deg2rad rad2deg "
+    "erf erfc erfinv i0 nan_to_num"
+)
+"""One operand, finite at 0 and with a finite derivative there; methods, and functions of torch."""
+_ONE = f"{_UNARY} clamp clip clamp_min clamp_max"
+_SEVERAL = "maximum minimum fmax fmin lerp addcmul copysign logaddexp logaddexp2 ldexp heaviside nextafter"
+_COMPARED = "lt le gt ge eq ne less less_equal greater greater_equal not_equal"
+_NOT_AT_ZERO = "pow float_power log log2 log10 sqrt rsqrt reciprocal digamma lgamma hypot"
+"""The first operand must not be 0."""
+_BY = "fmod remainder floor_divide atan2 arctan2 xlogy"
+"""The second operand must not be 0."""
+_SPECIAL = (
+    "bessel_j0 bessel_j1 erf erfc erfcx erfinv exp2 expit expm1 i0 i0e i1 i1e log1p log_ndtr ndtr round sinc airy_ai"
+)
+_SPECIAL_NOT_AT_ZERO = "digamma entr gammaln psi"
+_IN_PLACE = (
+    f"{_UNARY} clamp clip clamp_min clamp_max masked_fill lerp addcmul copysign ldexp heaviside nextafter {_COMPARED}"
+)
+
+
+def _methods(names: str, behind: str = "") -> list[str]:
+    """The names that tensors have methods of, with ``behind`` them."""
+    return [name + behind for name in names.split() if hasattr(torch.Tensor, name + behind)]
+
+
+def _functions(names: str, behind: str = "") -> list[Any]:
+    return [getattr(torch, name + behind) for name in names.split() if hasattr(torch, name + behind)]
+
+
 _ELEMENTWISE: list[Any] = [
-    operator.neg,
-    *_named(operator, "lt le gt ge eq ne"),
-    *_named(torch, "neg abs exp square sign sin cos erf clamp where maximum minimum lerp addcmul"),
+    *(operator.neg, operator.pos, operator.abs, *_named(operator, "lt le gt ge eq ne")),
+    *_functions(f"{_ONE} {_SEVERAL} {_COMPARED} where"),
+    *_named(torch.special, _SPECIAL),
     *(nn.AlphaDropout, F.alpha_dropout, nn.FeatureAlphaDropout, F.feature_alpha_dropout),
-    *("neg", "abs", "exp", "square", "sign", "clamp", "erf", "where", "maximum", "minimum", "masked_fill"),
-    *("lt", "le", "gt", "ge", "eq", "ne", "long", "int", "bool"),
+    *_methods(f"{_ONE} {_SEVERAL} {_COMPARED} where masked_fill long int bool short"),
 ]
-_NOT_AT_ZERO = ("pow", "log", "sqrt", "rsqrt", "reciprocal")
 _DROPOUTS: list[Any] = [
     *(getattr(nn, f"Dropout{n}") for n in ("", "1d", "2d", "3d")),
     *(getattr(F, f"dropout{n}") for n in ("", "1d", "2d", "3d")),
@@ -85,20 +116,32 @@ _CASTS = ("float", "double", "half", "bfloat16", "to", "type", "type_as", "cpu",
 
 @oprule(torch.isfinite, "isfinite", finite=True)
 @oprule(torch.isnan, torch.isinf, "isnan", "isinf", finite=False)
+@oprule(torch.isposinf, torch.isneginf, finite=False)
 @oprule(operator.invert, torch.logical_not, torch.bitwise_not, "logical_not", "bitwise_not", finite=operator.not_)
 @oprule(operator.and_, torch.logical_and, torch.bitwise_and, "logical_and", "bitwise_and",
         finite=lambda a, b: a and b)  # fmt: skip
 @oprule(operator.or_, torch.logical_or, torch.bitwise_or, "logical_or", "bitwise_or",
         finite=lambda a, b: a or b)  # fmt: skip
-@oprule(operator.pow, *_named(torch, " ".join(_NOT_AT_ZERO)), *_NOT_AT_ZERO, pole=0)
-@oprule(operator.floordiv, operator.mod, pole=1)
-@oprule(torch.addcdiv, pole=2)
-@oprule(*_ELEMENTWISE, in_place=("clamp_", "masked_fill_"))
-@oprule(operator.add, operator.sub, torch.add, torch.sub, "add", "sub", linear="sum",
-        in_place=(operator.iadd, operator.isub, "add_", "sub_"))  # fmt: skip
-@oprule(operator.mul, torch.mul, "mul", linear="product", in_place=(operator.imul, "mul_"))
-@oprule(operator.truediv, torch.div, torch.true_divide, "div", linear="quotient", pole=1,
-        in_place=(operator.itruediv, "div_"))  # fmt: skip
+@oprule(operator.xor, torch.logical_xor, torch.bitwise_xor, "logical_xor", "bitwise_xor",
+        finite=lambda a, b: a != b)  # fmt: skip
+@oprule(operator.pow, *_functions(_NOT_AT_ZERO), *_named(torch.special, _SPECIAL_NOT_AT_ZERO), *_methods(_NOT_AT_ZERO),
+        in_place=(*_functions(_NOT_AT_ZERO, "_"), *_methods(_NOT_AT_ZERO, "_")), pole=0)  # fmt: skip
+@oprule(torch.logit, torch.special.logit, torch.special.ndtri, "logit", in_place=(torch.logit_, "logit_"), pole=0,
+        regular=0.5)  # fmt: skip
+@oprule(*_functions("acosh arccosh"), *_methods("acosh arccosh"),
+        in_place=(*_functions("acosh arccosh", "_"), *_methods("acosh arccosh", "_")), pole=0, regular=2.0)  # fmt: skip
+@oprule(operator.floordiv, operator.mod, *_functions(_BY),
+        *_methods(_BY), torch.special.xlogy,
+        in_place=(operator.ifloordiv, operator.imod, *_functions(_BY, "_"), *_methods(_BY, "_")), pole=1)  # fmt: skip
+@oprule(torch.addcdiv, "addcdiv", in_place=("addcdiv_",), pole=2)
+@oprule(*_ELEMENTWISE, in_place=(*_functions(_IN_PLACE, "_"), *_methods(_IN_PLACE, "_")))
+@oprule(operator.add, operator.sub, torch.add, torch.sub, torch.subtract, "add", "sub", "subtract", linear="sum",
+        in_place=(operator.iadd, operator.isub, "add_", "sub_", "subtract_"))  # fmt: skip
+@oprule(torch.rsub)
+@oprule(operator.mul, torch.mul, torch.multiply, "mul", "multiply", linear="product",
+        in_place=(operator.imul, "mul_", "multiply_"))  # fmt: skip
+@oprule(operator.truediv, torch.div, torch.divide, torch.true_divide, "div", "divide", "true_divide", linear="quotient",
+        pole=1, in_place=(operator.itruediv, "div_", "divide_", "true_divide_"))  # fmt: skip
 @oprule(*_DROPOUTS, linear="first")
 def _elementwise(op: Op, *operands: Any, **named: Any) -> Fields:
     return op.elementwise(*operands, *named.values())
@@ -179,8 +222,9 @@ def _pad(
     return tuple(fields)
 
 
-@oprule(nn.Softmax, F.softmax, torch.softmax, "softmax")
-@oprule(nn.LogSoftmax, F.log_softmax, torch.log_softmax, "log_softmax")
+@oprule(nn.Softmax, F.softmax, torch.softmax, torch.special.softmax, "softmax")
+@oprule(nn.Softmin, F.softmin)
+@oprule(nn.LogSoftmax, F.log_softmax, torch.log_softmax, torch.special.log_softmax, "log_softmax")
 @oprule(torch.cumsum, "cumsum")
 def _along(op: Op, input: Labelled, dim: int | None = None, *rest: Any, **named: Any) -> Fields:
     dim = op.setting("dim", dim)

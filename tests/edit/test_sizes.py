@@ -77,6 +77,29 @@ def test_a_size_that_weights_give_stays_a_number_in_the_graph():
     assert " / 8" in slim.code
 
 
+@pytest.mark.parametrize("asked", [{"dim": 1}, {"dim": -3}], ids=str)
+def test_a_size_may_be_asked_for_by_name(asked):
+    class Averaged(nn.Module):
+        """Divided by the number of its channels."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            y = self.a(x).sin()
+            return self.b(y) / y.size(**asked)
+
+    model = Averaged().double().eval()
+    x = torch.rand(3, 3, 4, 4, dtype=torch.float64)
+    traced = surgery.trace(model, x[:2])
+    wide, slim = surgery.widen(traced, 2.0), surgery.slim(traced, 0.5)
+    masked = surgery.masked(traced, surgery.split_masks(traced, 0.5))
+    assert slim.get_submodule("a").out_channels == 4
+    torch.testing.assert_close(wide(x), model(x), rtol=1e-10, atol=0)
+    torch.testing.assert_close(slim(x), masked(x), rtol=1e-10, atol=0)
+
+
 def test_attention_that_python_calls_follows_an_edit_of_its_heads_alone():
     class Branching(nn.Module):
         def __init__(self) -> None:

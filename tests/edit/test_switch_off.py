@@ -253,6 +253,11 @@ POLES = {
     "remainder": lambda y: y % y.mul(2).exp() + y % y.abs(),
     "by itself": lambda y: y * (y / y),
     "addcdiv": lambda y: torch.addcdiv(y, y, y),
+    "logit": lambda y: torch.logit(y.abs() / (1 + y.abs())) + torch.special.ndtri(y.sin() ** 2),
+    "area": lambda y: torch.acosh((y * 100).abs() + (y / y)) + y.abs().log2() + y.abs().log10(),
+    "gamma": lambda y: y.abs().lgamma() + torch.digamma(y.abs()) + torch.special.entr(y.abs()),
+    "by another": lambda y: torch.fmod(y.exp(), y) + torch.xlogy(y, y.abs()) + y.atan2(y) + torch.hypot(y, y),
+    "power of floats": lambda y: torch.float_power(y.abs(), 0.3) + y.abs().sqrt_(),
     "in place, by its own length": lambda y: (y * 2).div_(y.norm(dim=1, keepdim=True)),
 }
 """What is not finite where a channel is 0, or has no gradient there."""

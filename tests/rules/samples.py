@@ -104,16 +104,75 @@ def mask(*shape: int) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # Position by position
 
+UNARY = (
+    "negative positive absolute exp2 expm1 log1p sgn signbit ceil floor round trunc fix frac tan asin acos atan "
+    "arcsin arccos arctan sinh cosh asinh atanh arcsinh arctanh sinc deg2rad rad2deg erfc erfinv i0 nan_to_num "
+    "neg abs exp square sign sin cos erf"
+)
+SPECIAL = (
+    "bessel_j0 bessel_j1 erf erfc erfcx erfinv exp2 expit expm1 i0 i0e i1 i1e log1p log_ndtr ndtr round sinc "
+    "airy_ai digamma entr gammaln logit ndtri psi"
+)
+BINARY = (
+    "divide multiply subtract true_divide rsub fmax fmin copysign logaddexp logaddexp2 ldexp heaviside nextafter "
+    "lt le gt ge eq ne less less_equal greater greater_equal not_equal fmod remainder floor_divide atan2 arctan2 "
+    "xlogy hypot"
+)
+
 for op in (operator.neg, torch.neg, torch.abs, torch.exp, torch.square, torch.sign, torch.sin, torch.cos, torch.erf,
-           torch.relu, torch.sigmoid, torch.tanh, torch.isnan, torch.isinf, torch.isfinite,
+           operator.pos, operator.abs, torch.relu, torch.sigmoid, torch.tanh, torch.isnan, torch.isinf, torch.isfinite,
            torch.logical_not, "isnan", "isinf", "isfinite", "logical_not",
            F.relu, F.relu6, F.elu, F.celu, F.selu, F.leaky_relu, F.gelu, F.silu, F.mish, F.hardswish, F.hardsigmoid,
            F.relu_, torch.sigmoid_, torch.tanh_, F.elu_, torch.celu, torch.celu_, torch.selu, torch.selu_,
            F.leaky_relu_, F.rrelu, torch.rrelu, torch.rrelu_, F.hardtanh_, F.hardtanh, F.sigmoid, F.tanh,
-           F.softplus, F.softsign, F.logsigmoid, F.tanhshrink,
+           F.softplus, F.softsign, F.logsigmoid, F.tanhshrink, F.softshrink, F.hardshrink,
+           torch.hardshrink, "hardshrink",
            "neg", "abs", "exp", "square", "sign", "relu", "sigmoid", "tanh", "erf", "relu_", "sigmoid_", "tanh_",
            "requires_grad_", "float", "double", "half", "bfloat16", "long", "int", "bool"):  # fmt: skip
     sample(op, t(4), free="0:0")
+for name in UNARY.split():
+    for spelling in (name, f"{name}_"):
+        for op in (spelling if hasattr(torch.Tensor, spelling) else None, getattr(torch, spelling, None)):
+            if op is not None and not (spelling == name and any(s.target is op for s in SAMPLES)):
+                sample(op, 0.8 * t(4).tanh(), free="0:0")
+for name in SPECIAL.split():
+    sample(getattr(torch.special, name), torch.rand(4, generator=_generator, dtype=torch.float64) / 2 + 0.2, free="0:0")
+for name in ("acosh", "arccosh"):
+    for op in (name, f"{name}_", getattr(torch, name), getattr(torch, f"{name}_")):
+        sample(op, pos(4) + 1, free="0:0")
+for op in ("logit", "logit_", torch.logit, torch.logit_):
+    sample(op, t(4).sigmoid(), 0.01, free="0:0")
+for name in ("log2", "log10", "digamma", "lgamma", "log", "sqrt", "rsqrt", "reciprocal"):
+    for spelling in (name, f"{name}_"):
+        for op in (spelling if hasattr(torch.Tensor, spelling) else None, getattr(torch, spelling, None)):
+            if op is not None and not any(s.target is op for s in SAMPLES):
+                sample(op, pos(4), free="0:0")
+for op in ("float_power", "float_power_", torch.float_power, "pow_"):
+    sample(op, pos(4), 2.5, free="0:0")
+for op in ("isposinf", "isneginf"):
+    sample(getattr(torch, op), t(4), free="0:0")
+for op in ("clamp_min", "clamp_max", "clamp_min_", "clamp_max_", torch.clamp_min, torch.clamp_max, torch.clamp_min_,
+           torch.clamp_max_):  # fmt: skip
+    sample(op, t(4), 0.3, free="0:0")
+for op in ("clip", "clip_", torch.clip, torch.clip_, torch.clamp_):
+    sample(op, t(4), -0.3, 0.4, free="0:0")
+for name in BINARY.split():
+    for spelling in (name, f"{name}_"):
+        for op in (spelling if hasattr(torch.Tensor, spelling) else None, getattr(torch, spelling, None)):
+            if op is not None:
+                sample(op, t(4), pos(4), free="0:0 1:0")
+for op in (torch.special.xlogy, operator.ifloordiv, operator.imod):
+    sample(op, t(4), pos(4), free="0:0 1:0")
+for op in (operator.xor, torch.logical_xor, torch.bitwise_xor, "logical_xor", "bitwise_xor"):
+    sample(op, mask(4), mask(4), free="0:0 1:0")
+for op in ("lerp", "lerp_"):
+    sample(op, t(4), t(4), 0.3, free="0:0 1:0")
+for op in ("addcmul", "addcmul_", "addcdiv", "addcdiv_"):
+    sample(op, t(4), t(4), pos(4), free="0:0 1:0 2:0")
+for op in (nn.Softshrink(), nn.Hardshrink(), "short"):
+    sample(op, t(4), free="0:0")
+for op in (nn.Softmin(1), F.softmin, torch.special.softmax, torch.special.log_softmax):
+    sample(op, t(3, 4), *(() if isinstance(op, nn.Module) else (1,)), free="0:0")
 sample("cpu", t(4), free="0:0")
 sample("to", t(3, 4), "cpu", free="0:0,1")
 sample("to", t(3, 4), torch.device("cpu"), torch.float32, free="0:0,1")
