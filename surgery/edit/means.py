@@ -27,7 +27,7 @@ from surgery.axes.ledger import Norm, labelled_leaves
 from surgery.edit.sites import called_layer, in_copy
 from surgery.edit.step import MEAN
 from surgery.errors import EditError
-from surgery.graph.rule_table import rule_for
+from surgery.graph.rule_table import Rule, rule_for
 from surgery.graph.traced import TracedModule
 
 
@@ -55,6 +55,13 @@ def normalised_streams(module: nn.Module, analysis: Analysis, group: DimensionGr
         if norm.key not in walk.norms:
             raise EditError(f"{norm.path or norm.key[1]} does not normalise over the whole stream as it was written")
     return norms
+
+
+def _is_rounded(rule: Rule, node: fx.Node, value: Any) -> bool:
+    """Whether the op gives whole numbers: a division that rounds, a cast."""
+    if rule.arguments(node).get("rounding_mode") is not None:
+        return True
+    return any(not leaf.value.is_floating_point() for leaf in labelled_leaves(value))
 
 
 class _Walk:
@@ -105,6 +112,8 @@ class _Walk:
         read = [n for n in node.all_input_nodes if self.carries(self.analysis.values[scope, n.name])]
         kept = all(self.linear.get((scope, n.name), False) for n in read)
         rule = rule_for(node, leaf)
+        if _is_rounded(rule, node, self.analysis.values[scope, node.name]):
+            return False
         if rule.kind == "layer norm":
             first, weight = node.all_input_nodes[0], rule.arguments(node).get("weight") if leaf is None else leaf.weight
             if self.linear.get((scope, first.name), False) and self.spans(scope, node) and weight is not None:

@@ -129,10 +129,18 @@ class Scaled(nn.Module):
             y = y * y
         elif self.kind == "reciprocal":
             y = 1.0 / (y + 20.0)
+        elif self.kind == "rounding":
+            y = torch.div(y, 0.1, rounding_mode="floor")
+        elif self.kind == "rounding in place":
+            y = (y * 10).divide_(1.5, rounding_mode="trunc")
+        elif self.kind == "cast":
+            y = (y * 10).to(torch.int64).double()
         return self.b(self.bare(y) if self.kind == "bare" else self.norm(y))
 
 
-@pytest.mark.parametrize("kind", ["gain", "relu", "norm", "square", "reciprocal", "bare"])
+@pytest.mark.parametrize(
+    "kind", ["gain", "relu", "norm", "square", "reciprocal", "bare", "rounding", "rounding in place", "cast"]
+)
 def test_a_stream_that_is_not_linear_is_refused_or_left_alone(kind):
     torch.manual_seed(0)
     x = torch.randn(5, 4, dtype=torch.float64)
