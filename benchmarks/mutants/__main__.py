@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120, help="limit for one mutant, in seconds of its CPU")
     parser.add_argument("--lines", action="store_true", help="run the fast suite to see which tests execute what")
     parser.add_argument("--lines-file", type=Path, default=LINES)
-    parser.add_argument("--again", action="store_true", help="try those that lived, or that no test ran, once more")
+    parser.add_argument("--again", action="store_true", help="try those that lived, ended at the limit, or that no test ran, once more")
     parser.add_argument("--only", help="try the mutants of one line, FILE:LINE, and write nothing")
     parser.add_argument("--out", type=Path, default=RESULTS / "mutants.json", help="the JSON file; a table goes beside")
     options = parser.parse_args()
@@ -66,7 +66,7 @@ def run(out: Path, drawn: list[Mutant], trials: Trials, total: int, again: bool)
     rows: dict[str, dict[str, Any]] = {row["key"]: row for row in document["mutants"]}
     for mutant in drawn:
         known = rows.get(mutant.key)
-        if known is not None and not (again and known["result"] in ("lived", "untested")):
+        if known is not None and not (again and known["result"] in ("lived", "untested", "timeout")):
             known["line"] = mutant.line
             continue
         if known is None and again:

@@ -28,7 +28,8 @@ class Trials:
         """
         Args:
             tests: by node id, as `benchmarks.mutants.lines` writes them.
-            seconds: of CPU for one mutant.
+            seconds: of CPU for one mutant, at least: as many as all of its tests have taken, twice, if that is more.
+                So what ends at the limit does not end.
         """
         self.tests = {name: row for name, row in tests.items() if row.get("passed") and "lines" in row}
         self.seconds = seconds
@@ -50,12 +51,13 @@ class Trials:
 
     def fork(self, mutant: Mutant | None, tests: list[str]) -> Result:
         """Run tests on a mutant, or on what is there."""
+        seconds = max(self.seconds, 2 * sum(self.tests[name]["seconds"] for name in tests))
         with tempfile.TemporaryDirectory() as folder:
             told = Path(folder) / "failed"
             child = os.fork()
             if child == 0:
-                _run_child(mutant, tests, told, self.seconds)
-            code = _wait(child, 20 * self.seconds)
+                _run_child(mutant, tests, told, seconds)
+            code = _wait(child, 20 * seconds)
             by = told.read_text() if told.exists() else ""
         if code is None:
             return "timeout", by, len(tests)
@@ -64,11 +66,11 @@ class Trials:
         return ("lived" if code == 0 else "killed" if by or code > 0 else "timeout"), by, len(tests)
 
     def choose(self, mutant: Mutant) -> list[str]:
-        """The tests that execute the line, those that take least first; but first three of its own test file."""
+        """The tests that execute the line, those that take least first; but before them those of its own test file."""
         found = [name for name, row in self.tests.items() if mutant.line in row["lines"].get(mutant.file, ())]
         found.sort(key=lambda name: self.tests[name]["seconds"])
         own = f"/test_{Path(mutant.file).stem}.py"
-        first = [name for name in found if own in name][:3]
+        first = [name for name in found if own in name]
         return [*first, *(name for name in found if name not in first)]
 
 

@@ -87,3 +87,29 @@ def test_layers_around_what_has_no_shape_storage_or_version_are_edited(name):
                 for found, expected in zip(passes(edited, images(batch), train), passes(like, images(batch), train),
                                            strict=True):  # fmt: skip
                     torch.testing.assert_close(found, expected, rtol=0, atol=EXACT * float(expected.abs().max()))
+
+
+def test_what_python_makes_by_keywords_keeps_them():
+    """Tensors of indices, of a dtype that is asked for, in Python that decides by values."""
+
+    class Picks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            y = self.b(self.a(x).relu())
+            if float(y.sum()) > 1e9:
+                y = -y
+            rows = torch.full((2,), 1, dtype=torch.int64)
+            rows = torch.cat([rows, torch.zeros(1, dtype=torch.long)])
+            return self.last(y[:, rows].relu())
+
+    model = Picks().double().eval()
+    traced = surgery.trace(model, torch.randn(2, 5, 4, dtype=torch.float64))
+    slim = surgery.slim(traced, 0.5)
+    masked = surgery.masked(traced, surgery.split_masks(traced, 0.5))
+    assert slim.get_submodule("a").out_features == 3
+    for batch in (1, 3):
+        x = torch.randn(batch, 5, 4, dtype=torch.float64)
+        torch.testing.assert_close(slim(x), masked(x), rtol=1e-10, atol=0)

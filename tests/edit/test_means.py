@@ -153,6 +153,39 @@ def test_a_stream_that_is_not_linear_is_refused_or_left_alone(kind):
     assert surgery.verify(surgery.widen(traced, {"a": 12}), traced, x).max_rel <= EXACT
 
 
+def test_a_norm_over_positions_too_is_left_alone_at_other_widths():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(4, 6), nn.LayerNorm((5, 6)), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.b(self.norm(self.a(x)))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    traced = surgery.trace(Both().double(), x)
+    with pytest.raises(surgery.EditError, match="only whole factors are exact, not 6 to 9 units"):
+        surgery.widen(traced, {"a": 1.5})
+    assert surgery.verify(surgery.widen(traced, {"a": 12}), traced, x).max_rel <= EXACT
+
+
+def test_of_many_norms_the_refusal_names_the_first():
+    class Many(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+            self.norms = nn.ModuleList(nn.LayerNorm(6, elementwise_affine=False) for _ in range(5))
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.b(sum(norm(x * k) for k, norm in enumerate(self.norms, 1)))
+
+    traced = surgery.trace(Many().double(), torch.randn(5, 4, dtype=torch.float64))
+    with pytest.raises(surgery.EditError, match=r"is normalised over by norms\.0, norms\.1 and 3 more: only whole"):
+        surgery.widen(traced, {"a": 1.5})
+
+
 def test_a_plain_linear_stream_is_not_refused():
     torch.manual_seed(0)
     x = torch.randn(5, 4, dtype=torch.float64)

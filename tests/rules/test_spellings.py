@@ -149,3 +149,56 @@ class Greatest(nn.Module):
 def test_channels_whose_positions_are_returned_are_left_alone(find, python):
     traced = surgery.trace(Greatest(find, python).double(), torch.rand(2, 3, dtype=torch.float64))
     assert not any(g.editable for g in surgery.dimension_groups(traced) if g.name == "a")
+
+
+class Measured(nn.Module):
+    """Divided by a length of itself."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.length = length
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(y / self.length(y))
+
+
+LENGTHS = {
+    "of channels": (lambda y: torch.linalg.norm(y, ord=3, dim=-1, keepdim=True), True),
+    "of channels, by their number": (lambda y: torch.linalg.norm(y, ord=1, dim=(-1,), keepdim=True), True),
+    "of all": (lambda y: torch.linalg.norm(y), True),
+    "of a matrix": (lambda y: torch.linalg.norm(y, ord=1, dim=(1, 2), keepdim=True), False),
+    "greatest": (lambda y: torch.linalg.norm(y, ord=float("-inf"), dim=-1, keepdim=True), False),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_lengths_of_vectors_follow_an_edit_and_those_of_matrices_are_left_alone(name):
+    length, editable = LENGTHS[name]
+    model = Measured(length).double().eval()
+    traced = surgery.trace(model, torch.randn(2, 5, 4, dtype=torch.float64))
+    group = next(g for g in surgery.dimension_groups(traced) if g.name == "a")
+    assert group.editable == editable
+    wide, slim = surgery.widen(traced, 2.0 if editable else {}), surgery.slim(traced, {"a": 0.5} if editable else {})
+    masked = surgery.masked(traced, surgery.split_masks(traced, {"a": 0.5} if editable else {}))
+    assert (wide.a.out_features, slim.a.out_features) == ((12, 3) if editable else (6, 6))
+    for batch in (1, 3):
+        x = torch.randn(batch, 5, 4, dtype=torch.float64)
+        torch.testing.assert_close(wide(x), model(x), rtol=1e-10, atol=0)
+        torch.testing.assert_close(slim(x), masked(x), rtol=1e-10, atol=0)
+
+
+def test_what_a_product_is_added_to_is_written_by_its_bias():
+    class Added(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6))
+            self.last = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.last(torch.addmm(self.bias, x, self.weight))
+
+    traced = surgery.trace(Added().double(), torch.randn(5, 4, dtype=torch.float64))
+    roles = {m.name: m.role for g in surgery.dimension_groups(traced) for m in g.members if g.size == 6}
+    assert roles == {"weight": "producer", "bias": "producer", "last.weight": "consumer"}
