@@ -156,8 +156,14 @@ def test_what_a_fit_did_is_said(run):
         (["--macs", "0.5", "--latency", "5ms", "--bytes", "1MB"], "--macs and --bytes and --latency are budgets of"),
         (["--macs", "5ms"], "a budget of macs is a number above 0 with an optional unit (k, M, G), or a share of the"),
         (["--latency", "50%"], "a budget of latency is a number above 0 with an optional unit (ms, s, us), not '50%'"),
-        (["--macs", "0.5", "--importance", "l1"], "unknown importance 'l1': one of 'magnitude', 'prefix'\n"),
-        (["--rate", "0.5", "--importance", "l1"], "unknown importance 'l1': one of 'magnitude', 'prefix'\n"),
+        (
+            ["--macs", "0.5", "--importance", "l1"],
+            "unknown importance 'l1': one of 'bn-scale', 'fpgm', 'lamp', ",
+        ),
+        (
+            ["--rate", "0.5", "--importance", "l1"],
+            "unknown importance 'l1': one of 'bn-scale', 'fpgm', 'lamp', ",
+        ),
         (["--rate", "0.5", "--dataset", "digits"], "--dataset is for a budget: a rate needs no data\n"),
         (["--macs", "100"], "no model of these widths keeps to 100 MACs: the smallest, 0.125 of every width, takes"),
         (["--macs", "0.5", "--by", "layer"], "unknown kind of part 'layer': one of 'group', 'stage'\n"),
