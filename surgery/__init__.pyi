@@ -92,6 +92,7 @@ from surgery.operations.importance.observed import Reading as Reading
 from surgery.operations.importance.registry import Importance as Importance
 from surgery.operations.importance.registry import UnitScores as UnitScores
 from surgery.operations.importance.registry import importance as importance
+from surgery.operations.importance.registry import restore_importance as restore_importance
 from surgery.operations.importance.scored import Scored as Scored
 from surgery.operations.importance.scored import Slice as Slice
 from surgery.operations.importance.scores import unit_scores as unit_scores

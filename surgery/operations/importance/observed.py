@@ -87,19 +87,22 @@ class Reading:
 
 
 class Observed:
-    """What a module shows on the data of an importance.
-
-    Attributes:
-        parameters, layers: of the module, by name.
-        looked: whether the data were looked at.
-    """
+    """What a module shows on the data of an importance; ``looked`` says whether they were looked at."""
 
     def __init__(self, module: nn.Module, analysis: Analysis, importance: Importance) -> None:
         self.module, self.analysis, self.importance = module, analysis, importance
-        self.parameters = dict(module.named_parameters())
-        self.layers = dict(module.named_modules())
         self.looked = False
         self._readings: dict[bool, Mapping[str, Sequence[Reading]]] = {}
+
+    @cached_property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Of the module, by name; tied ones once."""
+        return dict(self.module.named_parameters())
+
+    @cached_property
+    def layers(self) -> Mapping[str, nn.Module]:
+        """Of the module, by name."""
+        return dict(self.module.named_modules())
 
     @property
     def products(self) -> Mapping[str, NDArray[np.float64]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -83,7 +84,7 @@ def importance(
         raise UsageError(f"a criterion has a name, not {name!r}: @surgery.importance('mine')")
 
     def register(function: Function) -> Function:
-        if not function.__module__.startswith(__package__):
+        if not str(getattr(function, "__module__", "")).startswith(__package__):
             _load()
         if name in _ENTRIES and not replace:
             raise UsageError(f"importance {name!r} exists: choose another name, or pass replace=True")
@@ -93,6 +94,27 @@ def importance(
         return function
 
     return register
+
+
+@contextmanager
+def restore_importance() -> Iterator[None]:
+    """Undo on exit what `surgery.importance` registers inside the ``with`` block.
+
+    Returns:
+        a context manager.
+
+    Example:
+        >>> with surgery.restore_importance():
+        ...     surgery.importance("mine")(lambda scored: -scored.slices[0].sum(scored.slices[0].squares))
+    """
+    _load()
+    entries, words = dict(_ENTRIES), dict(IMPORTANCE)
+    try:
+        yield
+    finally:
+        for table, before in ((_ENTRIES, entries), (IMPORTANCE, words)):
+            table.clear()
+            table.update(before)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)
