@@ -303,7 +303,8 @@ def test_scores_are_the_same_each_time_and_leave_the_module_and_random_numbers_a
     random, training = torch.get_rng_state(), net.training
     one, other = scores(net, name), scores(net, name)
     assert all((one[group] == other[group]).all() for group in one)
-    assert torch.equal(torch.get_rng_state(), random) and net.training == training
+    assert torch.equal(torch.get_rng_state(), random)
+    assert net.training == training
     assert all(torch.equal(tensor, state[key]) for key, tensor in net.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in net.parameters())
     assert one.on_data == (name in ON_DATA)
