@@ -69,7 +69,7 @@ def test_scores_are_taken_themselves(chain):
         chain
     )
     assert surgery.slim_to_budget(chain, macs=0.6, importance=dict(scores)).importance == "scores"
-    with pytest.raises(UsageError, match="no scores of group '2': surgery.unit_scores has those of every group"):
+    with pytest.raises(UsageError, match=r"no scores of group '2': surgery\.unit_scores has those of every group"):
         surgery.slim(chain, 0.5, importance={"0": scores["0"]})
     assert kept(surgery.slim(chain, {"0": 0.5}, importance={"0": scores["0"]}))["0"] == expected(chain)["0"]
 
