@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import numpy as np
@@ -347,3 +348,27 @@ def test_parts_of_a_concatenation_are_scored_by_the_layers_that_write_them():
     alone = np.concatenate([distances(w[f"{part}.weight"]) for part in "ab"])
     both = (alone + distances(w["c.weight"])) / 2
     assert surgery.unit_scores(traced, "fpgm")[name] == pytest.approx(both, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ON_DATA)
+def test_a_module_in_training_mode_is_scored_in_eval_mode_and_stays_as_it_is(net, name):
+    module = copy.deepcopy(net).train()
+    frozen = module.get_parameter("conv.weight").requires_grad_(False)
+    before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    found, expected = scores(module, name), scores(net, name)
+    assert all((found[group] == expected[group]).all() for group in expected)
+    assert module.training
+    assert module.get_submodule("norm").training
+    assert not frozen.requires_grad
+    assert all(torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
+
+
+def test_a_layer_that_reads_very_many_numbers_is_looked_at_by_channels(net, monkeypatch):
+    monkeypatch.setattr("surgery.operations.importance.observed._FOLDED", 10)
+    seen, w = inputs_of(net), weights(net)
+    rows = seen["branch"].transpose(0, 2, 3, 1).reshape(-1, 6)
+    taps = w["branch.weight"].transpose(1, 0, 2, 3).reshape(6, -1)
+    places = seen["hidden"].reshape(-1, 6, 4).transpose(0, 2, 1).reshape(-1, 6)
+    folded = (places, w["hidden.weight"].T.reshape(6, -1), np.arange(6))
+    expected = greedy([(rows, taps, np.arange(6)), folded], 6)
+    assert scores(net, "reconstruction")["point"] == pytest.approx(expected, abs=1e-8)
