@@ -71,6 +71,7 @@ from surgery.errors import CheckpointError as CheckpointError
 from surgery.errors import DamageWarning as DamageWarning
 from surgery.errors import EditError as EditError
 from surgery.errors import ExportError as ExportError
+from surgery.errors import ImportanceWarning as ImportanceWarning
 from surgery.errors import NothingChangedWarning as NothingChangedWarning
 from surgery.errors import SurgeryError as SurgeryError
 from surgery.errors import TraceError as TraceError
@@ -88,6 +89,14 @@ from surgery.models.saving import save as save
 from surgery.operations.check_rule import RuleCheck as RuleCheck
 from surgery.operations.check_rule import check_rule as check_rule
 from surgery.operations.deepen import deepen as deepen
+from surgery.operations.importance.observed import Reading as Reading
+from surgery.operations.importance.registry import Importance as Importance
+from surgery.operations.importance.registry import UnitScores as UnitScores
+from surgery.operations.importance.registry import importance as importance
+from surgery.operations.importance.registry import restore_importance as restore_importance
+from surgery.operations.importance.scored import Scored as Scored
+from surgery.operations.importance.scored import Slice as Slice
+from surgery.operations.importance.scores import unit_scores as unit_scores
 from surgery.operations.masks import masked as masked
 from surgery.operations.masks import split_masks as split_masks
 from surgery.operations.reset import reset_hypothesis as reset_hypothesis

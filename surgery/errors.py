@@ -57,6 +57,10 @@ class BudgetWarning(UserWarning):
     """A budget is kept by the smallest model that was allowed alone: channels may have been given up to noise."""
 
 
+class ImportanceWarning(UserWarning):
+    """An importance criterion cannot score some groups, which are scored by another one."""
+
+
 class DamageWarning(UserWarning):
     """A stored part of a run was damaged, and is made again."""
 
@@ -76,7 +80,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
     options = sorted(set(known))
     text = name if isinstance(name, str) else ""
     close = difflib.get_close_matches(text, options, n=4, cutoff=0.5) or [o for o in options if text and text in o][:4]
-    all_of_them = f": one of {', '.join(map(repr, options))}" if len(options) <= 8 else f" ({len(options)} are known)"
+    all_of_them = f": one of {', '.join(map(repr, options))}" if len(options) <= 10 else f" ({len(options)} are known)"
     hint = f"; did you mean {', '.join(map(repr, close))}?" if close else all_of_them
     return UsageError(f"unknown {kind} {name!r}{hint}")
 

@@ -67,10 +67,29 @@ RUNTIMES = (
 )
 """Runtimes that a model can be timed in: see `surgery.deploy.measure.runners`."""
 
-IMPORTANCE: Mapping[str, str] = {"prefix": "the first", "magnitude": "those with the largest weights"}
-"""Which channels `surgery.slim` keeps, in words: see `surgery.operations.importance.unit_scores`."""
+IMPORTANCE: dict[str, str] = {
+    "prefix": "the first",
+    "magnitude": "those with the largest weights",
+    "random": "drawn at random",
+    "bn-scale": "those with the largest norm factors",
+    "fpgm": "those whose weights are least like the others'",
+    "lamp": "those with the largest shares of their layer's squared weights",
+    "taylor": "those whose loss would change most, on data",
+    "variance": "those that vary most, on data",
+    "reconstruction": "those that the others cannot restore, on data",
+}
+"""Which channels `surgery.slim` keeps, in words. `surgery.importance` adds to them."""
+
+RANKINGS: Mapping[str, str] = {
+    "local": "every group keeps its share",
+    "global": "the best of all groups together",
+    "isomorphic": "the best of groups with the same kinds of layers",
+}
+"""How channels are compared, in words: see `surgery.operations.importance.ranking`."""
 
 KEEPS = f"Which channels are kept: {', '.join(f'{name} ({words})' for name, words in IMPORTANCE.items())}."
+
+COMPARES = f"How channels are compared: {', '.join(f'{name} ({words})' for name, words in RANKINGS.items())}."
 
 CHANGING = (
     "the images change from one reading to the next (augmentation), so the teacher's outputs cannot be cached: compute "

@@ -28,12 +28,12 @@ def run_python(text: str, name: str) -> list[str]:
     """Run the Python of a page from top to bottom, and return what each ``print`` prints.
 
     A ``print`` with ``# → text`` behind it, or on the next line, must be reached, and print that text; ``…`` stands for
-    any. Rules and steps that the page defines are forgotten afterwards.
+    any. Rules, criteria and steps that the page defines are forgotten afterwards.
     """
     printed: list[str] = []
     names: dict[str, Any] = {"__name__": "__main__"}
     try:
-        with surgery.restore_rules():
+        with surgery.restore_rules(), surgery.restore_importance():
             for number, block in enumerate(blocks("python", text), 1):
                 said = dict(_promises(block))
                 reached: set[int] = set()

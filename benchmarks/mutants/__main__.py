@@ -4,7 +4,7 @@
     python -m benchmarks.mutants                    # 100 mutants: benchmarks/results/mutants.{json,md}
     python -m benchmarks.mutants --sample 300       # goes on to 300
     python -m benchmarks.mutants --again            # tries those that lived or were not run, after tests were added
-    python -m benchmarks.mutants --only surgery/operations/slim.py:182
+    python -m benchmarks.mutants --only surgery/operations/importance/ranking.py:182
 
 Mutants are drawn from all single changes of `rooms.ROOMS`. Each runs in a process of its own, on the tests that execute
 the changed line, those that take least first, until one fails. A change that no result can show is listed in

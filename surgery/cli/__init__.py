@@ -28,6 +28,7 @@ from surgery.errors import (
     UNWRITABLE,
     DamageWarning,
     EditError,
+    ImportanceWarning,
     NothingChangedWarning,
     SurgeryError,
     TraceError,
@@ -131,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for told in (WeightsWarning, DamageWarning, NothingChangedWarning):
+        for told in (WeightsWarning, DamageWarning, NothingChangedWarning, ImportanceWarning):
             warnings.simplefilter("always", told)
         warnings.showwarning = lambda message, *_, **__: _say("warning", message)
         try:

@@ -15,7 +15,7 @@ from surgery.cli.options import Model, Opening, OutputNames, name_outputs, parse
 from surgery.cli.output import Bars
 from surgery.cli.writing import Writing, compare_exactly, finish
 from surgery.errors import UsageError, unknown_name
-from surgery.settings import IMPORTANCE, KEEPS, BudgetSettings, Settings, option
+from surgery.settings import COMPARES, IMPORTANCE, KEEPS, RANKINGS, BudgetSettings, Settings, option
 from surgery.units import LIMITS, counted, mebibytes, parse_amount, quantity
 
 if TYPE_CHECKING:
@@ -53,6 +53,12 @@ class BudgetOptions(Settings):
         None,
         "Fit the layers that read removed channels to what the dense model gives on 512 training images of this data "
         "set, so that the kept channels take over.",
+        metavar="DATA",
+    )
+    rank_on: str | None = option(
+        None,
+        "The data set on whose training images --importance looks, where it looks at data: taylor, variance, "
+        "reconstruction.",
         metavar="DATA",
     )
     image_size: int | None = option(None, "Side in pixels of the data's images. [default: the model's]", least=1)
@@ -93,6 +99,7 @@ def slim(
     importance: Annotated[
         str, typer.Option(metavar="WHICH", help=KEEPS, autocompletion=completion(IMPORTANCE))
     ] = "prefix",
+    ranking: Annotated[str, typer.Option(metavar="HOW", help=COMPARES, autocompletion=completion(RANKINGS))] = "local",
     outputs: OutputNames = None,
     opening: Opening,
     settings: BudgetSettings,
@@ -110,8 +117,9 @@ def slim(
     if (wanted is None) == (not rate):
         both = f"--rate says how wide layers are, --{wanted[0]} looks for it" if wanted else ""
         raise UsageError(f"{both}: give one of them" if both else _NEITHER)
-    if importance not in IMPORTANCE:
-        raise unknown_name("importance", importance, IMPORTANCE)
+    for kind, name, known in (("importance", importance, IMPORTANCE), ("ranking", ranking, RANKINGS)):
+        if name not in known:
+            raise unknown_name(kind, name, known)
     writing.refuse()
     if rate:
         if budget.dataset is not None:
@@ -119,8 +127,10 @@ def slim(
         wish = parse_one_or_per_layer("--rate", rate, float, float)
         before = opening.open(model)
         images = budget.load(before, budget.calibrate)
-        how: dict[str, Any] = {"round_to": settings.round_to or 1, "importance": importance}
-        how["outputs"] = name_outputs(outputs)
+        free = name_outputs(outputs)
+        scores = _score(before, importance, budget, outputs=free)
+        how: dict[str, Any] = {"round_to": settings.round_to or 1, "importance": scores, "ranking": ranking}
+        how["outputs"] = free
         carved = after = surgery.slim(before, wish, **how)
         compare = _switched_off(before, carved, wish, **how)
         if images is not None:
@@ -129,6 +139,8 @@ def slim(
         return
     if outputs:
         raise UsageError("--outputs goes with --rate: to a budget, what the model returns stays as it is")
+    if ranking != "local":
+        raise UsageError("--ranking goes with --rate: to a budget, each part has its own rate")
     assert wanted is not None
     parse_amount(*wanted)
     _to_budget(opening.open(model), *wanted, budget, importance, settings, writing)
@@ -153,6 +165,7 @@ def _to_budget(
     images, calibration = budget.load(before, budget.dataset), budget.load(before, budget.calibrate)
     if images is not None:
         before = surgery.classifier(before, images)
+    scores = _score(before, importance, budget, images)
     limit: dict[str, Any] = {LIMITS[what]: text}
     with Bars() as bars:
         if what == "latency":
@@ -161,7 +174,7 @@ def _to_budget(
             before,
             **limit,
             data=images,
-            importance=importance,
+            importance=scores,
             calibration=calibration,
             settings=settings,
             progress=bars,
@@ -169,11 +182,26 @@ def _to_budget(
         )
     carved = found.module
     if calibration is not None:
-        carved = surgery.slim(before, found.rates, round_to=found.round_to, importance=importance)
+        carved = surgery.slim(before, found.rates, round_to=found.round_to, importance=scores)
     fit = _tell_fit(before, carved, found.module, calibration, budget.calibrate)
     said = [*_describe(found), *fit.get("said", ())]
-    compare = _switched_off(before, carved, found.rates, found.round_to, importance)
+    compare = _switched_off(before, carved, found.rates, round_to=found.round_to, importance=scores)
     finish(before, found.module, writing, compare, more={"budget": found.to_dict(), **fit.get("more", {})}, said=said)
+
+
+def _score(
+    before: nn.Module,
+    importance: str,
+    budget: BudgetOptions,
+    images: surgery.Data | None = None,
+    outputs: str | Sequence[str] | None = None,
+) -> surgery.UnitScores:
+    """Score the channels once, on the data of --rank-on or else on ``images``."""
+    data = images if budget.rank_on is None else budget.load(before, budget.rank_on)
+    scores = surgery.unit_scores(before, surgery.Importance(importance, data), outputs=outputs)
+    if budget.rank_on is not None and not scores.on_data:
+        raise UsageError(f"--rank-on is for an importance that looks at data: {importance} looks at weights alone")
+    return scores
 
 
 def _tell_fit(
@@ -200,14 +228,12 @@ def _switched_off(
     before: nn.Module,
     after: nn.Module,
     wish: float | Mapping[str, float],
-    round_to: int,
-    importance: str,
-    outputs: str | Sequence[str] | None = None,
+    **how: Any,
 ) -> Callable[[], surgery.Verification]:
     """Make a function that compares the slim model with the dense one whose other channels are switched off."""
 
     def compare() -> surgery.Verification:
-        masks = surgery.split_masks(before, wish, round_to=round_to, importance=importance, outputs=outputs)
+        masks = surgery.split_masks(before, wish, **how)
         return compare_exactly(after, surgery.masked(before, masks))
 
     return compare

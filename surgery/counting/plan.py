@@ -17,6 +17,8 @@ from surgery.edit.checks import check_index, check_layouts
 from surgery.edit.layout import Layouts
 from surgery.edit.reindex import Reindex, reindex_step
 from surgery.graph.traced import named_tensors
+from surgery.operations.importance.registry import How, UnitScores
+from surgery.operations.importance.scores import score_units
 from surgery.operations.slim import Rate, slim_step
 from surgery.units import mebibytes, quantity
 
@@ -59,7 +61,13 @@ Wanted = Rate | Mapping[Any, Sequence[int]]
 
 
 def plan(
-    module: nn.Module, wanted: Wanted, *, round_to: int = 1, importance: str = "prefix", outputs: Outputs = None
+    module: nn.Module,
+    wanted: Wanted,
+    *,
+    round_to: int = 1,
+    importance: How = "prefix",
+    ranking: str = "local",
+    outputs: Outputs = None,
 ) -> Plan:
     """Say what `slim` or `reindex` would give, without making it: thousands of candidates can be compared.
 
@@ -71,7 +79,7 @@ def plan(
     Args:
         module: a traced module.
         wanted: as for `slim`, a split rate or one for each of some selectors; or as for `reindex`, an index for each.
-        round_to, importance, outputs: as for `slim`; ``"prefix"`` looks at no weights.
+        round_to, importance, ranking, outputs: as for `slim`; ``"prefix"`` looks at no weights.
 
     Returns:
         the step, its cost, and the shapes it gives.
@@ -84,7 +92,8 @@ def plan(
     Example:
         >>> affordable = [rate for rate in (0.75, 0.5, 0.25) if surgery.plan(traced, rate).macs < 1e9]
     """
-    return next(plans(module, [wanted], round_to=round_to, importance=importance, outputs=outputs))
+    options: dict[str, Any] = {"importance": importance, "ranking": ranking, "outputs": outputs}
+    return next(plans(module, [wanted], round_to=round_to, **options))
 
 
 def plans(
@@ -92,7 +101,8 @@ def plans(
     wanted: Iterable[Wanted],
     *,
     round_to: int = 1,
-    importance: str = "prefix",
+    importance: How = "prefix",
+    ranking: str = "local",
     outputs: Outputs = None,
 ) -> Iterator[Plan]:
     """Say what each of many edits of one model would give, one after another; `plan` is of one.
@@ -102,7 +112,7 @@ def plans(
     Args:
         module: a traced module.
         wanted: for each edit, what `plan` takes.
-        round_to, importance, outputs: as for `plan`.
+        round_to, importance, ranking, outputs: as for `plan`. Channels are scored once.
 
     Returns:
         an iterator over the plans, in order.
@@ -117,12 +127,15 @@ def plans(
     free = parse_outputs(outputs)
     analysis = analyse(module, free)
     planned = planned_cost(module, analysis)
+    scores: UnitScores | None = None
     for one in wanted:
         indexed = isinstance(one, Mapping) and any(isinstance(value, Sequence) for value in one.values())
         if indexed:
             step = reindex_step(analysis, module, one, free=free)  # type: ignore[arg-type]  # all of one kind
         else:
-            step = slim_step(analysis, module, one, round_to, importance, free)  # type: ignore[arg-type]
+            if scores is None:
+                scores = score_units(module, analysis, importance, [g for g in analysis.groups if g.editable])
+            step = slim_step(analysis, module, one, round_to, scores, ranking, free=free)  # type: ignore[arg-type]
         indices = {analysis.find(name): index for name, index in step.indices.items()}
         if indexed:  # what `slim` keeps can be kept
             for group, index in indices.items():

@@ -41,19 +41,20 @@ class Calibration:
         given: a tensor, or a tuple of positional inputs, or a mapping of named ones: one batch; an iterable of
             batches; a data set of (image, label), a loader of one or `surgery.Data`, of whose training images 512 are
             taken, evenly. What a batch holds behind the model's inputs (labels) is left out.
+        what: what the inputs are for, in errors.
 
     Raises:
         UsageError: there are no inputs.
     """
 
-    def __init__(self, module: nn.Module, given: Any) -> None:
+    def __init__(self, module: nn.Module, given: Any, *, what: str = "calibration") -> None:
         self._known = info(module)
         self._like = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
-        self._given = _open(given)
+        self._given = _open(given, what)
         self._size: int | None = None
         self._counts = [_count(inputs) for inputs in self._read()]
         if not self._counts:
-            raise UsageError("calibration has no inputs: pass a batch of them, batches or a data set")
+            raise UsageError(f"{what} has no inputs: pass a batch of them, batches or a data set")
 
     @property
     def count(self) -> int:
@@ -108,6 +109,18 @@ class Calibration:
         parts = (part for inputs in self._read() for part in _split(inputs, self._size))
         yield from enumerate(parts)
 
+    @property
+    def given(self) -> int:
+        """The number of batches as they are given, none of them split."""
+        return len(self._counts)
+
+    def whole_batches(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
+        """The batches as they are given: positional and named inputs, and all that a batch holds, on the device."""
+        for batch in self._given:
+            args, kwargs = pytree.tree_map_only(Tensor, self._place, self._inputs(batch))
+            if all(leaf.numel() for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)):
+                yield args, kwargs, pytree.tree_map_only(Tensor, self._place, batch)
+
     @staticmethod
     def held_out(number: int) -> bool:
         """Whether the batch of that number is held out."""
@@ -133,22 +146,22 @@ class Calibration:
         return tensor.to(self._like.device, self._like.dtype if tensor.is_floating_point() else None)
 
 
-def _open(given: Any) -> Iterable[Any]:
+def _open(given: Any, what: str) -> Iterable[Any]:
     """Batches that can be read again."""
     if isinstance(given, Tensor):
         return [given]
     if isinstance(given, DataLoader) and hasattr(given.dataset, "__len__"):
         return _Items(given.dataset, given.collate_fn)
     if isinstance(given, Mapping):
-        return _open(given["train"]) if "train" in given else [given]
+        return _open(given["train"], what) if "train" in given else [given]
     if isinstance(given, tuple) and given:
-        return _open(given[0]) if _is_data_set(given[0]) else [given]
+        return _open(given[0], what) if _is_data_set(given[0]) else [given]
     if hasattr(given, "train") and hasattr(given, "collate"):  # `surgery.Data`
         return _Items(given.train, given.collate or default_collate)
     if _is_data_set(given):
         return _Items(given, default_collate)
     if not isinstance(given, Iterable) or isinstance(given, (str, bytes)):
-        raise UsageError(f"calibration takes inputs, batches of them or a data set, not {type(given).__name__}")
+        raise UsageError(f"{what} takes inputs, batches of them or a data set, not {type(given).__name__}")
     return list(given) if iter(given) is given else given
 
 

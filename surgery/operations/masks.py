@@ -23,6 +23,7 @@ from surgery.edit.apply import apply
 from surgery.edit.switch_off import SwitchOff, mask_text
 from surgery.errors import UsageError, unknown_name, whole_number
 from surgery.graph.traced import info, named_tensors
+from surgery.operations.importance.registry import How
 from surgery.operations.slim import Rate, fit_units, valid_rate
 from surgery.selectors import Where, each_selector, matches
 
@@ -34,7 +35,8 @@ def split_masks(
     kind: str = "kels",
     seed: int = 0,
     round_to: int = 1,
-    importance: str = "prefix",
+    importance: How = "prefix",
+    ranking: str = "local",
     outputs: Outputs = None,
 ) -> dict[str, torch.Tensor]:
     """The fit-hypothesis as a bool tensor for each parameter (True: kept).
@@ -45,13 +47,14 @@ def split_masks(
         kind: ``"kels"``: the channels that `slim` keeps. ``"wels"``: of each weight of two or more dimensions exactly
             ``ceil(s * numel)`` entries, drawn without replacement; vectors are kept whole.
         seed: of the draw, at least 0; KELS draws nothing.
-        round_to, importance, outputs: which channels the fit-hypothesis has, as in `slim`; for KELS alone.
+        round_to, importance, ranking, outputs: which channels the fit-hypothesis has, as in `slim`; for KELS alone.
 
     Returns:
         by qualified name, tied parameters under each of theirs.
 
     Raises:
-        UsageError: a rate outside (0, 1], an unknown kind, importance or output, or several rates for WELS.
+        UsageError: a rate outside (0, 1], an unknown kind, importance, ranking or output, scores as for `slim`, or
+            several rates for WELS.
 
     Example:
         >>> masks = surgery.split_masks(traced, 0.5, kind="wels", seed=1)
@@ -61,12 +64,12 @@ def split_masks(
     seed = whole_number("seed", seed, 0)
     if kind == "kels":
         analysis = analyse(module, parse_outputs(outputs))
-        return _kels_masks(module, analysis, fit_units(analysis, module, rate, round_to, importance))
+        return _kels_masks(module, analysis, fit_units(analysis, module, rate, round_to, importance, ranking))
     if kind == "wels":
         info(module)
         if isinstance(rate, Mapping):
             raise UsageError("WELS takes one rate for the whole network")
-        if importance != "prefix":
+        if importance != "prefix" or ranking != "local":
             raise UsageError("importance is of channels: leave it out for WELS, which keeps scattered weights")
         if outputs is not None:
             raise UsageError("outputs are of channels: leave them out for WELS, which keeps scattered weights")

@@ -6,14 +6,12 @@ Knowledge Evolution (Taha, Shrivastava, Davis, CVPR 2021, section 3) keeps the f
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from surgery.axes.analysis import Analysis, analyse
@@ -23,7 +21,9 @@ from surgery.axes.network_outputs import Outputs, parse_outputs
 from surgery.edit.names import resolve
 from surgery.edit.reindex import Reindex, carve
 from surgery.errors import NothingChangedWarning, UsageError, whole_number
-from surgery.operations.importance import Scores, unit_scores
+from surgery.operations.importance.ranking import Kept, check_ranking, keep_best
+from surgery.operations.importance.registry import How
+from surgery.operations.importance.scores import score_units
 
 Rate = float | Mapping[Any, float]
 """One split rate, or one for each selector (`surgery.selectors`)."""
@@ -34,7 +34,8 @@ def slim(
     rate: Rate,
     *,
     round_to: int = 1,
-    importance: str = "prefix",
+    importance: How = "prefix",
+    ranking: str = "local",
     outputs: Outputs = None,
     calibration: Any = None,
 ) -> nn.Module:
@@ -50,8 +51,14 @@ def slim(
             the first ``ceil(s * n)`` of what each of its producers writes; where different layers read different
             parts of it (a ``chunk``), each part keeps its share.
         round_to: kept channels are rounded up to a multiple of this, as far as there are any.
-        importance: which channels are kept: ``"prefix"``, the first (KELS), or ``"magnitude"``, as many of those with
-            the largest weights.
+        importance: which channels are kept: ``"prefix"``, the first (KELS), ``"magnitude"``, as many of those with
+            the largest weights, or another criterion of the registry (`surgery.importance`) by its name; a function
+            like those there; a criterion with its data, as in ``surgery.Importance("taylor", data)``; or scores by
+            group (`surgery.unit_scores`).
+        ranking: ``"local"``: every group keeps its own share. ``"global"``: the best channels of all groups together
+            are kept, so that the rate is the share of all of them; ``"isomorphic"``: likewise, but of groups with the
+            same kinds of layers (`surgery.operations.importance.ranking`). Groups of different rates are ranked apart,
+            and every class of a group keeps a channel.
         outputs: the outputs of the network that may change: ``"free"`` for all, or their names (`surgery.outputs`).
             Channels alone do, positions and the batch never. `surgery.verify` compares what is left.
         calibration: inputs on which the layers that read an edited axis are fitted to what the dense network gave
@@ -66,9 +73,11 @@ def slim(
     Warns:
         NothingChangedWarning: a single rate below 1 leaves the network as it is; with the largest groups that cannot be
             edited, and why (`surgery.unedited` has all).
+        ImportanceWarning: groups that the criterion cannot score, and are scored by another one.
 
     Raises:
-        UsageError: a rate outside (0, 1], or an unknown name, importance or output; calibration without inputs, with
+        UsageError: a rate outside (0, 1], or an unknown name, importance, ranking or output; scores as for
+            `surgery.unit_scores`, or a ranking of groups whose scores do not compare; calibration without inputs, with
             inputs that the network does not take, or that give activations which are not finite.
 
     Example:
@@ -77,7 +86,7 @@ def slim(
         True
         >>> better = surgery.slim(traced, 0.5, calibration=data)  # nearer to the dense network, without training
     """
-    step = slim_plan(module, rate, round_to=round_to, importance=importance, outputs=outputs)
+    step = slim_plan(module, rate, round_to=round_to, importance=importance, ranking=ranking, outputs=outputs)
     if not (step.indices or isinstance(rate, Mapping) or rate == 1):
         why = why_nothing_changes(analyse(module, step.outputs))
         warnings.warn(f"slim changed nothing: {why}", NothingChangedWarning, stacklevel=2)
@@ -85,11 +94,17 @@ def slim(
 
 
 def slim_plan(
-    module: nn.Module, rate: Rate, *, round_to: int = 1, importance: str = "prefix", outputs: Outputs = None
+    module: nn.Module,
+    rate: Rate,
+    *,
+    round_to: int = 1,
+    importance: How = "prefix",
+    ranking: str = "local",
+    outputs: Outputs = None,
 ) -> Reindex:
     """The step that `slim` takes."""
     free = parse_outputs(outputs)
-    return slim_step(analyse(module, free), module, rate, round_to, importance, free)
+    return slim_step(analyse(module, free), module, rate, round_to, importance, ranking, free=free)
 
 
 def slim_step(
@@ -97,57 +112,37 @@ def slim_step(
     module: nn.Module,
     rate: Rate,
     round_to: int = 1,
-    importance: str = "prefix",
+    importance: How = "prefix",
+    ranking: str = "local",
+    *,
     free: tuple[str, ...] = (),
 ) -> Reindex:
     """As `slim_plan`; ``analysis`` is of ``module``, with these outputs ``free``."""
-    kept = fit_units(analysis, module, rate, round_to, importance)
+    kept = fit_units(analysis, module, rate, round_to, importance, ranking)
     indices = {g.name: tuple(np.flatnonzero(keep).tolist()) for g, keep in kept.items() if not keep.all()}
     return Reindex(indices, outputs=free)
 
 
 def fit_units(
-    analysis: Analysis, module: nn.Module, rate: Rate, round_to: int = 1, importance: str = "prefix"
-) -> dict[DimensionGroup, NDArray[np.bool_]]:
+    analysis: Analysis,
+    module: nn.Module,
+    rate: Rate,
+    round_to: int = 1,
+    importance: How = "prefix",
+    ranking: str = "local",
+) -> dict[DimensionGroup, Kept]:
     """For each unit of each group that a rate is for, whether `slim` keeps it."""
     whole_number("round_to", round_to, 1)
+    check_ranking(ranking)
     if isinstance(rate, Mapping):
         rates = resolve(analysis, module, {name: valid_rate(r) for name, r in rate.items()})
     else:
         rates = dict.fromkeys((g for g in analysis.groups if g.editable), valid_rate(rate))
-    scores = unit_scores(module, analysis, importance)
-    return {group: _keep_best(group, r, round_to, scores[group]) for group, r in rates.items()}
+    scores = score_units(module, analysis, importance, rates)
+    return keep_best(module, rates, round_to, scores, ranking)
 
 
 def valid_rate(rate: float) -> float:
     if isinstance(rate, bool) or not (isinstance(rate, Real) and 0 < rate <= 1):
         raise UsageError(f"split rate must be in (0, 1], not {rate}")
     return float(rate)
-
-
-def _keep_best(group: DimensionGroup, rate: float, round_to: int, scores: Scores) -> NDArray[np.bool_]:
-    """The units of each class with the largest scores, of equal ones the first; their number is shared out so that each
-    segment keeps ``ceil(s * n)``."""
-    keep = group.frozen.copy()
-    step = max(1, math.ceil(round_to * group.units / group.size))
-    for parts in group.free:
-        free = sum(map(len, parts))
-        count = math.ceil(round(rate * free, 9))
-        count = min(free, math.ceil(count / step) * step)
-        for part, n in zip(parts, _share_out(count, [len(p) for p in parts]), strict=True):
-            keep[part[np.argsort(-scores[part], kind="stable")[:n]]] = True
-    return keep
-
-
-def _share_out(total: int, sizes: list[int]) -> list[int]:
-    """``total`` in parts proportional to ``sizes``, by largest remainder; no part empty while there is enough."""
-    exact = [total * s / sum(sizes) for s in sizes]
-    parts = [max(1, math.floor(e)) for e in exact]
-    by_remainder = sorted(range(len(sizes)), key=lambda k: parts[k] - exact[k])
-    for k in by_remainder * 2:
-        if sum(parts) < total and parts[k] < sizes[k]:
-            parts[k] += 1
-    for k in reversed(by_remainder):
-        if sum(parts) > total and parts[k] > 1:
-            parts[k] -= 1
-    return parts

@@ -9,16 +9,16 @@ import pytest
 from benchmarks.mutants.__main__ import EQUIVALENT, _files
 from benchmarks.mutants.mutate import apply_mutant, list_mutants
 from benchmarks.mutants.report import markdown
-from surgery.operations import slim
+from surgery.operations.importance import ranking
 
-FILE = "surgery/operations/slim.py"
+FILE = "surgery/operations/importance/ranking.py"
 
 
 @pytest.fixture
 def share_out(monkeypatch):
     """The function, which has its own code again afterwards."""
-    monkeypatch.setattr(slim._share_out, "__code__", slim._share_out.__code__)
-    return slim._share_out
+    monkeypatch.setattr(ranking._share_out, "__code__", ranking._share_out.__code__)
+    return ranking._share_out
 
 
 def test_all_changes_of_a_line_are_listed():
@@ -52,7 +52,7 @@ def test_the_page_counts_what_is_killed_and_lists_the_rest():
     document = {"total": 50, "mutants": rows, "runs": [{"environment": {"versions": {"torch": "2.14"}}}]}
     page = markdown(document)
     assert "5 were drawn and tried. 2 are killed by the fast tests, 1 change no result, 2 live: 50.0 %" in page
-    assert "| surgery/operations | 5 | 2 | 1 | 2 |" in page
+    assert "| surgery/operations/importance | 5 | 2 | 1 | 2 |" in page
     assert page.count("It is never read.") == 1
     assert page.count("(no test executes it)") == 1
 

@@ -468,7 +468,8 @@ def test_the_installed_command_exits_with_the_code():
         (["sl"], {"slim"}),
         (["slim", "resnet1"], {"resnet18", "resnet101", "resnet152"}),
         (["slim", "resnet18", "--mac"], {"--macs"}),
-        (["slim", "resnet18", "--importance", ""], {"prefix", "magnitude"}),
+        (["slim", "resnet18", "--importance", "la"], {"lamp"}),
+        (["slim", "resnet18", "--ranking", ""], {"local", "global", "isomorphic"}),
         (["tradeoff", "resnet18", "--optimizer", "ad"], {"adamw"}),
     ],
 )

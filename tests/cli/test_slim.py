@@ -147,6 +147,26 @@ def test_what_a_fit_did_is_said(run):
     )
 
 
+@pytest.mark.parametrize("importance", ["taylor", "reconstruction"])
+def test_channels_are_ranked_on_the_data_that_are_given(run, importance):
+    ranked = ["--importance", importance, "--rank-on", "digits", "--ranking", "global"]
+    code, out, err = run("slim", *MODEL, "--rate", "0.5", *ranked, "--out", "made", "--json")
+    assert (code, json.loads(out)["verification"]["ok"]) == (0, True), err
+    on = surgery.Importance(importance, surgery.data_for({"the model": dense()}, "digits"))
+    remade = surgery.slim(dense(), 0.5, importance=on, ranking="global")
+    made = surgery.load("made", trust=True).state_dict()
+    assert all(torch.equal(tensor, made[name]) for name, tensor in remade.state_dict().items())
+    assert remade.get_submodule("0").weight.shape != (8, 3, 3, 3)
+
+
+def test_a_budget_ranks_on_its_data(run):
+    data = ["--dataset", "digits", "--limit", "64"]
+    code, out, err = run("slim", *MODEL, "--macs", "0.5", "--importance", "taylor", *data, "--out", "made", "--json")
+    assert code == 0, err
+    said = json.loads(out)
+    assert (said["verification"]["ok"], said["budget"]["importance"]) == (True, "taylor")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -159,8 +179,23 @@ def test_what_a_fit_did_is_said(run):
             ["--latency", "150%"],
             "a budget of latency is a number above 0 with an optional unit (ms, s, us), or a share of",
         ),
-        (["--macs", "0.5", "--importance", "l1"], "unknown importance 'l1': one of 'magnitude', 'prefix'\n"),
-        (["--rate", "0.5", "--importance", "l1"], "unknown importance 'l1': one of 'magnitude', 'prefix'\n"),
+        (
+            ["--macs", "0.5", "--importance", "l1"],
+            "unknown importance 'l1': one of 'bn-scale', 'fpgm', 'lamp', ",
+        ),
+        (
+            ["--rate", "0.5", "--importance", "l1"],
+            "unknown importance 'l1': one of 'bn-scale', 'fpgm', 'lamp', ",
+        ),
+        (["--rate", "0.5", "--importance", "taylor"], "importance 'taylor' looks at data: pass"),
+        (["--macs", "0.5", "--importance", "variance"], "importance 'variance' looks at data: pass"),
+        (["--rate", "0.5", "--importance", "lamp", "--rank-on", "digits"], "--rank-on is for an importance that looks"),
+        (["--rate", "0.5", "--ranking", "globl"], "unknown ranking 'globl'; did you mean 'global'"),
+        (["--rate", "0.5", "--ranking", "global"], "importance 'prefix' does not compare channels of different groups"),
+        (
+            ["--macs", "0.5", "--ranking", "global"],
+            "--ranking goes with --rate: to a budget, each part has its own rate",
+        ),
         (["--rate", "0.5", "--dataset", "digits"], "--dataset is for a budget: a rate needs no data\n"),
         (["--macs", "100"], "no model of these widths keeps to 100 MACs: the smallest, 0.125 of every width, takes"),
         (["--macs", "0.5", "--by", "layer"], "unknown kind of part 'layer': one of 'group', 'stage'\n"),

@@ -29,6 +29,7 @@ from surgery.deploy.budget.search import KINDS, Figure, Search, Told, Trial, unr
 from surgery.deploy.budget.widths import Widths
 from surgery.deploy.measure.jobs import Runner
 from surgery.errors import UsageError
+from surgery.operations.importance.registry import How, importance_name, rank_on
 from surgery.operations.slim import fit_units, slim
 from surgery.progress import Progress
 from surgery.settings import BudgetSettings, accepts
@@ -61,7 +62,7 @@ class Budgeted:
             to the dense model in that run times ``before``.
         rates: rate of each group that was slimmed.
         round_to: the multiple of widths.
-        importance: which channels were kept.
+        importance: the name of the criterion by which channels were kept.
         damage: increase of the loss when each part was slimmed alone, by rate; without data, the share of its squared
             weights that was removed.
         trials: all models that were measured on the way, in order.
@@ -96,7 +97,7 @@ def slim_to_budget(
     params: float | str | None = None,
     bytes: float | str | None = None,
     data: Data | None = None,
-    importance: str = "prefix",
+    importance: How = "prefix",
     calibration: Any = None,
     settings: BudgetSettings = BudgetSettings(),
     timer: Timer | None = None,
@@ -115,7 +116,8 @@ def slim_to_budget(
             latency too: a share of the dense model's, as it is measured first.
         data: damage is the increase of the loss on up to 512 *training* images when a part is slimmed alone; without
             data, the share of the part's squared weights that is removed.
-        importance: which channels are kept, as in `surgery.slim`; ``"magnitude"`` suits a trained model.
+        importance: which channels are kept, as in `surgery.slim`; ``"magnitude"`` suits a trained model. A criterion on
+            data that has none of its own looks at the training images of ``data``. Channels are scored once.
         calibration: inputs on which the layers of the result are fitted to what the dense network gave, as in
             `surgery.slim`. The biases that some layers get by it are within a budget of parameters or bytes; latency is
             measured without them.
@@ -146,18 +148,16 @@ def slim_to_budget(
     found = find_parts(module, settings.by)
     clock = Clock(settings.timing(), timer)
     least, round_to = settings.least, settings.round_to
-    space = Widths(module, found, least, round_to or 1, importance)
+    space = Widths(module, found, least, round_to or 1, rank_on(importance, data))
 
     before = _measure(module, kind, clock)
     limit = amount.of(before)
     told(Figure("dense", kind, limit, before))
-    common: dict[str, Any] = {"kind": kind, "limit": limit, "importance": importance}
+    common: dict[str, Any] = {"kind": kind, "limit": limit, "importance": importance_name(importance)}
     if before <= limit:
         common |= dict.fromkeys(("before", "predicted", "measured"), before)
         return Budgeted(slim(module, {}), rates={}, round_to=space.round_to, damage={}, trials=(), **common)
-    refuse_unreachable(
-        module, [(kind, limit)], least=least, round_to=space.round_to, importance=importance, clock=clock, told=told
-    )
+    refuse_unreachable(module, [(kind, limit)], least=least, round_to=space.round_to, clock=clock, told=told)
     with ExitStack() as stack:
         predict: Latency | Linear
         if kind == "latency_ms":
@@ -214,17 +214,16 @@ def refuse_unreachable(
     *,
     least: float = BudgetSettings.least,
     round_to: int = 1,
-    importance: str = "prefix",
     clock: Clock,
     told: Told | None = None,
 ) -> None:
     """Raise `EditError` for a limit, of one of `KINDS`, that even the smallest model exceeds.
 
-    The smallest model is that of `slim_to_budget` with the same settings; weights do not matter. Counts are exact; a
-    latency limit is refused if two measurements exceed 1.5 times the limit.
+    The smallest model is as wide as that of `slim_to_budget` with the same settings; weights do not matter. Counts are
+    exact; a latency limit is refused if two measurements exceed 1.5 times the limit.
     """
     rates = {group.name: least for groups in find_parts(module, "group").values() for group in groups}
-    smallest = slim(module, rates, round_to=round_to, importance=importance)
+    smallest = slim(module, rates, round_to=round_to)
     taken: dict[str, float] = {}
     for kind, limit in limits:
         most = limit * (_SLACK if kind == "latency_ms" else 1)

@@ -11,6 +11,7 @@ from torch import nn
 from surgery.axes.analysis import dimension_groups
 from surgery.axes.groups import DimensionGroup
 from surgery.errors import EditError, unknown_name
+from surgery.operations.importance.registry import How
 from surgery.operations.slim import slim
 
 
@@ -63,7 +64,7 @@ def slim_each_alone(
     rate: float,
     *,
     round_to: int = 1,
-    importance: str = "prefix",
+    importance: How = "prefix",
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield each part's name with the model in which it alone is slimmed."""
     for name, groups in found.items():

@@ -24,6 +24,8 @@ from surgery.deploy.measure.ratios import noise
 from surgery.errors import UsageError
 from surgery.graph.traced import info
 from surgery.models import short
+from surgery.operations.importance.registry import How, importance_name, rank_on
+from surgery.operations.importance.scores import unit_scores
 from surgery.operations.slim import slim
 from surgery.progress import Progress
 from surgery.settings import TimingSettings, accepts
@@ -66,7 +68,7 @@ class Sensitivity:
         source: source of the model.
         data: name of the data set.
         classes: number of classes.
-        rate, importance, by: as given to `surgery.sensitivity`.
+        rate, importance, by: as given to `surgery.sensitivity`; of a criterion the name.
         dense: the model as it is.
         rows: one for each part, in the order of the forward pass.
     """
@@ -155,7 +157,7 @@ def sensitivity(
     *,
     rate: float = 0.5,
     by: str = "group",
-    importance: str = "prefix",
+    importance: How = "prefix",
     round_to: int = 1,
     limit: int | None = None,
     settings: TimingSettings = TimingSettings(),
@@ -172,7 +174,8 @@ def sensitivity(
         data: its test images, or ``limit`` of them, give the accuracy.
         rate: the rate at which each part is slimmed.
         by: a part is each dimension ``"group"``, or each ``"stage"`` (`surgery.deploy.budget.parts.find_parts`).
-        importance, round_to: as in `surgery.slim`.
+        importance, round_to: as in `surgery.slim`. A criterion on data that has none of its own looks at the training
+            images of ``data``.
         limit: largest number of test images.
         settings: how models are timed, see `surgery.TimingSettings`; its fields may be given as keywords.
         timer: from modules by name to ms by name; replaces the measurement.
@@ -191,9 +194,10 @@ def sensitivity(
     if limit is not None and limit < 1:
         raise UsageError(f"limit is {limit}: it must be at least 1")
     found = find_parts(module, by)
-    slim(module, rate, round_to=round_to, importance=importance)  # refuses at once
+    worth = unit_scores(module, rank_on(importance, data))
+    slim(module, rate, round_to=round_to, importance=worth)  # refuses at once
     modules = {"": module}
-    modules.update(slim_each_alone(module, found, rate, round_to=round_to, importance=importance))
+    modules.update(slim_each_alone(module, found, rate, round_to=round_to, importance=worth))
     scores = {}
     for done, (name, candidate) in enumerate(modules.items(), 1):
         scores[name] = judge(candidate, data.test, most=limit)
@@ -215,7 +219,8 @@ def sensitivity(
         for name, candidate in modules.items()
     )
     source = info(module).source or type(module).__name__
-    return Sensitivity(source, data.source, len(data.classes), rate, importance, by, dense, tuple(rows), environment())
+    name, classes = importance_name(importance), len(data.classes)
+    return Sensitivity(source, data.source, classes, rate, name, by, dense, tuple(rows), environment())
 
 
 def write_sensitivity(result: Sensitivity, folder: Path) -> None:

@@ -12,7 +12,8 @@ from torch import nn
 from surgery.axes.analysis import analyse
 from surgery.axes.groups import DimensionGroup
 from surgery.deploy.budget.predict import Array, Layers
-from surgery.operations.importance import unit_scores
+from surgery.operations.importance.registry import How
+from surgery.operations.importance.scores import score_units
 from surgery.operations.slim import fit_units, slim
 
 _STEPS = 16
@@ -31,11 +32,11 @@ class Widths:
         found: Mapping[str, Sequence[DimensionGroup]],
         least: float,
         round_to: int,
-        importance: str,
+        importance: How,
     ) -> None:
         self._module, self._parts, self._analysis = module, found, analyse(module)
-        self.round_to, self.importance = round_to, importance
         self.groups = [group for groups in found.values() for group in groups]
+        self.round_to, self.importance = round_to, score_units(module, self._analysis, importance, self.groups)
         self.layers = Layers(module, self.groups)
         self._part = np.repeat(np.arange(len(found)), [len(groups) for groups in found.values()])
         steps = max(1, math.floor(_STEPS * (1 - least) + 1e-9))
@@ -67,13 +68,13 @@ class Widths:
 
     def weights_lost(self, rates: Sequence[float]) -> dict[str, dict[float, float]]:
         """The share of each part's squared weights that is removed, by rate."""
-        scores = unit_scores(self._module, self._analysis, "magnitude")
+        scores = score_units(self._module, self._analysis, "magnitude", self.groups)
         lost: dict[str, dict[float, float]] = {name: {} for name in self._parts}
         for rate in rates:
             wanted = {group.name: rate for group in self.groups}
             masks = fit_units(self._analysis, self._module, wanted, importance=self.importance)
             for name, groups in self._parts.items():
-                shares = [scores[g][~masks[g]].sum() / max(scores[g].sum(), 1e-30) for g in groups]
+                shares = [scores[g.name][~masks[g]].sum() / max(scores[g.name].sum(), 1e-30) for g in groups]
                 lost[name][rate] = float(np.mean(shares))
         return lost
 

@@ -23,6 +23,7 @@ from surgery.deploy.curve.teaching import Lesson
 from surgery.deploy.measure.environment import environment, usable_cores
 from surgery.deploy.onnx.export import export_onnx
 from surgery.models.saving import save
+from surgery.operations.importance.registry import rank_on
 from surgery.operations.slim import slim
 from surgery.settings import BudgetSettings, TimingSettings, TradeoffSettings
 from surgery.training.data.data import Data
@@ -121,9 +122,7 @@ class CandidateTraining:
         if limits:
             clock = Clock(TimingSettings(threads=settings.threads, seed=settings.seed))
             with self.progress.task(CHECK):
-                refuse_unreachable(
-                    dense, limits, round_to=settings.round_to, importance=settings.importance, clock=clock
-                )
+                refuse_unreachable(dense, limits, round_to=settings.round_to, clock=clock)
 
     def dense(self, module: nn.Module) -> Dense:
         """Train a copy of ``module``, the dense model, or load it from an earlier run."""
@@ -232,7 +231,8 @@ class CandidateTraining:
         settings = self.settings
         common: dict[str, Any] = {"round_to": settings.round_to, "importance": settings.importance}
         if isinstance(candidate, Candidate):
-            return candidate.apply(dense, **common, seed=settings.seed), None
+            ranked = {**common, "importance": rank_on(settings.importance, self.data)}
+            return candidate.apply(dense, **ranked, seed=settings.seed), None
         made_by = {
             "budget": [candidate.what, candidate.limit],
             "dense": module_digest(dense),
@@ -260,7 +260,8 @@ class CandidateTraining:
                 self.store.note(key, result.to_dict())
                 found = self.store.find_note(key)
         assert found is not None
-        start = slim(dense, found["rates"], round_to=found["round_to"], importance=found["importance"])
+        kept = rank_on(found["importance"], self.data)
+        start = slim(dense, found["rates"], round_to=found["round_to"], importance=kept)
         return start, found
 
     def _moved(self, module: nn.Module) -> nn.Module:

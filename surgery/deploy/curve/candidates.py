@@ -14,6 +14,7 @@ from torch import nn
 from surgery.counting.cost import cost
 from surgery.errors import UsageError, unknown_name
 from surgery.operations.deepen import deepen
+from surgery.operations.importance.registry import How
 from surgery.operations.slim import Rate, slim
 from surgery.operations.widen import widen
 from surgery.units import LIMITS, Amount, parse_amount
@@ -35,7 +36,7 @@ class Operation:
             return f"{self.kind}:{';'.join(f'{name}={_format_number(value)}' for name, value in self.amount.items())}"
         return f"{self.kind}={_format_number(self.amount)}"
 
-    def apply(self, module: nn.Module, *, round_to: int, importance: str, seed: int) -> nn.Module:
+    def apply(self, module: nn.Module, *, round_to: int, importance: How, seed: int) -> nn.Module:
         """Apply the operation, and return a new module."""
         amount: Any = self.amount
         if self.kind == "slim":
@@ -73,7 +74,7 @@ class Candidate:
         """A name for its files."""
         return f"rate-{self.name}" if self.uniform_rate is not None else folder_name(self.name)
 
-    def apply(self, dense: nn.Module, *, round_to: int = 1, importance: str = "prefix", seed: int = 0) -> nn.Module:
+    def apply(self, dense: nn.Module, *, round_to: int = 1, importance: How = "prefix", seed: int = 0) -> nn.Module:
         """Make the candidate from the dense model, without training."""
         module = dense
         for operation in self.operations:

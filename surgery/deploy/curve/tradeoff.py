@@ -159,11 +159,12 @@ def _task_weights(
 ) -> dict[str, float]:
     """Guess the seconds of each task; only their proportions matter.
 
-    Every candidate is made once, so that an impossible one is refused before the training.
+    Every candidate is made once, so that an impossible one is refused before the training; of the first channels, for
+    others have the same cost.
     """
     lesson = Lesson(settings)
     macs_per_second, export, measurement, search = 3e10, 10.0, 5.0, 120.0
-    common: dict[str, Any] = {"round_to": settings.round_to, "importance": settings.importance}
+    common: dict[str, Any] = {"round_to": settings.round_to}
     epoch_of_one_mac = 3 * data.counts[0] / macs_per_second  # a forward pass, and a backward pass of twice its cost
     whole = cost(dense).macs
     timed = any(isinstance(candidate, Budget) and candidate.what == "latency" for candidate in plan)

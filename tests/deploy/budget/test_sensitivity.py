@@ -137,6 +137,14 @@ def test_the_model_is_not_modified(net, data):
     assert (found.rate, found.importance) == (0.25, "magnitude")
 
 
+def test_a_criterion_on_data_looks_at_the_training_images(net, data):
+    found = surgery.sensitivity(net, data, rate=0.25, importance="taylor", timer=timer)
+    assert found.importance == "taylor"
+    scores = surgery.unit_scores(net, surgery.Importance("taylor", data))
+    alone = [surgery.evaluate(surgery.slim(net, {name: 0.25}, importance=scores), data.test) for name in ("0", "2")]
+    assert [row.judged.score.accuracy for row in found.rows] == [score.accuracy for score in alone]
+
+
 def test_the_files_say_what_the_result_says(result, tmp_path):
     write_sensitivity(result, tmp_path)
     stored = json.loads((tmp_path / "sensitivity.json").read_text())

@@ -94,6 +94,17 @@ def test_a_model_above_its_budget_is_reported(run):
     assert replace(point, budget=slower).over
 
 
+def test_a_criterion_on_data_looks_at_the_training_images(tmp_path):
+    options = {**OPTIONS, "rates": [0.5], "finetune_epochs": 0}
+    result = tradeoff(tiny(), candidates=["params=6k"], importance="taylor", directory=tmp_path / "out", **options)
+    dense = surgery.load(tmp_path / "out" / "dense", model=tiny())
+    data = surgery.data_for({"the model": dense}, "digits", limit=64)
+    slim = surgery.slim(dense, 0.5, importance=surgery.Importance("taylor", data)).state_dict()
+    made = surgery.load(tmp_path / "out" / "rate-0.5", model=tiny()).state_dict()
+    assert all(torch.allclose(tensor, made[name]) for name, tensor in slim.items())
+    assert result.points[1].budget["importance"] == "taylor"
+
+
 def test_an_unknown_importance_is_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(UsageError, match="unknown importance 'size'"):
         tradeoff(tiny(), importance="size", directory=tmp_path / "out", **OPTIONS)

@@ -7,9 +7,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.axes.analysis import analyse
 from surgery.errors import UsageError
-from surgery.operations.importance import unit_scores
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +41,10 @@ def test_layers_that_read_a_channel_count_as_much_as_those_that_write_it():
 
 def test_scores_are_means_over_the_parameters_in_units_of_their_own_means():
     module = chain()
-    analysis = analyse(module)
-    group = analysis.find("0")
     squares = torch.tensor([1.0, 9.0, 4.0, 0.25, 0.01, 16.0])
     expected = (squares / squares.mean() + 1) / 2
-    assert unit_scores(module, analysis, "magnitude")[group] == pytest.approx(expected.numpy(), rel=1e-5)
-    assert not unit_scores(module, analysis, "prefix")[group].any()
+    assert surgery.unit_scores(module, "magnitude")["0"] == pytest.approx(expected.numpy(), rel=1e-5)
+    assert not surgery.unit_scores(module, "prefix")["0"].any()
 
 
 @pytest.mark.parametrize("rate", [0.5, {"layer3": 0.3}])
