@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120, help="limit for one mutant, in seconds of its CPU")
     parser.add_argument("--lines", action="store_true", help="run the fast suite to see which tests execute what")
     parser.add_argument("--lines-file", type=Path, default=LINES)
-    parser.add_argument("--again", action="store_true", help="try those that lived, ended at the limit, or that no test ran, once more")
+    parser.add_argument("--again", action="store_true", help="try once more what was not killed by a test")
     parser.add_argument("--only", help="try the mutants of one line, FILE:LINE, and write nothing")
     parser.add_argument("--out", type=Path, default=RESULTS / "mutants.json", help="the JSON file; a table goes beside")
     options = parser.parse_args()

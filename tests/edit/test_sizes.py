@@ -87,7 +87,7 @@ def test_a_size_may_be_asked_for_by_name(asked):
             self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
 
         def forward(self, x):
-            y = self.a(x).sin()
+            y = self.a(x).tanh()
             return self.b(y) / y.size(**asked)
 
     model = Averaged().double().eval()
