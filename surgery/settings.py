@@ -391,6 +391,76 @@ class TradeoffSettings(TrainSettings):
         return range(self.seed, self.seed + self.seeds)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompressSettings(TrainSettings):
+    """How a model is compressed: carved in steps, compensated, and recovered by distillation.
+
+    `TrainSettings` apply to each recovery, with ``lr`` the base of the rate rule
+    (`surgery.deploy.compress.recovery.recovery_rate`).
+    """
+
+    steps: int = option(1, "Times to carve and recover, each to a smaller budget; they shrink geometrically.", least=1)
+    epochs: int = option(
+        10, "Passes over the data after the last carving, at most; 0 leaves the student as it was compensated.", least=0
+    )
+    between_epochs: int | None = option(
+        None, "The same after each earlier carving. [default: a third of --epochs, rounded up]", least=0
+    )
+    optimizer: str = option("adamw", f"{', '.join(OPTIMIZERS)}.", choices=OPTIMIZERS)
+    schedule: str = option("cosine", f"{', '.join(SCHEDULES)}.", choices=SCHEDULES)
+    lr: float | None = option(
+        None, "Peak learning rate where all accuracy is lost. [default: usual with the optimizer]", above=0
+    )
+    lr_least: float = option(0.1, "Least share of --lr, where little accuracy is lost.", above=0, most=1)
+    lr_most: float = option(1.0, "Largest share of --lr.", above=0, most=1)
+    patience: int = option(
+        5, "Stop after so many epochs without a rise of the validation score beyond its interval.", least=1
+    )
+    validation: float = option(
+        0.1, "Part of each class of the training images that decides and is not trained on.", above=0, below=1
+    )
+    hint_weight: float = option(
+        0.0, "Weight of hints, the dense model's values at the ends of its stages; 0 learns outputs alone.", least=0
+    )
+    label_weight: float = option(1.0, "Weight of the labels' cross-entropy.", least=0)
+    importance: str = option("magnitude", KEEPS, choices=IMPORTANCE)
+    by: str = option("group", "What gets its own rate: group or stage.", choices=("group", "stage"))
+    least: float = option(0.125, "Lowest rate at which one carving slims a part.", above=0, most=1)
+    round_to: int | None = option(
+        None,
+        "Round numbers of channels up to a multiple of this. [default: 1; with --latency 1, 8, 16 or 32, what is "
+        "measured to be faster]",
+        least=1,
+    )
+    runtime: str = option("onnxruntime", f"For a latency: {', '.join(RUNTIMES)}.", choices=RUNTIMES)
+    threads: int | None = option(None, "Threads of one query. [default: all usable cores]", least=1)
+    onnx: bool = option(False, "Export both models to ONNX, and time the files.", result=False)
+    cache: str | os.PathLike[str] = option(
+        "auto", "Keep the teacher's outputs: auto, memory, none or a folder.", result=False, metavar="WHERE"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lr_least > self.lr_most:
+            raise UsageError(f"lr_least is {self.lr_least:g}: it must be at most lr_most, {self.lr_most:g}")
+
+    def epochs_of(self, step: int) -> int:
+        """The most epochs of the recovery after the carving of that number, from 1."""
+        if step == self.steps:
+            return self.epochs
+        return -(-self.epochs // 3) if self.between_epochs is None else self.between_epochs
+
+    def budget(self) -> BudgetSettings:
+        """The settings of each search for widths."""
+        shared = ("by", "least", "round_to", "runtime", "threads", "seed")
+        return BudgetSettings(**{name: getattr(self, name) for name in shared})
+
+    def recovery(self, step: int, lr: float) -> DistillSettings:
+        """The settings of the recovery after the carving of that number, at a peak rate of ``lr``."""
+        own = {"hint_epochs": 0, "label_weight": self.label_weight, "cache": self.cache}
+        return DistillSettings.of(self.training(epochs=self.epochs_of(step), lr=lr), own)
+
+
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
 

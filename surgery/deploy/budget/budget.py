@@ -135,7 +135,7 @@ def slim_to_budget(
     Example:
         >>> slim = surgery.slim_to_budget(traced, latency_ms=5.0, data=data, importance="magnitude").module
     """
-    kind, limit = _read_budget(module, latency_ms=latency_ms, macs=macs, params=params, bytes=bytes)
+    kind, limit = read_budget(module, latency_ms=latency_ms, macs=macs, params=params, bytes=bytes)
     tell = progress or (lambda task, done, total: None)
     told = on_figure or (lambda figure: None)
     found = find_parts(module, settings.by)
@@ -143,7 +143,7 @@ def slim_to_budget(
     least, round_to = settings.least, settings.round_to
     space = Widths(module, found, least, round_to or 1, importance)
 
-    before = _measure(module, kind, clock)
+    before = measure_cost(module, kind, clock)
     told(Figure("dense", kind, limit, before))
     common: dict[str, Any] = {"kind": kind, "limit": limit, "importance": importance}
     if before <= limit:
@@ -186,7 +186,7 @@ def slim_to_budget(
     )
 
 
-def _read_budget(module: nn.Module, **given: float | str | None) -> tuple[str, float]:
+def read_budget(module: nn.Module, **given: float | str | None) -> tuple[str, float]:
     """Return the kind and the limit of the one budget that is given."""
     budgets = {kind: value for kind, value in given.items() if value is not None}
     if len(budgets) != 1:
@@ -223,16 +223,16 @@ def refuse_unreachable(
     for kind, limit in limits:
         most = limit * (_SLACK if kind == "latency_ms" else 1)
         if kind not in taken:
-            taken[kind] = _measure(smallest, kind, clock)
+            taken[kind] = measure_cost(smallest, kind, clock)
         if kind == "latency_ms" and taken[kind] > most:
-            taken[kind] = min(taken[kind], _measure(smallest, kind, clock))
+            taken[kind] = min(taken[kind], measure_cost(smallest, kind, clock))
         if told is not None:
             told(Figure("smallest", kind, limit, taken[kind]))
         if taken[kind] > most:
             raise unreachable(limit, taken[kind], kind, least)
 
 
-def _measure(module: nn.Module, kind: str, clock: Clock) -> float:
+def measure_cost(module: nn.Module, kind: str, clock: Clock) -> float:
     """Measure the cost of the model in the unit of the budget."""
     return clock.times({"": module})[""].ms if kind == "latency_ms" else _count(module, kind)
 

@@ -1,0 +1,117 @@
+"""Recovery: a student that was carved out of a dense model learns from it what the carving has cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from surgery.errors import EditError, UsageError
+from surgery.progress import Progress
+from surgery.settings import CompressSettings
+from surgery.taps.stages import stages
+from surgery.training.data.data import Data
+from surgery.training.distilling.distill import distill
+from surgery.training.distilling.objectives import KD, Hint, Objective
+from surgery.training.distilling.observed import observe
+from surgery.training.history import History, Score
+from surgery.training.stopping import EarlyStopping
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A student after its recovery.
+
+    Attributes:
+        module: the student, of the best epoch.
+        score: its score on the validation images.
+        kept: the number of that epoch, from 1; 0: none was better than no training.
+        history: the record of the training.
+    """
+
+    module: nn.Module
+    score: Score
+    kept: int
+    history: History
+
+
+def recovery_rate(dense: Score, student: Score, settings: CompressSettings) -> float:
+    """The peak learning rate of a recovery, set by the damage that is left.
+
+        lr * min(lr_most, max(lr_least, 1 - accuracy / dense accuracy))
+
+    A student that has lost all learns at the full rate; one that has lost nearly nothing must not be moved far from
+    where it is.
+
+    Args:
+        dense, student: scores of the dense model and of the compensated student on the same images.
+        settings: ``lr``, ``lr_least`` and ``lr_most``.
+
+    Example:
+        >>> recovery_rate(Score(90, 100), Score(45, 100), CompressSettings(lr=1e-3))
+        0.0005
+    """
+    lost = 1 - student.correct / dense.correct if dense.correct else 1.0
+    return settings.peak_lr * min(settings.lr_most, max(settings.lr_least, lost))
+
+
+def hinted_stages(student: nn.Module, dense: nn.Module) -> tuple[str, ...]:
+    """The stages of the dense model whose ends a student carved out of it can learn as hints; none where the network
+    has no stages, or values that no regressor leads to."""
+    try:
+        names = [stage.name for stage in stages(dense)]
+    except (EditError, UsageError):
+        return ()
+    return tuple(name for name in names if _takes_hint(student, dense, name))
+
+
+def _takes_hint(student: nn.Module, dense: nn.Module, name: str) -> bool:
+    try:
+        observe(student, dense, Hint({name: name}), epochs=1)
+    except (EditError, UsageError):
+        return False
+    return True
+
+
+def recover(
+    student: nn.Module,
+    dense: nn.Module,
+    data: Data,
+    settings: CompressSettings,
+    *,
+    step: int,
+    lr: float,
+    before: Score,
+    hints: Sequence[str],
+    checkpoint: Path | None,
+    progress: Progress | None,
+) -> Recovered:
+    """Distil the dense model into a copy of ``student``: labels, softened outputs (`KD`) and, where there are any,
+    hints.
+
+    Args:
+        data: ``data.test`` are the validation images, which end the training and choose its epoch.
+        step: the number of the carving before, from 1.
+        lr: the peak learning rate.
+        before: the student's score on the validation images.
+        hints: the stages whose ends are hints.
+        checkpoint: the folder from which an interrupted recovery resumes.
+    """
+    learned: list[Objective] = [KD()]
+    if hints:
+        learned.append(Hint({name: name for name in hints}, weight=settings.hint_weight))
+    stopping = EarlyStopping(settings.patience, before)
+    found = distill(
+        student,
+        dense,
+        data,
+        settings.recovery(step, lr),
+        objectives=learned,
+        stopping=stopping,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    assert found.history is not None
+    return Recovered(found.module, found.score, stopping.best(found.history.epochs), found.history)
