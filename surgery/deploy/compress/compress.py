@@ -62,6 +62,7 @@ def compress(
     latency: float | str | None = None,
     out: str | os.PathLike[str] | None = None,
     force: bool = False,
+    command: str | None = None,
     timer: Timer | None = None,
     progress: Progress | None = None,
 ) -> Compressed:
@@ -87,7 +88,8 @@ def compress(
             ``onnx``, both models as ``.onnx``. It is written whole, at the end, or not at all. An interrupted run resumes
             when it is started again, to the same weights on a CPU: what is finished is taken over, an unfinished recovery
             goes on after its last epoch.
-        force: replace ``out`` if it is the result of an earlier run, or an unfinished run with other settings.
+        force: replace ``out`` if it is the result of an earlier run.
+        command: the command in the report; by default this call.
         timer: from modules by name to ms by name; replaces the measurement of latencies.
         progress: called with ``"all"`` for the whole run, in per mille, and with the name of each task.
 
@@ -131,8 +133,7 @@ def compress(
     with ExitStack() as stack:
         folder = None
         if out is not None:
-            identity = {"command": "compress", "budget": [kind, limit]}
-            folder = stack.enter_context(unfinished_folder(out, identity, force=force))
+            folder = stack.enter_context(unfinished_folder(out, {"command": "compress"}, force=force))
         told = stack.enter_context(follow(settings, progress, history=folder and folder / HISTORY))
         run = RunProgress(_weights(settings), told)
         store = None if folder is None else Store(folder)
@@ -164,6 +165,7 @@ def compress(
             settings=settings,
             environment=environment(),
             seconds=time.perf_counter() - started,
+            command=command or f"surgery.compress({type(model).__name__}, {data.source!r}, {kind}={limit:g}, …)",
             timing=timing,
         )
         if out is not None and folder is not None:

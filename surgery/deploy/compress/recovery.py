@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from surgery.errors import EditError, UsageError
+from surgery.deploy.compress.hints import Kept, KeptHint
 from surgery.progress import Progress
 from surgery.settings import CompressSettings
-from surgery.taps.stages import stages
 from surgery.training.data.data import Data
 from surgery.training.distilling.distill import distill
-from surgery.training.distilling.objectives import KD, Hint, Objective
-from surgery.training.distilling.observed import observe
+from surgery.training.distilling.objectives import KD, Objective
 from surgery.training.history import History, Score
 from surgery.training.stopping import EarlyStopping
 
@@ -57,24 +54,6 @@ def recovery_rate(dense: Score, student: Score, settings: CompressSettings) -> f
     return settings.peak_lr * min(settings.lr_most, max(settings.lr_least, lost))
 
 
-def hinted_stages(student: nn.Module, dense: nn.Module) -> tuple[str, ...]:
-    """The stages of the dense model whose ends a student carved out of it can learn as hints; none where the network
-    has no stages, or values that no regressor leads to."""
-    try:
-        names = [stage.name for stage in stages(dense)]
-    except (EditError, UsageError):
-        return ()
-    return tuple(name for name in names if _takes_hint(student, dense, name))
-
-
-def _takes_hint(student: nn.Module, dense: nn.Module, name: str) -> bool:
-    try:
-        observe(student, dense, Hint({name: name}), epochs=1)
-    except (EditError, UsageError):
-        return False
-    return True
-
-
 def recover(
     student: nn.Module,
     dense: nn.Module,
@@ -84,7 +63,7 @@ def recover(
     step: int,
     lr: float,
     before: Score,
-    hints: Sequence[str],
+    hints: Kept,
     checkpoint: Path | None,
     progress: Progress | None,
 ) -> Recovered:
@@ -96,12 +75,12 @@ def recover(
         step: the number of the carving before, from 1.
         lr: the peak learning rate.
         before: the student's score on the validation images.
-        hints: the stages whose ends are hints.
+        hints: the stages whose values are hints, and the dense model's channels that the student has there.
         checkpoint: the folder from which an interrupted recovery resumes.
     """
     learned: list[Objective] = [KD()]
     if hints:
-        learned.append(Hint({name: name for name in hints}, weight=settings.hint_weight))
+        learned.append(KeptHint(tuple(hints.items()), settings.hint_weight))
     stopping = EarlyStopping(settings.patience, before)
     found = distill(
         student,

@@ -33,6 +33,8 @@ def _markdown(result: Compressed) -> str:
         _method(result),
         "## Widths",
         "\n".join(_widths(number, step) for number, step in enumerate(result.steps, 1)),
+        "## Command",
+        f"```sh\n{result.command}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 

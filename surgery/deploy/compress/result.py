@@ -35,6 +35,7 @@ class Compressed:
         settings: how it was done.
         environment: where.
         seconds: time for all.
+        command: the command that made it.
         timing: latencies of both ONNX files, with ``onnx``.
     """
 
@@ -53,6 +54,7 @@ class Compressed:
     settings: CompressSettings
     environment: Environment
     seconds: float
+    command: str
     timing: Comparison | None = None
 
     @property
@@ -76,6 +78,7 @@ class Compressed:
         """As plain JSON data, without the models."""
         return {
             "schema": 1,
+            "command": self.command,
             "source": self.source,
             "kind": self.kind,
             "limit": self.limit,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch.utils.data import Subset
 
 from surgery.deploy.budget.budget import measure_cost, slim_to_budget
 from surgery.deploy.budget.clock import Clock, Timer
-from surgery.deploy.compress.recovery import Recovered, hinted_stages, recover, recovery_rate
+from surgery.deploy.compress.hints import Kept, all_channels, keep_channels
+from surgery.deploy.compress.recovery import Recovered, recover, recovery_rate
 from surgery.deploy.curve.run_progress import PartProgress, RunProgress
 from surgery.deploy.curve.store import Store, data_identity, key_of
 from surgery.deploy.measure.environment import environment
@@ -131,6 +132,7 @@ class Steps:
         self.dense, self.data, self.settings, self.kind = dense, data, settings, kind
         self.store, self.progress, self.timer = store, progress, timer
         self.score = self._score(dense)
+        self._kept: Kept = all_channels(dense) if settings.hint_weight else {}
         self._given = {"dense": module_digest(dense), "data": data_identity(data)}
 
     def limits(self, limit: float) -> list[float]:
@@ -147,11 +149,11 @@ class Steps:
         with self.progress.task(f"step {number}: carve"):
             carved = self._carve(number, student, limit)
         with self.progress.task(f"step {number}: recover"):
-            found, lr, hints = None, None, ()
+            found, lr = None, None
+            self._kept = keep_channels(self._kept, student, _further(student, carved.module).steps)
             if settings.epochs_of(number):
                 lr = recovery_rate(self.score, carved.compensated, settings)
-                hints = hinted_stages(carved.module, self.dense) if settings.hint_weight else ()
-                found = self._recover(number, carved, lr, hints)
+                found = self._recover(number, carved, lr)
         entry = CompressStep(
             limit=limit,
             measured=carved.search["measured"],
@@ -162,7 +164,7 @@ class Steps:
             recovered=carved.compensated if found is None else found.score,
             lr=lr,
             kept=0 if found is None else found.kept,
-            hints=hints,
+            hints=() if found is None else tuple(self._kept),
             history=None if found is None else found.history,
         )
         return (carved.module if found is None else found.module), entry
@@ -201,7 +203,7 @@ class Steps:
         self._keep(key, made_by, student, carved.module, {"search": carved.search, **scores}, {})
         return carved
 
-    def _recover(self, number: int, carved: Carved, lr: float, hints: Sequence[str]) -> Recovered:
+    def _recover(self, number: int, carved: Carved, lr: float) -> Recovered:
         settings = self.settings
         made_by = {
             "part": "recovered",
@@ -209,7 +211,7 @@ class Steps:
             **self._given,
             "settings": settings.recovery(number, lr).identity(),
             "patience": settings.patience,
-            "hints": [list(hints), settings.hint_weight],
+            "hints": [list(self._kept), settings.hint_weight],
         }
         key = key_of(made_by)
         taken = self._find(key, carved.module)
@@ -225,7 +227,7 @@ class Steps:
             step=number,
             lr=lr,
             before=carved.compensated,
-            hints=hints,
+            hints=self._kept,
             checkpoint=None if self.store is None else self.store.unfinished(key),
             progress=PartProgress(self.progress, task, ["distill: cache", "distill"]),
         )
@@ -270,11 +272,15 @@ class Steps:
         """Keep a module that was made from ``base``."""
         if self.store is None:
             return
-        whole = recipe(module)
-        further = replace(whole, steps=whole.steps[len(recipe(base).steps) :])
-        self.store.note(key, {**note, "recipe": further.to_dict()})
+        self.store.note(key, {**note, "recipe": _further(base, module).to_dict()})
         save(module, self.store.place(key), force=True)
         self.store.keep(key, training, None, made_by)
 
     def _score(self, module: nn.Module) -> Score:
         return evaluate(module, self.data.test, **self.settings.scoring)
+
+
+def _further(base: nn.Module, module: nn.Module) -> Recipe:
+    """What was done to ``base`` to make ``module``."""
+    whole = recipe(module)
+    return replace(whole, steps=whole.steps[len(recipe(base).steps) :])
