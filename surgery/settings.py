@@ -409,9 +409,12 @@ class CompressSettings(TrainSettings):
     optimizer: str = option("adamw", f"{', '.join(OPTIMIZERS)}.", choices=OPTIMIZERS)
     schedule: str = option("cosine", f"{', '.join(SCHEDULES)}.", choices=SCHEDULES)
     lr: float | None = option(
-        None, "Peak learning rate where all accuracy is lost. [default: usual with the optimizer]", above=0
+        None,
+        "Peak learning rate where all accuracy is lost; less damage takes less. [default: 5 times the usual with the "
+        "optimizer]",
+        above=0,
     )
-    lr_least: float = option(0.1, "Least share of --lr, where little accuracy is lost.", above=0, most=1)
+    lr_least: float = option(0.2, "Least share of --lr, where little accuracy is lost.", above=0, most=1)
     lr_most: float = option(1.0, "Largest share of --lr.", above=0, most=1)
     patience: int = option(
         5, "Stop after so many epochs without a rise of the validation score beyond its interval.", least=1
@@ -443,6 +446,11 @@ class CompressSettings(TrainSettings):
         super().__post_init__()
         if self.lr_least > self.lr_most:
             raise UsageError(f"lr_least is {self.lr_least:g}: it must be at most lr_most, {self.lr_most:g}")
+
+    @property
+    def peak_lr(self) -> float:
+        """The base of the rate rule: ``lr``, or 5 times the default of the optimizer."""
+        return 5 * OPTIMIZERS[self.optimizer].lr if self.lr is None else self.lr
 
     def epochs_of(self, step: int) -> int:
         """The most epochs of the recovery after the carving of that number, from 1."""

@@ -51,9 +51,7 @@ class CompressOptions(Settings):
         None, "The budget: so many MACs an input, as in 300M, or a share of the model's own, as in 0.5.", metavar="N"
     )
     params: str | None = option(None, "Or so many parameters, or a share.", metavar="N")
-    bytes: str | None = option(
-        None, "Or so many bytes of parameters and buffers, as in 12MB, or a share.", metavar="N"
-    )
+    bytes: str | None = option(None, "Or so many bytes of parameters and buffers, as in 12MB, or a share.", metavar="N")
     latency: str | None = option(
         None, "Or this median latency of one query, as in 5ms, measured on this machine.", metavar="TIME"
     )

@@ -29,7 +29,9 @@ def test_a_rise_within_the_interval_is_no_progress():
     assert Score(50, 100).interval()[1] == pytest.approx(0.596, abs=1e-3)
     assert lengths(EarlyStopping(2, Score(50, 100)), 55, 59, 60, 61, 62) == 2
     assert lengths(EarlyStopping(2, Score(50, 100)), 55, 60, 61, 62, 63) == 4
-    assert lengths(EarlyStopping(2, Score(500, 1000)), 550, 590, 600, 610, 620, total=1000) == 4  # more images tell more
+    assert (
+        lengths(EarlyStopping(2, Score(500, 1000)), 550, 590, 600, 610, 620, total=1000) == 4
+    )  # more images tell more
 
 
 def test_small_rises_add_up_from_the_last_progress():
@@ -115,4 +117,3 @@ def test_a_distillation_ends_early(model, digits):
     assert len(found.history.epochs) == 2
     assert found.score.correct == max(found.before.correct, *scores(found.history))
     assert found.module.state_dict().keys() == thin.state_dict().keys()
-
