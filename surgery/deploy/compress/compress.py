@@ -68,10 +68,10 @@ def compress(
 ) -> Compressed:
     """Make a student that keeps to a budget out of a trained model.
 
-    In ``steps`` steps, whose budgets shrink geometrically from what the model takes to the one that is asked for: choose
-    widths and carve (`surgery.slim_to_budget`), fit what reads removed channels to what the model before gave
-    (``calibration=`` there), and recover by distillation from the dense model (`surgery.distill`): labels, softened
-    outputs and, with ``hint_weight``, its stages. The learning rate follows from the damage that is left
+    Each of ``steps`` steps chooses widths and carves (`surgery.slim_to_budget`), fits what reads removed channels to
+    what the model before gave (``calibration=`` there), and recovers by distillation from the dense model
+    (`surgery.distill`): labels, softened outputs and, with ``hint_weight``, the values of its stages. Budgets shrink
+    geometrically from step to step. The learning rate follows from the damage that is left
     (`surgery.deploy.compress.recovery.recovery_rate`).
 
     A part of the training images is held out and decides: the rate, when a recovery ends, and which epoch is kept
@@ -85,9 +85,9 @@ def compress(
         macs, params, bytes, latency: the budget, one of them, as of `surgery.slim_to_budget`: a count, a share of the
             model's own (at most 1), a latency in ms, or text: ``"300M"``, ``"40%"``, ``"5ms"``.
         out: a folder to write: ``student/`` (`surgery.load`), ``results.json``, ``history.csv`` and ``report.md``; with
-            ``onnx``, both models as ``.onnx``. It is written whole, at the end, or not at all. An interrupted run resumes
-            when it is started again, to the same weights on a CPU: what is finished is taken over, an unfinished recovery
-            goes on after its last epoch.
+            ``onnx``, both models as ``.onnx``. It is written whole, at the end, or not at all. An interrupted run
+            resumes when it is started again, to the same weights on a CPU: what is finished is taken over, and an
+            unfinished recovery goes on after its last epoch.
         force: replace ``out`` if it is the result of an earlier run.
         command: the command in the report; by default this call.
         timer: from modules by name to ms by name; replaces the measurement of latencies.

@@ -1,4 +1,4 @@
-"""Hints for a student that was carved out of its teacher: each stage keeps to the teacher's values of the same channels.
+"""Hints for a student that was carved out of its teacher: each stage keeps to the teacher's values of its channels.
 
 Which channels of a stage are left is known, so nothing has to learn to translate between the two: there is no
 regressor, which would begin at random and pull a compensated student away from where it already is.

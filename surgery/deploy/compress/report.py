@@ -7,6 +7,7 @@ from pathlib import Path
 
 from surgery.deploy.compress.result import Compressed
 from surgery.deploy.compress.steps import CompressStep
+from surgery.deploy.measure.ratios import Ratio
 from surgery.settings import IMPORTANCE
 from surgery.training.history import Score
 from surgery.training.history_file import write_history
@@ -59,9 +60,7 @@ def _models(result: Compressed) -> str:
         row = [name, f"{score.accuracy:.2%}", _interval(score)]
         row += [quantity(cost.params), quantity(cost.macs), mebibytes(cost.bytes)]
         if timed is not None:
-            ratio = timed.ratios.get(name)
-            gain = "1" if ratio is None else "{0.value:.2f} ({0.low:.2f} – {0.high:.2f})".format(ratio.inverse)
-            row += [f"{timed.results[name].p50_ms:.3f}", gain]
+            row += [f"{timed.results[name].p50_ms:.3f}", _gain(timed.ratios.get(name))]
         rows.append(row)
     header = ["model", "accuracy", "95% interval", "parameters", "MACs", "size"]
     return _table([*header, *(["p50 ms", "speed-up"] if timed else [])], rows)
@@ -93,8 +92,8 @@ def _method(result: Compressed) -> str:
     learned = "labels, softened outputs" + (f" and hints at {', '.join(hints)}" if hints else "")
     return (
         f"Of {data.train_images} training images {result.validation.total} were held out; they decided the learning "
-        "rate, the end of each training and the epoch that is kept. Of each layer were kept "
-        f"{IMPORTANCE[settings.importance]} channels; the layers that read removed ones were fitted to what the model "
+        "rate, the end of each training and the epoch that is kept. Of the channels of each layer "
+        f"{IMPORTANCE[settings.importance]} were kept; the layers that read removed ones were fitted to what the model "
         f"before gave, on up to 512 training images. Recovery: {learned} of the dense model, "
         f"{settings.optimizer}, {settings.schedule}, batches of {settings.batch_size}, until the validation score had "
         f"not risen beyond its interval for {counted(settings.patience, 'epoch')}. The {data.test_images} test images "
@@ -117,6 +116,14 @@ def amount(result: Compressed, value: float) -> str:
 def epochs_text(step: CompressStep) -> str:
     """The number of epochs, and the one that was kept."""
     return "" if step.history is None else f"{step.epochs} ({step.kept or 'none'})"
+
+
+def _gain(ratio: Ratio | None) -> str:
+    """A speed-up with its interval; 1 for the first model."""
+    if ratio is None:
+        return "1"
+    gain = ratio.inverse
+    return f"{gain.value:.2f} ({gain.low:.2f} – {gain.high:.2f})"
 
 
 def _interval(score: Score) -> str:
