@@ -86,6 +86,12 @@ TEACHERS: Mapping[str, str] = {
 }
 """What a candidate of a tradeoff learns from. Reports put each text after the word "trained"."""
 
+METHODS: Mapping[str, str] = {
+    "finetune": "trained as --teach says",
+    "compress": "fitted to the dense model and recovered from it, as surgery compress does",
+}
+"""How a candidate of a tradeoff goes on from what was carved, in words."""
+
 
 def option(default: Any, help: str, *, result: bool = True, **rule: Any) -> Any:
     """A field of `Settings`.
@@ -350,6 +356,11 @@ class TradeoffSettings(TrainSettings):
     teach: str = option(
         "labels", f"What candidates learn from: {', '.join(TEACHERS)}; the dense model teaches.", choices=TEACHERS
     )
+    method: str = option(
+        "finetune",
+        f"How candidates go on: {', '.join(f'{name} ({words})' for name, words in METHODS.items())}.",
+        choices=METHODS,
+    )
     hint_epochs: int = option(1, "For hints: passes over the data for stage 1.", least=1)
     seeds: int = option(
         1,
@@ -384,11 +395,18 @@ class TradeoffSettings(TrainSettings):
         super().__post_init__()
         if self.seeds > 1 and not self.finetune_epochs:
             raise UsageError(f"seeds is {self.seeds}, and finetune_epochs 0: without training all seeds give the same")
+        if self.method == "compress" and self.teach != "labels":
+            raise UsageError(f"method is compress, where the dense model teaches: leave out teach, {self.teach}")
 
     @property
     def every_seed(self) -> range:
         """The seeds that each candidate is trained with."""
         return range(self.seed, self.seed + self.seeds)
+
+    def compressing(self) -> CompressSettings:
+        """For the method ``compress``: how a candidate is recovered; at most ``finetune_epochs``."""
+        own = {"epochs": self.finetune_epochs, "importance": self.importance}
+        return CompressSettings.of(self.training(epochs=max(1, self.finetune_epochs)), own)
 
 
 @dataclass(frozen=True, kw_only=True)

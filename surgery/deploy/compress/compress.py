@@ -15,9 +15,10 @@ from surgery.counting.cost import cost
 from surgery.deploy.budget.budget import read_budget, refuse_unreachable
 from surgery.deploy.budget.clock import Clock, Timer
 from surgery.deploy.classifiers import classifier
+from surgery.deploy.compress.recovery import hold_out
 from surgery.deploy.compress.report import write_compressed
 from surgery.deploy.compress.result import Compressed
-from surgery.deploy.compress.steps import Steps, hold_out
+from surgery.deploy.compress.steps import Steps
 from surgery.deploy.curve.points import DataSummary
 from surgery.deploy.curve.run_progress import RunProgress
 from surgery.deploy.curve.store import Store

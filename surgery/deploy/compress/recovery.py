@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
+from torch.utils.data import Subset
 
 from surgery.deploy.compress.hints import Kept, KeptHint
+from surgery.errors import UsageError
 from surgery.progress import Progress
 from surgery.settings import CompressSettings
-from surgery.training.data.data import Data
+from surgery.training.data.data import Data, labels_of, stratified_split
+from surgery.training.data.fingerprint import is_deterministic
 from surgery.training.distilling.distill import distill
 from surgery.training.distilling.objectives import KD, Objective
 from surgery.training.history import History, Score
@@ -33,6 +36,23 @@ class Recovered:
     score: Score
     kept: int
     history: History
+
+
+def hold_out(data: Data, settings: CompressSettings) -> Data:
+    """Split the training images: the same data with fewer images to train on, and those held out to test on.
+
+    Raises:
+        UsageError: images that change from one reading to the next, or too few.
+    """
+    if not is_deterministic(data.train):
+        raise UsageError(
+            "the training images change from one reading to the next, and so would those that decide: leave out the "
+            "augmentation of the data, and give it as the setting augment"
+        )
+    kept, aside = stratified_split(labels_of(data.train).tolist(), fraction=settings.validation, seed=settings.seed)
+    if len(kept) < 2:
+        raise UsageError(f"of {data.counts[0]} training images {len(kept)} are left to train on: there must be 2")
+    return replace(data, train=Subset(data.train, kept), test=Subset(data.train, aside))
 
 
 def recovery_rate(dense: Score, student: Score, settings: CompressSettings) -> float:

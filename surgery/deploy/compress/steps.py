@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
-from torch.utils.data import Subset
 
 from surgery.deploy.budget.budget import measure_cost, slim_to_budget
 from surgery.deploy.budget.clock import Clock, Timer
@@ -18,12 +17,11 @@ from surgery.deploy.curve.store import Store, data_identity, key_of
 from surgery.deploy.measure.environment import environment
 from surgery.edit.apply import carry_out
 from surgery.edit.recipe import Recipe, recipe
-from surgery.errors import UsageError
 from surgery.models.saving import save
 from surgery.operations.slim import slim
 from surgery.settings import CompressSettings
-from surgery.training.data.data import Data, labels_of, stratified_split
-from surgery.training.data.fingerprint import is_deterministic, module_digest
+from surgery.training.data.data import Data
+from surgery.training.data.fingerprint import module_digest
 from surgery.training.evaluation import evaluate
 from surgery.training.history import History, Score
 from surgery.training.modes import device_of
@@ -88,23 +86,6 @@ class Carved:
     search: Mapping[str, Any]
     carved: Score
     compensated: Score
-
-
-def hold_out(data: Data, settings: CompressSettings) -> Data:
-    """Split the training images: the same data with fewer images to train on, and those held out to test on.
-
-    Raises:
-        UsageError: images that change from one reading to the next, or too few.
-    """
-    if not is_deterministic(data.train):
-        raise UsageError(
-            "the training images change from one reading to the next, and so would those that decide: leave out the "
-            "augmentation of the data, and give it as the setting augment"
-        )
-    kept, aside = stratified_split(labels_of(data.train).tolist(), fraction=settings.validation, seed=settings.seed)
-    if len(kept) < 2:
-        raise UsageError(f"of {data.counts[0]} training images {len(kept)} are left to train on: there must be 2")
-    return replace(data, train=Subset(data.train, kept), test=Subset(data.train, aside))
 
 
 class Steps:

@@ -13,8 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 import surgery
-from surgery.deploy.compress.recovery import recovery_rate
-from surgery.deploy.compress.steps import hold_out
+from surgery.deploy.compress.recovery import hold_out, recovery_rate
 from surgery.settings import CompressSettings
 from surgery.training.data.data import Derived
 from surgery.training.history import Score
