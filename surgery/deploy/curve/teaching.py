@@ -47,7 +47,7 @@ class Lesson:
     def identity(self) -> dict[str, Any]:
         """The identity of a lesson, as plain JSON data."""
         teach, training = self.settings.teach, self.training
-        own = {
+        own: dict[str, dict[str, Any]] = {
             "hints": {"hint_epochs": self.settings.hint_epochs},
             "evolve": {"generations": self.settings.generations},
         }
