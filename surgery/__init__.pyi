@@ -32,6 +32,9 @@ from surgery.deploy.budget.sensitivity import sensitivity as sensitivity
 from surgery.deploy.budget.sensitivity import write_sensitivity as write_sensitivity
 from surgery.deploy.classifiers import classifier as classifier
 from surgery.deploy.classifiers import data_for as data_for
+from surgery.deploy.compress.compress import compress as compress
+from surgery.deploy.compress.result import Compressed as Compressed
+from surgery.deploy.compress.steps import CompressStep as CompressStep
 from surgery.deploy.curve.points import DataSummary as DataSummary
 from surgery.deploy.curve.points import Point as Point
 from surgery.deploy.curve.points import Tradeoff as Tradeoff
@@ -111,6 +114,7 @@ from surgery.operations.widen import unwidened as unwidened
 from surgery.operations.widen import widen as widen
 from surgery.selectors import select as select
 from surgery.settings import BudgetSettings as BudgetSettings
+from surgery.settings import CompressSettings as CompressSettings
 from surgery.settings import DistillSettings as DistillSettings
 from surgery.settings import EvolveSettings as EvolveSettings
 from surgery.settings import LotterySettings as LotterySettings
@@ -150,5 +154,6 @@ from surgery.training.lottery import Lottery as Lottery
 from surgery.training.lottery import Ticket as Ticket
 from surgery.training.lottery import lottery as lottery
 from surgery.training.optimizer_state import transfer_optimizer as transfer_optimizer
+from surgery.training.stopping import EarlyStopping as EarlyStopping
 from surgery.training.tracking import follow as follow
 from surgery.version import __version__ as __version__

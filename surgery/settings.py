@@ -105,6 +105,12 @@ TEACHERS: Mapping[str, str] = {
 }
 """What a candidate of a tradeoff learns from. Reports put each text after the word "trained"."""
 
+METHODS: Mapping[str, str] = {
+    "finetune": "trained as --teach says",
+    "compress": "fitted to the dense model and recovered from it, as surgery compress does",
+}
+"""How a candidate of a tradeoff goes on from what was carved, in words."""
+
 
 def option(default: Any, help: str, *, result: bool = True, **rule: Any) -> Any:
     """A field of `Settings`.
@@ -369,6 +375,11 @@ class TradeoffSettings(TrainSettings):
     teach: str = option(
         "labels", f"What candidates learn from: {', '.join(TEACHERS)}; the dense model teaches.", choices=TEACHERS
     )
+    method: str = option(
+        "finetune",
+        f"How candidates go on: {', '.join(f'{name} ({words})' for name, words in METHODS.items())}.",
+        choices=METHODS,
+    )
     hint_epochs: int = option(1, "For hints: passes over the data for stage 1.", least=1)
     seeds: int = option(
         1,
@@ -403,11 +414,96 @@ class TradeoffSettings(TrainSettings):
         super().__post_init__()
         if self.seeds > 1 and not self.finetune_epochs:
             raise UsageError(f"seeds is {self.seeds}, and finetune_epochs 0: without training all seeds give the same")
+        if self.method == "compress" and self.teach != "labels":
+            raise UsageError(f"method is compress, where the dense model teaches: leave out teach, {self.teach}")
 
     @property
     def every_seed(self) -> range:
         """The seeds that each candidate is trained with."""
         return range(self.seed, self.seed + self.seeds)
+
+    def compressing(self) -> CompressSettings:
+        """For the method ``compress``: how a candidate is recovered; at most ``finetune_epochs``."""
+        own = {"epochs": self.finetune_epochs, "importance": self.importance}
+        return CompressSettings.of(self.training(epochs=max(1, self.finetune_epochs)), own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressSettings(TrainSettings):
+    """How a model is compressed: carved in steps, compensated, and recovered by distillation.
+
+    `TrainSettings` apply to each recovery, with ``lr`` the base of the rate rule
+    (`surgery.deploy.compress.recovery.recovery_rate`).
+    """
+
+    steps: int = option(1, "Times to carve and recover, each to a smaller budget; they shrink geometrically.", least=1)
+    epochs: int = option(
+        10, "Passes over the data after the last carving, at most; 0 leaves the student as it was compensated.", least=0
+    )
+    between_epochs: int | None = option(
+        None, "The same after each earlier carving. [default: a third of --epochs, rounded up]", least=0
+    )
+    optimizer: str = option("adamw", f"{', '.join(OPTIMIZERS)}.", choices=OPTIMIZERS)
+    schedule: str = option("cosine", f"{', '.join(SCHEDULES)}.", choices=SCHEDULES)
+    lr: float | None = option(
+        None,
+        "Peak learning rate where all accuracy is lost; less damage takes less. [default: 5 times the usual with the "
+        "optimizer]",
+        above=0,
+    )
+    lr_least: float = option(0.2, "Least share of --lr, where little accuracy is lost.", above=0, most=1)
+    lr_most: float = option(1.0, "Largest share of --lr.", above=0, most=1)
+    patience: int = option(
+        5, "Stop after so many epochs without a rise of the validation score beyond its interval.", least=1
+    )
+    validation: float = option(
+        0.1, "Part of each class of the training images that decides and is not trained on.", above=0, below=1
+    )
+    hint_weight: float = option(
+        0.0, "Weight of hints, the dense model's values at the ends of its stages; 0 learns outputs alone.", least=0
+    )
+    label_weight: float = option(1.0, "Weight of the labels' cross-entropy.", least=0)
+    importance: str = option("magnitude", KEEPS, choices=IMPORTANCE)
+    by: str = option("group", "What gets its own rate: group or stage.", choices=("group", "stage"))
+    least: float = option(0.125, "Lowest rate at which one carving slims a part.", above=0, most=1)
+    round_to: int | None = option(
+        None,
+        "Round numbers of channels up to a multiple of this. [default: 1; with --latency 1, 8, 16 or 32, what is "
+        "measured to be faster]",
+        least=1,
+    )
+    runtime: str = option("onnxruntime", f"For a latency: {', '.join(RUNTIMES)}.", choices=RUNTIMES)
+    threads: int | None = option(None, "Threads of one query. [default: all usable cores]", least=1)
+    onnx: bool = option(False, "Export both models to ONNX, and time the files.", result=False)
+    cache: str | os.PathLike[str] = option(
+        "auto", "Keep the teacher's outputs: auto, memory, none or a folder.", result=False, metavar="WHERE"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lr_least > self.lr_most:
+            raise UsageError(f"lr_least is {self.lr_least:g}: it must be at most lr_most, {self.lr_most:g}")
+
+    @property
+    def peak_lr(self) -> float:
+        """The base of the rate rule: ``lr``, or 5 times the default of the optimizer."""
+        return 5 * OPTIMIZERS[self.optimizer].lr if self.lr is None else self.lr
+
+    def epochs_of(self, step: int) -> int:
+        """The most epochs of the recovery after the carving of that number, from 1."""
+        if step == self.steps:
+            return self.epochs
+        return -(-self.epochs // 3) if self.between_epochs is None else self.between_epochs
+
+    def budget(self) -> BudgetSettings:
+        """The settings of each search for widths."""
+        shared = ("by", "least", "round_to", "runtime", "threads", "seed")
+        return BudgetSettings(**{name: getattr(self, name) for name in shared})
+
+    def recovery(self, step: int, lr: float) -> DistillSettings:
+        """The settings of the recovery after the carving of that number, at a peak rate of ``lr``."""
+        own = {"hint_epochs": 0, "label_weight": self.label_weight, "cache": self.cache}
+        return DistillSettings.of(self.training(epochs=self.epochs_of(step), lr=lr), own)
 
 
 P = ParamSpec("P")

@@ -29,6 +29,9 @@ FAST: dict[str, set[str]] = {
     "test_the_accuracy_is_that_of_the_onnx_file": set(),
     "test_a_detection_model_is_exported_for_one_image_or_for_as_many_as_are_given": set(),
     "test_a_row_says_what_the_export_is_like": set(),
+    "test_what_the_method_trained_is_taken_over_and_not_taken_for_another": set(),
+    "test_with_onnx_both_files_are_written_and_timed": set(),
+    "test_a_run_that_was_cut_off_goes_on_to_the_same_student": {"step 2: recover-800"},
     "test_ours_and_a_plain_export_are_compared": set(),
     # edits of what was edited already: one model for each way in which channels are followed
     "test_edited_odd_models_can_be_edited_again": {

@@ -27,6 +27,7 @@ KINDS = [
     surgery.TimingSettings,
     surgery.BudgetSettings,
     surgery.TradeoffSettings,
+    surgery.CompressSettings,
 ]
 
 
@@ -121,6 +122,7 @@ def test_each_field_has_a_help_text_and_refuses_what_it_cannot_be(kind: type[Set
 VERBS = {
     "distill": (surgery.DistillSettings, {"label_weight", "test_each_epoch"}),
     "evolve": (surgery.EvolveSettings, set()),
+    "compress": (surgery.CompressSettings, {"test_each_epoch"}),
     "tradeoff": (surgery.TradeoffSettings, set()),
     "bench": (surgery.TimingSettings, {"warmup", "confidence", "memory"}),
     "sensitivity": (surgery.TimingSettings, {"batch_size", "device", "confidence", "memory"}),

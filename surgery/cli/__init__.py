@@ -23,7 +23,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 import surgery
-from surgery.cli import distill, evolve, measure, operate, sensitivity, show
+from surgery.cli import compress, distill, evolve, measure, operate, sensitivity, show
 from surgery.errors import (
     UNWRITABLE,
     DamageWarning,
@@ -110,7 +110,7 @@ def _options(
     """Take the options that may stand before a verb."""
 
 
-for verbs in (show, operate, distill, evolve, measure, sensitivity):
+for verbs in (show, operate, compress, distill, evolve, measure, sensitivity):
     verbs.register(app)
 
 

@@ -90,21 +90,21 @@ _IN_PLACE = (
 )
 
 
-def _methods(names: str, behind: str = "") -> list[str]:
+def _of_tensors(names: str, behind: str = "") -> list[str]:
     """The names that tensors have methods of, with ``behind`` them."""
     return [name + behind for name in names.split() if hasattr(torch.Tensor, name + behind)]
 
 
-def _functions(names: str, behind: str = "") -> list[Any]:
+def _of_torch(names: str, behind: str = "") -> list[Any]:
     return [getattr(torch, name + behind) for name in names.split() if hasattr(torch, name + behind)]
 
 
 _ELEMENTWISE: list[Any] = [
     *(operator.neg, operator.pos, operator.abs, *_named(operator, "lt le gt ge eq ne")),
-    *_functions(f"{_ONE} {_SEVERAL} {_COMPARED} where"),
+    *_of_torch(f"{_ONE} {_SEVERAL} {_COMPARED} where"),
     *_named(torch.special, _SPECIAL),
     *(nn.AlphaDropout, F.alpha_dropout, nn.FeatureAlphaDropout, F.feature_alpha_dropout),
-    *_methods(f"{_ONE} {_SEVERAL} {_COMPARED} where masked_fill long int bool short"),
+    *_of_tensors(f"{_ONE} {_SEVERAL} {_COMPARED} where masked_fill long int bool short"),
 ]
 _DROPOUTS: list[Any] = [
     *(getattr(nn, f"Dropout{n}") for n in ("", "1d", "2d", "3d")),
@@ -124,17 +124,18 @@ _CASTS = ("float", "double", "half", "bfloat16", "to", "type", "type_as", "cpu",
         finite=lambda a, b: a or b)  # fmt: skip
 @oprule(operator.xor, torch.logical_xor, torch.bitwise_xor, "logical_xor", "bitwise_xor",
         finite=lambda a, b: a != b)  # fmt: skip
-@oprule(operator.pow, *_functions(_NOT_AT_ZERO), *_named(torch.special, _SPECIAL_NOT_AT_ZERO), *_methods(_NOT_AT_ZERO),
-        in_place=(*_functions(_NOT_AT_ZERO, "_"), *_methods(_NOT_AT_ZERO, "_")), pole=0)  # fmt: skip
+@oprule(operator.pow, *_of_torch(_NOT_AT_ZERO), *_of_tensors(_NOT_AT_ZERO),
+        *_named(torch.special, _SPECIAL_NOT_AT_ZERO),
+        in_place=(*_of_torch(_NOT_AT_ZERO, "_"), *_of_tensors(_NOT_AT_ZERO, "_")), pole=0)  # fmt: skip
 @oprule(torch.logit, torch.special.logit, torch.special.ndtri, "logit", in_place=(torch.logit_, "logit_"), pole=0,
         regular=0.5)  # fmt: skip
-@oprule(*_functions("acosh arccosh"), *_methods("acosh arccosh"),
-        in_place=(*_functions("acosh arccosh", "_"), *_methods("acosh arccosh", "_")), pole=0, regular=2.0)  # fmt: skip
-@oprule(operator.floordiv, operator.mod, *_functions(_BY),
-        *_methods(_BY), torch.special.xlogy,
-        in_place=(operator.ifloordiv, operator.imod, *_functions(_BY, "_"), *_methods(_BY, "_")), pole=1)  # fmt: skip
+@oprule(*_of_torch("acosh arccosh"), *_of_tensors("acosh arccosh"),
+        in_place=(*_of_torch("acosh arccosh", "_"), *_of_tensors("acosh arccosh", "_")),
+        pole=0, regular=2.0)  # fmt: skip
+@oprule(operator.floordiv, operator.mod, *_of_torch(_BY), *_of_tensors(_BY), torch.special.xlogy,
+        in_place=(operator.ifloordiv, operator.imod, *_of_torch(_BY, "_"), *_of_tensors(_BY, "_")), pole=1)  # fmt: skip
 @oprule(torch.addcdiv, "addcdiv", in_place=("addcdiv_",), pole=2)
-@oprule(*_ELEMENTWISE, in_place=(*_functions(_IN_PLACE, "_"), *_methods(_IN_PLACE, "_")))
+@oprule(*_ELEMENTWISE, in_place=(*_of_torch(_IN_PLACE, "_"), *_of_tensors(_IN_PLACE, "_")))
 @oprule(operator.add, operator.sub, torch.add, torch.sub, torch.subtract, "add", "sub", "subtract", linear="sum",
         in_place=(operator.iadd, operator.isub, "add_", "sub_", "subtract_"))  # fmt: skip
 @oprule(torch.rsub)

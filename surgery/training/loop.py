@@ -9,6 +9,7 @@ import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from surgery.settings import TrainSettings, accepts
 from surgery.training.data.adapt import AnyData, as_data
 from surgery.training.data.augmented import Augmentation
 from surgery.training.data.data import Data, count
-from surgery.training.data.fingerprint import module_digest, training_digest
+from surgery.training.data.fingerprint import images_digest, module_digest, training_digest
 from surgery.training.engine import Engine
 from surgery.training.growth import Growth
 from surgery.training.history import History
@@ -30,6 +31,7 @@ from surgery.training.optimizers import OPTIMIZERS, check_data, check_trainable,
 from surgery.training.phases import Phase, plan_phases, rehearse
 from surgery.training.resume import Checkpoint
 from surgery.training.run import Batch, LossFn, Run, steps_of_epoch
+from surgery.training.stopping import BestEpoch, EarlyStopping
 from surgery.training.tracking import followed
 
 
@@ -88,23 +90,55 @@ def train(
     Example:
         >>> trained = surgery.train(model, surgery.load_data("digits"), epochs=3, lr=0.1).module
     """
-    data = as_data(data)
-    settings = settings.training()
+    course = Course(
+        grow=grow or {},
+        first_step=first_step,
+        last_step=last_step,
+        loss_fn=loss_fn,
+        after_step=after_step,
+        checkpoint=checkpoint,
+        identity=identity or {},
+        progress=progress,
+        task=task,
+    )
+    return take_course(model, as_data(data), settings.training(), course)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """The arguments of `train` besides the model, the data and the settings; and when the training ends early."""
+
+    grow: Mapping[int, Growth] = field(default_factory=dict)
+    first_step: int = 0
+    last_step: int | None = None
+    loss_fn: LossFn | None = None
+    after_step: Callable[[nn.Module], None] | None = None
+    checkpoint: str | os.PathLike[str] | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    progress: Progress | None = None
+    task: str = "train"
+    stopping: EarlyStopping | None = None
+
+
+def take_course(model: nn.Module, data: Data, settings: TrainSettings, course: Course) -> History:
+    """Train a copy of ``model``: see `train`. With ``course.stopping``, ``data.test`` is scored after each epoch."""
     check_data(data)
     check_trainable(model)
     augmentation = Augmentation.of(data, settings)
-    plan = plan_phases(data, settings.epochs, grow or {}, settings.seed)
+    plan = plan_phases(data, settings.epochs, course.grow, settings.seed)
     total = sum(phase.epochs * steps_of_epoch(phase.images, settings.batch_size) for phase in plan)
-    steps = _steps(first_step, last_step, total, grows=bool(grow))
+    steps = _steps(course.first_step, course.last_step, total, grows=bool(course.grow))
     rehearse(model, plan, settings.seed)
     engine = Engine(device_of(model), settings.precision)
     for size in (min(settings.batch_size, count(phase.images)) for phase in plan):
         if size % engine.processes:
             raise UsageError(f"a batch of {size} images cannot be shared equally among {engine.processes} processes")
     file = None
-    if checkpoint is not None:
-        own = {**settings.identity(), "steps": list(steps), "precision": engine.precision}
-        file = Checkpoint(Path(checkpoint), {**_identity(model, data, plan), **own, **(identity or {})})
+    if course.checkpoint is not None:
+        own: dict[str, Any] = {**settings.identity(), "steps": list(steps), "precision": engine.precision}
+        if course.stopping is not None:
+            own["stopping"] = {**course.stopping.identity(), "images": images_digest(data.test)}
+        file = Checkpoint(Path(course.checkpoint), {**_identity(model, data, plan), **own, **course.identity})
     saved = None if file is None else file.read()
     engine.wait()  # no process may write before all have read
     model = copy.deepcopy(model).to(engine.device)
@@ -117,13 +151,14 @@ def train(
         settings=settings,
         steps=steps,
         total=total,
-        loss_fn=loss_fn or classification_loss(settings.label_smoothing),
-        after_step=after_step,
+        loss_fn=course.loss_fn or classification_loss(settings.label_smoothing),
+        after_step=course.after_step,
         checkpoint=file,
-        progress=progress if engine.main else None,
-        task=task,
+        progress=course.progress if engine.main else None,
+        task=course.task,
         saved=saved,
         augmentation=augmentation,
+        best=None if course.stopping is None else BestEpoch(course.stopping, model),
     )
     with file.hold() if file is not None and engine.main else nullcontext(), random_state(engine.device):
         return run.complete(plan)

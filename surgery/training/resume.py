@@ -82,8 +82,12 @@ class Checkpoint:
         model: nn.Module,
         optimizer: Optimizer | None,
         scaler: torch.amp.GradScaler | None,
+        best: Mapping[str, Any] | None = None,
     ) -> None:
         """Replace the file. Without an optimizer it marks a finished training.
+
+        Args:
+            best: the weights of the best epoch so far, where one is kept.
 
         Raises:
             OSError: it cannot be written, as on a full disk; the earlier file is kept.
@@ -95,6 +99,7 @@ class Checkpoint:
             "model": model.state_dict(),
             "optimizer": optimizer and optimizer.state_dict(),
             "scaler": scaler and scaler.state_dict(),
+            **({} if best is None else {"best": best}),
         }
         try:
             torch.save(state, self._part)
@@ -150,6 +155,7 @@ class _State(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     model: dict[str, Any]
     optimizer: dict[str, Any] | None
     scaler: dict[str, Any] | None
+    best: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,11 @@ class Saved:
     @property
     def finished(self) -> bool:
         return self._state.optimizer is None
+
+    @property
+    def best(self) -> Mapping[str, Any] | None:
+        """The weights of the best epoch so far; None where none are kept."""
+        return self._state.best
 
     def restore(self, model: nn.Module, optimizer: Optimizer | None, scaler: torch.amp.GradScaler | None) -> None:
         """Load the state of the model, the optimizer and the scaler.

@@ -27,6 +27,7 @@ from surgery.training.optimizer_state import transfer_optimizer
 from surgery.training.optimizers import SCHEDULES, set_rate
 from surgery.training.phases import Phase
 from surgery.training.resume import Checkpoint, Progressed, Saved
+from surgery.training.stopping import BestEpoch
 
 Batch = tuple[Any, ...]
 """Images (N, C, H, W), labels (N,), and further parts of items; or what ``Data.collate`` makes. With ``mixup`` or
@@ -55,6 +56,7 @@ class Run:
     task: str
     saved: Saved | None
     augmentation: Augmentation
+    best: BestEpoch | None = None
 
     def complete(self, plan: Sequence[Phase]) -> History:
         """Run from the beginning, or from the checkpoint, to the end."""
@@ -73,21 +75,29 @@ class Run:
             if self.at.epoch < phase.first + phase.epochs and not self.over:
                 self._restore()
                 self._train(phase)
+        finished = self.saved is not None and self.saved.finished
         self._restore()
+        if self.best is not None and not finished:
+            self.best.give(self.model)
         if self.checkpoint is not None and self.engine.main:
             self.checkpoint.save(self.at, self.model, None, None)
-        first, last = self.steps
-        return History(tuple(self.at.epochs), last - first, tuple(self.at.growths), self.model)
+        if self.progress is not None and self.at.steps < self.steps[1]:
+            self.progress(self.task, self.total, self.total)
+        return History(tuple(self.at.epochs), self.at.steps - self.steps[0], tuple(self.at.growths), self.model)
 
     @property
     def over(self) -> bool:
-        """Whether all steps are done."""
+        """Whether all steps are done, or the training ends early."""
+        if self.best is not None and self.at.epochs and self.best.rule.ends(self.at.epochs):
+            return True
         return bool(self.at.steps >= self.steps[1])
 
     def _restore(self) -> None:
         """Load the checkpoint, once the model has grown to its size."""
         if self.saved is not None:
             self.saved.restore(self.model, self.descent, self.engine.scaler)
+            if self.best is not None and self.saved.best is not None:
+                self.best.state = self.saved.best
             self.saved = None
             if self.progress is not None:
                 self.progress(self.task, self.at.steps, self.total)
@@ -119,10 +129,13 @@ class Run:
                 started = time.perf_counter() - self.at.seconds
                 order.begin(self.at.epoch, self.at.within * (whole.batch_size or 1), whole)
                 self._steps(iter(batches), step, steps_of_epoch(phase.images, self.settings.batch_size), started)
-                score = self._score(forward) if self.settings.test_each_epoch else None
+                scored = self.settings.test_each_epoch or self.best is not None
+                score = self._score(forward) if scored else None
                 loss, seconds = self.at.summed / self.at.counted, time.perf_counter() - started
                 self.at.epochs.append(Epoch(count(phase.images), loss, self._rate(), score, seconds))
                 self.at.within, self.at.counted, self.at.summed, self.at.seconds = 0, 0, 0.0, 0.0
+                if self.best is not None:
+                    self.best.note(self.model, self.at.epochs)
                 self._save()
                 tell_epoch(self.progress, self.task, len(self.at.epochs), self.at.epochs[-1].figures)
 
@@ -157,7 +170,8 @@ class Run:
     def _save(self) -> None:
         self._check()
         if self.checkpoint is not None and self.engine.main:
-            self.checkpoint.save(self.at, self.model, self.descent, self.engine.scaler)
+            best = None if self.best is None else self.best.state
+            self.checkpoint.save(self.at, self.model, self.descent, self.engine.scaler, best)
 
     def _check(self) -> None:
         if not math.isfinite(self.at.summed):

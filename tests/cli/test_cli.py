@@ -15,8 +15,8 @@ from surgery.cli import main
 from surgery.deploy.measure.ratios import fewest_sessions
 
 VERBS = [
-    "models", "inspect", "widen", "deepen", "shorten", "slim", "distill", "evolve", "export", "bench", "tradeoff",
-    "sensitivity", "verify",
+    "models", "inspect", "widen", "deepen", "shorten", "slim", "compress", "distill", "evolve", "export", "bench",
+    "tradeoff", "sensitivity", "verify",
 ]  # fmt: skip
 SMALL = "squeezenet1_1?num_classes=10"
 PIXELS = ["--input-shape", "2,3,32,32"]

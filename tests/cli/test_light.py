@@ -17,7 +17,7 @@ FILES = sorted(Path(surgery.__file__).parent.glob("cli/*.py"))
 
 VERBS = [
     *("models", "inspect", "widen", "deepen", "shorten", "slim", "distill", "evolve", "export", "bench"),
-    *("tradeoff", "sensitivity", "verify"),
+    *("compress", "tradeoff", "sensitivity", "verify"),
 ]
 
 

@@ -329,11 +329,11 @@ def test_a_layer_without_a_bias_gets_one_unless_a_norm_takes_the_constant(nets):
 
 
 def test_what_removed_channels_have_beyond_the_kept_ones_goes_to_the_bias():
-    net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5), nn.ReLU()).double().eval()
+    net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3)).double().eval()
     with torch.no_grad():  # channel k + 4 is 2 k + 3
         net[0].weight[4:], net[0].bias[4:] = 2 * net[0].weight[:4], 2 * net[0].bias[:4] + 3
     inputs, unseen = torch.randn(2, 64, 6, dtype=torch.float64)
-    slim = surgery.slim(surgery.trace(net, inputs[:2]), 0.5, calibration=inputs)
+    slim = surgery.slim(surgery.trace(net, inputs[:2]), {"0": 0.5}, calibration=inputs)
     assert slim.get_submodule("0").out_features == 4
     torch.testing.assert_close(slim(unseen), net(unseen), rtol=EXACT, atol=EXACT)
 

@@ -170,19 +170,23 @@ def test_a_norm_over_positions_too_is_left_alone_at_other_widths():
     assert surgery.verify(surgery.widen(traced, {"a": 12}), traced, x).max_rel <= EXACT
 
 
-def test_of_many_norms_the_refusal_names_the_first():
+@pytest.mark.parametrize(
+    ("count", "named"),
+    [(3, r"norms\.0, norms\.1, norms\.2: only"), (4, r"norms\.0, norms\.1 and 2 more: only")],
+)
+def test_of_many_norms_the_refusal_names_the_first(count, named):
     class Many(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
-            self.norms = nn.ModuleList(nn.LayerNorm(6, elementwise_affine=False) for _ in range(5))
+            self.norms = nn.ModuleList(nn.LayerNorm(6, elementwise_affine=False) for _ in range(count))
 
         def forward(self, x):
             x = self.a(x)
             return self.b(sum(norm(x * k) for k, norm in enumerate(self.norms, 1)))
 
     traced = surgery.trace(Many().double(), torch.randn(5, 4, dtype=torch.float64))
-    with pytest.raises(surgery.EditError, match=r"is normalised over by norms\.0, norms\.1 and 3 more: only whole"):
+    with pytest.raises(surgery.EditError, match=f"is normalised over by {named} whole"):
         surgery.widen(traced, {"a": 1.5})
 
 

@@ -426,3 +426,17 @@ def test_layers_behind_a_dense_block_that_grew_have_its_channels():
     deep = surgery.deepen(traced, places)
     assert [type(step).__name__ for step in surgery.recipe(deep).steps].count("InsertDense") == 2
     assert surgery.verify(deep, traced, x).max_rel <= 1e-12
+
+
+def test_values_of_more_than_three_spatial_axes_have_no_convolution():
+    class Six(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.many, self.b = nn.Conv3d(2, 4, 1), nn.Unflatten(4, (2, 1)), nn.Conv3d(4, 3, 1)
+
+        def forward(self, x):
+            return self.b(self.many(self.a(x)).flatten(4))
+
+    traced = surgery.trace(Six().eval(), torch.rand(2, 2, 3, 3, 2))
+    with pytest.raises(surgery.EditError, match="has no channel axis to put a layer behind"):
+        surgery.deepen(traced, ["many"])

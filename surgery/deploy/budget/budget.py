@@ -142,7 +142,7 @@ def slim_to_budget(
     Example:
         >>> slim = surgery.slim_to_budget(traced, latency_ms=5.0, data=data, importance="magnitude").module
     """
-    kind, amount = _read_budget(latency_ms=latency_ms, macs=macs, params=params, bytes=bytes)
+    kind, amount = read_budget(latency_ms=latency_ms, macs=macs, params=params, bytes=bytes)
     tell = progress or (lambda task, done, total: None)
     told = on_figure or (lambda figure: None)
     found = find_parts(module, settings.by)
@@ -150,7 +150,7 @@ def slim_to_budget(
     least, round_to = settings.least, settings.round_to
     space = Widths(module, found, least, round_to or 1, rank_on(importance, data))
 
-    before = _measure(module, kind, clock)
+    before = measure_cost(module, kind, clock)
     limit = amount.of(before)
     told(Figure("dense", kind, limit, before))
     common: dict[str, Any] = {"kind": kind, "limit": limit, "importance": importance_name(importance)}
@@ -192,7 +192,7 @@ def slim_to_budget(
     )
 
 
-def _read_budget(**given: float | str | None) -> tuple[str, Amount]:
+def read_budget(**given: float | str | None) -> tuple[str, Amount]:
     """Return the kind and the amount of the one budget that is given."""
     budgets = {kind: value for kind, value in given.items() if value is not None}
     if len(budgets) != 1:
@@ -228,16 +228,16 @@ def refuse_unreachable(
     for kind, limit in limits:
         most = limit * (_SLACK if kind == "latency_ms" else 1)
         if kind not in taken:
-            taken[kind] = _measure(smallest, kind, clock)
+            taken[kind] = measure_cost(smallest, kind, clock)
         if kind == "latency_ms" and taken[kind] > most:
-            taken[kind] = min(taken[kind], _measure(smallest, kind, clock))
+            taken[kind] = min(taken[kind], measure_cost(smallest, kind, clock))
         if told is not None:
             told(Figure("smallest", kind, limit, taken[kind]))
         if taken[kind] > most:
             raise unreachable(limit, taken[kind], kind, least)
 
 
-def _measure(module: nn.Module, kind: str, clock: Clock) -> float:
+def measure_cost(module: nn.Module, kind: str, clock: Clock) -> float:
     """Measure the cost of the model in the unit of the budget."""
     return clock.times({"": module})[""].ms if kind == "latency_ms" else _count(module, kind)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from surgery.counting.cost import Cost, cost
 from surgery.deploy.budget.budget import refuse_unreachable, slim_to_budget
 from surgery.deploy.budget.clock import Clock
+from surgery.deploy.compress.recovery import hold_out
 from surgery.deploy.curve.candidates import Budget, Candidate
 from surgery.deploy.curve.control import control_settings, from_scratch
 from surgery.deploy.curve.run_progress import PartProgress, RunProgress
@@ -230,10 +231,14 @@ class CandidateTraining:
         """Make the candidate before its training; for a budget, also say how its widths were found."""
         settings = self.settings
         common: dict[str, Any] = {"round_to": settings.round_to, "importance": settings.importance}
+        compresses = settings.method == "compress"
+        data = hold_out(self.data, settings.compressing()) if compresses else self.data
+        calibration = data if compresses else None
         if isinstance(candidate, Candidate):
             ranked = {**common, "importance": rank_on(settings.importance, self.data)}
-            return candidate.apply(dense, **ranked, seed=settings.seed), None
+            return candidate.apply(dense, **ranked, seed=settings.seed, calibration=calibration), None
         made_by = {
+            **({"method": "compress"} if compresses else {}),
             "budget": [candidate.what, candidate.limit],
             "dense": module_digest(dense),
             "data": self.identity,
@@ -251,8 +256,9 @@ class CandidateTraining:
                 result = slim_to_budget(
                     dense,
                     **limits,
-                    data=self.data,
+                    data=data,
                     importance=settings.importance,
+                    calibration=calibration,
                     round_to=settings.round_to if settings.round_to > 1 else None,
                     settings=BudgetSettings(threads=settings.threads, seed=settings.seed),
                     progress=told,
@@ -261,7 +267,7 @@ class CandidateTraining:
                 found = self.store.find_note(key)
         assert found is not None
         kept = rank_on(found["importance"], self.data)
-        start = slim(dense, found["rates"], round_to=found["round_to"], importance=kept)
+        start = slim(dense, found["rates"], round_to=found["round_to"], importance=kept, calibration=calibration)
         return start, found
 
     def _moved(self, module: nn.Module) -> nn.Module:

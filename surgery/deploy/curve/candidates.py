@@ -74,8 +74,18 @@ class Candidate:
         """A name for its files."""
         return f"rate-{self.name}" if self.uniform_rate is not None else folder_name(self.name)
 
-    def apply(self, dense: nn.Module, *, round_to: int = 1, importance: How = "prefix", seed: int = 0) -> nn.Module:
-        """Make the candidate from the dense model, without training."""
+    def apply(
+        self,
+        dense: nn.Module,
+        *,
+        round_to: int = 1,
+        importance: How = "prefix",
+        seed: int = 0,
+        calibration: Any = None,
+    ) -> nn.Module:
+        """Make the candidate from the dense model, without training; fitted to ``calibration`` if only slimmed."""
+        if calibration is not None and self.rate is not None:
+            return slim(dense, self.rate, round_to=round_to, importance=importance, calibration=calibration)
         module = dense
         for operation in self.operations:
             module = operation.apply(module, round_to=round_to, importance=importance, seed=seed)

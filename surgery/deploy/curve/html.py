@@ -42,12 +42,13 @@ def _content(result: Tradeoff) -> dict[str, Any]:
     front = result.front
     points = [_point(result, point, on_front=point in front) for point in result.points]
     threads = counted(result.points[0].latency.threads, "thread")
+    taught = "compress" if result.settings.method == "compress" else result.settings.teach
     facts = {
         "model": result.source,
         "data": f"{data.source}: {data.train_images} images to train on, {data.test_images} to test on",
         "runtime": f"ONNX Runtime on the CPU, {threads}, one image at a time",
         "dense training": counted(result.settings.epochs, "epoch"),
-        "candidates": f"{counted(result.settings.finetune_epochs, 'epoch')} more, by {result.settings.teach}",
+        "candidates": f"{counted(result.settings.finetune_epochs, 'epoch')} more, by {taught}",
         "measured": f"{here.date}, on {here.cpu}, {here.cpu_cores_usable} of {here.cpu_cores} cores usable",
         "versions": ", ".join(f"{name} {version}" for name, version in here.versions.items()),
     }

@@ -9,7 +9,7 @@ from surgery.deploy.curve.html import page
 from surgery.deploy.curve.plot import draw
 from surgery.deploy.curve.points import Point, Tradeoff
 from surgery.deploy.curve.seeds import Estimate
-from surgery.settings import IMPORTANCE, TEACHERS, TradeoffSettings
+from surgery.settings import IMPORTANCE, METHODS, TEACHERS, TradeoffSettings
 from surgery.storage.folders import write_table
 from surgery.training.history import History
 from surgery.training.history_file import write_history
@@ -223,8 +223,13 @@ def _describe_check(result: Tradeoff) -> str:
 def _describe_tuning(settings: TradeoffSettings) -> str:
     """How candidates were trained, as the end of a sentence."""
     if settings.finetune_epochs == 0:
-        return "not trained further"
+        return "fitted to it on training images" if settings.method == "compress" else "not trained further"
     epochs = counted(settings.finetune_epochs, "epoch")
+    if settings.method == "compress":
+        return (
+            f"fitted to it on training images, then trained for at most {settings.finetune_epochs} more, "
+            f"{TEACHERS['kd']}; held-out training images decided the learning rate, the end and the epoch that is kept"
+        )
     how = {
         "labels": f"trained for {settings.finetune_epochs} more",
         "evolve": f"trained {TEACHERS['evolve']}: {settings.generations} of {epochs} each",
@@ -245,7 +250,8 @@ def _settings_table(result: Tradeoff) -> str:
         "data": f"{data.source}: {images}",
         "images": f"RGB, {data.image_size} x {data.image_size}, normalised by {normalised}",
         "dense training": counted(settings.epochs, "epoch"),
-        "fine-tuning": f"{counted(settings.finetune_epochs, 'epoch')}, {TEACHERS[settings.teach]}",
+        "method": METHODS[settings.method],
+        "fine-tuning": f"{counted(settings.finetune_epochs, 'epoch')}, {_describe_teacher(settings)}",
         "widths": f"multiples of {settings.round_to}" if settings.round_to > 1 else "as the rates say",
         "channels that are kept": IMPORTANCE[settings.importance],
         "optimiser": _describe_optimiser(settings),
@@ -255,6 +261,10 @@ def _settings_table(result: Tradeoff) -> str:
         "reused from earlier runs": "; ".join(result.reused) or "nothing",
     }
     return _table(["setting", "value"], [[key, value] for key, value in rows.items()])
+
+
+def _describe_teacher(settings: TradeoffSettings) -> str:
+    return TEACHERS["kd" if settings.method == "compress" else settings.teach]
 
 
 def _describe_optimiser(settings: TradeoffSettings) -> str:

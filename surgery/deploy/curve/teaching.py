@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from surgery.deploy.compress.recovery import hold_out, recover, recovery_rate
 from surgery.deploy.curve.candidates import Budget, Candidate
 from surgery.deploy.curve.run_progress import PartProgress
 from surgery.errors import UsageError
@@ -19,9 +20,13 @@ from surgery.settings import DistillSettings, EvolveSettings, TradeoffSettings, 
 from surgery.taps.hints import attach_hint
 from surgery.training.data.data import Data
 from surgery.training.distilling.distill import distill
+from surgery.training.evaluation import evaluate
 from surgery.training.evolve import evolve
 from surgery.training.history import History
 from surgery.training.loop import train
+
+_DISTILL = ("distill: cache", "distill")
+"""The tasks of a distillation without hints."""
 
 Trained = tuple[nn.Module, Mapping[str, History]]
 """A module, and the records of its training by stage; empty if it was not trained."""
@@ -42,10 +47,12 @@ class Lesson:
     def identity(self) -> dict[str, Any]:
         """The identity of a lesson, as plain JSON data."""
         teach, training = self.settings.teach, self.training
-        own = {
+        own: dict[str, dict[str, Any]] = {
             "hints": {"hint_epochs": self.settings.hint_epochs},
             "evolve": {"generations": self.settings.generations},
         }
+        if self.settings.method == "compress":
+            own[teach] = {"method": "compress", "recovery": self.settings.compressing().identity()}
         return {"teach": teach, "settings": training and training.identity(), **own.get(teach, {})}
 
     @property
@@ -62,6 +69,8 @@ class Lesson:
     def refuse(self, candidate: Candidate | Budget, module: nn.Module, dense: nn.Module) -> None:
         """Raise the errors of `give` before anything is trained."""
         given = self.settings
+        if given.method == "compress" and isinstance(candidate, Candidate) and candidate.rate is None:
+            raise UsageError(f"the method compress is for slim candidates: leave out {candidate.name!r}")
         if self.training is None:
             return
         if given.teach == "evolve":
@@ -103,6 +112,8 @@ class Lesson:
             )
             assert evolution.slim is not None
             return evolution.slim, {n: g.history for n, g in zip(names, evolution.generations, strict=True)}
+        if self.settings.method == "compress":
+            return self._recover(module, dense, data, checkpoint, PartProgress(progress, task, _DISTILL))
         if teach == "labels":
             history = train(module, data, settings, checkpoint=checkpoint / "model.pt", progress=progress, task=task)
             trained, history = history.without_module()
@@ -113,7 +124,28 @@ class Lesson:
             data,
             DistillSettings.of(settings, {"hint_epochs": self.settings.hint_epochs if teach == "hints" else 0}),
             checkpoint=checkpoint,
-            progress=PartProgress(progress, task, ["hints: cache", "hints", "distill: cache", "distill"]),
+            progress=PartProgress(progress, task, ["hints: cache", "hints", *_DISTILL]),
         )
         stages = {"hints": found.hints, "distill": found.history}
         return found.module, {name: history for name, history in stages.items() if history is not None}
+
+    def _recover(
+        self, module: nn.Module, dense: nn.Module, data: Data, checkpoint: Path, progress: Progress
+    ) -> Trained:
+        """Recover a compensated candidate as `surgery.compress` does; held-out training images decide."""
+        settings = self.settings.compressing()
+        split = hold_out(data, settings)
+        before, whole = (evaluate(one, split.test, **settings.scoring) for one in (module, dense))
+        found = recover(
+            module,
+            dense,
+            split,
+            settings,
+            step=1,
+            lr=recovery_rate(whole, before, settings),
+            before=before,
+            hints={},
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        return found.module, {"distill": found.history}

@@ -28,11 +28,12 @@ from surgery.training.distilling.observed import Observed, observe
 from surgery.training.engine import Engine
 from surgery.training.evaluation import evaluate
 from surgery.training.history import History, Score
-from surgery.training.loop import classification_loss, label_loss, train
+from surgery.training.loop import Course, classification_loss, label_loss, take_course
 from surgery.training.modes import plain_modes
 from surgery.training.optimizers import check_data, check_trainable
 from surgery.training.resume import is_finished
 from surgery.training.run import Batch, LossFn
+from surgery.training.stopping import EarlyStopping
 from surgery.training.tracking import followed
 
 MEMORY_LIMIT = 2 * 2**30
@@ -93,6 +94,7 @@ def distill(
     guided: Guided = None,
     hint: Where | None = None,
     objectives: Objective | Sequence[Objective] = (KD(),),
+    stopping: EarlyStopping | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Distillation:
@@ -117,6 +119,8 @@ def distill(
         guided, hint: as in `surgery.attach_hint`; by default the middle layers.
         objectives: one or several things to learn in stage 2 next to labels
             (`surgery.training.distilling.objectives`); with none, labels alone.
+        stopping: when stage 2 ends early, and which of its epochs is kept (`surgery.EarlyStopping`). The images of
+            ``data.test`` decide: pass data whose part to test on is one to validate on.
         checkpoint: a folder from which an interrupted run resumes to the same weights (`surgery.train`).
 
     Returns:
@@ -163,7 +167,10 @@ def distill(
         hints = teaching.give_hints(pair)
         learned = pair.restore(student)
     if settings.epochs:
-        learned, history = teaching.give_outputs(learned, observed, objectives)
+        if stopping is not None and stopping.before is None:
+            given = before if learned is student else evaluate(learned, data.test, **settings.scoring)
+            stopping = replace(stopping, before=given)
+        learned, history = teaching.give_outputs(learned, observed, objectives, stopping)
     return Distillation(
         module=learned,
         names=pair.names if pair is not None else (),
@@ -201,35 +208,36 @@ class _Teaching:
     def give_hints(self, pair: HintPair) -> History:
         """Train the pair's student: stage 1."""
         settings, file = self.settings, self._file("hints")
-        trained, history = train(
-            pair.student,
-            self._taught_by(pair.teacher, "hints", file),
-            settings.training(
-                epochs=settings.hint_epochs,
-                lr=settings.lr if settings.hint_lr is None else settings.hint_lr,
-                label_smoothing=0.0,
-                test_each_epoch=False,
-            ),
+        given = settings.training(
+            epochs=settings.hint_epochs,
+            lr=settings.lr if settings.hint_lr is None else settings.hint_lr,
+            label_smoothing=0.0,
+            test_each_epoch=False,
+        )
+        course = Course(
             loss_fn=_hint_loss(pair.teacher),
             checkpoint=file,
             identity={**self.identity, "names": [list(names) for names in pair.names]},
             progress=self.progress,
             task="hints",
-        ).without_module()
+        )
+        data = self._taught_by(pair.teacher, "hints", file)
+        trained, history = take_course(pair.student, data, given, course).without_module()
         pair.student = cast(TracedModule, trained)
         return history
 
     def give_outputs(
-        self, student: nn.Module, observed: Observed | None, objectives: Sequence[Objective]
+        self,
+        student: nn.Module,
+        observed: Observed | None,
+        objectives: Sequence[Objective],
+        stopping: EarlyStopping | None,
     ) -> tuple[nn.Module, History]:
         """Train the student, or its observed copy: stage 2."""
         settings, file = self.settings, self._file("student")
         if observed is not None:
             observed.take(student)
-        trained, history = train(
-            student if observed is None else observed.student,
-            self.data if observed is None else self._taught_by(observed.teacher, "distill", file),
-            settings.training(),
+        course = Course(
             loss_fn=_output_loss(observed, settings.label_weight, settings.label_smoothing),
             checkpoint=file,
             identity={
@@ -239,6 +247,13 @@ class _Teaching:
             },
             progress=self.progress,
             task="distill",
+            stopping=stopping,
+        )
+        trained, history = take_course(
+            student if observed is None else observed.student,
+            self.data if observed is None else self._taught_by(observed.teacher, "distill", file),
+            settings.training(),
+            course,
         ).without_module()
         if observed is None:
             return trained, history

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 import surgery
+from surgery.deploy.compress.recovery import hold_out, recover, recovery_rate
 from surgery.deploy.curve.tradeoff import tradeoff
 from surgery.deploy.measure.benchmark import compare
 from surgery.errors import EditError, UsageError
+from surgery.settings import TradeoffSettings
+from surgery.training.data.data import load_data
+from tests.helpers import assert_same
 
 
 def tiny() -> nn.Module:
@@ -148,3 +153,71 @@ def test_the_search_moves_the_progress_of_the_run(tmp_path):
     assert told == sorted(told)
     assert len({share for share in told if 0 < share < 0.5}) > 2  # the damage, and then
     assert len({share for share in told if 0.5 < share < 1}) >= 1  # the search
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    """Candidates that are compensated and recovered as `surgery.compress` does."""
+    out = tmp_path_factory.mktemp("method") / "demo"
+    given = {**OPTIONS, "limit": 200, "rates": [0.5], "finetune_epochs": 2}
+    settings = TradeoffSettings(method="compress", **{k: v for k, v in given.items() if k in FIELDS})
+    trained = surgery.train(tiny(), load_data("digits", limit=200), epochs=3, lr=0.02).module
+    rest = {k: v for k, v in given.items() if k not in FIELDS}
+    run = partial(tradeoff, trained, candidates=["macs=0.5"], settings=replace(settings, epochs=0), **rest)
+    return run, run(directory=out), out, trained
+
+
+FIELDS = {one.name for one in fields(TradeoffSettings)}
+
+
+def test_the_method_compress_fits_candidates_and_recovers_them(compressed):
+    _, result, out, trained = compressed
+    data = load_data("digits", limit=200)
+    settings = result.settings.compressing()
+    split = hold_out(data, settings)
+    for point, made in (
+        (result.points[0], surgery.slim(surgery.classifier(trained, data), 0.5, calibration=split)),
+        (
+            result.points[1],
+            surgery.slim_to_budget(
+                surgery.classifier(trained, data), macs=result.points[1].budget["limit"], data=split, calibration=split
+            ).module,
+        ),
+    ):
+        assert [type(step).__name__ for step in surgery.recipe(made).steps] == ["Reindex", "Compensate"]
+        student = surgery.load(out / point.folder, model=tiny())
+        assert surgery.recipe(student).steps == surgery.recipe(made).steps
+        before, whole = (surgery.evaluate(one, split.test) for one in (made, trained))
+        lr = recovery_rate(whole, before, settings)
+        recovered = recover(
+            made,
+            surgery.classifier(trained, data),
+            split,
+            settings,
+            step=1,
+            lr=lr,
+            before=before,
+            hints={},
+            checkpoint=None,
+            progress=None,
+        )
+        assert_same(student, recovered.module)
+        assert [epoch.loss for epoch in point.history.epochs] == [e.loss for e in recovered.history.epochs]
+    assert "fitted to it on training images, then trained for at most 2 more" in (out / "report.md").read_text()
+
+
+def test_what_the_method_trained_is_taken_over_and_not_taken_for_another(compressed, tmp_path):
+    run, result, out, _ = compressed
+    again = run(directory=tmp_path / "again", reuse=[out])
+    assert set(again.reused) == {"0.5", "macs=0.5"}
+    assert [point.score for point in again.points] == [point.score for point in result.points]
+    plain = run(directory=tmp_path / "plain", reuse=[out], method="finetune")
+    assert plain.reused == ()
+
+
+def test_the_method_compress_is_for_slim_candidates_alone(tmp_path):
+    given = {"directory": tmp_path / "x", **OPTIONS, "method": "compress"}
+    with pytest.raises(UsageError, match=r"the method compress is for slim candidates: leave out 'widen=1\.5'"):
+        tradeoff(tiny(), candidates=["widen=1.5"], **given)
+    with pytest.raises(UsageError, match="method is compress, where the dense model teaches: leave out teach, kd"):
+        tradeoff(tiny(), teach="kd", **given)

@@ -17,7 +17,7 @@ from surgery.training.data.data import load_data
 from surgery.training.distilling import distill as distilling
 from surgery.training.distilling.objectives import DKD, KD, RKD, Hint
 from surgery.training.evaluation import evaluate
-from surgery.training.loop import train
+from surgery.training.loop import take_course, train
 from tests.helpers import assert_same, killed_after
 from tests.training.test_engine import run
 
@@ -215,12 +215,12 @@ def test_channels_may_be_innermost_in_memory_while_learning(digits, teacher, mon
     student, innermost = traced(thin), []
     student.get_submodule("8").p = 0.0  # what is dropped goes by the order in memory
 
-    def watched(network, *args, **settings):
+    def watched(network, *args):
         weight = network.get_parameter("0.weight")
         innermost.append(weight.is_contiguous(memory_format=torch.channels_last))
-        return train(network, *args, **settings)
+        return take_course(network, *args)
 
-    monkeypatch.setattr(distilling, "train", watched)
+    monkeypatch.setattr(distilling, "take_course", watched)
     settings = {**SMALL, "optimizer": "sgd", "lr": 1e-4, "objectives": (KD(), Hint(guided="4", hint="3", weight=0.1))}
     plain, last = (distill(student, teacher, digits, channels_last=flag, **settings) for flag in (False, True))
     for stage in ("hints", "history"):
