@@ -13,7 +13,7 @@ from typing import Any
 
 from surgery.errors import CheckpointError, UsageError
 from surgery.storage.documents import DIGEST, check_signature, read_object, write_object
-from surgery.storage.locks import aside, hold, locked, make_staging, refused, remove_empty
+from surgery.storage.locks import aside, hold, locked, make_staging, refused, remove_empty, sweep
 from surgery.storage.renaming import exchange, rename_new
 
 SETTINGS = "settings.json"
@@ -209,6 +209,7 @@ def refuse_folder(out: str | os.PathLike[str], *, marker: str, force: bool) -> N
         if not out.exists():
             return
         if not force:
+            sweep(out)
             raise UsageError(f"{out} exists: choose another folder, or replace it with force=True (--force)")
         if any(out.iterdir()) and not (out / marker).is_file():
             raise UsageError(f"{out} is not replaced: it holds no {marker}, so it was not made by this command")

@@ -45,6 +45,17 @@ def hold(out: Path) -> Iterator[None]:
         raise
 
 
+def sweep(out: Path) -> None:
+    """Remove what a writer of ``out`` left that was killed when its result was whole, unless another one writes now."""
+    out = Path(os.path.abspath(out))
+    name = _short(out.name)
+    with suppress(OSError, UsageError):
+        names = {path.name for path in out.parent.iterdir()}
+        if any(n == f".{name}{LOCKED}" or (n.startswith(f".{name}-") and n.endswith(WRITING)) for n in names):
+            with hold(out):
+                pass
+
+
 @contextmanager
 def locked(lock: Path, out: Path) -> Iterator[None]:
     """Hold the lock of what is written to ``out``. The system unlocks it when the process ends.

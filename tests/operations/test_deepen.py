@@ -440,3 +440,18 @@ def test_values_of_more_than_three_spatial_axes_have_no_convolution():
     traced = surgery.trace(Six().eval(), torch.rand(2, 2, 3, 3, 2))
     with pytest.raises(surgery.EditError, match="has no channel axis to put a layer behind"):
         surgery.deepen(traced, ["many"])
+
+
+@pytest.mark.parametrize(
+    ("size", "height", "expected"),
+    [((5, 5), 8, (5, 5)), ((7, 3), 8, (7, 3)), ((4, 4), 8, (3, 3)), ((5, 5), 1, (1, 5))],
+    ids=str,
+)
+def test_an_identity_layer_has_the_kernel_of_the_one_before_it_where_that_is_odd(size, height, expected):
+    padding = (size[0] // 2 if height > 1 else 2, size[1] // 2)
+    net = nn.Sequential(nn.Conv2d(3, 4, size, padding=padding), nn.ReLU(), nn.Conv2d(4, 2, 1)).double().eval()
+    x = torch.rand(2, 3, height, 8, dtype=torch.float64)
+    deep = surgery.deepen(surgery.trace(net, x), ["0"])
+    (added,) = [m for m in deep.modules() if isinstance(m, nn.Conv2d) and m.in_channels == m.out_channels]
+    assert added.kernel_size == expected
+    torch.testing.assert_close(deep(x), net(x), rtol=1e-10, atol=1e-12)

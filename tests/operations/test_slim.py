@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -256,3 +257,15 @@ def test_each_part_that_is_read_keeps_its_share_and_all_of_them_the_rate(sizes, 
     rows = [start + k for start, count in zip(starts, kept, strict=True) for k in range(count)]
     assert torch.equal(slim.first.weight, traced.first.weight[rows])
     assert surgery.verify(slim, surgery.masked(traced, surgery.split_masks(traced, rate)), x).ok
+
+
+def test_nothing_is_warned_of_where_something_changes_or_nothing_was_to():
+    traced = surgery.trace(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(2, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert surgery.slim(traced, 0.5).get_submodule("0").out_features == 3
+        assert surgery.slim(traced, 1).get_submodule("0").out_features == 6
+        surgery.slim(traced, {})
+    frozen = surgery.trace(nn.Sequential(nn.Linear(4, 6), nn.Softmax(-1)), torch.randn(2, 4))
+    with pytest.warns(surgery.NothingChangedWarning, match="slim changed nothing"):
+        surgery.slim(frozen, 0.5)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from surgery.cli.options import refuse_if_taken
 from surgery.errors import UsageError
 from surgery.storage import folders
 from surgery.storage.folders import LOCK, SETTINGS, staged_folder, unfinished, unfinished_folder
@@ -245,6 +246,22 @@ def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path):
         (tmp_path / name / "file").touch()
     write(tmp_path / "out")
     assert {p.name for p in tmp_path.iterdir()} == {".other-abc.surgery-writing", ".out-mine", "out-notes", "out"}
+
+
+def test_what_a_killed_run_left_beside_its_whole_result_is_removed_when_that_is_found(tmp_path):
+    out, file = tmp_path / "out", tmp_path / "m.onnx"
+    for name in (".out-abc.surgery-writing", ".m.onnx-abc.surgery-writing", ".other-abc.surgery-writing", "out"):
+        (tmp_path / name).mkdir()
+    for name in (".out.surgery-lock", ".m.onnx.surgery-lock", "m.onnx"):
+        (tmp_path / name).write_text("")
+    with folders.hold(file), pytest.raises(UsageError, match="exists"):  # someone writes: nothing is removed
+        refuse_if_taken(file, False)
+    (tmp_path / ".m.onnx-abc.surgery-writing").mkdir(exist_ok=True)
+    with pytest.raises(UsageError, match="exists"):
+        refuse_if_taken(file, False)
+    with pytest.raises(UsageError, match="exists"):
+        folders.refuse_folder(out, marker="m", force=False)
+    assert {p.name for p in tmp_path.iterdir()} == {".other-abc.surgery-writing", "out", "m.onnx"}
 
 
 def test_results_behind_a_link_are_replaced_and_the_link_stays(tmp_path):
