@@ -122,6 +122,7 @@ class _Run:
 
     def __init__(self, case: Case, form: str, row: dict[str, Any]) -> None:
         self.case, self.form, self.row = case, form, row
+        self.outputs = case.wrapped_outputs if form == "wrapped" else case.outputs
         self.inputs = case.inputs(2, torch.Generator().manual_seed(1))
         self.args, self.kwargs = tree_map_only(torch.Tensor, _double, self.inputs)
 
@@ -150,7 +151,7 @@ class _Run:
     def groups(self) -> None:
         groups = surgery.dimension_groups(self.traced)
         self.row["groups"], self.row["editable"] = len(groups), sum(group.editable for group in groups)
-        held = surgery.held_back(self.traced, outputs=self.case.outputs)
+        held = surgery.held_back(self.traced, outputs=self.outputs)
         self.row["held_back"] = [str(one)[:_LONG] for one in held][:6]
 
     def permute(self) -> None:
@@ -162,7 +163,7 @@ class _Run:
         self._check("widen", surgery.widen(self.traced, self.case.factor), self.traced)
 
     def slim(self) -> None:
-        outputs = self.case.outputs
+        outputs = self.outputs
         self.slimmed = surgery.slim(self.traced, 0.5, outputs=outputs)
         costs = [surgery.cost(m, self.args, kwargs=self.kwargs).macs for m in (self.slimmed, self.traced)]
         self.row["slim_macs"] = round(costs[0] / costs[1], 4)
@@ -180,7 +181,7 @@ class _Run:
     def export(self) -> None:
         args, kwargs = self.inputs
         traced = surgery.trace(self.make().float(), args, kwargs=kwargs)
-        slim = surgery.slim(traced, 0.5, outputs=self.case.outputs)
+        slim = surgery.slim(traced, 0.5, outputs=self.outputs)
         with tempfile.TemporaryDirectory() as folder:
             done = surgery.export_onnx(slim, Path(folder) / "slim.onnx")
         self.row["export error"] = done.max_rel

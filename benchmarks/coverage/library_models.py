@@ -26,7 +26,8 @@ class Case:
         make: builds it, in float32 with initial weights.
         inputs: for a batch size and a generator, the inputs by position and by name.
         take: of what the model returns, what a plain wrapper returns; None where there is no wrapper to try.
-        outputs: what may change in the network's outputs, as `surgery.slim` takes it.
+        outputs: what may change in the outputs of the model as it is, as `surgery.slim` takes it.
+        wrapped_outputs: the same of the wrapper.
         target: the MACs at 0.5 that are asked for, of those of the dense model.
         factor: by which the model is widened.
     """
@@ -36,7 +37,8 @@ class Case:
     make: Callable[[], nn.Module]
     inputs: Callable[[int, torch.Generator], Inputs]
     take: Callable[[Any], Any] | None = None
-    outputs: str | None = None
+    outputs: str | tuple[str, ...] | None = None
+    wrapped_outputs: str | tuple[str, ...] | None = None
     target: float = 0.32
     factor: float = 2.0
 
@@ -97,7 +99,7 @@ _DECODER = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 96,
     "max_position_embeddings": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-_DETR_BACKBONE = {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}
+_DETR_BACKBONE = {"embedding_size": 16, "hidden_sizes": [32, 64, 96, 128], "depths": [2, 2, 2, 2]}
 
 
 def _transformers(model: str, config: str, /, **entries: Any) -> Callable[[], nn.Module]:
@@ -111,19 +113,24 @@ def _transformers(model: str, config: str, /, **entries: Any) -> Callable[[], nn
         else:
             given = entries
         module: nn.Module = getattr(library, model)(getattr(library, config)(**given))
+        for part in module.modules():
+            if getattr(getattr(part, "config", None), "use_cache", None):
+                part.config.use_cache = False  # a cache is no part of what a graph computes
         return module.float()
 
     return make
 
 
-def _vision(name: str, model: str, config: str, size: int = 32, take: Any = _logits, **entries: Any) -> Case:
-    make = _transformers(model, config, **entries)
-    return Case("transformers", name, make, images(size), take, None if take is _logits else "free")
+def _vision(
+    name: str, model: str, config: str, size: int = 32, take: Any = _logits, outputs: Any = None, **entries: Any
+) -> Case:
+    make, free = _transformers(model, config, **entries), "free" if take is _hidden else None
+    return Case("transformers", name, make, images(size), take, outputs or free, free)
 
 
 def _language(name: str, model: str, config: str, inputs: Any = None, take: Any = _hidden, **entries: Any) -> Case:
     make = _transformers(model, config, **entries)
-    return Case("transformers", name, make, inputs or tokens(), take, "free", target=0.40)
+    return Case("transformers", name, make, inputs or tokens(), take, "free", "free", target=0.40)
 
 
 def _whisper() -> nn.Module:
@@ -165,13 +172,13 @@ TRANSFORMERS = [
     _vision("SigLIP vision", "SiglipVisionModel", "SiglipVisionConfig", take=_hidden, hidden_size=64,
             num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=32, patch_size=8),
     _vision("YOLOS", "YolosForObjectDetection", "YolosConfig", **_ENCODER, image_size=[32, 32], patch_size=8,
-            num_detection_tokens=5, num_labels=10),
+            num_detection_tokens=5, num_labels=10, outputs="last_hidden_state"),
     _vision("DETR", "DetrForObjectDetection", "DetrConfig", size=64, d_model=64, encoder_layers=2, decoder_layers=2,
             encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=128, decoder_ffn_dim=128,
             num_queries=6, num_labels=10, dropout=0.0, use_timm_backbone=False, use_pretrained_backbone=False,
-            backbone=None, backbone_config=_DETR_BACKBONE),
-    _vision("ResNet", "ResNetForImageClassification", "ResNetConfig", size=64, num_labels=10, embedding_size=32,
-            hidden_sizes=[64, 96, 128, 160], depths=[1, 1, 2, 1]),
+            backbone=None, backbone_config=_DETR_BACKBONE, outputs=("last_hidden_state", "encoder_last_hidden_state")),
+    _vision("ResNet", "ResNetForImageClassification", "ResNetConfig", size=64, num_labels=10, embedding_size=16,
+            layer_type="basic", hidden_sizes=[64, 96, 128, 160], depths=[2, 2, 2, 1]),
     _vision("PVT v2", "PvtV2ForImageClassification", "PvtV2Config", size=64, num_labels=10, drop_path_rate=0.0,
             hidden_sizes=[32, 48, 64, 96], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 4, 6], image_size=64,
             mlp_ratios=[4, 4, 4, 4]),
@@ -203,7 +210,7 @@ TRANSFORMERS = [
     _language("CLIP text", "CLIPTextModel", "CLIPTextConfig", hidden_size=64, num_hidden_layers=2,
               num_attention_heads=4, intermediate_size=128, vocab_size=96, max_position_embeddings=40,
               bos_token_id=1, eos_token_id=2, pad_token_id=0),
-    Case("transformers", "Whisper encoder", _whisper, _of_features(16, 40), _hidden, "free", target=0.40),
+    Case("transformers", "Whisper encoder", _whisper, _of_features(16, 40), _hidden, "free", "free", target=0.40),
 ]  # fmt: skip
 
 
