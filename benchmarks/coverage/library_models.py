@@ -220,7 +220,9 @@ def _smp(name: str, encoder: str = "resnet18", size: int = 64, **options: Any) -
         module: nn.Module = getattr(library, name)(encoder, encoder_weights=None, classes=5, **options)
         return module
 
-    title = ", ".join([name, *([] if encoder == "resnet18" else [encoder]), *map(str, options.values())])
+    title = ", ".join(
+        [name, *([] if encoder == "resnet18" else [encoder]), *(v for v in options.values() if isinstance(v, str))]
+    )
     return Case("segmentation_models_pytorch", title, make, images(size))
 
 
@@ -232,7 +234,7 @@ SEGMENTATION = [
     _smp("Unet", "mobilenet_v2"),
     _smp("FPN", "mit_b0"),
     _smp("DeepLabV3Plus", "efficientnet-b0"),
-    _smp("DPT", "tu-vit_tiny_patch16_224", 224),
+    _smp("DPT", "tu-vit_tiny_patch16_224", 224, decoder_intermediate_channels=(32, 48, 64, 64), decoder_fusion_channels=64),
 ]  # fmt: skip
 
 
