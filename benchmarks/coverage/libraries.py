@@ -8,10 +8,11 @@
 
 Each model of `library_models.py` is built from a configuration, in float64, with weights that are nowhere constant, and
 traced as it is ("unedited"). The traced model is compared with the original, permuted, widened, slimmed (against the
-dense model with the rest switched off), saved and loaded: outputs at two batch sizes, in evaluation and in training, and
-in training the gradients of inputs and parameters too. The slim one is exported to ONNX and compared in ONNX Runtime.
-Inside a module that returns a plain tensor ("wrapped") the model is traced, permuted and slimmed again. Errors are relative. The MACs are those of the slim model
-over those of the dense one. Other families of timm are in `timm_families.py`.
+dense model with the rest switched off), saved and loaded: outputs at two batch sizes, in evaluation and in training,
+and in training the gradients of inputs and parameters too. The slim one is exported to ONNX and compared in ONNX
+Runtime. Inside a module that returns a plain tensor ("wrapped") the model is traced, permuted and slimmed again. Errors
+are relative. The MACs are those of the slim model over those of the dense one. Other families of timm are in
+`timm_families.py`.
 
 Each row is measured in a process of its own, ended at a limit of CPU seconds, and written as it comes.
 """

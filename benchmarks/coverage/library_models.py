@@ -1,7 +1,7 @@
 """The models that stand for libraries: from configurations alone, with random weights, small but built as they are.
 
-Each is two or three layers deep and 64 channels wide or more, and takes small images or few tokens. Nothing is read from
-a hub. Dropout is off, so that gradients can be compared in training.
+Each is two or three layers deep and 64 channels wide or more, and takes small images or few tokens. Nothing is read
+from a hub. Dropout is off, so that gradients can be compared in training.
 """
 
 from __future__ import annotations
@@ -185,8 +185,9 @@ TRANSFORMERS = [
     _vision("MobileViT", "MobileViTForImageClassification", "MobileViTConfig", size=64, num_labels=10,
             image_size=64, hidden_sizes=[48, 64, 80], neck_hidden_sizes=[16, 32, 48, 64, 80, 96, 128],
             hidden_dropout_prob=0.0, classifier_dropout_prob=0.0),
-    _vision("DPT", "DPTForDepthEstimation", "DPTConfig", **{**_ENCODER, "num_hidden_layers": 4}, image_size=32, patch_size=8, is_hybrid=False,
-            backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[32, 48, 64, 64], fusion_hidden_size=64,
+    _vision("DPT", "DPTForDepthEstimation", "DPTConfig", **{**_ENCODER, "num_hidden_layers": 4}, image_size=32,
+            patch_size=8, is_hybrid=False, backbone_out_indices=[0, 1, 2, 3],
+            neck_hidden_sizes=[32, 48, 64, 64], fusion_hidden_size=64,
             take=lambda output: output.predicted_depth),
     _language("BERT", "BertModel", "BertConfig", masked_tokens, **_TEXT),
     _language("RoBERTa", "RobertaModel", "RobertaConfig", masked_tokens, **_TEXT),
@@ -234,7 +235,8 @@ SEGMENTATION = [
     _smp("Unet", "mobilenet_v2"),
     _smp("FPN", "mit_b0"),
     _smp("DeepLabV3Plus", "efficientnet-b0"),
-    _smp("DPT", "tu-vit_tiny_patch16_224", 224, decoder_intermediate_channels=(32, 48, 64, 64), decoder_fusion_channels=64),
+    _smp("DPT", "tu-vit_tiny_patch16_224", 224, decoder_intermediate_channels=(32, 48, 64, 64),
+         decoder_fusion_channels=64),
 ]  # fmt: skip
 
 

@@ -337,6 +337,22 @@ def _index_select(op: Op, input: Labelled, dim: int, index: Labelled) -> Fields:
     return tuple(Field(g.dims, g.ids[index.constant.cpu().numpy()], g.key) if g is f else g for g in input.fields)
 
 
+@oprule(torch.gather, "gather")
+def _gather(op: Op, input: Labelled, dim: int, index: Labelled, **named: Any) -> Fields:
+    """Along the other axes, position for position, the index chooses of the channel where it stands."""
+    if not input.ndim:
+        return op.unknown(input, index)
+    dim %= input.ndim
+    fields: list[Field] = []
+    for tensor, why in ((input, "picks positions of it"), (index, "reads positions from it")):
+        for f in op.keep(tensor, [dim], f"{op.name} {why}"):
+            if any(input.shape[d] != index.shape[d] for d in f.dims):
+                op.freeze(f, f"{op.name} takes the first positions of it")
+            op.meet(fields, f)
+    fields = [f for f in fields if all(f.ids.shape[k] == op.shape[d] for k, d in enumerate(f.dims))]
+    return tuple(op.beside(f, [input, index], input.ndim, spreads=False) for f in fields)
+
+
 @oprule("expand", torch.broadcast_to, "broadcast_to", rewrite=_resize_view, linear="first", python="sizes")
 def _expand(op: Op, input: Labelled, *sizes: Any, **named: Any) -> Fields:
     return _stretch(op, input, None)
