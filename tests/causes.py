@@ -212,6 +212,19 @@ def _cross(**options: Any) -> Callable[[], nn.Module]:
     )  # fmt: skip
 
 
+def _picked_token(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = net.embed(x).tanh()
+    picked = y[torch.arange(x.shape[0], device=x.device), x[..., 0].argmax(-1)]
+    return net.head((net.out(picked) + y.mean(1)).tanh())
+
+
+def _gathered_tokens(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = net.embed(x).tanh()
+    at = x[..., 0].argsort(1)[:, :4]
+    picked = y.gather(1, at[..., None].expand(-1, -1, y.shape[-1]))
+    return net.head((net.out(picked).mean(1) + y.mean(1)).tanh())
+
+
 _TOKENS, _IMAGE = (2, 9, 7), (2, 3, 6, 6)
 
 CAUSES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
@@ -263,6 +276,13 @@ CAUSES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
         _IMAGE, "write",
     ),
     "keys of another width": (_cross(kdim=10, vdim=11), _TOKENS, "embed keys values attention"),
+    "picked token": (
+        lambda: Net(_picked_token, embed=nn.Linear(7, 8), out=nn.Linear(8, 8), head=nn.Linear(8, 5)), _TOKENS, "embed",
+    ),
+    "gathered tokens": (
+        lambda: Net(_gathered_tokens, embed=nn.Linear(7, 8), out=nn.Linear(8, 8), head=nn.Linear(8, 5)),
+        _TOKENS, "embed",
+    ),
     "learned keys": (_cross(add_bias_kv=True, add_zero_attn=True), _TOKENS, "embed attention"),
 }  # fmt: skip
 """What used to leave channels alone, each with the shape of its input and the groups that are edited."""

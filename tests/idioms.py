@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -159,6 +160,66 @@ class Captured(Base):
         return self.head(x)
 
 
+class Named(dict[str, Any]):
+    """An output whose entries are attributes too, some of them None, as those of transformers are."""
+
+    def __init__(self, **entries: Any) -> None:
+        super().__init__({name: value for name, value in entries.items() if value is not None})
+        self.__dict__.update(entries)
+
+
+class NamingPart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Named:
+        return Named(values=self.lin(x).relu() if self.training else self.lin(x).relu() * 1.5, weights=None)
+
+
+class AttributesOfOutputs(Base):
+    """Hands on what a part that branches on its mode names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = NamingPart()
+
+    def body(self, x: Tensor) -> Tensor:
+        found = self.part(x)
+        other = Named(values=found.values, weights=found.weights)
+        return other.values if other.weights is None else other.values * other.weights
+
+
+class NumbersOfNumpy(Base):
+    def body(self, x: Tensor) -> Tensor:
+        return torch.mul(self.layer(x).relu(), np.log(np.float64(3.0))) + np.float32(0.5)
+
+
+class EmptyParts(Base):
+    """Rotates all of each head, and joins it with the rest, which is nothing."""
+
+    def body(self, x: Tensor) -> Tensor:
+        mixed = []
+        for part in (self.layer(x), x):
+            heads = part.view(*x.shape[:2], 4, 2).transpose(1, 2)
+            turned, rest = heads[..., :2], heads[..., 2:]
+            mixed.append(torch.cat([turned.flip(-1) * 0.5 + turned, rest], -1))
+        heads = F.scaled_dot_product_attention(*mixed, mixed[0])
+        return heads.transpose(1, 2).reshape(*x.shape[:2], 8)
+
+
+@functools.lru_cache(maxsize=4)
+def _numbered(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device, dtype=torch.float64)
+
+
+class CachedPositions(Base):
+    """Reads a tensor that a function has kept since an earlier call."""
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.layer(x).relu() + _numbered(x.shape[1], x.device)[None, :, None]
+
+
 class NoBias(Base):
     """Attention with a bias of one number for each head."""
 
@@ -200,5 +261,6 @@ IDIOMS: dict[str, Callable[[], nn.Module]] = {
     for cls in (
         *(Decorated, SlicedLayers, MadeInForward, WrittenPositions, WrittenChannels, LowestNumber, ChecksFinite),
         *(ExpandsPositions, NoneAmongTensors, Captured, NoBias),
+        *(AttributesOfOutputs, NumbersOfNumpy, EmptyParts, CachedPositions),
     )
 }

@@ -56,6 +56,9 @@ FAST: dict[str, set[str]] = {
             "depthwise_res",
         ),
     },
+    "test_it_is_permuted_widened_and_deepened_exactly": {"chunk"},
+    "test_it_is_slimmed_to_a_quarter_and_equals_itself_without_the_rest": {"chunk"},
+    "test_a_slim_one_is_saved_and_loaded": set(),
     "test_an_edited_block_gets_layers_too": {
         *("densenet-False", "running-True", "two graphs-False", "two graphs-True", "no containers-False"),
     },

@@ -211,7 +211,7 @@ class Missing(TorchFunctionMode):
         if name in SUMS:
             return SUMS[name](*args, **kwargs)
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
-        in_place = name.endswith("_") and not name.endswith("__")
+        in_place = kwargs.get("inplace") or (name.endswith("_") and not name.endswith("__"))
         if in_place or name in ("__get__", "__setitem__") or not any(map(_some, given)):
             return func(*args, **kwargs)
         with torch.no_grad():

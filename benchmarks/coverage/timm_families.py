@@ -110,7 +110,7 @@ def _measure_shapes(row: dict[str, Any], source: str, size: int) -> None:
 
 
 def _measure_errors(row: dict[str, Any], source: str, size: int) -> None:
-    model = _randomise(models.build(source, seed=0)).double().eval()
+    model = randomise(models.build(source, seed=0)).double().eval()
     x = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     traced = surgery.trace(model, x, source=source)
     groups = [group for group in surgery.dimension_groups(traced) if group.editable]
@@ -134,7 +134,7 @@ def _measure_errors(row: dict[str, Any], source: str, size: int) -> None:
             row["failures"][name] = check.problem or f"differs by {check.max_rel:.0e}"
 
 
-def _randomise(model: nn.Module) -> nn.Module:
+def randomise(model: nn.Module) -> nn.Module:
     """Give every parameter that is constant, and the statistics of norms, values of their own."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

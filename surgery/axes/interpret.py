@@ -311,4 +311,5 @@ def _mutable(tree: Any) -> Any:
         if hasattr(tree, "n_sequence_fields"):  # what torch.max and its kin return
             return type(tree)(parts)
         return parts if isinstance(tree, list) else type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    return {k: _mutable(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+    plain = type(tree) in (dict, fx.immutable_collections.immutable_dict)  # others are objects with attributes
+    return {k: _mutable(v) for k, v in tree.items()} if plain else tree

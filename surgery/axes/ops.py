@@ -294,6 +294,7 @@ class Op:
         """The tensors one after the other along ``dim``; along other axes their channels are chosen alike."""
         rank = len(self.shape)
         dim %= rank
+        tensors = [t for t in tensors if t.value.numel()] or tensors  # an empty one adds nothing
         parts = [t.at(dim) for t in tensors]
         whole = len({None if f is None else f.dims for f in parts}) == 1 and parts[0] is not None
         fields: list[Field] = []

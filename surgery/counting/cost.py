@@ -114,9 +114,9 @@ def run_on_fakes(
     module: nn.Module, args: Args, kwargs: Kwargs, watching: Callable[[nn.Module], AbstractContextManager[object]]
 ) -> None:
     """Run a copy of ``module`` in evaluation mode on tensors without data, inside the context ``watching(copy)``."""
-    fake_mode = FakeTensorMode()
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)  # such as tensors that a function has cached
     with FakeCopyMode(fake_mode):  # a copy without weights: nothing is allocated, and the original stays as it is
-        fake = copy.deepcopy(module).eval()
+        fake = copy.deepcopy(module).eval().requires_grad_(False)  # views of fakes that need gradients mind `no_grad`
     call: Callable[..., Any] = fake
     if is_detector(module):
         call = functools.partial(raw_outputs, fake)

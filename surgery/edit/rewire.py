@@ -69,7 +69,8 @@ class _Rewiring(EditedGraph):
             if not self.is_concerned(node, out):
                 continue
             fits = node.args[0] not in self.stale if self.takes_piece(node) else self.adapt(node, out)
-            if fits or (isinstance(out, Labelled) and self.reorder(node, out)):
+            empty = isinstance(out, Labelled) and not out.value.numel() and self.is_movement(node)
+            if fits or empty or (isinstance(out, Labelled) and self.reorder(node, out)):
                 continue
             if isinstance(out, Labelled) and all(len(f.dims) == 1 for f in out.fields):
                 try:
@@ -103,7 +104,9 @@ class _Rewiring(EditedGraph):
         return node.op == "call_module" and f"{self.path}.{node.target}".lstrip(".") in self.edited_layers
 
     def takes_piece(self, node: fx.Node) -> bool:
-        return node.target is operator.getitem and not isinstance(self.record(node.args[0]), Labelled)  # type: ignore[arg-type]
+        """Whether a node takes a value out of a container, or out of an object that holds several."""
+        pieces = node.target in (operator.getitem, getattr)
+        return pieces and not isinstance(self.record(node.args[0]), Labelled)  # type: ignore[arg-type]
 
     # ---- labels before and after
 

@@ -6,6 +6,7 @@ import sys
 import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -59,5 +60,11 @@ def _is_own(key: int, hook: Any, owner: Owner) -> bool:
 
 
 def _is_installed(package: str) -> bool:
+    """Whether an installer put it where it is: among an environment's packages, or in another folder that has the
+    metadata of packages beside them, such as that of a user or of ``pip install --target``."""
     file = str(getattr(sys.modules.get(package), "__file__", None) or "")
-    return any(file.startswith(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
+    if any(file.startswith(sysconfig.get_path(name)) for name in ("purelib", "platlib")):
+        return True
+    path = Path(file)
+    folder = path.parent.parent if path.name == "__init__.py" else path.parent
+    return bool(file) and any(folder.glob("*.dist-info"))

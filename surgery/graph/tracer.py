@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import fx, nn
 
@@ -277,7 +278,10 @@ class GuardingTracer(fx.Tracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        """An object that holds proxies is made by a node, so that it keeps its class."""
+        """An object that holds proxies is made by a node, so that it keeps its class. A number of numpy is Python's:
+        generated code knows no numpy."""
+        if isinstance(a, np.generic):
+            return a.item()
         made = taken_apart(a)
         if made is None:
             return super().create_arg(a)

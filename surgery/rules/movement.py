@@ -252,15 +252,17 @@ def _select(op: Op, input: Labelled, dim: int, index: int) -> Fields:
 
 
 def _pick_rows(op: Op, input: Labelled, index: tuple[Any, ...]) -> Fields:
-    """Rows of a table, at positions that a tensor holds."""
+    """Rows of a table, at positions that a tensor holds, or at the pairs of positions that several next to each other
+    do."""
+    index = full_index(index, input.ndim)
     at = [k for k, i in enumerate(index) if isinstance(i, Labelled)]
-    if len(at) > 1 or any(i != slice(None) for k, i in enumerate(index) if k not in at):
+    positions: list[Labelled] = [index[k] for k in at]
+    if any(not isinstance(i, Labelled) and i != slice(None) for i in index) or at != list(range(at[0], at[-1] + 1)):
         return op.unknown(input, *index)
-    positions = index[at[0]]
-    op.lose(list(positions.fields), f"{op.name} reads positions from it")
-    if positions.value.dtype == torch.bool:
+    op.lose([f for p in positions for f in p.fields], f"{op.name} reads positions from it")
+    if any(p.value.dtype == torch.bool for p in positions):
         return op.unknown(input)
-    shift = positions.ndim - 1
+    shift = max(p.ndim for p in positions) - len(at)
     rest = op.keep(input, at, f"{op.name} picks positions of it")
     return tuple(move_field(f, tuple(d + (d > at[0]) * shift for d in f.dims)) for f in rest)
 
@@ -333,6 +335,22 @@ def _index_select(op: Op, input: Labelled, dim: int, index: Labelled) -> Fields:
     if f is None or index.constant is None or len(f.dims) > 1:
         return op.keep(input, [dim], f"{op.name} picks positions of it")
     return tuple(Field(g.dims, g.ids[index.constant.cpu().numpy()], g.key) if g is f else g for g in input.fields)
+
+
+@oprule(torch.gather, "gather")
+def _gather(op: Op, input: Labelled, dim: int, index: Labelled, **named: Any) -> Fields:
+    """Along the other axes, position for position, the index chooses of the channel where it stands."""
+    if not input.ndim:
+        return op.unknown(input, index)
+    dim %= input.ndim
+    fields: list[Field] = []
+    for tensor, why in ((input, "picks positions of it"), (index, "reads positions from it")):
+        for f in op.keep(tensor, [dim], f"{op.name} {why}"):
+            if any(input.shape[d] != index.shape[d] for d in f.dims):
+                op.freeze(f, f"{op.name} takes the first positions of it")
+            op.meet(fields, f)
+    fields = [f for f in fields if all(f.ids.shape[k] == op.shape[d] for k, d in enumerate(f.dims))]
+    return tuple(op.beside(f, [input, index], input.ndim, spreads=False) for f in fields)
 
 
 @oprule("expand", torch.broadcast_to, "broadcast_to", rewrite=_resize_view, linear="first", python="sizes")

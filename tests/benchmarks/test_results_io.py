@@ -17,6 +17,7 @@ from benchmarks.results_io import LIMIT, RESULTS, compact, open_document, read_d
 
 SCRIPTS = [
     "coverage",
+    "coverage.libraries",
     "coverage.timm_families",
     "exports",
     "exports.plain",

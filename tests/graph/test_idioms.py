@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+
 import pytest
 import torch
 
@@ -73,6 +76,45 @@ def test_hooks_that_a_model_sets_on_its_parts_are_in_the_graph():
     assert not any(part._forward_hooks for part in traced.modules())
     assert isinstance(traced, Captured)
     assert not model.parts[0]._forward_hooks
+
+
+_LIBRARY = """
+import torch
+
+COLLECTED = []
+
+def collect(module, args, output):
+    COLLECTED.append(output)
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.part, self.head = torch.nn.Linear(6, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 3)
+        self.hooked = False
+
+    def forward(self, x):
+        if not self.hooked:
+            self.part.register_forward_hook(collect)
+            self.hooked = True
+        COLLECTED.clear()
+        x = self.part(self.stem(x).relu())
+        return self.head(x + COLLECTED[0].relu())
+"""
+
+
+def test_hooks_of_a_library_are_the_models_own_wherever_it_was_installed(tmp_path, monkeypatch):
+    (tmp_path / "library_with_hooks").mkdir()
+    (tmp_path / "library_with_hooks" / "__init__.py").write_text(_LIBRARY)
+    (tmp_path / "library_with_hooks-1.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    net = randomised(importlib.import_module("library_with_hooks").Net()).double().eval()
+    x = torch.randn(2, 6, dtype=torch.float64)
+    net(x)  # which sets the hook
+    traced = surgery.trace(net, x)
+    assert not traced.part._forward_hooks
+    assert {g.name for g in surgery.dimension_groups(traced) if g.editable} == {"stem", "part"}
+    assert surgery.verify(surgery.widen(traced, 2.0), net, x, train=True).max_rel <= EXACT
+    monkeypatch.delitem(sys.modules, "library_with_hooks")
 
 
 def test_parts_of_one_class_that_branch_on_their_mode_are_found_together(monkeypatch):

@@ -610,6 +610,13 @@ sample(operator.getitem, t(2, 6, 5), (0, slice(-4, -1)), free="0:1,2")
 sample(operator.getitem, t(2, 6, 5), (slice(None), slice(1, 5), 0), free="0:0,1")
 sample(operator.getitem, t(2, 6, 5), (slice(None), slice(1, 5), None, slice(2, None)), free="0:0,1,2")
 sample(operator.getitem, t(2, 3, 6), (Ellipsis, 1, slice(None, None, 2)), free="0:0,2")
+sample(operator.getitem, t(4, 6), ints(4, 3, 2), free="0:1")
+sample(operator.getitem, t(2, 5, 6), (ints(2, 3), ints(5, 3)), free="0:2")
+sample(operator.getitem, t(7, 2, 5, 6), (slice(None), ints(2, 4, 1), ints(5, 3)), free="0:0,3")
+sample(operator.getitem, t(7, 2, 5), (Ellipsis, ints(5, 4)), free="0:0,1")
+for op in (torch.gather, "gather"):
+    sample(op, t(2, 5), 1, ints(5, 2, 3))
+    sample(op, t(4, 3), 0, ints(4, 2, 3))
 for op in (torch.narrow, "narrow"):
     sample(op, t(2, 6, 3), 1, 2, 3, free="0:0,1,2")
     sample(op, t(2, 6), dim=-1, start=0, length=4, free="0:0,1")
