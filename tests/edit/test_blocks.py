@@ -509,3 +509,35 @@ def test_a_recipe_whose_zeros_are_not_those_of_the_block_is_refused():
     for zeros in ((), ("conv1.weight",), ("layer3.2.none",)):
         with pytest.raises(surgery.EditError, match=r"a copy of 'layer3\.1' is not the identity where"):
             surgery.apply(traced, replace(step, zeros=zeros))
+
+
+@pytest.mark.parametrize("pre", [False, True])
+def test_a_block_whose_way_through_has_a_hook_is_refused(pre):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.act = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.ReLU()
+
+        def forward(self, x):
+            return self.act(x + self.b(self.a(x).relu()))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.layer = nn.Conv2d(3, 4, 1), nn.Sequential(Block(), Block())
+            self.head = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            return self.head(self.layer(self.stem(x).relu()))
+
+    x = torch.rand(2, 3, 5, 5, dtype=torch.float64)
+    model = Net().double().eval()
+    plain = surgery.deepen(surgery.trace(model, x), {"layer": 1})
+    assert isinstance(surgery.recipe(plain).steps[-1], surgery.InsertBlock)
+    act = model.layer[1].act
+    if pre:
+        act.register_forward_pre_hook(lambda module, given: (given[0] + 1,))
+    else:
+        act.register_forward_hook(lambda module, given, out: out + 1)
+    with pytest.raises(surgery.EditError, match="the output of 'layer' has no channel axis to put a layer behind"):
+        surgery.deepen(surgery.trace(model, x), {"layer": 1})
