@@ -13,7 +13,7 @@ import surgery
 from surgery.cli.config import Config
 from surgery.errors import UsageError, unknown_name
 from surgery.settings import Settings, option
-from surgery.storage.locks import sweep
+from surgery.storage.folders import refuse_file
 
 if TYPE_CHECKING:
     import torch
@@ -251,6 +251,4 @@ def parse_numbers(option: str, text: str) -> list[float]:
 
 def refuse_if_taken(path: Path, force: bool) -> None:
     """Raise `UsageError` for a file that exists, unless ``force``. Called before any work is done."""
-    if path.exists() and not force:
-        sweep(path)
-        raise UsageError(f"{path} exists: choose another file, or replace it with --force")
+    refuse_file(path, force=force)

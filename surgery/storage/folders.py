@@ -195,6 +195,13 @@ def _settings(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in content.items() if name != DIGEST}
 
 
+def refuse_file(out: Path, *, force: bool) -> None:
+    """Raise `UsageError` for a file that exists, unless ``force``."""
+    if out.exists() and not force:
+        sweep(out)
+        raise UsageError(f"{out} exists: choose another file, or replace it with --force")
+
+
 def refuse_folder(out: str | os.PathLike[str], *, marker: str, force: bool) -> None:
     """Raise `UsageError` unless ``out`` can be written.
 
