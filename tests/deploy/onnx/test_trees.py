@@ -29,7 +29,9 @@ class Registered(collections.OrderedDict):
 
 
 pytree.register_pytree_node(
-    Registered, lambda found: (list(found.values()), list(found)), lambda values, names: Registered(zip(names, values))
+    Registered,
+    lambda found: (list(found.values()), list(found)),
+    lambda values, names: Registered(zip(names, values, strict=True)),
 )
 
 
