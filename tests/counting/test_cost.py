@@ -218,3 +218,27 @@ def test_shapes_that_depend_on_values_are_refused():
 def test_cost_is_plain_json_data():
     found = cost(nn.Linear(3, 2), torch.randn(1, 3))
     assert json.loads(json.dumps(found.to_dict())) == {"macs": 6, "params": 8, "bytes": 32}
+
+
+@functools.lru_cache(maxsize=4)
+def _numbered(count: int) -> torch.Tensor:
+    return torch.arange(float(count))
+
+
+class ReadsTables(nn.Module):
+    """Gives a layer a view of a parameter, and adds what a function has kept since an earlier call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Parameter(torch.randn(5, 4)), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x) + self.layer(self.table.unsqueeze(0)).sum(1) + _numbered(4)
+
+
+def test_views_of_parameters_and_tensors_that_were_cached_are_counted():
+    net, x = ReadsTables(), torch.randn(2, 4)
+    before = net(x)
+    assert cost(net, x).macs == 4 * 4 + 5 * 4 * 4
+    assert torch.equal(net(x), before)
+    assert net.table.requires_grad

@@ -27,8 +27,14 @@ def open_outputs(model: nn.Module) -> None:
 
 
 def known_tree(value: Any) -> Any:
-    """``value``, with a dict of the tensors in it for each object in it that pytrees do not look into."""
-    return pytree.tree_map(_opened, value)
+    """``value``, with a dict of the tensors in it for each object in it that pytrees do not look into, or whose parts
+    they have no names for, as exporters need them."""
+    return pytree.tree_map(_opened, value, is_leaf=_is_nameless)
+
+
+def _is_nameless(value: Any) -> bool:
+    kind = pytree.SUPPORTED_NODES.get(type(value))
+    return kind is not None and kind.flatten_with_keys_fn is None
 
 
 def _opened(leaf: Any) -> Any:

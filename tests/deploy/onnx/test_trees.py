@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import surgery
 
@@ -23,6 +24,17 @@ class Items(collections.OrderedDict):
     pass
 
 
+class Registered(collections.OrderedDict):
+    """As libraries register theirs: pytrees look into it, and have no names for what they find."""
+
+
+pytree.register_pytree_node(
+    Registered,
+    lambda found: (list(found.values()), list(found)),
+    lambda values, names: Registered(zip(names, values, strict=True)),
+)
+
+
 class Plain:
     def __init__(self, *found):
         self.found = list(found)
@@ -31,6 +43,7 @@ class Plain:
 KINDS = {
     "a dataclass": (lambda y, f: Out(y, (f, f * 2)), ["logits", "features_0", "features_1"]),
     "a subclass of dict": (lambda y, f: Items(logits=y, features=f), ["logits", "features"]),
+    "a registered class": (lambda y, f: Registered(logits=y, features=f), ["logits", "features"]),
     "an object": (lambda y, f: Plain(y, f), ["found_0", "found_1"]),
     "inside of others": (lambda y, f: {"a": y, "b": [Out(f, ())]}, ["a", "b_0_logits"]),
 }
