@@ -45,23 +45,27 @@ class ExportError(SurgeryError):
     """A model could not be exported, or its export does not match it."""
 
 
-class WeightsWarning(UserWarning):
+class SurgeryWarning(UserWarning):
+    """The warnings of this package. The command line prints each, and no others."""
+
+
+class WeightsWarning(SurgeryWarning):
     """Published weights do not fit the model everywhere, so some initial values stay."""
 
 
-class NothingChangedWarning(UserWarning):
+class NothingChangedWarning(SurgeryWarning):
     """An operation on a whole model left it as it is, because nothing of it can be edited."""
 
 
-class BudgetWarning(UserWarning):
+class BudgetWarning(SurgeryWarning):
     """A budget is kept by the smallest model that was allowed alone: channels may have been given up to noise."""
 
 
-class ImportanceWarning(UserWarning):
+class ImportanceWarning(SurgeryWarning):
     """An importance criterion cannot score some groups, which are scored by another one."""
 
 
-class DamageWarning(UserWarning):
+class DamageWarning(SurgeryWarning):
     """A stored part of a run was damaged, and is made again."""
 
 

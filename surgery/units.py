@@ -30,6 +30,13 @@ def quantity(count: float | None) -> str:
     return f"{count:g}"
 
 
+def amount_text(value: float, kind: str) -> str:
+    """Write what a budget of a kind, a keyword of `surgery.slim_to_budget`, measures: ``4.2 ms``, ``300.00 M MACs``."""
+    if kind == "latency_ms":
+        return f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms"
+    return mebibytes(value) if kind == "bytes" else f"{quantity(value)} {'MACs' if kind == 'macs' else 'parameters'}"
+
+
 def counted(count: int, noun: str) -> str:
     """Write a count of things: ``1 epoch``, ``2 epochs``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -26,14 +26,11 @@ import surgery
 from surgery.cli import compress, distill, evolve, measure, operate, sensitivity, show
 from surgery.errors import (
     UNWRITABLE,
-    DamageWarning,
     EditError,
-    ImportanceWarning,
-    NothingChangedWarning,
     SurgeryError,
+    SurgeryWarning,
     TraceError,
     UsageError,
-    WeightsWarning,
     is_out_of_memory,
 )
 
@@ -132,8 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for told in (WeightsWarning, DamageWarning, NothingChangedWarning, ImportanceWarning):
-            warnings.simplefilter("always", told)
+        warnings.simplefilter("always", SurgeryWarning)
         warnings.showwarning = lambda message, *_, **__: _say("warning", message)
         try:
             with _terminable():

@@ -16,6 +16,7 @@ from surgery.cli.options import (
     Model,
     RunOptions,
     Weights,
+    find_budget,
     load_if_saved,
     parse_device,
     refuse_untrained,
@@ -24,15 +25,13 @@ from surgery.cli.output import Bars, emit, table
 from surgery.errors import UsageError
 from surgery.settings import CompressSettings, Settings, option
 from surgery.storage.folders import refuse_folder
-from surgery.units import counted, mebibytes, parse_amount, quantity
+from surgery.units import amount_text, counted, mebibytes, parse_amount, quantity
 
 if TYPE_CHECKING:
     from surgery import Compressed, CompressStep, Cost, Score
 
 MARKER = "results.json"
 """The file that marks a folder as a result of ``compress``."""
-
-_BUDGETS = ("macs", "params", "bytes", "latency")
 
 
 def register(app: typer.Typer) -> None:
@@ -53,7 +52,7 @@ class CompressOptions(Settings):
     params: str | None = option(None, "Or so many parameters, or a share.", metavar="N")
     bytes: str | None = option(None, "Or so many bytes of parameters and buffers, as in 12MB, or a share.", metavar="N")
     latency: str | None = option(
-        None, "Or this median latency of one query, as in 5ms, measured on this machine.", metavar="TIME"
+        None, "Or this median latency of one query, as in 5ms or 50%, measured on this machine.", metavar="TIME"
     )
 
     def find(self) -> dict[str, str]:
@@ -62,20 +61,14 @@ class CompressOptions(Settings):
         Raises:
             UsageError: there is none, or there are several, or it is no amount.
         """
-        given = {what: text for what in _BUDGETS if (text := getattr(self, what)) is not None}
-        if not given:
+        found = find_budget(self)
+        if found is None:
             raise UsageError(
                 "Missing option '--macs': say what the student may cost, by one budget (--macs 0.5, --params 3M, "
                 "--bytes 12MB, --latency 5ms)"
             )
-        if len(given) > 1:
-            raise UsageError(
-                f"{' and '.join(f'--{what}' for what in given)} are budgets of different kinds: give the one that "
-                "counts, then see what the student takes of the others"
-            )
-        for what, text in given.items():
-            parse_amount(what, text)
-        return given
+        parse_amount(*found)
+        return dict([found])
 
 
 @takes_fields("test_each_epoch")
@@ -143,7 +136,7 @@ def _steps(found: Compressed) -> Any:
     rows = [
         [
             str(number),
-            _amount(found, step.measured),
+            amount_text(step.measured, found.kind),
             *(f"{score.accuracy:.1%}" for score in (step.carved, step.compensated, step.recovered)),
             _epochs(step),
             "" if step.lr is None else f"{step.lr:.2g}",
@@ -161,16 +154,9 @@ def _epochs(step: CompressStep) -> str:
     return str(step.epochs) if step.kept == step.epochs else f"{step.epochs}, kept {step.kept or 'none'}"
 
 
-def _amount(found: Compressed, value: float) -> str:
-    """A figure in the unit of the budget."""
-    if found.kind == "latency_ms":
-        return f"{value:.3g} ms"
-    return mebibytes(value) if found.kind == "bytes" else quantity(value)
-
-
 def _notes(found: Compressed, run: RunOptions) -> str:
     lines = [
-        f"takes {_amount(found, found.measured)} of a budget of {_amount(found, found.limit)} ({found.kind})",
+        f"takes {amount_text(found.measured, found.kind)} of a budget of {amount_text(found.limit, found.kind)}",
         f"{counted(found.validation.total, 'image')} decided, on which the dense model has "
         f"{found.validation.accuracy:.1%}",
         *found.doubts,

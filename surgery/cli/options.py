@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -14,6 +14,7 @@ from surgery.cli.config import Config
 from surgery.errors import UsageError, unknown_name
 from surgery.settings import Settings, option
 from surgery.storage.folders import refuse_file
+from surgery.units import LIMITS
 
 if TYPE_CHECKING:
     import torch
@@ -247,6 +248,21 @@ def parse_numbers(option: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"{option} {text!r} is not a list of numbers, as in 1.0,0.5,0.25") from None
+
+
+def find_budget(options: Settings) -> tuple[str, str] | None:
+    """Return the one budget that is given among some options, and its text; None if there is none.
+
+    Raises:
+        UsageError: there are several.
+    """
+    found = {one.name: text for one in fields(options) if one.name in LIMITS and (text := getattr(options, one.name))}
+    if len(found) > 1:
+        raise UsageError(
+            f"{' and '.join(f'--{what}' for what in found)} are budgets of different kinds: give the one that counts, "
+            "then see what the result takes of the others"
+        )
+    return next(iter(found.items()), None)
 
 
 def refuse_if_taken(path: Path, force: bool) -> None:

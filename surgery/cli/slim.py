@@ -11,12 +11,12 @@ import typer
 
 import surgery
 from surgery.cli.fields import completion, takes_fields
-from surgery.cli.options import Model, Opening, OutputNames, name_outputs, parse_one_or_per_layer
+from surgery.cli.options import Model, Opening, OutputNames, find_budget, name_outputs, parse_one_or_per_layer
 from surgery.cli.output import Bars
 from surgery.cli.writing import Writing, compare_exactly, finish
 from surgery.errors import UsageError, unknown_name
 from surgery.settings import COMPARES, IMPORTANCE, KEEPS, RANKINGS, BudgetSettings, Settings, option
-from surgery.units import LIMITS, counted, mebibytes, parse_amount, quantity
+from surgery.units import LIMITS, amount_text, counted, parse_amount
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,13 +75,7 @@ class BudgetOptions(Settings):
 
     def find(self) -> tuple[str, str] | None:
         """Return the one budget that is given and its text; None if there is none."""
-        given = {what: text for what in ("macs", "params", "bytes", "latency") if (text := getattr(self, what))}
-        if len(given) > 1:
-            raise UsageError(
-                f"{' and '.join(f'--{what}' for what in given)} are budgets of different kinds: give the one that "
-                "counts, then see what the slim model takes of the others"
-            )
-        return next(iter(given.items()), None)
+        return find_budget(self)
 
 
 @takes_fields("memory", "confidence", "warmup", "min_runs", "min_seconds", "sessions")
@@ -241,17 +235,17 @@ def _switched_off(
 
 def _tell(figure: Figure) -> str:
     """A figure of the search as a line."""
-    measured, limit = (_amount(value, figure.kind) for value in (figure.measured, figure.limit))
+    measured, limit = (amount_text(value, figure.kind) for value in (figure.measured, figure.limit))
     if figure.predicted is not None:
         kept = "keeps to" if figure.measured <= figure.limit else "exceeds"
-        return f"tried: predicted {_amount(figure.predicted, figure.kind)}, is {measured}, which {kept} {limit}"
+        return f"tried: predicted {amount_text(figure.predicted, figure.kind)}, is {measured}, which {kept} {limit}"
     names = {"dense": "as it is", "smallest": "as slim as allowed", "probe": f"to learn from, {figure.name}"}
     return f"{names[figure.what]}: {measured}"
 
 
 def _describe(found: Budgeted) -> list[str]:
     """What was found, as lines."""
-    before, measured, limit = (_amount(value, found.kind) for value in (found.before, found.measured, found.limit))
+    before, measured, limit = (amount_text(value, found.kind) for value in (found.before, found.measured, found.limit))
     if not found.rates:
         return [f"nothing to do: the model takes {before}, which keeps to the budget of {limit}"]
     rates = [f"{name} {rate:g}" for name, rate in found.rates.items()]
@@ -260,10 +254,3 @@ def _describe(found: Budgeted) -> list[str]:
         f"{before} before, {measured} now, of a budget of {limit}; {counted(len(found.trials), 'model')} tried",
         f"rates: {', '.join([*rates[:_MOST_RATES], *more])}",
     ]
-
-
-def _amount(value: float, kind: str) -> str:
-    """A figure with the unit of its budget."""
-    if kind == "latency_ms":
-        return f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms"
-    return mebibytes(value) if kind == "bytes" else f"{quantity(value)} {'MACs' if kind == 'macs' else 'parameters'}"

@@ -31,7 +31,7 @@ from surgery.axes.ledger import Norm
 from surgery.edit.sites import add_constant, called_layer, in_copy
 from surgery.edit.step import Step
 from surgery.errors import EditError, UsageError, unknown_name
-from surgery.graph.rule_table import rule_for, rule_of_class
+from surgery.graph.rule_table import Rule, rule_for, rule_of_class
 from surgery.graph.traced import TracedModule, traced_parts
 from surgery.layers.norms import restrict_norm
 
@@ -228,19 +228,25 @@ def keep_off_poles(module: nn.Module, analysis: Analysis, keep: NDArray[np.bool_
             gone = [flags for _, flags in _flags_of(analysis, keep, scope, operands[pole]) if not flags.all()]
             if gone:
                 kept = functools.reduce(operator.and_, gone)
-                _replace_by(rule.regular, module, analysis, (scope, node.name), pole, kept)
+                _replace_operand(rule, module, analysis, (scope, node.name), kept)
 
 
-def _replace_by(
-    value: float, module: nn.Module, analysis: Analysis, key: tuple[str, str], place: int, keep: Tensor
-) -> None:
-    """Only in that operand: another one may be the same tensor, which the op changes in place."""
+def _replace_operand(rule: Rule, module: nn.Module, analysis: Analysis, key: tuple[str, str], keep: Tensor) -> None:
+    """Only in the operand with the pole: another one may be the same tensor. What the op changes in place is what has
+    to be changed, for it is read by its old name as well."""
     owner, node = in_copy(module, analysis, *key)
+    place = rule.pole or 0
+    if place == 0 and node.target in rule.in_place:
+        with node.graph.inserting_before(node):
+            gone = _constant(module, owner, node.graph, ~keep)
+            node.graph.call_method("masked_fill_", (node.args[0], gone, rule.regular))
+        owner.recompile()
+        return
     name = list(node.kwargs)[place - len(node.args)] if place >= len(node.args) else ""
     source = node.kwargs[name] if name else node.args[place]
     with node.graph.inserting_before(node):
         mask = _constant(module, owner, node.graph, keep)
-        other = node.graph.call_function(torch.where, (mask, source, value))
+        other = node.graph.call_function(torch.where, (mask, source, rule.regular))
     if name:
         node.update_kwarg(name, other)
     else:

@@ -290,6 +290,39 @@ def test_a_channel_that_is_divided_by_itself_can_be_switched_off(between):
         assert bool(parameter.grad.isfinite().all()), name
 
 
+IN_PLACE = {
+    "sqrt": lambda z: z.sqrt_(),
+    "log": torch.log_,
+    "power": lambda z: z.pow_(0.5),
+    "reciprocal": lambda z: z.reciprocal_(),
+    "hypotenuse": lambda z: z.hypot_(z * 2),
+    "logit": lambda z: torch.logit_(z, 1e-3),
+    "area": lambda z: z.add_(1.5).acosh_(),
+    "gamma": lambda z: z.lgamma_(),
+    "through a view": lambda z: z.view_as(z).log2_(),
+    "remainder": lambda z: z.fmod_(0.3),
+}
+
+
+@pytest.mark.parametrize("change", IN_PLACE)
+def test_what_an_op_with_a_pole_changes_in_place_is_known_by_its_old_name(change):
+    def between(y):
+        z = y.square()
+        IN_PLACE[change](z)
+        return z * y
+
+    model = Pole(between).double()
+    traced = surgery.trace(model, torch.randn(2, 5, 4, dtype=torch.float64))
+    slim, masked = surgery.slim(traced, 0.5), surgery.masked(traced, surgery.split_masks(traced, 0.5))
+    assert slim.first.out_features == 4
+    for batch in (1, 3):
+        x = torch.randn(batch, 5, 4, dtype=torch.float64)
+        first = model.first(x)[..., :4]  # switched off by hand
+        expected = F.linear(between(first), model.last.weight[:, :4], model.last.bias)
+        torch.testing.assert_close(slim(x), expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(masked(x), expected, rtol=1e-10, atol=1e-12)
+
+
 def test_what_is_divided_in_place_by_itself_is_known_by_its_old_name():
     def between(y):
         z = y * 2

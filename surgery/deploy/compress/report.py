@@ -11,9 +11,7 @@ from surgery.deploy.measure.ratios import Ratio
 from surgery.settings import IMPORTANCE
 from surgery.training.history import Score
 from surgery.training.history_file import write_history
-from surgery.units import counted, mebibytes, quantity, sentence
-
-_UNITS = {"latency_ms": "ms", "macs": "MACs", "params": "parameters", "bytes": "bytes"}
+from surgery.units import amount_text, counted, mebibytes, quantity, sentence
 
 
 def write_compressed(result: Compressed, folder: Path, name: str) -> None:
@@ -43,8 +41,9 @@ def _markdown(result: Compressed) -> str:
 def _finding(result: Compressed) -> str:
     """What came of it, in two sentences."""
     lost = 100 * (result.score.accuracy - result.dense_score.accuracy)
+    taken, limit = (amount_text(value, result.kind) for value in (result.measured, result.limit))
     return (
-        f"The student takes {amount(result, result.measured)}, of a budget of {amount(result, result.limit)}. It "
+        f"The student takes {taken}, of a budget of {limit}. It "
         f"classifies {result.score.accuracy:.1%} of the test images correctly, the dense model "
         f"{result.dense_score.accuracy:.1%}: {lost:+.2f} points."
     )
@@ -70,8 +69,8 @@ def _steps(result: Compressed) -> str:
     rows = [
         [
             str(number),
-            amount(result, step.limit),
-            amount(result, step.measured),
+            amount_text(step.limit, result.kind),
+            amount_text(step.measured, result.kind),
             *(f"{score.accuracy:.2%}" for score in (step.carved, step.compensated, step.recovered)),
             epochs_text(step),
             "" if step.lr is None else f"{step.lr:.3g}",
@@ -104,13 +103,6 @@ def _method(result: Compressed) -> str:
 def _widths(number: int, step: CompressStep) -> str:
     rates = ", ".join(f"{name} {rate:g}" for name, rate in step.rates.items())
     return f"- Step {number}, in multiples of {step.round_to}: {rates or 'all as they were'}."
-
-
-def amount(result: Compressed, value: float) -> str:
-    """A value in the unit of the budget, as text."""
-    if result.kind == "latency_ms":
-        return f"{value:.3g} ms"
-    return mebibytes(value) if result.kind == "bytes" else f"{quantity(value)} {_UNITS[result.kind]}"
 
 
 def epochs_text(step: CompressStep) -> str:

@@ -235,7 +235,7 @@ class CandidateTraining:
         data = hold_out(self.data, settings.compressing()) if compresses else self.data
         calibration = data if compresses else None
         if isinstance(candidate, Candidate):
-            ranked = {**common, "importance": rank_on(settings.importance, self.data)}
+            ranked = {**common, "importance": rank_on(settings.importance, data)}
             return candidate.apply(dense, **ranked, seed=settings.seed, calibration=calibration), None
         made_by = {
             **({"method": "compress"} if compresses else {}),
@@ -266,7 +266,7 @@ class CandidateTraining:
                 self.store.note(key, result.to_dict())
                 found = self.store.find_note(key)
         assert found is not None
-        kept = rank_on(found["importance"], self.data)
+        kept = rank_on(found["importance"], data)
         start = slim(dense, found["rates"], round_to=found["round_to"], importance=kept, calibration=calibration)
         return start, found
 

@@ -64,6 +64,33 @@ def test_a_latency_is_measured_by_the_timer(dense, digits):
     assert 3.5 <= found.measured <= 4
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_share_of_a_latency_is_of_the_dense_models_which_is_measured_once(dense, digits, steps, tmp_path):
+    class Drifting:
+        """Each measurement takes a little longer than the one before."""
+
+        asked = 0
+
+        def __call__(self, modules):
+            self.asked += 1
+            slower = 1 + 0.001 * self.asked
+            return {name: slower * (1 + surgery.cost(module).macs / 1e4) for name, module in modules.items()}
+
+    def cut_off(task, done, total):
+        if task.startswith(f"step {steps}: recover"):
+            raise KeyboardInterrupt
+
+    options = {"latency": "60%", "steps": steps, "epochs": 1, "timer": Drifting(), "out": tmp_path / "out"}
+    with pytest.raises(KeyboardInterrupt):
+        surgery.compress(dense, digits, progress=cut_off, **options)
+    asked = options["timer"].asked
+    found = surgery.compress(dense, digits, **options)
+    again = steps > 1  # the smallest model, before several steps; all else is taken over
+    assert options["timer"].asked == asked + again
+    assert found.limit == pytest.approx(0.6 * (1 + surgery.cost(dense).macs / 1e4), rel=0.01)
+    assert found.measured <= found.limit
+
+
 def test_one_step_without_training_is_slim_to_budget_with_calibration(dense, digits):
     settings = CompressSettings(epochs=0)
     found = surgery.compress(dense, digits, settings, macs=0.3)
