@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -256,7 +256,7 @@ def find_budget(options: Settings) -> tuple[str, str] | None:
     Raises:
         UsageError: there are several.
     """
-    found = {one.name: text for one in fields(options) if one.name in LIMITS and (text := getattr(options, one.name))}
+    found = {what: text for what, text in vars(options).items() if what in LIMITS and text}
     if len(found) > 1:
         raise UsageError(
             f"{' and '.join(f'--{what}' for what in found)} are budgets of different kinds: give the one that counts, "
