@@ -71,6 +71,19 @@ def test_what_ends_a_verb_is_one_line(run, monkeypatch, empty_folder, action, co
     assert not list(empty_folder.glob("*slim*"))
 
 
+@pytest.mark.parametrize(
+    "kind", [c for c in vars(surgery.errors).values() if isinstance(c, type) and issubclass(c, Warning)]
+)
+def test_every_warning_of_the_package_is_printed_and_no_others(run, monkeypatch, kind):
+    def action():
+        warnings.warn("of torch", UserWarning, stacklevel=1)
+        warnings.warn("mind this", kind, stacklevel=1)
+        raise surgery.CheckpointError("y is damaged")
+
+    fail(monkeypatch, action)
+    assert run(*SLIM) == (2, "", "warning: mind this\nerror: y is damaged\n")
+
+
 def test_an_error_that_is_none_of_memory_is_not_hidden(run, monkeypatch):
     fail(monkeypatch, lambda: raise_(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
