@@ -99,7 +99,7 @@ def test_what_python_makes_by_keywords_keeps_them():
 
         def forward(self, x):
             y = self.b(self.a(x).relu())
-            if float(y.sum()) > 1e9:
+            if float(x.sum()) > 1e9:
                 y = -y
             rows = torch.full((2,), 1, dtype=torch.int64)
             rows = torch.cat([rows, torch.zeros(1, dtype=torch.long)])
@@ -109,7 +109,7 @@ def test_what_python_makes_by_keywords_keeps_them():
     traced = surgery.trace(model, torch.randn(2, 5, 4, dtype=torch.float64))
     slim = surgery.slim(traced, 0.5)
     masked = surgery.masked(traced, surgery.split_masks(traced, 0.5))
-    assert slim.get_submodule("a").out_features == 3
+    assert [slim.get_submodule(name).out_features for name in "ab"] == [3, 3]
     for batch in (1, 3):
         x = torch.randn(batch, 5, 4, dtype=torch.float64)
         torch.testing.assert_close(slim(x), masked(x), rtol=1e-10, atol=0)
